@@ -1,0 +1,58 @@
+# Each target sets up .venv itself when requirements.txt is newer than it; a second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+SHORT := build/run
+
+.PHONY: run test check format results benchmark help
+
+help:
+	@echo "make run        short: fine-tune, evaluate, print the table, classify a few sentences (into build/run)"
+	@echo "make results    full: five seeds, all measurements, README (into weights/ and results/)"
+	@echo "make benchmark  the interleaved timing alone     make test   the tests"
+	@echo "make check      style, and the rendered results  make format the style, applied"
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: needs Python 3.11 or newer; call make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+run: $(READY)
+	@echo "A short run on part of the data: it shows that everything works, its scores are not the published ones."
+	@echo "'make results' trains the full recipe."
+	$(RUN) scripts/run_baseline.py --max_train_rows 6400 --num_train_epochs 1 --r_drop 0 \
+		--output_dir $(SHORT)/baseline
+	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format pytorch --latency_runs 200 --results_dir $(SHORT)/results
+	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format bf16 --latency_runs 200 --results_dir $(SHORT)/results
+	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format onnx --latency_runs 200 --results_dir $(SHORT)/results
+	@echo "Short run:"
+	$(RUN) scripts/run_comparison.py --results_dir $(SHORT)/results --print_only
+	$(RUN) scripts/predict.py --model $(SHORT)/baseline "i feel so happy that you came" "i miss my old home" \
+		"i am furious about this delay" "i am scared of the dark"
+
+results: $(READY)
+	$(RUN) scripts/run_exploration.py
+	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
+	$(RUN) scripts/run_evaluation.py weights/baseline --format pytorch
+	$(RUN) scripts/run_evaluation.py weights/baseline --format bf16
+	$(RUN) scripts/run_evaluation.py weights/baseline --format onnx
+	$(MAKE) benchmark
+	$(RUN) scripts/run_comparison.py
+
+benchmark: $(READY)
+	$(RUN) scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx
+
+test: $(READY)
+	$(RUN) -m pytest
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) scripts/run_comparison.py > build/rendered.txt
+	git diff --exit-code -- README.md results
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .

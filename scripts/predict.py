@@ -1,0 +1,98 @@
+"""Tells the emotion of sentences: from the command line, a file or standard input (a line each, as they come).
+
+On a folder with an ONNX file neither torch nor transformers is imported, so that the first answer comes at once.
+
+    python scripts/predict.py "i didnt feel humiliated"
+    python scripts/predict.py --file texts.txt --top_k 3
+    tail -f log.txt | python scripts/predict.py --json
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from utils_cli import ROOT, UserError, run
+
+BATCH = 32  # lines that are there already are answered together; no line waits for others
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", help="sentences; standard input, a line each, if there are none")
+    parser.add_argument("--model", default=str(ROOT / "weights" / "baseline"), help="model folder")
+    parser.add_argument("--format", help="format to open; ONNX if the folder has it")
+    parser.add_argument("--file", help="file with a text a line")
+    parser.add_argument("--top_k", type=int, default=1, help="how many classes to show, most probable first")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--threads", type=int, default=0, help="threads to compute with; all if not given")
+    arguments = parser.parse_args(argv)
+    if arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k}: it takes 1 or more")
+    if arguments.texts and arguments.file:
+        raise UserError("give sentences or --file, not both")
+    batches = read_batches(arguments)  # a file that is not there is said before the model loads
+
+    from utils_artifact import find_formats, open_artifact
+
+    formats = find_formats(Path(arguments.model))
+    format = arguments.format or ("onnx" if "onnx" in formats else next(iter(formats)))
+    classifier = open_artifact(Path(arguments.model), format, threads=arguments.threads)
+    empty = 0
+    for texts in batches:
+        empty += answer(classifier, texts, arguments)
+    if classifier.encode.texts_cut:
+        print(f"{classifier.encode.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
+    if empty:
+        raise UserError(f"{empty} of the texts were empty and got no answer")
+
+
+def read_batches(arguments):
+    """Yields lists of texts; from a file or standard input a list holds the lines that could be read at once."""
+    if arguments.texts:
+        return iter([arguments.texts])
+    if arguments.file and not Path(arguments.file).is_file():
+        raise UserError(f"--file {arguments.file}: no such file")
+    descriptor = os.open(arguments.file, os.O_RDONLY) if arguments.file else sys.stdin.fileno()
+    return read_lines(descriptor)
+
+
+def read_lines(descriptor: int):
+    """Reads what is there, without waiting for more; memory stays flat however long the input is."""
+    rest = b""
+    while chunk := os.read(descriptor, 1 << 14):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for start in range(0, len(lines), BATCH):
+            yield [line.decode("utf-8", errors="replace") for line in lines[start : start + BATCH]]
+    if rest:
+        yield [rest.decode("utf-8", errors="replace")]
+
+
+def answer(classifier, texts: list[str], arguments) -> int:
+    """Prints a line for every text, in their order; returns how many were empty (their line says so)."""
+    from utils_classifier import softmax
+
+    full = [text.strip() for text in texts if text.strip()]
+    answers = iter(softmax(classifier.logits(classifier.encode(full))) if full else [])
+    lines = []
+    for text in texts:
+        if not text.strip():
+            lines.append(json.dumps({"text": text, "error": "empty text"}) if arguments.json else "(empty)")
+            continue
+        probabilities = next(answers)
+        best = probabilities.argsort()[::-1][: arguments.top_k]
+        classes = [
+            {"label": classifier.labels[index], "score": round(float(probabilities[index]), 6)} for index in best
+        ]
+        if arguments.json:
+            lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=False))
+        else:
+            shown = "  ".join(f"{one['label']} {one['score']:.3f}" for one in classes)
+            lines.append(f"{shown}\t{text.strip()}")
+    print("\n".join(lines), flush=True)
+    return len(texts) - len(full)
+
+
+if __name__ == "__main__":
+    run(main)

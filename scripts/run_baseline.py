@@ -1,0 +1,157 @@
+"""Fine-tunes BERT to tell the emotion of a text: the FP32 baseline that the quantized variants start from.
+
+The artifact, `weights/baseline`, holds the best checkpoint by validation macro F1 in three forms: FP32
+(`model.safetensors`), BF16 (`model.bf16.safetensors`) and FP32 for ONNX Runtime (`onnx/model.onnx`). The test split is
+never looked at here; `run_evaluation.py` scores it.
+
+    python scripts/run_baseline.py    # the recipe configs/baseline.yaml
+    accelerate launch --config_file accelerate_config.yaml scripts/run_baseline.py --seed 43 --output_dir weights/other
+"""
+
+import copy
+import shutil
+from dataclasses import dataclass, field
+
+from utils_cli import ROOT, UserError, parse_recipe, run
+
+# isort: split
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
+from utils_artifact import new_artifact
+from utils_onnx import export_onnx
+from utils_task import (
+    TaskArguments,
+    conflicting_texts,
+    find_base_model,
+    get_split,
+    load_task,
+    load_tokenizer,
+    tokenize,
+)
+from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
+
+RECIPE = ROOT / "configs" / "baseline.yaml"
+
+
+@dataclass
+class BaselineArguments(TaskArguments):
+    """What is particular to the baseline."""
+
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the attention weights; the base model's own if not given."}
+    )
+    drop_conflicting_rows: bool = field(
+        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
+    )
+    r_drop: float = field(
+        default=0.0, metadata={"help": "Weight of R-Drop's consistency loss; 0 trains plainly, in half the time."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
+    )
+
+
+def main(argv=None) -> None:
+    # 1. Parse
+    arguments, training, recipe = parse_recipe((BaselineArguments, RecipeTrainingArguments), RECIPE, argv)
+    set_seed(training.seed)
+
+    # 2. Load the task
+    base = find_base_model(arguments.model_name_or_path)
+    task = load_task(arguments.dataset_name, arguments.dataset_config_name)
+    print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=training.seed)
+    tokenizer = load_tokenizer(base.path, arguments.max_length)
+    train_ids = tokenize(rows, tokenizer, "train")
+    validation_ids = tokenize(get_split(task, "validation"), tokenizer, "validation")
+
+    # 3. Build the variant
+    model = build_model(base.path, task.labels, arguments.attention_dropout)
+
+    # 4. Train: what is left in `model` is the best checkpoint on validation
+    trainer = RDropTrainer(
+        r_drop=arguments.r_drop,
+        model=model,
+        args=training,
+        train_dataset=train_ids,
+        eval_dataset=validation_ids,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    summary = train(trainer, recipe)
+
+    # 5. Save
+    if trainer.is_world_process_zero():
+        made = describe_made("baseline", recipe, base, task, rows, training=summary, seed=training.seed)
+        with new_artifact(training.artifact, made) as folder:
+            made["onnx"] = save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
+        shutil.rmtree(training.output_dir)  # the checkpoints
+        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']:.4f}")
+
+
+class RDropTrainer(Trainer):
+    """Sends each batch through the model twice and asks both answers, which differ by dropout, to agree.
+
+    R-Drop, Wu et al., "R-Drop: Regularized Dropout for Neural Networks", NeurIPS 2021: the cross-entropy of both
+    passes plus ``r_drop`` times their symmetric Kullback-Leibler divergence.
+    """
+
+    def __init__(self, r_drop: float, **kwargs):
+        super().__init__(**kwargs)
+        self.r_drop = r_drop
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever else the model takes
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.r_drop or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        outputs = model(**{name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()})
+        first, second = outputs.logits.float().log_softmax(dim=-1).chunk(2)
+        there = functional.kl_div(first, second, reduction="batchmean", log_target=True)
+        back = functional.kl_div(second, first, reduction="batchmean", log_target=True)
+        loss = outputs.loss + self.r_drop * (there + back) / 2
+        return (loss, outputs) if return_outputs else loss
+
+
+def select_train_rows(rows, arguments: BaselineArguments, seed: int):
+    """The rows to learn from: a text that carries two labels teaches neither."""
+    if arguments.drop_conflicting_rows:
+        conflicting = conflicting_texts(rows)
+        kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
+        print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
+        rows = rows.select(kept)
+    if arguments.max_train_rows is not None and arguments.max_train_rows < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(arguments.max_train_rows))
+        print(f"train: {len(rows)} rows, drawn at random")
+    return rows
+
+
+def build_model(path: str, labels: list[str], attention_dropout: float | None):
+    """The encoder with a fresh classification head, or with its own where it was trained for as many classes."""
+    config = AutoConfig.from_pretrained(path)
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != len(labels):
+        raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    if attention_dropout is not None:
+        for name in {"attention_probs_dropout_prob", "attention_dropout"} & vars(
+            config
+        ).keys():  # BERT's, DistilBERT's
+            setattr(config, name, attention_dropout)
+    return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+
+
+def save(model, tokenizer, folder) -> dict:
+    """Writes the tokenizer and the three forms of the model; returns what the ONNX export found."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, variant="bf16")
+    model.float().save_pretrained(folder)  # after BF16, so that config.json is that of the FP32 model
+    tokenizer.save_pretrained(folder)
+    saved = AutoModelForSequenceClassification.from_pretrained(folder)  # without what the Trainer wrapped around it
+    return export_onnx(saved, tokenizer, folder / "onnx" / "model.onnx")
+
+
+if __name__ == "__main__":
+    run(main)

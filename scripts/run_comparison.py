@@ -1,0 +1,149 @@
+"""Reads all records and writes the comparison: `results/comparison.md` and the README's results block.
+
+No number is typed by hand, and rendering twice changes nothing. A record that lacks a field stops the rendering, and a
+result from the sample or from a short run never enters the README.
+
+    python scripts/run_comparison.py
+    python scripts/run_comparison.py --results_dir build/run/results --print_only
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils_cli import ROOT, UserError, parse_flags, run
+
+# isort: split
+from utils_files import write_text
+from utils_plots import plot_confusion_matrix
+from utils_record import markdown_table, read_json, read_records, record_name
+
+START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
+
+
+@dataclass
+class ComparisonArguments:
+    """Where from, where to."""
+
+    results_dir: str = field(
+        default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, benchmark/."}
+    )
+    readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "File whose results block is written."})
+    print_only: bool = field(default=False, metadata={"help": "Print the table and write nothing."})
+
+
+def main(argv=None) -> None:
+    (arguments,) = parse_flags((ComparisonArguments,), positional="results_dir", argv=argv)
+    results = Path(arguments.results_dir)
+    records = read_records(results)
+    table = render_table(records)
+    if arguments.print_only:
+        print(table)
+        return
+    for record in records:
+        if record["made"]["dataset_source"] == "sample" or record["quality"]["split"] != "test":
+            raise UserError(f"{record_name(record)} was not scored on the real test split: not for the README")
+    block = "\n".join([table, render_caption(records), *render_seeds(results), *render_benchmarks(results)])
+    readme = Path(arguments.readme)
+    text = readme.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
+    before, after = text.split(START)[0], text.split(END)[1]
+    write_text(readme, f"{before}{START}\n\n{block}\n{END}{after}")
+    write_text(results / "comparison.md", f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}")
+    for record in records:
+        plot_confusion_matrix(record, results / "confusion_matrices" / f"{record_name(record)}.png")
+    print(table)
+
+
+def render_table(records: list[dict]) -> str:
+    """One line a record; a value that was not measured is a dash."""
+    rows = []
+    for record in records:
+        quality, latency = record["quality"], record["latency_ms"]
+        low, high = (100 * bound for bound in quality["macro_f1_ci95"])
+        rows.append([
+            record_name(record),
+            f"{100 * quality['macro_f1']:.2f} [{low:.1f}, {high:.1f}]",
+            f"{100 * quality['accuracy']:.2f}",
+            f"{record['size']['megabytes']:.1f}",
+            number(latency["p50"], ".2f"),
+            number(latency["p95"], ".2f"),
+            number(record["throughput_per_s"]["value"], ".0f"),
+        ])  # fmt: skip
+    head = ["artifact", "macro F1 % [95 %]", "accuracy %", "MB to serve", "p50 ms", "p95 ms", "texts/s"]
+    return markdown_table(head, rows)
+
+
+def render_caption(records: list[dict]) -> str:
+    """What the figures were measured on; all records must agree on the texts."""
+    if len({record["made"]["dataset_fingerprint"] for record in records}) != 1:
+        raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
+    first = records[0]
+    machines = sorted({f"{r['environment']['cpu']}, {r['environment']['threads']} threads" for r in records})
+    sets = sorted({name for r in records for name in r["environment"]["instruction_sets"]} & NOTEWORTHY_SETS)
+    bases = sorted({str(record["made"]["base_model"]) for record in records})
+    first_day, *_, last_day = sorted(record["date"] for record in [*records, records[0]])
+    days = first_day if first_day == last_day else f"{first_day} to {last_day}"
+    return (
+        f"{first['made']['dataset']}, test split, {first['quality']['examples']} texts; base model "
+        f"{', '.join(bases)}; {'; '.join(machines)} ({', '.join(sets)}); {days}. "
+        "Interval: bootstrap over the test rows. Latency: one text at its own length, token ids to logits. "
+        "Throughput: batches of 32.\n"
+    )
+
+
+NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
+
+
+def render_seeds(results: Path) -> list[str]:
+    """One sentence a variant: what several seeds gave."""
+    lines = []
+    for path in sorted((results / "seeds").glob("*.json")):
+        summary = read_json(path)
+        f1, accuracy = summary["macro_f1"], summary["accuracy"]
+        clean = sum(one["conflict_free_macro_f1"] for one in summary["runs"]) / len(summary["runs"])
+        lines.append(
+            f"{summary['variant']}, {len(summary['runs'])} seeds: macro F1 {100 * f1['mean']:.2f} "
+            f"(standard deviation {100 * f1['standard_deviation']:.2f}), accuracy {100 * accuracy['mean']:.2f} "
+            f"({100 * accuracy['standard_deviation']:.2f}); on the test rows whose text has no other label elsewhere "
+            f"macro F1 {100 * clean:.2f}. Trained in {summary['seconds']['mean'] / 60:.1f} minutes. "
+            f"The table shows seed {summary['chosen_seed']}, the best on validation.\n"
+        )
+    return lines
+
+
+def render_benchmarks(results: Path) -> list[str]:
+    """One table an interleaved run: the only place where speeds are divided by each other."""
+    parts = []
+    for path in sorted((results / "benchmark").glob("*.json")):
+        benchmark = read_json(path)
+        rows = [
+            [name, number(one["latency_ms"]["p50"], ".2f"), times(one["times_faster_at_batch_1"]),
+             number(one["throughput_per_s"]["median"], ".0f"), times(one["times_faster_at_batch_32"])]
+            for name, one in benchmark["artifacts"].items()
+        ]  # fmt: skip
+        against = benchmark["compared_with"]
+        head = ["interleaved", "p50 ms", f"faster than {against}", "texts/s", "in batches of 32"]
+        parts.append(markdown_table(head, rows))
+    return parts
+
+
+def render_classes(records: list[dict]) -> str:
+    labels = records[0]["quality"]["labels"]
+    rows = [
+        [record_name(record), *(f"{100 * record['quality']['per_class_f1'][label]:.1f}" for label in labels)]
+        for record in records
+    ]
+    return markdown_table(["artifact", *labels], rows)
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def times(values: dict) -> str:
+    return f"{values['median']:.2f} x [{values['min']:.2f}, {values['max']:.2f}]"
+
+
+if __name__ == "__main__":
+    run(main)

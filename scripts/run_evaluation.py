@@ -1,0 +1,195 @@
+"""Scores one saved artifact by the ruler: quality on the test split, bytes, latency, throughput, environment.
+
+Writes the record (`results/metrics`), the logits of every scored row (`results/predictions`) and the picture of the
+confusion matrix (`results/confusion_matrices`). It opens the folder as any user would, in this fresh process.
+
+    python scripts/run_evaluation.py weights/baseline                        # the folder's first format
+    python scripts/run_evaluation.py weights/baseline --format onnx --threads 1
+"""
+
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils_cli import ROOT, UserError, parse_flags, run
+
+# isort: split
+import numpy as np
+from utils_artifact import WEIGHT_FILES, files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
+from utils_plots import plot_confusion_matrix
+from utils_record import git_commit, record_name, write_record
+from utils_ruler import (
+    WARMUP_RUNS,
+    all_threads,
+    describe_environment,
+    expected_calibration_error,
+    macro_f1_interval,
+    predict,
+    score,
+    summarize_latency,
+    time_batches,
+    time_each,
+)
+from utils_scheme import describe_scheme
+from utils_task import DEFAULT_DATASET, Task, conflicting_texts, fingerprint, get_split, load_task
+
+
+@dataclass
+class EvaluationArguments:
+    """What is scored, and on what."""
+
+    artifact: str = field(metadata={"help": "The folder to score; the one word that needs no flag."})
+    format: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the first that the folder has if not given."},
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32 or bfloat16, for PyTorch; bfloat16 is the format bf16."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset to score on, Hub id or folder; the one it was trained on if not given."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    split: str = field(default="test", metadata={"help": "Split to score."})
+    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    latency_runs: int = field(
+        default=500, metadata={"help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput."}
+    )
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+
+
+def main(argv=None) -> None:
+    (arguments,) = parse_flags((EvaluationArguments,), positional="artifact", argv=argv)
+    folder = Path(arguments.artifact)
+    format = choose_format(folder, arguments.format, arguments.dtype)
+    if arguments.latency_runs and arguments.latency_runs < 200:
+        raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")
+    threads = arguments.threads or all_threads()
+    made_by = read_recipe_of(folder)
+    dataset_name = arguments.dataset_name or made_by.get("recipe", {}).get("dataset_name", DEFAULT_DATASET)
+    task = load_task(dataset_name, arguments.dataset_config_name)
+    rows = get_split(task, arguments.split)
+    print(f"{folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
+
+    classifier = open_artifact(folder, format, threads=threads)
+    if classifier.labels != task.labels:
+        raise UserError(
+            f"{folder} answers {len(classifier.labels)} labels ({', '.join(classifier.labels)}), "
+            f"{task.name} has {len(task.labels)} ({', '.join(task.labels)})"
+        )
+    token_ids = classifier.encode(list(rows["text"]))
+    if classifier.encode.texts_cut:
+        print(f"{classifier.encode.texts_cut} texts are longer than the model takes and were cut")
+    labels = np.asarray(rows["label"])
+    logits = predict(classifier, token_ids)
+    if not np.isfinite(logits).all():
+        raise UserError(f"{folder}: the logits of row {np.argwhere(~np.isfinite(logits))[0][0]} are not finite")
+
+    files = files_to_serve(folder, format)
+    record = {
+        "variant": made_by.get("variant", folder.resolve().name),
+        "format": format,
+        "artifact": relative(folder),
+        "date": datetime.date.today().isoformat(),
+        "scheme": describe_scheme(classifier, weights_of(folder, format), format),
+        "made": describe_made(made_by, task, rows),
+        "quality": measure_quality(logits, labels, task, rows, arguments.split)
+        | {"texts_cut": classifier.encode.texts_cut},
+        "size": {
+            "bytes_to_serve": sum(files.values()),
+            "megabytes": round(sum(files.values()) / 1e6, 2),
+            "files": files,
+        },
+        **measure_speed(classifier, token_ids, arguments.latency_runs),
+        "environment": describe_environment(threads),
+    }
+    path = write_record(record, Path(arguments.results_dir), logits, labels)
+    plot_confusion_matrix(record, Path(arguments.results_dir) / "confusion_matrices" / f"{record_name(record)}.png")
+    quality, latency = record["quality"], record["latency_ms"]
+    print(f"macro F1 {quality['macro_f1']:.4f}   accuracy {quality['accuracy']:.4f}", end="   ")
+    if latency["p50"] is not None:
+        print(f"{record['size']['megabytes']:.1f} MB   p50 {latency['p50']:.2f} ms", end="   ")
+    print(f"-> {relative(path)}")
+
+
+def choose_format(folder: Path, format: str | None, dtype: str | None) -> str:
+    """The format named, or that of the dtype, or the first that the folder has."""
+    if dtype not in {None, "float32", "bfloat16"}:
+        raise UserError(f"--dtype {dtype}: it takes float32 or bfloat16")
+    if dtype == "bfloat16":
+        if format not in {None, "pytorch", "bf16"}:
+            raise UserError(f"--dtype bfloat16 goes with --format pytorch, not {format}")
+        format = "bf16"
+    elif dtype == "float32" and format == "bf16":
+        raise UserError("--dtype float32 does not go with --format bf16")
+    format = format or next(iter(find_formats(folder)))
+    weights_of(folder, format)  # says what is wrong with the folder before the dataset is loaded
+    return format
+
+
+def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
+    """Scores of all rows, and of those whose text stands nowhere in the dataset with another label."""
+    conflicting = conflicting_texts(*task.splits.values())
+    free = np.array([text not in conflicting for text in rows["text"]])
+    scores, free_scores = score(logits, labels), score(logits[free], labels[free])
+    return {
+        "split": split,
+        "examples": len(labels),
+        "macro_f1": scores["macro_f1"],
+        "accuracy": scores["accuracy"],
+        "per_class_f1": dict(zip(task.labels, scores["per_class_f1"], strict=True)),
+        "confusion_matrix": scores["confusion_matrix"],
+        "labels": task.labels,
+        "macro_f1_ci95": macro_f1_interval(logits, labels),
+        "expected_calibration_error": expected_calibration_error(logits, labels),
+        "conflict_free": {
+            "examples": int(free.sum()),
+            "macro_f1": free_scores["macro_f1"],
+            "accuracy": free_scores["accuracy"],
+        },
+    }
+
+
+def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
+    """Latency of seeded texts one by one, and throughput over all of them; null where it was not asked for."""
+    if not runs:
+        latency = dict.fromkeys(("p50", "p95", "p99", "mean"))
+        return {
+            "latency_ms": {"batch_size": 1, **latency, "runs": 0},
+            "throughput_per_s": {"batch_size": 32, "value": None},
+        }
+    chosen = np.random.default_rng(0).integers(len(token_ids), size=WARMUP_RUNS + runs)
+    times_ms = time_each(classifier, [token_ids[row] for row in chosen])[WARMUP_RUNS:]
+    return {
+        "latency_ms": summarize_latency(times_ms),
+        "throughput_per_s": {"batch_size": 32, "value": round(time_batches(classifier, token_ids, batch_size=32), 1)},
+    }
+
+
+def describe_made(made_by: dict, task: Task, rows) -> dict:
+    """What made the artifact, as its recipe.yaml tells, and what it was scored on."""
+    made = made_by.get("made", {})
+    return {
+        "base_model": made.get("base_model"),
+        "base_model_source": made.get("base_model_source"),
+        "dataset": task.name,
+        "dataset_source": task.source,
+        "dataset_fingerprint": fingerprint(rows),
+        "train_rows": made.get("train_rows"),
+        "train_fingerprint": made.get("train_fingerprint"),
+        "recipe": made_by.get("recipe"),
+        "training": made_by.get("training"),
+        "seed": made_by.get("seed"),
+        "git_commit": made.get("git_commit") or git_commit(),
+    }
+
+
+def relative(path: Path) -> str:
+    """A path in the repository is named from its root, any other by its last part: no home folder is recorded."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""An artifact: a folder that `from_pretrained` opens, with the same model in other runtimes' formats beside it.
+
+Says which formats a folder holds and which files each needs, opens one, and saves a new folder whole or not at all.
+"""
+
+import contextlib
+from pathlib import Path
+
+from utils_cli import UserError
+from utils_files import whole_folder, write_text
+
+RECIPE_FILE = "recipe.yaml"
+SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Format -> its file of weights; of several names, the first that the folder has. The first format is the default.
+WEIGHT_FILES = {
+    "pytorch": ("model.safetensors",),
+    "bf16": ("model.bf16.safetensors", "model.safetensors"),
+    "onnx": ("onnx/model_quantized.onnx", "onnx/model.onnx"),
+}
+
+
+def find_formats(folder: Path) -> dict[str, Path]:
+    """Maps each format that the folder holds to its file of weights; raises `UserError` if it holds none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; make it first, for instance with python scripts/run_baseline.py")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no model folder: it has no config.json")
+    found = {}
+    for name, files in WEIGHT_FILES.items():
+        path = next((folder / file for file in files if (folder / file).is_file()), None)
+        if path:
+            found[name] = path
+    if not found:
+        raise UserError(f"{folder} has none of the formats {', '.join(WEIGHT_FILES)}")
+    return found
+
+
+def weights_of(folder: Path, format: str) -> Path:
+    """Returns the file of weights for the format, or says which formats there are."""
+    formats = find_formats(folder)
+    if format not in formats:
+        raise UserError(f"{folder} has no format '{format}'; it has {', '.join(formats)}")
+    return formats[format]
+
+
+def files_to_serve(folder: Path, format: str) -> dict[str, int]:
+    """All files that must be on disk to answer a text in this format, and the bytes of each."""
+    folder = Path(folder)
+    paths = [folder / name for name in SHARED_FILES] + [weights_of(folder, format)]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def open_artifact(folder: Path, format: str, threads: int):
+    """Opens one format of a folder as a classifier (see utils_classifier.py)."""
+    from utils_classifier import OnnxClassifier, TorchClassifier
+
+    weights = weights_of(folder, format)
+    if format == "onnx":
+        return OnnxClassifier(folder, weights, threads=threads)
+    return TorchClassifier(folder, weights, threads=threads, bf16=format == "bf16")
+
+
+def read_recipe_of(folder: Path) -> dict:
+    """What made this folder; empty for a folder that another program made."""
+    path = Path(folder) / RECIPE_FILE
+    if not path.is_file():
+        return {}
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def new_artifact(folder: Path, made: dict):
+    """Yields a temporary folder to save into; it becomes the artifact, recipe.yaml included, if all goes well."""
+    import yaml
+
+    with whole_folder(folder, marker=RECIPE_FILE) as partial:
+        yield partial
+        write_text(partial / RECIPE_FILE, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,125 @@
+"""What answers: one class a runtime, all with `labels`, `encode(texts)` and `logits(token_ids)`.
+
+Token ids are made with `tokenizers` and NumPy alone, the same for every runtime, and each runtime is imported when it
+is opened: with ONNX Runtime neither torch nor transformers is loaded, and the first answer comes at once.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from utils_cli import UserError
+
+
+class TextEncoder:
+    """The tokenizer of a model folder: cuts at the folder's own length, pads to the longest text of a batch."""
+
+    def __init__(self, folder: Path):
+        from tokenizers import Tokenizer
+
+        folder = Path(folder)
+        try:
+            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} has no tokenizer ({Path(error.filename).name} is missing)") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length=int(settings["model_max_length"]))
+        pad_token = settings["pad_token"]
+        self.pad_id = self._tokenizer.token_to_id(pad_token["content"] if isinstance(pad_token, dict) else pad_token)
+        self.texts_cut = 0
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Returns the token ids of each text; `texts_cut` counts those that were too long."""
+        encodings = self._tokenizer.encode_batch(texts)
+        self.texts_cut += sum(bool(encoding.overflowing) for encoding in encodings)
+        return [encoding.ids for encoding in encodings]
+
+    def pad(self, token_ids: list[list[int]]) -> dict[str, np.ndarray]:
+        """Returns int64 arrays (texts, longest) named as models take them; token types are all zero."""
+        shape = (len(token_ids), max(map(len, token_ids)))
+        ids = np.full(shape, self.pad_id, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        for row, tokens in enumerate(token_ids):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
+
+
+class OnnxClassifier:
+    """Token ids to logits with ONNX Runtime on the CPU."""
+
+    def __init__(self, folder: Path, weights: Path, threads: int):
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)  # errors only
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        try:
+            self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has no public class for it
+            raise UserError(f"{weights} cannot be opened by ONNX Runtime: {str(error).splitlines()[0]}") from error
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self.labels = read_labels(folder)
+        self.encode = TextEncoder(folder)
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 logits (texts, labels)."""
+        arrays = self.encode.pad(token_ids)
+        return self._session.run(["logits"], {name: arrays[name] for name in self._inputs})[0]
+
+
+class TorchClassifier:
+    """Token ids to logits with PyTorch, eager, opened as any user would: with `from_pretrained`."""
+
+    def __init__(self, folder: Path, weights: Path, threads: int, bf16: bool = False):
+        import torch
+
+        torch.set_num_threads(threads)
+        variant = "bf16" if ".bf16." in weights.name else None
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.model = load_trained_classifier(folder, variant=variant, dtype=dtype).eval()
+        self.labels = read_labels(folder)
+        self.encode = TextEncoder(folder)
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 logits (texts, labels)."""
+        import torch
+
+        arrays = self.encode.pad(token_ids)
+        with torch.inference_mode():
+            inputs = {name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask")}
+            return self.model(**inputs).logits.float().numpy()
+
+
+def load_trained_classifier(folder: Path, **options):
+    """`AutoModelForSequenceClassification.from_pretrained` that refuses a folder without a trained head.
+
+    Raises:
+        UserError: if weights are missing, do not fit the configuration, or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{folder} is not a trained classifier: it has no weights for {missing}; fine-tune it first")
+    return model
+
+
+def read_labels(folder: Path) -> list[str]:
+    """The label names of a model folder, in the order of its logits."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    names = config.get("id2label") or {}
+    return [names[key] for key in sorted(names, key=int)]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)

@@ -1,0 +1,72 @@
+"""Files that are whole or not there: write under a temporary name, then rename."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from utils_cli import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one step, so that a reader never sees half of it."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    """Writes indented JSON; a number that is not finite is an error, since JSON has none."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """Yields a temporary path beside ``path`` with the same suffix; it becomes ``path`` when the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, marker: str):
+    """Yields an empty temporary folder beside ``folder``; it takes that place when the block succeeds.
+
+    What stood there before stays untouched until then, and is replaced only if it holds ``marker``, the file that
+    this project leaves in its own folders.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, marker)
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, marker: str) -> None:
+    """Raises `UserError` now rather than after the training, if ``folder`` cannot be written or is not ours."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise UserError(f"{folder} holds something else (no {marker} in it); name another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        probe = folder.with_name(f".{folder.name}.probe")
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write in {folder.parent}: {error.strerror}; choose another folder") from error

@@ -1,0 +1,121 @@
+"""A classifier to one ONNX file, fused for ONNX Runtime: attention, bias + GELU, skip + layer norm.
+
+Fusing must change no answer: the file is compared with the PyTorch model before it is taken, and the plain graph is
+kept where the fused one differs or does not exist for an architecture.
+"""
+
+import copy
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+from utils_cli import UserError
+
+FUSED_ATTENTION = "onnx_multi_head_attention"
+TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both compute in FP32
+
+
+def _fused_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention as ONNX Runtime's one operator; query, key and value are (batch, heads, tokens, head size)."""
+    batch, heads, tokens, head_size = query.shape
+    query, key, value = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
+    context = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value, None, attention_mask),
+        attrs={"num_heads": heads, "scale": float(scaling or head_size**-0.5)},
+        dtype=query.dtype,
+        shape=(batch, tokens, heads * head_size),
+        version=1,
+    )
+    return context.unflatten(2, (heads, head_size)), None
+
+
+def _padding_mask(attention_mask=None, **kwargs):
+    """The operator takes the mask (batch, tokens) as it comes, so none is built for (batch, 1, tokens, tokens)."""
+    return attention_mask.to(torch.int32)
+
+
+def export_onnx(model, tokenizer, path: Path) -> dict:
+    """Writes the classifier to ``path`` as one FP32 file with inputs (batch, tokens) and output `logits`.
+
+    Returns:
+        `fused` (bool) and `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
+
+    Raises:
+        UserError: if not even the plain graph answers as the model does.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(FUSED_ATTENTION, _fused_attention)
+    AttentionMaskInterface.register(FUSED_ATTENTION, _padding_mask)
+    model = copy.deepcopy(model).cpu().float().eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = [_sample_inputs(model, tokenizer, shape) for shape in ((2, 7), (1, 12), (3, 5))]
+    gap = float("inf")
+    for fused in (True, False):
+        try:
+            _write(model, samples[0], path, fused=fused)
+            gap = _largest_gap(model, samples, path)
+        except Exception:  # an architecture without this attention, or a pattern that the optimizer does not know
+            if not fused:
+                raise
+            continue
+        if gap <= TOLERANCE:
+            return {"fused": fused, "largest_logit_gap": gap}
+    raise UserError(
+        f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
+    )
+
+
+def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Random token ids, the last row padded by two, named as the tokenizer and the model name them."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[-1, -2:] = 0
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    ids = ids.where((ids != tokenizer.pad_token_id) & mask.bool(), tokenizer.pad_token_id + 1)
+    ids = ids.where(mask.bool(), tokenizer.pad_token_id)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    taken = set(inspect.signature(model.forward).parameters) & set(tokenizer.model_input_names)
+    return {name: tensor for name, tensor in inputs.items() if name in taken}
+
+
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool) -> None:
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.onnx.export(
+        model,
+        kwargs=inputs,
+        input_names=list(inputs),
+        output_names=["logits"],
+        dynamic_shapes=dict.fromkeys(inputs, axes),
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(path, external_data=False)
+    if fused:
+        options = FusionOptions("bert")
+        options.enable_attention = False  # done above
+        optimized = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
+        optimized.save_model_to_file(str(path))
+
+
+def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    model.set_attn_implementation("eager")
+    gaps = []
+    for inputs in samples:
+        with torch.no_grad():
+            expected = model(**inputs).logits.numpy()
+        gaps.append(
+            np.abs(session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0] - expected)
+        )
+    return float(max(gap.max() for gap in gaps))

@@ -1,0 +1,62 @@
+"""Pictures from records, in one style; the same record gives the same bytes."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from utils_files import whole_file
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import seaborn  # noqa: E402
+
+STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
+
+
+def save_figure(figure, path: Path) -> None:
+    """Writes a PNG without dates or versions in it."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def plot_confusion_matrix(record: dict, path: Path) -> None:
+    """Counts in the cells, colour by the share of the true class."""
+    quality = record["quality"]
+    counts = np.array(quality["confusion_matrix"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        size = 2.2 + 0.75 * len(counts)
+        figure, axes = plt.subplots(figsize=(size + 0.8, size))
+        names = quality["labels"]
+        seaborn.heatmap(shares, annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=1, square=True, linewidths=0.5,
+                        xticklabels=names, yticklabels=names, ax=axes,
+                        cbar_kws={"label": "share of the true class", "shrink": 0.8})  # fmt: skip
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(
+            f"{record['variant']}-{record['format']}, {quality['split']}: {quality['examples']} texts, "
+            f"macro F1 {quality['macro_f1']:.3f}",
+            fontsize="medium",
+        )
+        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=30)
+        save_figure(figure, path)
+
+
+def plot_dataset(counts: dict[str, np.ndarray], lengths: dict[str, np.ndarray], labels: list[str], path: Path) -> None:
+    """Share of each class in each split, and how the lengths of the texts are spread."""
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+        colors = seaborn.color_palette(STYLE["palette"])
+        width = 0.8 / len(counts)
+        for index, (split, values) in enumerate(counts.items()):
+            places = np.arange(len(labels)) + (index - (len(counts) - 1) / 2) * width
+            left.bar(places, 100 * values / values.sum(), width, label=split, color=colors[index])
+            bins = np.arange(0, max(v.max() for v in lengths.values()) + 4, 4)
+            right.hist(lengths[split], bins=bins, density=True, histtype="step", linewidth=1.8, color=colors[index])
+        left.set_xticks(range(len(labels)), labels)
+        left.set(ylabel="share of the split in %")
+        left.legend(frameon=False)
+        right.set(xlabel="word pieces a text", ylabel="density")
+        seaborn.despine(figure)
+        save_figure(figure, path)

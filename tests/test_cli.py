@@ -1,0 +1,79 @@
+"""Recipes and flags: what beats what, and what an error says."""
+
+import pytest
+import run_baseline
+import yaml
+from conftest import run_script, train_flags
+from utils_cli import UserError, parse_recipe
+from utils_task import EMBEDDED_MODEL
+from utils_training import RecipeTrainingArguments
+
+CLASSES = (run_baseline.BaselineArguments, RecipeTrainingArguments)
+
+
+def write_recipe(folder, **values):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), **values}))
+    return path
+
+
+def test_a_flag_beats_the_recipe(encoder, tmp_path):
+    recipe = write_recipe(tmp_path, model_name_or_path=str(encoder), learning_rate=1e-3, weight_decay=0.5)
+    arguments, training, used = parse_recipe(CLASSES, recipe, ["--learning_rate", "2e-3"])
+    assert (training.learning_rate, training.weight_decay) == (2e-3, 0.5)
+    assert arguments.model_name_or_path == str(encoder)
+    assert used.values["learning_rate"] == 2e-3 and used.values["weight_decay"] == 0.5
+    assert "max_length" not in used.values  # neither the recipe nor a flag set it
+
+
+def test_another_recipe_is_the_first_word(encoder, tmp_path):
+    recipe = write_recipe(tmp_path, model_name_or_path=str(encoder), learning_rate=7e-3)
+    _, training, used = parse_recipe(CLASSES, run_baseline.RECIPE, [str(recipe)])
+    assert training.learning_rate == 7e-3 and used.path == recipe
+
+
+def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
+    recipe = write_recipe(tmp_path, learning_rate=1e-5, weight_decay=0.1,
+                          per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}})  # fmt: skip
+    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"])
+    assert (training.learning_rate, training.weight_decay) == (3e-4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "message"),
+    [
+        ({"learning_rat": 1e-3}, [], "unknown key 'learning_rat'. Did you mean learning_rate?"),
+        ({"per_model": {"a/b": {"epochs": 3}}}, [], "unknown key 'epochs'"),
+        ({"num_train_epochs": "many"}, [], "--num_train_epochs: invalid float value: 'many'"),
+        ({}, ["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean learning_rate?"),
+        ({}, ["weights/baseline"], "expected a recipe that ends in .yaml"),
+        ({}, ["missing.yaml"], "no recipe at missing.yaml"),
+        ({"eval_strategy": "sometimes"}, [], "sometimes"),
+    ],
+)
+def test_a_wrong_key_or_flag_is_named(values, flags, message, tmp_path):
+    recipe = write_recipe(tmp_path, **values)
+    with pytest.raises(UserError, match=".*") as error:
+        parse_recipe(CLASSES, recipe, flags)
+    assert message in str(error.value)
+
+
+def test_the_repositorys_own_recipe_is_valid():
+    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"])
+    assert training.metric_for_best_model == "macro_f1" and training.load_best_model_at_end
+    assert recipe.values["learning_rate"] == training.learning_rate
+    assert training.output_dir.endswith("weights/checkpoints/x")  # beside the artifact, not in it
+
+
+def test_an_error_is_one_line_and_a_status(encoder, tmp_path):
+    flags = train_flags(encoder, tmp_path / "nowhere", tmp_path / "out")
+    done = run_script("run_baseline.py", *flags)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: --dataset_name") and "no such folder" in line
+
+
+def test_a_traceback_only_when_asked_for(monkeypatch):
+    monkeypatch.setenv("EMOTION_TRACEBACK", "1")
+    done = run_script("run_evaluation.py", "nowhere")
+    assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: no folder nowhere")

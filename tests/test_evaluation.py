@@ -1,0 +1,202 @@
+"""The ruler and the record: figures that can be recomputed, files that are whole, folders that are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import run_evaluation
+from conftest import build_rows, color_features, read_json, save_dataset
+from datasets import ClassLabel, Features, Value
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from utils_cli import UserError
+from utils_record import REQUIRED, check_record
+from utils_ruler import expected_calibration_error, macro_f1_interval, score, summarize_latency
+
+
+@pytest.fixture(scope="module")
+def results(artifact, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    for format in (["--format", "pytorch"], ["--format", "pytorch", "--dtype", "bfloat16"], ["--format", "onnx"]):
+        run_evaluation.main([str(artifact), *format, "--results_dir", str(folder), "--latency_runs", "200"])
+    return folder
+
+
+def test_three_records_with_all_fields_and_a_picture_each(results):
+    for name in ("baseline-pytorch", "baseline-bf16", "baseline-onnx"):
+        record = check_record(read_json(results / "metrics" / f"{name}.json"), name)
+        assert f"{record['variant']}-{record['format']}" == name
+        assert record["quality"]["split"] == "test" and record["quality"]["examples"] == 90
+        assert record["latency_ms"]["runs"] == 200
+        assert 0 < record["latency_ms"]["p50"] <= record["latency_ms"]["p95"] <= record["latency_ms"]["p99"]
+        assert record["throughput_per_s"]["value"] > 0
+        assert record["environment"]["cpu"] and record["environment"]["packages"]["torch"]
+        picture = (results / "confusion_matrices" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def test_anyone_can_recompute_the_record_from_the_logits(results, colors):
+    record = read_json(results / "metrics" / "baseline-onnx.json")
+    table = parquet.read_table(results / "predictions" / "baseline-onnx.parquet")
+    assert (
+        table.column_names == ["row", "label", "logits"]
+        and str(table.schema.field("logits").type) == "list<element: float>"
+    )
+    labels = table["label"].to_numpy()
+    predicted = np.array(table["logits"].to_pylist()).argmax(axis=-1)
+    assert labels.tolist() == build_rows(90)["label"]
+    quality = record["quality"]
+    assert quality["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert quality["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert quality["confusion_matrix"] == confusion_matrix(labels, predicted).tolist()
+    assert list(quality["per_class_f1"]) == quality["labels"] == ["warm", "cold", "none"]
+    low, high = quality["macro_f1_ci95"]
+    assert low <= quality["macro_f1"] <= high
+
+
+def test_bytes_are_those_on_the_disk(results, artifact):
+    sizes = {}
+    for name, weights in (
+        ("pytorch", "model.safetensors"),
+        ("bf16", "model.bf16.safetensors"),
+        ("onnx", "onnx/model.onnx"),
+    ):
+        size = read_json(results / "metrics" / f"baseline-{name}.json")["size"]
+        assert set(size["files"]) == {weights, "config.json", "tokenizer.json", "tokenizer_config.json"}
+        assert size["bytes_to_serve"] == sum((artifact / file).stat().st_size for file in size["files"])
+        sizes[name] = size["files"][weights]
+    assert sizes["bf16"] < 0.75 * sizes["pytorch"]  # a tiny model's header is a large part of its file
+
+
+def test_the_baseline_has_no_quantized_layer(results):
+    # two layers of six linears, a pooler and a head
+    for name, dtype in (("pytorch", "float32"), ("bf16", "bfloat16"), ("onnx", "float32")):
+        scheme = read_json(results / "metrics" / f"baseline-{name}.json")["scheme"]
+        assert scheme == {"weights": dtype, "activations": dtype, "quantized_layers": 0, "linear_layers": 14,
+                          "embeddings": dtype}  # fmt: skip
+
+
+def test_the_rows_without_a_contradiction_are_scored_apart(artifact, tmp_path):
+    train, test = build_rows(30), build_rows(90)
+    train["text"].append(test["text"][0])
+    train["label"].append((test["label"][0] + 1) % 3)
+    data = save_dataset(tmp_path / "data", {"train": train, "test": test}, color_features())
+    run_evaluation.main([str(artifact), "--dataset_name", str(data), "--results_dir", ".", "--latency_runs", "0"])
+    record = read_json(tmp_path / "metrics" / "baseline-pytorch.json")
+    same_text = test["text"].count(test["text"][0])
+    assert record["quality"]["conflict_free"]["examples"] == 90 - same_text
+    assert record["latency_ms"]["p50"] is None and record["throughput_per_s"]["value"] is None
+
+
+def test_texts_that_are_cut_are_in_the_record(artifact, tmp_path):
+    data = save_dataset(
+        tmp_path / "data", {"test": {"text": ["red " * 99, "blue"], "label": [0, 1]}}, color_features()
+    )
+    run_evaluation.main([str(artifact), "--dataset_name", str(data), "--results_dir", ".", "--latency_runs", "0"])
+    assert read_json(tmp_path / "metrics" / "baseline-pytorch.json")["quality"]["texts_cut"] == 1
+
+
+def remove_head(folder):
+    weights = {
+        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "classifier" not in name
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename_labels(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"]["2"] = "colourless"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut_weights(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_head, "is not a trained classifier: it has no weights for classifier.bias"),
+        (rename_labels, "answers 3 labels (warm, cold, colourless)"),
+        (cut_weights, "cannot be opened"),
+        (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer (tokenizer.json is missing)"),
+        (lambda folder: [path.unlink() for path in folder.rglob("model.*")], "has none of the formats"),
+        (shutil.rmtree, "no folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_scored_is_refused(damage, message, artifact, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=".*") as error:
+        run_evaluation.main([str(folder), "--results_dir", "results"])
+    assert message in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_dataset_of_other_classes_is_refused(artifact, tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["yes", "no"])})
+    save_dataset(tmp_path / "data", {"test": {"text": ["red"], "label": [0]}}, features)
+    with pytest.raises(UserError, match="answers 3 labels .* has 2"):
+        run_evaluation.main([str(artifact), "--dataset_name", str(tmp_path / "data")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "gguf"], "has no format 'gguf'; it has pytorch, bf16, onnx"),
+        (["--dtype", "int3"], "--dtype int3"),
+        (["--format", "onnx", "--dtype", "bfloat16"], "goes with --format pytorch"),
+        (["--split", "dev"], "has no split 'dev'"),
+        (["--latency_runs", "10"], "at least 200"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message, artifact):
+    with pytest.raises(UserError, match=".*") as error:
+        run_evaluation.main([str(artifact), *flags])
+    assert message in str(error.value)
+
+
+def test_every_field_of_a_record_is_missed(results):
+    for dotted in REQUIRED:
+        record = read_json(results / "metrics" / "baseline-onnx.json")
+        *parents, last = dotted.split(".")
+        inner = record
+        for key in parents:
+            inner = inner[key]
+        del inner[last]
+        with pytest.raises(UserError, match=f"no field '{dotted}'"):
+            check_record(record, "baseline-onnx")
+
+
+def test_scores_of_a_class_that_nobody_predicts():
+    logits = np.eye(3)[[0, 0, 1, 1]]
+    scores = score(logits, np.array([0, 0, 1, 0]))
+    assert scores["per_class_f1"] == pytest.approx([0.8, 2 / 3, 0])
+    assert scores["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 3)
+    assert scores["confusion_matrix"] == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_calibration_error_of_known_cases():
+    labels = np.array([0] * 8 + [1] * 2)
+    always_first = np.tile(np.log([0.8, 0.2]), (10, 1))
+    assert expected_calibration_error(always_first, labels) == pytest.approx(0, abs=1e-12)
+    too_sure = np.tile([30.0, 0.0], (10, 1))
+    assert expected_calibration_error(too_sure, labels) == pytest.approx(0.2, abs=1e-9)
+
+
+def test_the_interval_is_seeded_and_narrows_with_more_rows():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=900)
+    logits = np.eye(3)[np.where(rng.random(900) < 0.9, labels, rng.integers(3, size=900))]
+    few, many = macro_f1_interval(logits[:100], labels[:100]), macro_f1_interval(logits, labels)
+    assert macro_f1_interval(logits, labels) == many
+    assert many[1] - many[0] < 0.6 * (few[1] - few[0])
+
+
+def test_latency_percentiles():
+    summary = summarize_latency(np.arange(1, 1001) / 10)
+    assert summary == {"batch_size": 1, "p50": 50.05, "p95": 95.005, "p99": 99.001, "mean": 50.05, "runs": 1000}

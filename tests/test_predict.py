@@ -1,0 +1,135 @@
+"""predict.py as a user calls it: words, files, a stream; light and quick."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+
+def test_sentences_of_the_command_line(artifact):
+    done = run_script("predict.py", "--model", artifact, "i see the blue sky", "a red house")
+    assert done.returncode == 0 and done.stderr == ""
+    answers = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [(scores.split()[0], text) for scores, text in answers] == [
+        ("cold", "i see the blue sky"),
+        ("warm", "a red house"),
+    ]
+
+
+def test_all_classes_as_json(artifact):
+    done = run_script("predict.py", "--model", artifact, "--json", "--top_k", 9, "the gray sky")
+    answer = json.loads(done.stdout)
+    assert answer["text"] == "the gray sky" and answer["label"] == "none" == answer["top_k"][0]["label"]
+    scores = [one["score"] for one in answer["top_k"]]
+    assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-4) and len(scores) == 3
+
+
+def test_a_file_and_pytorch_give_the_same_labels(artifact, tmp_path):
+    (tmp_path / "texts.txt").write_text("red\nblue\nwhite sky", encoding="utf-8")
+    outputs = [
+        run_script("predict.py", "--model", artifact, "--format", format, "--file", tmp_path / "texts.txt").stdout
+        for format in ("onnx", "pytorch")
+    ]
+    labels = [[line.split()[0] for line in output.splitlines()] for output in outputs]
+    assert labels[0] == labels[1] == ["warm", "cold", "none"]
+
+
+def test_neither_torch_nor_transformers_is_imported(artifact):
+    code = (
+        "import sys; sys.argv = ['predict.py', '--model', sys.argv[1], 'a red house']; import predict; predict.main();"
+        "assert not {'torch', 'transformers', 'pandas', 'sklearn'} & set(sys.modules), 'heavy imports'"
+    )
+    path = {"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code, str(artifact)], capture_output=True, text=True, env=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("warm")
+
+
+def test_the_first_answer_comes_soon(artifact):
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert run_script("predict.py", "--model", artifact, "red").returncode == 0
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1.5  # a fraction of that on an idle machine; importing torch alone takes longer
+
+
+def test_a_line_is_answered_before_the_next_one_comes(artifact):
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "--model", str(artifact)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    for line, label in (("the red house", "warm"), ("violet", "cold"), ("gray", "none")):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith(label)
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+    watchdog.cancel()
+
+
+def test_many_lines_take_flat_memory(artifact, tmp_path):
+    """Twenty times the lines, the same peak; a line that is split between two reads stays whole."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[2]); model, file = sys.argv[1], sys.argv[3]\n"
+        "import predict; predict.main(['--model', model, '--file', file])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    peaks = []
+    for lines in (2_000, 40_000):
+        file = tmp_path / "many.txt"
+        file.write_text("".join(f"the {('red', 'blue', 'black')[row % 3]} sky\n" for row in range(lines)))
+        words = [sys.executable, "-c", code, str(artifact), str(ROOT / "scripts"), str(file)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        answers = done.stdout.splitlines()
+        assert len(answers) == lines
+        assert [line.split()[0] for line in answers] == (["warm", "cold", "none"] * lines)[:lines]
+        peaks.append(int(done.stderr))
+    assert peaks[1] < peaks[0] * 1.1
+
+
+def test_empty_lines_keep_their_place_and_are_reported(artifact):
+    done = run_script("predict.py", "--model", artifact, "--json", input="red\n\nblue\n")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer.get("label") for answer in answers] == ["warm", None, "cold"]
+    assert answers[1]["error"] == "empty text"
+    assert done.returncode == 1 and "error: 1 of the texts were empty" in done.stderr
+
+
+def test_long_and_strange_texts_are_answered(artifact):
+    done = run_script("predict.py", "--model", artifact, "blue " * 5000, "\N{SNOWMAN} \x00 ünknown wörds")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert "1 texts were longer than the model takes and were cut" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(artifact):
+    command = f"yes red | {sys.executable} {ROOT}/scripts/predict.py --model {artifact} | head -n 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert len(done.stdout.splitlines()) == 3 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "nowhere", "text"], "error: no folder nowhere"),
+        (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file"),
+        (["--top_k", "0", "text"], "error: --top_k 0"),
+        (["--file", "a.txt", "text"], "error: give sentences or --file, not both"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(words, message):
+    done = run_script("predict.py", *words)
+    assert done.returncode == 1 and done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+
+
+def test_a_broken_onnx_file_is_said(artifact, tmp_path):
+    import shutil
+
+    shutil.copytree(artifact, tmp_path / "broken")
+    (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
+    done = run_script("predict.py", "--model", tmp_path / "broken", "red")
+    assert done.returncode == 1 and "cannot be opened by ONNX Runtime" in done.stderr

@@ -1,0 +1,171 @@
+"""What is written from the records: the table, the README block, the benchmark, the seeds, the look at the dataset."""
+
+import json
+import shutil
+
+import pytest
+import run_benchmark
+import run_comparison
+import run_evaluation
+import run_exploration
+import run_seeds
+from conftest import build_rows, color_features, read_json, save_dataset
+from utils_cli import UserError
+from utils_record import markdown_table
+
+
+@pytest.fixture(scope="module")
+def measured(artifact, tmp_path_factory):
+    """Records of two forms and an interleaved run of them."""
+    folder = tmp_path_factory.mktemp("measured")
+    for format in ("pytorch", "onnx"):
+        run_evaluation.main([str(artifact), "--format", format, "--results_dir", str(folder), "--latency_runs", "200"])
+    run_benchmark.main([f"{artifact}:pytorch", f"{artifact}:onnx", "--rounds", "3", "--texts", "20", "--batches", "2",
+                        "--threads", "1", "--output", str(folder / "benchmark" / "baseline.json")])  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def page(measured, tmp_path):
+    """A copy of the results, and a README with an empty block."""
+    shutil.copytree(measured, tmp_path / "results")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{run_comparison.START}\nold\n{run_comparison.END}\n\nend\n")
+    return ["--results_dir", str(tmp_path / "results"), "--readme", str(readme)]
+
+
+def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
+    run_comparison.main(page)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "old" not in text
+    record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("| baseline-onnx") and "[" in line and " x " not in line
+    ]
+    assert f"{100 * record['quality']['macro_f1']:.2f} [" in line
+    assert f" {record['latency_ms']['p50']:.2f} " in line and f" {record['size']['megabytes']:.1f} " in line
+    assert record["environment"]["cpu"] in text
+    assert "## F1 of each class" in (tmp_path / "results" / "comparison.md").read_text()
+
+
+def test_rendering_twice_changes_nothing(page, tmp_path):
+    run_comparison.main(page)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run_comparison.main(page)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_field_stops_the_renderer(page, tmp_path):
+    path = tmp_path / "results" / "metrics" / "baseline-onnx.json"
+    record = read_json(path)
+    del record["latency_ms"]["p95"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="baseline-onnx.json: the record has no field 'latency_ms.p95'"):
+        run_comparison.main(page)
+    assert "old" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (("made", "dataset_source"), "sample", "not for the README"),
+        (("quality", "split"), "validation", "not for the README"),
+        (("made", "dataset_fingerprint"), "other", "not scored on the same rows"),
+    ],
+)
+def test_what_is_not_comparable_does_not_enter_the_readme(field, value, message, page, tmp_path):
+    path = tmp_path / "results" / "metrics" / "baseline-onnx.json"
+    record = read_json(path)
+    record[field[0]][field[1]] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        run_comparison.main(page)
+
+
+def test_a_readme_without_markers_is_left_alone(page, tmp_path):
+    (tmp_path / "README.md").write_text("# Title\n")
+    with pytest.raises(UserError, match="needs one line"):
+        run_comparison.main(page)
+    assert (tmp_path / "README.md").read_text() == "# Title\n"
+
+
+def test_no_records_is_said(tmp_path):
+    with pytest.raises(UserError, match="no records in"):
+        run_comparison.main([str(tmp_path), "--print_only"])
+
+
+def test_the_benchmark_divides_what_one_run_measured(measured):
+    benchmark = read_json(measured / "benchmark" / "baseline.json")
+    assert benchmark["compared_with"] == "baseline-pytorch" and benchmark["environment"]["threads"] == 1
+    first, other = benchmark["artifacts"]["baseline-pytorch"], benchmark["artifacts"]["baseline-onnx"]
+    assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert first["latency_ms"]["runs"] == 60
+    ratio = first["latency_ms"]["p50"] / other["latency_ms"]["p50"]
+    spread = other["times_faster_at_batch_1"]
+    assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+    assert spread["min"] * 0.7 <= ratio <= spread["max"] * 1.4
+
+
+def test_the_benchmark_names_what_is_not_there(artifact):
+    with pytest.raises(UserError, match="has no format 'gguf'"):
+        run_benchmark.main([f"{artifact}:gguf"])
+
+
+def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tmp_path, monkeypatch, capsys):
+    recipe = run_baseline_recipe(tmp_path, encoder, colors)
+    monkeypatch.setattr(run_seeds, "recipe_of", lambda variant: recipe)
+    words = [
+        "baseline",
+        "--seeds",
+        "1",
+        "2",
+        "--weights_dir",
+        str(tmp_path / "weights"),
+        "--results_dir",
+        str(tmp_path / "results"),
+    ]
+    run_seeds.main(words)
+    summary = read_json(tmp_path / "results" / "seeds" / "baseline.json")
+    runs = {one["seed"]: one for one in summary["runs"]}
+    assert summary["macro_f1"]["mean"] == pytest.approx((runs[1]["macro_f1"] + runs[2]["macro_f1"]) / 2)
+    best = max(runs.values(), key=lambda one: one["validation_macro_f1"])
+    assert summary["chosen_seed"] == best["seed"]
+    chosen = (tmp_path / "weights" / "baseline" / "model.safetensors").read_bytes()
+    assert chosen == (tmp_path / "weights" / "seeds" / f"baseline-{best['seed']}" / "model.safetensors").read_bytes()
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "weights" / "seeds").rglob("*.safetensors")}
+    run_seeds.main(words)  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    recipe.write_text(recipe.read_text().replace("num_train_epochs: 1", "num_train_epochs: 2"))
+    assert not run_seeds.is_up_to_date(tmp_path / "weights" / "seeds" / "baseline-1", recipe, 1)
+
+
+def run_baseline_recipe(folder, encoder, colors):
+    import yaml
+    from conftest import ROOT
+
+    values = yaml.safe_load((ROOT / "configs" / "baseline.yaml").read_text())
+    values |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "learning_rate": 5e-3, "bf16": False,
+               "num_train_epochs": 1}  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+def test_the_dataset_is_described_by_counting(encoder, tmp_path):
+    train, test = build_rows(30), build_rows(9)
+    train["text"] += ["two labels", "two labels", "elsewhere"]
+    train["label"] += [0, 1, 2]
+    test["text"].append("elsewhere")
+    test["label"].append(0)
+    data = save_dataset(tmp_path / "data", {"train": train, "test": test}, color_features())
+    run_exploration.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
+    text = (tmp_path / "dataset.md").read_text()
+    assert "| all   |         33 |" in text.replace("  |", "  |")
+    assert "Inside one split: 1 in train, 0 in test. Across splits: 1" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| elsewhere")]
+    assert "none" in line and "warm" in line
+    assert (tmp_path / "dataset.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_line_up():
+    table = markdown_table(["name", "n"], [["a", "1"], ["longer", "100"]])
+    assert table == "| name   |   n |\n|--------|----:|\n| a      |   1 |\n| longer | 100 |\n"

@@ -1,0 +1,126 @@
+"""Datasets and base models that are not as they must be, and where the default ones come from."""
+
+import datasets
+import pytest
+import utils_task
+from conftest import COLORS, build_rows, color_features, save_dataset
+from utils_cli import UserError
+from utils_task import (
+    EMBEDDED_MODEL,
+    conflicting_texts,
+    find_base_model,
+    fingerprint,
+    get_split,
+    load_task,
+    load_tokenizer,
+    tokenize,
+)
+
+INTEGERS = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("int64")})
+NAMED = color_features()
+
+
+def test_labels_and_rows_come_from_the_dataset(colors):
+    task = load_task(str(colors))
+    assert task.labels == list(COLORS)
+    assert (task.name, task.source) == ("colors", "folder")
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 240, "validation": 60, "test": 90}
+
+
+def test_a_folder_saved_to_disk_opens_too(tmp_path):
+    rows = datasets.Dataset.from_dict(build_rows(9), features=NAMED)
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    assert load_task(str(tmp_path / "saved")).labels == list(COLORS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "message"),
+    [
+        ({"sentence": ["a"], "label": [0]}, None, "no column 'text'"),
+        ({"text": ["a"], "labels": [0]}, None, "no column 'label'"),
+        ({"text": ["a", "b"], "label": ["joy", "fear"]}, None, "column 'label' is string"),
+        ({"text": ["a", "b"], "label": [0, 1]}, INTEGERS, "column 'label' is int64"),
+        ({"text": ["a", "b"], "label": [0, -1]}, NAMED, "train row 1: label -1 is outside 0..2"),
+        ({"text": ["a", "b"], "label": [0, None]}, NAMED, "train row 1: label None is outside 0..2"),
+        ({"text": ["a", "  "], "label": [0, 1]}, NAMED, "train row 1: text is '  '"),
+        ({"text": ["a", None], "label": [0, 1]}, NAMED, "train row 1: text is None"),
+        ({"text": [1, 2], "label": [0, 1]}, None, "column 'label' is int64"),
+    ],
+)
+def test_a_wrong_dataset_is_refused(columns, features, message, tmp_path):
+    save_dataset(tmp_path / "data", {"train": columns}, features)
+    with pytest.raises(UserError, match=".*") as error:
+        load_task(str(tmp_path / "data"))
+    assert message in str(error.value)
+
+
+def test_a_label_outside_the_range_is_refused(tmp_path):
+    wrong = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 7]}, features=INTEGERS)
+    info = NAMED.arrow_schema.metadata
+    wrong.data.table.replace_schema_metadata(info)
+    import pyarrow.parquet
+
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(wrong.data.table.replace_schema_metadata(info), tmp_path / "data" / "train.parquet")
+    with pytest.raises(UserError, match="7"):
+        load_task(str(tmp_path / "data"))
+
+
+def test_texts_that_are_numbers_are_refused(tmp_path):
+    features = datasets.Features({"text": datasets.Value("int64"), "label": NAMED["label"]})
+    save_dataset(tmp_path / "data", {"train": {"text": [1, 2], "label": [0, 1]}}, features)
+    with pytest.raises(UserError, match="train row 0: text is 1"):
+        load_task(str(tmp_path / "data"))
+
+
+def test_a_split_that_is_not_there_is_named(colors):
+    with pytest.raises(UserError, match="no split 'dev'; it has"):
+        get_split(load_task(str(colors)), "dev")
+
+
+def test_what_is_not_there_is_said():
+    with pytest.raises(UserError, match="no such folder"):
+        load_task("./nowhere")
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        load_task("someone/something")
+    with pytest.raises(UserError, match="no config.json there"):
+        find_base_model("./nowhere")
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        find_base_model("someone/something")
+
+
+def test_without_the_hub_the_embedded_model_and_then_the_sample_stand_in(monkeypatch):
+    base = find_base_model(utils_task.DEFAULT_MODEL)
+    assert (base.name, base.source) == (EMBEDDED_MODEL, "package")
+    sample = [copy for copy in utils_task.LOCAL_COPIES if copy[0] == "sample"]
+    monkeypatch.setattr(utils_task, "LOCAL_COPIES", tuple(sample))
+    task = load_task(utils_task.DEFAULT_DATASET)
+    assert task.source == "sample" and "sample" in task.name
+    assert task.labels == ["sadness", "joy", "love", "anger", "fear", "surprise"]
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 360, "validation": 90, "test": 90}
+
+
+def test_long_texts_are_cut_counted_and_reported(encoder, tmp_path, capsys):
+    save_dataset(tmp_path / "data", {"train": {"text": ["sky " * 100, "sky"], "label": [0, 1]}}, NAMED)
+    rows = load_task(str(tmp_path / "data")).splits["train"]
+    tokenizer = load_tokenizer(str(encoder), max_length=16)
+    assert [len(ids) for ids in tokenize(rows, tokenizer, "train")["input_ids"]] == [16, 3]
+    assert "train: 1 of 2 texts are longer than 16 word pieces" in capsys.readouterr().out
+
+
+def test_texts_are_cut_where_the_model_ends(encoder):
+    assert load_tokenizer(str(encoder), max_length=1000).model_max_length == 40  # its positions
+
+
+def test_texts_with_two_labels_are_found():
+    rows = {"text": ["a", "b", "a", "c"], "label": [0, 1, 2, 1]}
+    assert conflicting_texts(rows) == {"a"}
+    assert conflicting_texts(rows, {"text": ["c", "b"], "label": [0, 1]}) == {"a", "c"}
+
+
+def test_the_fingerprint_sees_order_text_and_label():
+    prints = {
+        fingerprint({"text": texts, "label": labels})
+        for texts, labels in ((["a", "b"], [0, 1]), (["b", "a"], [0, 1]), (["a", "b"], [1, 0]), (["a", "c"], [0, 1]))
+    }
+    assert len(prints) == 4
