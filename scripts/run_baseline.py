@@ -47,6 +47,9 @@ class BaselineArguments(TaskArguments):
     r_drop: float = field(
         default=0.0, metadata={"help": "Weight of R-Drop's consistency loss; 0 trains plainly, in half the time."}
     )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "How much slower each layer learns than the one above it; 1 for no difference."}
+    )
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
     )
@@ -70,8 +73,9 @@ def main(argv=None) -> None:
     model = build_model(base.path, task.labels, arguments.attention_dropout)
 
     # 4. Train: what is left in `model` is the best checkpoint on validation
-    trainer = RDropTrainer(
+    trainer = BaselineTrainer(
         r_drop=arguments.r_drop,
+        layer_decay=arguments.layer_decay,
         model=model,
         args=training,
         train_dataset=train_ids,
@@ -91,16 +95,20 @@ def main(argv=None) -> None:
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']:.4f}")
 
 
-class RDropTrainer(Trainer):
-    """Sends each batch through the model twice and asks both answers, which differ by dropout, to agree.
+class BaselineTrainer(Trainer):
+    """The `Trainer` with two things that a small encoder gains from.
 
-    R-Drop, Wu et al., "R-Drop: Regularized Dropout for Neural Networks", NeurIPS 2021: the cross-entropy of both
-    passes plus ``r_drop`` times their symmetric Kullback-Leibler divergence.
+    R-Drop (Wu et al., "R-Drop: Regularized Dropout for Neural Networks", NeurIPS 2021): each batch goes through the
+    model twice, and the two answers, which differ by dropout, are asked to agree. The loss is the cross-entropy of
+    both passes plus ``r_drop`` times their symmetric Kullback-Leibler divergence.
+
+    Layer-wise learning rates (Howard and Ruder, "Universal Language Model Fine-tuning", ACL 2018): each layer learns
+    ``layer_decay`` times as fast as the one above it, since the lower ones hold what the pretraining knows.
     """
 
-    def __init__(self, r_drop: float, **kwargs):
+    def __init__(self, r_drop: float, layer_decay: float, **kwargs):
         super().__init__(**kwargs)
-        self.r_drop = r_drop
+        self.r_drop, self.layer_decay = r_drop, layer_decay
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever else the model takes
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -112,6 +120,34 @@ class RDropTrainer(Trainer):
         back = functional.kl_div(second, first, reduction="batchmean", log_target=True)
         loss = outputs.loss + self.r_drop * (there + back) / 2
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        model = model or self.model
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        decayed, depths = set(self.get_decay_parameter_names(model)), count_layers_above(model)
+        groups = {}
+        for name, parameter in model.named_parameters():
+            weight_decay = self.args.weight_decay if name in decayed else 0.0
+            rate = self.args.learning_rate * self.layer_decay ** depths[name]
+            group = groups.setdefault((rate, weight_decay), {"params": [], "lr": rate, "weight_decay": weight_decay})
+            group["params"].append(parameter)
+        self.optimizer = optimizer_class(list(groups.values()), **options)
+        return self.optimizer
+
+
+def count_layers_above(model) -> dict[str, int]:
+    """How many layers lie between each parameter and the head: 0 for the head and the pooler, most for embeddings."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    stack = max(stacks, key=lambda name: len(stacks[name]))
+    names = {module: name for name, module in model.named_modules()}
+    embeddings = names[model.get_input_embeddings()].rpartition(".")[0]
+    layers, depths = len(stacks[stack]), {}
+    for name, _ in model.named_parameters():
+        if name.startswith(f"{stack}."):
+            depths[name] = layers - int(name.removeprefix(f"{stack}.").split(".")[0])
+        else:
+            depths[name] = layers + 1 if name.startswith(f"{embeddings}.") else 0
+    return depths
 
 
 def select_train_rows(rows, arguments: BaselineArguments, seed: int):

@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"
 
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 os.environ.setdefault("DATASETS_VERBOSITY", "error")
@@ -40,24 +42,31 @@ def run(main) -> None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
-        return
-    except KeyboardInterrupt as error:
-        caught, message, status = error, "interrupted; go on with --resume_from_checkpoint last if this trained", 130
     except BrokenPipeError:  # the reader (`head`, say) went away: nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    except UserError as error:
-        caught, message, status = error, str(error), 1
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise
+    except (KeyboardInterrupt, Exception) as error:
+        message = _explain(error)
+        if message is None or os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        if message:
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _explain(error: BaseException) -> str | None:
+    """What the user can do about an error; None for one that only a developer can mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; a training goes on where it stopped with --resume_from_checkpoint last"
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         name = f" {error.filename}" if error.filename else ""
-        caught, status = error, 1
-        message = f"cannot write{name}: {error.strerror}; free some space or choose another folder"
-    if os.environ.get(TRACEBACK_VARIABLE):
-        traceback.print_exception(caught)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+        return f"cannot write{name}: {error.strerror}; free some space or choose another folder"
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(
+        error
+    ):  # no OSError
+        return f"cannot write the weights: {error}; free some space or choose another folder"
+    return None
 
 
 def read_recipe(path: Path) -> dict:

@@ -36,6 +36,15 @@ ENCODERS = {
 }  # fmt: skip
 
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    """Opening an artifact sets the number of threads, and with it the order of sums."""
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     """A test writes nothing into the repository."""
@@ -102,7 +111,9 @@ def encoder(tmp_path_factory) -> Path:
 
 def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
     values = {"model_name_or_path": encoder, "dataset_name": dataset, "output_dir": output, "learning_rate": 5e-3,
-              "num_train_epochs": 6, "per_device_train_batch_size": 16, "bf16": False, "disable_tqdm": True, **changes}  # fmt: skip
+              "num_train_epochs": 6, "per_device_train_batch_size": 16, "r_drop": 0.1, "bf16": False,
+              "disable_tqdm": True,
+              **changes}  # fmt: skip
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 

@@ -156,7 +156,7 @@ def test_it_logs_to_tensorboard_only_when_asked(encoder, colors, tmp_path, monke
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
     flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=32 // processes)
-    several = ["--num_processes", str(processes), "--multi_cpu" if processes > 1 else "--cpu"]
+    several = ["--num_processes", str(processes), "--cpu"]
     config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, *several,
                str(ROOT / "scripts" / "run_baseline.py"), *flags]  # fmt: skip
