@@ -62,10 +62,10 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         name = f" {error.filename}" if error.filename else ""
         return f"cannot write{name}: {error.strerror}; free some space or choose another folder"
-    if type(error).__name__ == "SafetensorError" and "I/O error" in str(
-        error
-    ):  # no OSError
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # no OSError
         return f"cannot write the weights: {error}; free some space or choose another folder"
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save on a full disk
+        return "cannot write a checkpoint: the disk is full or a limit was reached; free some space"
     return None
 
 
@@ -150,7 +150,9 @@ def _split(argv) -> tuple[list[str], list[str]]:
 
 def _parser(classes):
     from transformers import HfArgumentParser
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of reading and writing files; a training shows its own
     parser = HfArgumentParser(classes, allow_abbrev=False)
     parser.error = _raise_user_error
     return parser

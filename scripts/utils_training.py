@@ -2,11 +2,13 @@
 
 import ctypes
 import json
+import os
 import platform
 import resource
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +40,10 @@ class RecipeTrainingArguments(TrainingArguments):
     answer. An output folder that cannot be written is an error now, not after the training.
     """
 
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether several processes look for parameters that got no gradient."}
+    )
+
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("name the folder to save into, with --output_dir or in the recipe")
@@ -46,6 +52,7 @@ class RecipeTrainingArguments(TrainingArguments):
         self.output_dir = str(self.artifact.parent / "checkpoints" / self.artifact.name)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / self.artifact.name))
         super().__post_init__()
 
 
@@ -82,6 +89,9 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
         trainer.remove_callback(callback)
     if not arguments.disable_tqdm:
         trainer.add_callback(ProgressLines)
+    # The Trainer loads a checkpoint back by the names of the modules, while save_pretrained writes LayerNorm's legacy
+    # names by default: the best checkpoint, or the one to resume from, would lose every LayerNorm without a word.
+    trainer.model.save_pretrained = partial(trainer.model.save_pretrained, save_original_format=False)
     _keep_freed_memory()
     start, cpu_start = time.monotonic(), time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)

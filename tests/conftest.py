@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json  # noqa: E402
+import random  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -25,7 +26,8 @@ from transformers import (  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}
-WORDS = ["a", "the", "i", "see", "sky", "house", "today", "now", "very", "and"] + sum(COLORS.values(), [])
+FILLERS = ["a", "the", "i", "see", "sky", "house", "today", "now", "very", "and"]
+WORDS = FILLERS + sum(COLORS.values(), [])
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 ENCODERS = {
     "bert": (BertConfig, {**SMALL, "max_position_embeddings": 40}),
@@ -72,15 +74,14 @@ def build_encoder(folder: Path, kind: str = "bert") -> Path:
     return folder
 
 
-def build_rows(count: int, labels=tuple(COLORS)) -> dict:
-    """Texts whose class is the kind of colour that they name."""
+def build_rows(count: int) -> dict:
+    """Texts whose class is the kind of colour that they name, and nothing else tells it."""
+    draw = random.Random(count)
     texts, classes = [], []
     for index in range(count):
-        kind = index % 3
-        color = COLORS[list(COLORS)[kind]][index // 3 % 3]
-        filler = " ".join(WORDS[(index * step) % 10] for step in (1, 3, 7)[: 1 + index % 3])
-        texts.append(f"{filler} {color} {WORDS[index % 10]} {WORDS[index // 10 % 10]}")
-        classes.append(kind)
+        before, after = (draw.choices(FILLERS, k=draw.randint(0, 3)) for _ in range(2))
+        texts.append(" ".join([*before, draw.choice(COLORS[list(COLORS)[index % 3]]), *after]))
+        classes.append(index % 3)
     return {"text": texts, "label": classes}
 
 

@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import predict
 import pytest
 import run_baseline
+import run_evaluation
 import torch
+import utils_cli
 import yaml
-from conftest import ENCODERS, ROOT, build_encoder, run_script, train_flags
+from conftest import ENCODERS, ROOT, build_encoder, train_flags
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, TrainingArguments, pipeline
 from utils_artifact import open_artifact
 from utils_classifier import softmax
 from utils_cli import UserError
@@ -55,29 +58,78 @@ def test_the_three_forms_answer_alike(artifact):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
-def test_other_encoders_train_evaluate_and_answer(kind, colors, tmp_path):
+def test_other_encoders_train_evaluate_and_answer(kind, colors, tmp_path, capsys):
     encoder = build_encoder(tmp_path / kind, kind)
     run_baseline.main(train_flags(encoder, colors, tmp_path / "out", attention_dropout=0.1))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     dropout = {"attention_probs_dropout_prob", "attention_dropout"} & vars(model.config).keys()
     assert [getattr(model.config, name) for name in dropout] == [0.1]
-    done = run_script("run_evaluation.py", tmp_path / "out", "--format", "onnx", "--results_dir", "results",
-                      "--latency_runs", 0)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_evaluation.main([str(tmp_path / "out"), "--format", "onnx", "--results_dir", "results", "--latency_runs", "0"])
     record = json.loads(Path("results/metrics/baseline-onnx.json").read_text())
     assert record["quality"]["macro_f1"] > 0.9
-    done = run_script("predict.py", "--model", tmp_path / "out", "the blue sky")
-    assert done.stdout.startswith("cold ")
+    predict.main(["--model", str(tmp_path / "out"), "the blue sky"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("cold ")
 
 
-def test_the_same_recipe_and_seed_give_the_same_weights(artifact, encoder, colors, tmp_path):
-    run_baseline.main(train_flags(encoder, colors, tmp_path / "again"))
-    run_baseline.main(train_flags(encoder, colors, tmp_path / "other", seed=7))
-    first, again, other = (
-        load_file(f / "model.safetensors") for f in (artifact, tmp_path / "again", tmp_path / "other")
-    )
+def test_the_same_recipe_and_seed_give_the_same_weights(encoder, colors, tmp_path):
+    folders = [tmp_path / name for name in ("first", "again", "other")]
+    for folder, seed in zip(folders, (42, 42, 7), strict=True):
+        run_baseline.main(train_flags(encoder, colors, folder, seed=seed))
+    first, again, other = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypatch):
+    """Every weight, the LayerNorms' too, is that of the best evaluation and not of the last step."""
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "one", num_train_epochs=1, **constant))
+    scores = iter([0.9, 0.1, 0.2])
+    monkeypatch.setattr(
+        run_baseline, "compute_metrics", lambda prediction: {"macro_f1": next(scores), "accuracy": 0.0}
+    )
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "best", num_train_epochs=3, **constant))
+    one, best = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "best"))
+    assert "bert.embeddings.LayerNorm.weight" in one
+    assert all(torch.equal(one[name], best[name]) for name in one)
+
+
+def trainer_of(encoder, **options):
+    model = run_baseline.build_model(str(encoder), ["warm", "cold", "none"], None)
+    arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
+    return run_baseline.BaselineTrainer(model=model, args=arguments, **{"r_drop": 0.0, "layer_decay": 1.0, **options})
+
+
+def test_r_drop_is_the_cross_entropy_and_the_divergence_of_two_passes(encoder):
+    batch = {"input_ids": torch.tensor([[0, 5, 9, 2]] * 4), "labels": torch.tensor([0, 1, 2, 0])}
+    trainer = trainer_of(encoder, r_drop=0.7)
+    trainer.model.classifier.weight.data *= 100
+    loss, outputs = trainer.compute_loss(trainer.model.train(), dict(batch), return_outputs=True)
+    first, second = outputs.logits.softmax(dim=-1).detach().double().chunk(2)
+    divergence = ((first * (first / second).log()).sum() + (second * (second / first).log()).sum()) / 4 / 2
+    labels = torch.cat([batch["labels"]] * 2)
+    cross_entropy = -torch.cat([first, second]).log()[range(8), labels].mean()
+    assert divergence > 1e-3  # dropout makes the passes differ
+    assert loss.item() == pytest.approx((cross_entropy + 0.7 * divergence).item(), rel=1e-4)
+    plain = trainer_of(encoder)
+    with torch.no_grad():  # evaluation is not changed
+        trainer.model.eval()
+        assert trainer.compute_loss(trainer.model, dict(batch)) == plain.compute_loss(trainer.model, dict(batch))
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_each_layer_learns_slower_than_the_one_above(kind, tmp_path):
+    trainer = trainer_of(build_encoder(tmp_path / kind, kind), layer_decay=0.5)
+    rates = {}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            rates[parameter] = group["lr"]
+            assert parameter.ndim > 1 or group["weight_decay"] == 0  # biases and LayerNorms
+    rates = {name: rates[parameter] for name, parameter in trainer.model.named_parameters()}
+    assert {rate for name, rate in rates.items() if "embeddings" in name} == {0.125}
+    assert {rate for name, rate in rates.items() if "layer.0." in name} == {0.25}
+    assert {rate for name, rate in rates.items() if "layer.1." in name} == {0.5}
+    assert {rate for name, rate in rates.items() if "classifier" in name or "pooler" in name} == {1.0}
 
 
 def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(artifact, encoder, colors, tmp_path):
@@ -105,21 +157,33 @@ def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(artifact, enco
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tmp_path):
+def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tmp_path, monkeypatch, capsys):
     out = tmp_path / "baseline"
     shutil.copytree(artifact, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    save = run_baseline.save
 
-    def small_files_only():
+    def save_on_a_full_disk(*words):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            return save(*words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    flags = train_flags(encoder, colors, out, save_strategy="no", load_best_model_at_end=False)
-    done = run_script("run_baseline.py", *flags, preexec_fn=small_files_only)
-    assert done.returncode == 1
-    assert "error: cannot write" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(run_baseline, "save", save_on_a_full_disk)
+    flags = train_flags(encoder, colors, out, num_train_epochs=1)
+    with pytest.raises(SystemExit) as stopped:
+        utils_cli.run(lambda: run_baseline.main(flags))
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: cannot write") and "free some space" in message
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob(".baseline*"))
+    monkeypatch.undo()  # the disk has space again: the training that was paid for is not lost
+    run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(encoder, colors, tmp_path):
@@ -155,8 +219,8 @@ def test_it_logs_to_tensorboard_only_when_asked(encoder, colors, tmp_path, monke
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
-    flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=32 // processes)
-    several = ["--num_processes", str(processes), "--cpu"]
+    flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=16 // processes)
+    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
     config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, *several,
                str(ROOT / "scripts" / "run_baseline.py"), *flags]  # fmt: skip
