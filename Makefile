@@ -22,8 +22,7 @@ $(READY): requirements.txt
 run: $(READY)
 	@echo "A short run on part of the data: it shows that everything works, its scores are not the published ones."
 	@echo "'make results' trains the full recipe."
-	$(RUN) scripts/run_baseline.py --max_train_rows 6400 --num_train_epochs 1 --r_drop 0 \
-		--output_dir $(SHORT)/baseline
+	$(RUN) scripts/run_baseline.py --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format pytorch --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format bf16 --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format onnx --latency_runs 200 --results_dir $(SHORT)/results

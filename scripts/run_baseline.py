@@ -16,7 +16,6 @@ from utils_cli import ROOT, UserError, parse_recipe, run
 
 # isort: split
 import torch
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
 from utils_onnx import export_onnx
@@ -43,9 +42,6 @@ class BaselineArguments(TaskArguments):
     )
     drop_conflicting_rows: bool = field(
         default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
-    )
-    r_drop: float = field(
-        default=0.0, metadata={"help": "Weight of R-Drop's consistency loss; 0 trains plainly, in half the time."}
     )
     layer_decay: float = field(
         default=1.0, metadata={"help": "How much slower each layer learns than the one above it; 1 for no difference."}
@@ -74,7 +70,6 @@ def main(argv=None) -> None:
 
     # 4. Train: what is left in `model` is the best checkpoint on validation
     trainer = BaselineTrainer(
-        r_drop=arguments.r_drop,
         layer_decay=arguments.layer_decay,
         model=model,
         args=training,
@@ -96,30 +91,15 @@ def main(argv=None) -> None:
 
 
 class BaselineTrainer(Trainer):
-    """The `Trainer` with two things that a small encoder gains from.
+    """The `Trainer` with layer-wise learning rates.
 
-    R-Drop (Wu et al., "R-Drop: Regularized Dropout for Neural Networks", NeurIPS 2021): each batch goes through the
-    model twice, and the two answers, which differ by dropout, are asked to agree. The loss is the cross-entropy of
-    both passes plus ``r_drop`` times their symmetric Kullback-Leibler divergence.
-
-    Layer-wise learning rates (Howard and Ruder, "Universal Language Model Fine-tuning", ACL 2018): each layer learns
-    ``layer_decay`` times as fast as the one above it, since the lower ones hold what the pretraining knows.
+    Each layer learns ``layer_decay`` times as fast as the one above it, since the lower ones hold what the pretraining
+    knows (Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018).
     """
 
-    def __init__(self, r_drop: float, layer_decay: float, **kwargs):
+    def __init__(self, layer_decay: float, **kwargs):
         super().__init__(**kwargs)
-        self.r_drop, self.layer_decay = r_drop, layer_decay
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever else the model takes
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.r_drop or not model.training:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        outputs = model(**{name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()})
-        first, second = outputs.logits.float().log_softmax(dim=-1).chunk(2)
-        there = functional.kl_div(first, second, reduction="batchmean", log_target=True)
-        back = functional.kl_div(second, first, reduction="batchmean", log_target=True)
-        loss = outputs.loss + self.r_drop * (there + back) / 2
-        return (loss, outputs) if return_outputs else loss
+        self.layer_decay = layer_decay
 
     def create_optimizer(self, model=None):
         model = model or self.model

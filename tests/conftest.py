@@ -112,7 +112,7 @@ def encoder(tmp_path_factory) -> Path:
 
 def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
     values = {"model_name_or_path": encoder, "dataset_name": dataset, "output_dir": output, "learning_rate": 5e-3,
-              "num_train_epochs": 6, "per_device_train_batch_size": 16, "r_drop": 0.1, "bf16": False,
+              "num_train_epochs": 6, "per_device_train_batch_size": 16, "bf16": False,
               "disable_tqdm": True,
               **changes}  # fmt: skip
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
