@@ -108,6 +108,7 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
         "resumed": checkpoint is not None,  # then the seconds count from there on
         "precision": "bf16" if arguments.bf16 else "fp32",
         "processes": arguments.world_size,
+        "threads": torch.get_num_threads(),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
     }
 

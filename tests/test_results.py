@@ -161,8 +161,8 @@ def test_the_dataset_is_described_by_counting(encoder, tmp_path):
     text = (tmp_path / "dataset.md").read_text()
     assert "| all   |         33 |" in text.replace("  |", "  |")
     assert "Inside one split: 1 in train, 0 in test. Across splits: 1" in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| elsewhere")]
-    assert "none" in line and "warm" in line
+    assert "| none (row 32) | warm (row 9) |" in text
+    assert "elsewhere" not in text  # the texts are the dataset's
     assert (tmp_path / "dataset.png").read_bytes().startswith(b"\x89PNG")
 
 
