@@ -26,7 +26,7 @@ def main(argv=None) -> None:
     parser.add_argument("--file", help="file with a text a line")
     parser.add_argument("--top_k", type=int, default=1, help="how many classes to show, most probable first")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--threads", type=int, default=0, help="threads to compute with; all if not given")
+    parser.add_argument("--threads", type=int, help="threads to compute with; all if not given")
     arguments = parser.parse_args(argv)
     if arguments.top_k < 1:
         raise UserError(f"--top_k {arguments.top_k}: it takes 1 or more")
@@ -34,11 +34,12 @@ def main(argv=None) -> None:
         raise UserError("give sentences or --file, not both")
     batches = read_batches(arguments)  # a file that is not there is said before the model loads
 
-    from utils_artifact import find_formats, open_artifact
+    from utils_artifact import choose_threads, find_formats, open_artifact
 
+    threads = choose_threads(arguments.threads)
     formats = find_formats(Path(arguments.model))
     format = arguments.format or ("onnx" if "onnx" in formats else next(iter(formats)))
-    classifier = open_artifact(Path(arguments.model), format, threads=arguments.threads)
+    classifier = open_artifact(Path(arguments.model), format, threads=threads)
     empty = 0
     for texts in batches:
         empty += answer(classifier, texts, arguments)

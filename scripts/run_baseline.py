@@ -16,6 +16,7 @@ from utils_cli import ROOT, UserError, parse_recipe, run
 
 # isort: split
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
 from utils_onnx import export_onnx
@@ -87,7 +88,7 @@ def main(argv=None) -> None:
         with new_artifact(training.artifact, made) as folder:
             made["onnx"] = save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
         shutil.rmtree(training.output_dir)  # the checkpoints
-        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']:.4f}")
+        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
 
 
 class BaselineTrainer(Trainer):
@@ -116,7 +117,7 @@ class BaselineTrainer(Trainer):
 
 
 def count_layers_above(model) -> dict[str, int]:
-    """How many layers lie between each parameter and the head: 0 for the head and the pooler, most for embeddings."""
+    """How many layers each parameter lies below the head: most for the embeddings, 0 for all outside the layers."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     stack = max(stacks, key=lambda name: len(stacks[name]))
     names = {module: name for name, module in model.named_modules()}
@@ -145,7 +146,7 @@ def select_train_rows(rows, arguments: BaselineArguments, seed: int):
 
 def build_model(path: str, labels: list[str], attention_dropout: float | None):
     """The encoder with a fresh classification head, or with its own where it was trained for as many classes."""
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     trained = any("SequenceClassification" in name for name in config.architectures or [])
     if trained and config.num_labels != len(labels):
         raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
@@ -157,7 +158,16 @@ def build_model(path: str, labels: list[str], attention_dropout: float | None):
             config
         ).keys():  # BERT's, DistilBERT's
             setattr(config, name, attention_dropout)
-    return AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    options = {"config": config, "dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    encoder = f"{model.base_model_prefix}."
+    absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
+    if absent:
+        raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
+    return model
 
 
 def save(model, tokenizer, folder) -> dict:

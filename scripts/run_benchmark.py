@@ -3,7 +3,7 @@
 Each artifact lives in a process of its own, so that no runtime's threads disturb another's, and answers the same texts
 in turn. The first one named is what the others are compared with.
 
-    python scripts/run_benchmark.py weights/baseline:onnx weights/baseline:pytorch weights/baseline:bf16
+    python scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx
 """
 
 import datetime
@@ -11,16 +11,16 @@ import multiprocessing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, parse_flags, run
+from utils_cli import UserError, parse_flags, run
 
 # isort: split
 import numpy as np
-from rich.progress import track
-from utils_artifact import find_formats, open_artifact, read_recipe_of, weights_of
+from tqdm import tqdm
+from utils_artifact import choose_threads, find_formats, open_artifact, read_recipe_of, weights_of
 from utils_files import write_json
 from utils_record import git_commit
-from utils_ruler import WARMUP_RUNS, all_threads, describe_environment, summarize_latency, time_batches, time_each
-from utils_task import DEFAULT_DATASET, get_split, load_task
+from utils_ruler import WARMUP_RUNS, describe_environment, summarize_latency, time_batches, time_each
+from utils_task import get_split, load_task_of
 
 SETTLE_RUNS = 5  # after another artifact had the processor: its caches are gone
 
@@ -39,21 +39,19 @@ class BenchmarkArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Texts to use; the first artifact's if not given."}
     )
-    output: str = field(
-        default=str(ROOT / "results" / "benchmark" / "baseline.json"), metadata={"help": "File of the result."}
-    )
+    output: str | None = field(default=None, metadata={"help": "JSON file of the result; printed only if not given."})
 
 
 def main(argv=None) -> None:
     (arguments,) = parse_flags((BenchmarkArguments,), positional="artifacts", argv=argv)
     named = [split_name(name) for name in arguments.artifacts]
-    first_recipe = read_recipe_of(named[0][0]).get("recipe", {})
-    task = load_task(arguments.dataset_name or first_recipe.get("dataset_name", DEFAULT_DATASET))
+    task = load_task_of(read_recipe_of(named[0][0]), arguments.dataset_name)
+    print(f"texts: {task.name} ({task.source}), test")
     texts = list(get_split(task, "test")["text"])
-    threads = arguments.threads or all_threads()
+    threads = choose_threads(arguments.threads)
     workers = [Worker(folder, format, threads) for folder, format in named]
     rng = np.random.default_rng(0)
-    for _ in track(range(arguments.rounds), description="interleaved rounds"):
+    for _ in tqdm(range(arguments.rounds), desc="interleaved rounds"):
         one_by_one = [texts[row] for row in rng.integers(len(texts), size=SETTLE_RUNS + arguments.texts)]
         batched = [texts[row] for row in rng.integers(len(texts), size=32 * arguments.batches)]
         for worker in workers:
@@ -63,6 +61,7 @@ def main(argv=None) -> None:
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
         "dataset": task.name,
+        "dataset_source": task.source,
         "rounds": arguments.rounds,
         "texts_a_round": arguments.texts,
         "batches_a_round": arguments.batches,
@@ -72,11 +71,12 @@ def main(argv=None) -> None:
     }
     for worker in workers:
         worker.close()
-    write_json(Path(arguments.output), result)
+    if arguments.output:
+        write_json(Path(arguments.output), result)
     for name, summary in result["artifacts"].items():
         faster, faster_in_batches = (summary[f"times_faster_at_batch_{size}"]["median"] for size in (1, 32))
         print(
-            f"{name:18} p50 {summary['latency_ms']['p50']:7.2f} ms ({faster:.2f} x)"
+            f"{name:28} p50 {summary['latency_ms']['p50']:7.2f} ms ({faster:.2f} x)"
             f"   {summary['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches:.2f} x)"
         )
 
@@ -93,7 +93,7 @@ class Worker:
     """One artifact in its own process, idle while the others have their turn."""
 
     def __init__(self, folder: Path, format: str, threads: int):
-        self.name = f"{read_recipe_of(folder).get('variant', folder.name)}-{format}"
+        self.name = f"{folder}:{format}"
         self._times_ms, self._texts_per_s = [], []  # one entry a round
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
@@ -105,7 +105,10 @@ class Worker:
         while not self._pipe.poll(1):
             if not self._process.is_alive():
                 raise UserError(f"{self.name} ended while it was measured")
-        return self._pipe.recv()
+        answer = self._pipe.recv()
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     def take_turn(self, one_by_one: list[str], batched: list[str]) -> None:
         self._pipe.send((one_by_one, batched))
@@ -130,8 +133,14 @@ class Worker:
 
 def serve(pipe, folder: Path, format: str, threads: int) -> None:
     """The worker's process: opens and warms the artifact, then times what it is sent until it is sent None."""
-    classifier = open_artifact(folder, format, threads=threads)
-    time_each(classifier, classifier.encode(["a few words to warm up with"]) * WARMUP_RUNS)
+    try:
+        classifier = open_artifact(folder, format, threads=threads)
+    except UserError as error:
+        pipe.send(error)
+        return
+    warm = classifier.encode(["a few words to warm up with"]) * WARMUP_RUNS
+    time_each(classifier, warm)
+    time_batches(classifier, warm, batch_size=32)
     pipe.send("ready")
     while turn := pipe.recv():
         one_by_one, batched = turn

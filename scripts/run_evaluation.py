@@ -15,12 +15,19 @@ from utils_cli import ROOT, UserError, parse_flags, run
 
 # isort: split
 import numpy as np
-from utils_artifact import WEIGHT_FILES, files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
+from utils_artifact import (
+    WEIGHT_FILES,
+    choose_threads,
+    files_to_serve,
+    find_formats,
+    open_artifact,
+    read_recipe_of,
+    weights_of,
+)
 from utils_plots import plot_confusion_matrix
-from utils_record import git_commit, record_name, write_record
+from utils_record import record_name, write_record
 from utils_ruler import (
     WARMUP_RUNS,
-    all_threads,
     describe_environment,
     expected_calibration_error,
     macro_f1_interval,
@@ -31,7 +38,7 @@ from utils_ruler import (
     time_each,
 )
 from utils_scheme import describe_scheme
-from utils_task import DEFAULT_DATASET, Task, conflicting_texts, fingerprint, get_split, load_task
+from utils_task import Task, conflicting_texts, fingerprint, get_split, load_task_of
 
 
 @dataclass
@@ -65,10 +72,10 @@ def main(argv=None) -> None:
     format = choose_format(folder, arguments.format, arguments.dtype)
     if arguments.latency_runs and arguments.latency_runs < 200:
         raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")
-    threads = arguments.threads or all_threads()
+    threads = choose_threads(arguments.threads)
+    Path(arguments.results_dir).mkdir(parents=True, exist_ok=True)  # an error now, not after the measuring
     made_by = read_recipe_of(folder)
-    dataset_name = arguments.dataset_name or made_by.get("recipe", {}).get("dataset_name", DEFAULT_DATASET)
-    task = load_task(dataset_name, arguments.dataset_config_name)
+    task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
     rows = get_split(task, arguments.split)
     print(f"{folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
@@ -93,7 +100,7 @@ def main(argv=None) -> None:
         "artifact": relative(folder),
         "date": datetime.date.today().isoformat(),
         "scheme": describe_scheme(classifier, weights_of(folder, format), format),
-        "made": describe_made(made_by, task, rows),
+        "made": describe_origin(made_by, task, rows),
         "quality": measure_quality(logits, labels, task, rows, arguments.split)
         | {"texts_cut": classifier.encode.texts_cut},
         "size": {
@@ -167,7 +174,7 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
     }
 
 
-def describe_made(made_by: dict, task: Task, rows) -> dict:
+def describe_origin(made_by: dict, task: Task, rows) -> dict:
     """What made the artifact, as its recipe.yaml tells, and what it was scored on."""
     made = made_by.get("made", {})
     return {
@@ -175,14 +182,20 @@ def describe_made(made_by: dict, task: Task, rows) -> dict:
         "base_model_source": made.get("base_model_source"),
         "dataset": task.name,
         "dataset_source": task.source,
+        "train_dataset_source": made.get("dataset_source"),
         "dataset_fingerprint": fingerprint(rows),
         "train_rows": made.get("train_rows"),
         "train_fingerprint": made.get("train_fingerprint"),
-        "recipe": made_by.get("recipe"),
+        "recipe": {key: without_path(value) for key, value in made_by["recipe"].items()} if made_by else None,
         "training": made_by.get("training"),
         "seed": made_by.get("seed"),
-        "git_commit": made.get("git_commit") or git_commit(),
+        "git_commit": made.get("git_commit"),
     }
+
+
+def without_path(value):
+    """A local folder in a recipe is recorded by its name alone."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def relative(path: Path) -> str:

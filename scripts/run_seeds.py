@@ -14,12 +14,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, Recipe, UserError, parse_flags, run
+from utils_cli import ROOT, UserError, parse_flags, read_recipe, run
 
 # isort: split
 from utils_artifact import RECIPE_FILE, read_recipe_of
 from utils_files import whole_folder, write_json
 from utils_record import read_json
+from utils_task import find_base_model, load_task
+from utils_training import comparable
 
 SCRIPTS = ROOT / "scripts"
 
@@ -72,12 +74,10 @@ def train_and_score(seed: int, script: Path, recipe: Path, variant: str, weights
     if is_up_to_date(artifact, recipe, seed):
         print(f"seed {seed}: {artifact} stands")
     else:
-        start = [script, recipe, "--seed", seed, "--output_dir", artifact, "--resume_from_checkpoint", "last"]
-        subprocess.run([sys.executable, *map(str, start)], check=True)
-    score = [SCRIPTS / "run_evaluation.py", artifact, "--latency_runs", 0, "--results_dir", seed_results]
-    subprocess.run([sys.executable, *map(str, score)], check=True)
+        call(script, recipe, "--seed", seed, "--output_dir", artifact, "--resume_from_checkpoint", "last")
+    call(SCRIPTS / "run_evaluation.py", artifact, "--latency_runs", 0, "--results_dir", seed_results)
     made = read_recipe_of(artifact)
-    (path,) = (seed_results / "metrics").glob(f"{variant}-*.json")
+    path = next((seed_results / "metrics").glob(f"{variant}-*.json"))
     quality = read_json(path)["quality"]
     return {
         "seed": seed,
@@ -86,14 +86,29 @@ def train_and_score(seed: int, script: Path, recipe: Path, variant: str, weights
         "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"],
         "validation_macro_f1": made["training"]["validation_macro_f1"],
         "validation_accuracy": made["training"]["validation_accuracy"],
-        "seconds": made["training"]["seconds"],
+        **{name: made["training"].get(name) for name in ("seconds", "cpu_seconds", "threads", "resumed")},
     }
 
 
 def is_up_to_date(artifact: Path, recipe: Path, seed: int) -> bool:
-    """Whether the artifact was made by this recipe, as the file stands now, with this seed."""
+    """Whether the artifact is what training with this recipe and seed would make, on what this machine can reach."""
     made = read_recipe_of(artifact)
-    return made.get("recipe_sha256") == Recipe(path=recipe, values={}).sha256 and made.get("seed") == seed
+    if not made:
+        return False
+    wanted = read_recipe(recipe)
+    base = find_base_model(wanted["model_name_or_path"])
+    wanted |= (wanted.pop("per_model", None) or {}).get(base.name, {}) | {"seed": seed}
+    task = load_task(wanted["dataset_name"], wanted.get("dataset_config_name"))
+    return comparable(made["recipe"]) == comparable(wanted) and (
+        (made["made"]["base_model"], made["made"]["dataset_source"]) == (base.name, task.source)
+    )
+
+
+def call(script: Path, *words) -> None:
+    """Runs a script in a process of its own; if it fails, it has said why, and this ends with its status."""
+    done = subprocess.run([sys.executable, str(script), *map(str, words)])
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def mean_and_deviation(runs: list[dict], name: str) -> dict:

@@ -4,6 +4,7 @@ Says which formats a folder holds and which files each needs, opens one, and sav
 """
 
 import contextlib
+import os
 from pathlib import Path
 
 from utils_cli import UserError
@@ -59,6 +60,14 @@ def open_artifact(folder: Path, format: str, threads: int):
     if format == "onnx":
         return OnnxClassifier(folder, weights, threads=threads)
     return TorchClassifier(folder, weights, threads=threads, bf16=format == "bf16")
+
+
+def choose_threads(threads: int | None) -> int:
+    """The threads asked for, or all that this process may use."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: it takes 1 or more")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return threads or available
 
 
 def read_recipe_of(folder: Path) -> dict:

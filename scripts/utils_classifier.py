@@ -18,14 +18,17 @@ class TextEncoder:
         from tokenizers import Tokenizer
 
         folder = Path(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder} has no tokenizer ({name} is missing)")
         try:
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            pad_token = settings["pad_token"]
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except FileNotFoundError as error:
-            raise UserError(f"{folder} has no tokenizer ({Path(error.filename).name} is missing)") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length=int(settings["model_max_length"]))
-        pad_token = settings["pad_token"]
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(max_length=int(settings["model_max_length"]))
+        except Exception as error:  # `tokenizers` has no class of its own for what it cannot read
+            raise UserError(f"{folder}: its tokenizer cannot be used: {type(error).__name__} {error}") from error
         self.pad_id = self._tokenizer.token_to_id(pad_token["content"] if isinstance(pad_token, dict) else pad_token)
         self.texts_cut = 0
 
@@ -62,6 +65,9 @@ class OnnxClassifier:
             raise UserError(f"{weights} cannot be opened by ONNX Runtime: {str(error).splitlines()[0]}") from error
         self._inputs = [value.name for value in self._session.get_inputs()]
         self.labels = read_labels(folder)
+        width = self._session.get_outputs()[0].shape[-1]
+        if width != len(self.labels):
+            raise UserError(f"{weights} gives {width} logits and config.json names {len(self.labels)} labels")
         self.encode = TextEncoder(folder)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
@@ -102,10 +108,15 @@ def load_trained_classifier(folder: Path, **options):
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
+    options |= {"trust_remote_code": False, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is named below
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{folder}: {name} is {list(found)} in the weights and {list(expected)} by config.json")
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{folder} is not a trained classifier: it has no weights for {missing}; fine-tune it first")
@@ -114,7 +125,11 @@ def load_trained_classifier(folder: Path, **options):
 
 def read_labels(folder: Path) -> list[str]:
     """The label names of a model folder, in the order of its logits."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     names = config.get("id2label") or {}
     return [names[key] for key in sorted(names, key=int)]
 

@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -59,9 +60,11 @@ def _explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; a training goes on where it stopped with --resume_from_checkpoint last"
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         name = f" {error.filename}" if error.filename else ""
         return f"cannot write{name}: {error.strerror}; free some space or choose another folder"
+    if isinstance(error, OSError) and error.errno in NOT_ALLOWED:
+        return f"{error.filename}: {error.strerror}; choose another file or folder"
     if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):  # no OSError
         return f"cannot write the weights: {error}; free some space or choose another folder"
     if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save on a full disk
@@ -117,20 +120,20 @@ def parse_recipe(classes, default: Path, argv=None) -> tuple:
     values = read_recipe(path)
     parser = _parser(classes)
     known = {action.dest for action in parser._actions}
-    per_model = values.pop("per_model", {})
+    per_model = values.pop("per_model", None) or {}
     for part in (values, *per_model.values()):
         for key in part:
             if key not in known:
                 raise UserError(f"{path}: unknown key '{key}'.{_did_you_mean(key, known)}")
-    parser.set_defaults(**values)
+    parser.set_defaults(**_as_typed(values))
     if per_model:
         from utils_task import find_base_model
 
         model = find_base_model(parser.parse_known_args(flags)[0].model_name_or_path)
         values |= per_model.get(model.name, {})
-        parser.set_defaults(**values)
+        parser.set_defaults(**_as_typed(values))
     parsed = _into_dataclasses(parser, flags)
-    given = set(values) | {flag[2:].split("=")[0] for flag in flags if flag.startswith("--")}
+    given = set(values) | {flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
     used = {name: value for part in parsed for name, value in vars(part).items() if name in given}
     used = {name: value.value if isinstance(value, Enum) else value for name, value in used.items()}
     return (*parsed, Recipe(path=path, values=used))
@@ -140,6 +143,11 @@ def parse_flags(classes, positional: str, argv=None) -> tuple:
     """Parses ``WORD [WORD ...] [--flag value ...]`` into dataclasses; the leading words belong to ``positional``."""
     leading, flags = _split(argv)
     return _into_dataclasses(_parser(classes), [f"--{positional}", *leading, *flags] if leading else flags)
+
+
+def _as_typed(values: dict) -> dict:
+    """Numbers as words, so that a recipe's values are checked by the parser like those of the command line."""
+    return {key: str(value) if isinstance(value, int | float) else value for key, value in values.items()}
 
 
 def _split(argv) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from utils_cli import UserError
@@ -22,10 +23,10 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Yields a temporary path beside ``path`` with the same suffix; it becomes ``path`` when the block succeeds."""
+    """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
@@ -42,8 +43,10 @@ def whole_folder(folder: Path, marker: str):
     """
     folder = Path(folder)
     check_replaceable(folder, marker)
-    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # a run was killed between the two renames below
+        old.rename(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -65,8 +68,6 @@ def check_replaceable(folder: Path, marker: str) -> None:
         raise UserError(f"{folder} holds something else (no {marker} in it); name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        probe = folder.with_name(f".{folder.name}.probe")
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
+        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
     except OSError as error:
         raise UserError(f"cannot write in {folder.parent}: {error.strerror}; choose another folder") from error

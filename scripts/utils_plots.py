@@ -1,4 +1,4 @@
-"""Pictures from records, in one style; the same record gives the same bytes."""
+"""Pictures from records, in one style."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
 def save_figure(figure, path: Path) -> None:
     """Writes a PNG without dates or versions in it."""
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(partial, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
     plt.close(figure)
 
 

@@ -84,10 +84,16 @@ def record_name(record: dict) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the working tree, marked '-dirty' if it differs; None outside a repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the working tree, marked '-dirty' if its code or recipes differ; None outside a repository."""
+
+    def git(*words) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--", "scripts", "configs", "metrics", "requirements.txt")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

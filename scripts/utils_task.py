@@ -60,6 +60,8 @@ def find_base_model(name_or_path: str) -> BaseModel:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -70,17 +72,25 @@ def find_base_model(name_or_path: str) -> BaseModel:
         return BaseModel(name=_trained_from(folder), path=str(folder), source="folder")
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
-    use_hub_if_reachable()
+    reachable = hub_is_reachable()
     try:
         hf_hub_download(name_or_path, "config.json")
         return BaseModel(name=name_or_path, path=name_or_path, source="hub")
-    except LocalEntryNotFoundError as error:  # the Hub cannot be reached, and it is not in the cache
+    except LocalEntryNotFoundError as error:  # it is not in the cache, and the Hub gives no answer or none that helps
+        if reachable:
+            raise UserError(
+                f"--model_name_or_path {name_or_path}: the Hub failed: {error}; try again later"
+            ) from error
         if name_or_path not in {DEFAULT_MODEL, EMBEDDED_MODEL}:
             raise UserError(
                 f"--model_name_or_path {name_or_path}: the Hub cannot be reached; name a local folder"
             ) from error
+    except GatedRepoError as error:
+        raise UserError(f"--model_name_or_path {name_or_path}: the Hub gives it only to those it let in") from error
     except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise UserError(f"--model_name_or_path {name_or_path}: no such model on the Hub or on this disk") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"--model_name_or_path {name_or_path}: the Hub refused: {error}") from error
     try:
         from importlib.metadata import distribution
 
@@ -92,16 +102,20 @@ def find_base_model(name_or_path: str) -> BaseModel:
 
 
 @cache
-def use_hub_if_reachable() -> None:
+def hub_is_reachable() -> bool:
     """Asks the Hub once; if it does not answer, the libraries go offline rather than retry each file for minutes."""
     import datasets
     import httpx
     from huggingface_hub import constants
 
+    if constants.is_offline_mode():
+        return False
     try:
         httpx.head(constants.ENDPOINT, timeout=10)
+        return True
     except httpx.HTTPError:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return False
 
 
 def _trained_from(folder: Path) -> str:
@@ -118,9 +132,8 @@ def load_task(name: str, config_name: str | None = None) -> Task:
         UserError: naming the column, split or row that is not as it must be.
     """
     dataset, source = _find_dataset(name, config_name)
-    first = next(iter(dataset.values()))
-    labels = _check_columns(first, name)
     for split, rows in dataset.items():
+        labels = _check_columns(rows, name)
         _check_rows(rows, split, len(labels))
     display_name = DEFAULT_DATASET if name == DEFAULT_DATASET and source != "sample" else Path(name).name
     if source == "hub":
@@ -130,26 +143,37 @@ def load_task(name: str, config_name: str | None = None) -> Task:
     return Task(name=display_name, source=source, splits=dict(dataset), labels=labels)
 
 
+def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
+    """Loads the dataset named, or else the one that an artifact learnt; ``made_by`` is its recipe.yaml."""
+    recipe = made_by.get("recipe", {})
+    if name is None:
+        name = recipe.get("dataset_name", DEFAULT_DATASET)
+        config_name = config_name or recipe.get("dataset_config_name")
+    return load_task(name, config_name)
+
+
 def _find_dataset(name: str, config_name: str | None):
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
     if Path(name).is_dir():
         if (Path(name) / "dataset_dict.json").is_file():
-            return load_from_disk(name), "folder"
+            return _load(lambda: load_from_disk(name), name), "folder"
         return _load(lambda: load_dataset(name, config_name), name), "folder"
     if name.startswith((".", "/", "~")):
         raise UserError(f"--dataset_name {name}: no such folder")
-    use_hub_if_reachable()
+    reachable = hub_is_reachable()
     try:
         return _load(lambda: load_dataset(name, config_name), name), "hub"
-    except DatasetNotFoundError as error:
-        raise UserError(f"--dataset_name {name}: no such dataset on the Hub or on this disk") from error
+    except DatasetNotFoundError as error:  # its message tells a missing dataset from one that is gated
+        raise UserError(f"--dataset_name {name}: {error}") from error
     except ConnectionError as error:
+        if reachable:
+            raise UserError(f"--dataset_name {name}: the Hub failed: {error}; try again later") from error
         if name != DEFAULT_DATASET:
             raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
     source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
-    return load_dataset(str(folder), config_name), source
+    return _load(lambda: load_dataset(str(folder), config_name), str(folder)), source
 
 
 def _load(load, name: str):
@@ -221,8 +245,8 @@ def load_tokenizer(path: str, max_length: int):
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from error
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
@@ -247,9 +271,9 @@ def tokenize(rows, tokenizer, split: str):
         cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
         return encoded
 
-    # Not from the cache: texts that were cut must be counted every time, and this takes about a second.
+    # In memory: texts that were cut must be counted every time, this takes a second, and no folder is written to.
     keep = [column for column in rows.column_names if column not in {"text", "label"}]
-    rows = rows.map(encode, batched=True, remove_columns=["text", *keep], load_from_cache_file=False)
+    rows = rows.map(encode, batched=True, remove_columns=["text", *keep], keep_in_memory=True)
     if cut:
         print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} word pieces and cut")
     return rows

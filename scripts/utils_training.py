@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from utils_artifact import RECIPE_FILE
+from utils_artifact import RECIPE_FILE, choose_threads
 from utils_cli import Recipe, UserError
 from utils_files import check_replaceable, write_json
 from utils_record import git_commit
@@ -27,7 +27,7 @@ RECIPE_OF_RUN = "recipe.json"  # beside the checkpoints: what they are checkpoin
 def has_bf16(use_cpu: bool) -> bool:
     """Whether the device that will train multiplies in bfloat16; where it does not, bfloat16 is emulated and slow."""
     if not use_cpu:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
     return any(torch.cpu.get_capabilities().get(name) is True for name in names)
 
@@ -52,6 +52,8 @@ class RecipeTrainingArguments(TrainingArguments):
         self.output_dir = str(self.artifact.parent / "checkpoints" / self.artifact.name)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
+        if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher gives each process one thread
+            torch.set_num_threads(max(1, choose_threads(None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / self.artifact.name))
         super().__post_init__()
 
@@ -83,7 +85,7 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
     checkpoint = _find_checkpoint(arguments, recipe) if arguments.resume_from_checkpoint else None
     if trainer.is_world_process_zero() and not checkpoint:
         shutil.rmtree(arguments.output_dir, ignore_errors=True)  # never resume into another run's steps
-        write_json(Path(arguments.output_dir) / RECIPE_OF_RUN, _comparable(recipe))
+        write_json(Path(arguments.output_dir) / RECIPE_OF_RUN, comparable(recipe.values))
     trainer.accelerator.wait_for_everyone()
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -96,6 +98,9 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
     start, cpu_start = time.monotonic(), time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+    best_checkpoint = trainer.state.best_model_checkpoint
+    if arguments.load_best_model_at_end and not (best_checkpoint and Path(best_checkpoint).is_dir()):
+        raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train afresh without resuming")
     logs = [log for log in trainer.state.log_history if "eval_macro_f1" in log]
     best = max(logs, key=lambda log: log["eval_macro_f1"], default={})
     return {
@@ -132,14 +137,16 @@ def _find_checkpoint(arguments: TrainingArguments, recipe: Recipe) -> str | None
     if arguments.resume_from_checkpoint != "last":
         raise UserError(f"--resume_from_checkpoint {arguments.resume_from_checkpoint}: it takes 'last'")
     folder = Path(arguments.output_dir)
-    if (folder / RECIPE_OF_RUN).is_file():
-        before, now = json.loads((folder / RECIPE_OF_RUN).read_text(encoding="utf-8")), _comparable(recipe)
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            raise UserError(
-                f"cannot resume {folder}: {', '.join(changed)} changed since it started; "
-                "set back what changed, or start afresh without --resume_from_checkpoint"
-            )
+    if not (folder / RECIPE_OF_RUN).is_file():
+        print(f"nothing to resume in {folder}; starting from the beginning")
+        return None
+    before, now = json.loads((folder / RECIPE_OF_RUN).read_text(encoding="utf-8")), comparable(recipe.values)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        raise UserError(
+            f"cannot resume {folder}: {', '.join(changed)} changed since it started; set back what changed, or delete "
+            "that folder to start afresh"
+        )
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
         try:
@@ -152,10 +159,10 @@ def _find_checkpoint(arguments: TrainingArguments, recipe: Recipe) -> str | None
     return None
 
 
-def _comparable(recipe: Recipe) -> dict:
-    """What must be equal for a run to go on where it stopped."""
-    free = PLACES | {"report_to", "disable_tqdm"}
-    return {key: str(value) for key, value in recipe.values.items() if key not in free}
+def comparable(values: dict) -> dict:
+    """What of a recipe's values decides the result; `bf16` is what the machine made of it."""
+    free = PLACES | {"report_to", "disable_tqdm", "bf16"}
+    return {key: str(value) for key, value in values.items() if key not in free}
 
 
 def describe_made(variant: str, recipe: Recipe, base: BaseModel, task: Task, rows, training: dict, seed: int) -> dict:

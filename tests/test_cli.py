@@ -44,10 +44,11 @@ def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
     [
         ({"learning_rat": 1e-3}, [], "unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"per_model": {"a/b": {"epochs": 3}}}, [], "unknown key 'epochs'"),
-        ({"num_train_epochs": "many"}, [], "--num_train_epochs: invalid float value: 'many'"),
+        ({"num_train_epochs": "many"}, [], "invalid float value: 'many'"),
         ({}, ["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean learning_rate?"),
         ({}, ["weights/baseline"], "expected a recipe that ends in .yaml"),
         ({}, ["missing.yaml"], "no recipe at missing.yaml"),
+        ({"seed": 1.5}, [], "invalid int value: '1.5'"),
         ({"eval_strategy": "sometimes"}, [], "sometimes"),
     ],
 )
