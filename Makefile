@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SHORT := build/run
+SMALL := sentence-transformers/all-MiniLM-L6-v2
 
 .PHONY: run test check format results benchmark help
 
@@ -22,7 +23,7 @@ $(READY): requirements.txt
 run: $(READY)
 	@echo "A short run on part of the data: it shows that everything works, its scores are not the published ones."
 	@echo "'make results' trains the full recipe."
-	$(RUN) scripts/run_baseline.py --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
+	$(RUN) scripts/run_baseline.py --model_name_or_path $(SMALL) --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format pytorch --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format bf16 --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format onnx --latency_runs 200 --results_dir $(SHORT)/results
@@ -41,7 +42,8 @@ results: $(READY)
 	$(RUN) scripts/run_comparison.py
 
 benchmark: $(READY)
-	$(RUN) scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx
+	$(RUN) scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx \
+		--output results/benchmark/baseline.json
 
 test: $(READY)
 	$(RUN) -m pytest
@@ -49,8 +51,7 @@ test: $(READY)
 check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) scripts/run_comparison.py > /dev/null
-	git diff --exit-code -- README.md results
+	$(RUN) scripts/run_comparison.py --check > /dev/null
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -14,7 +14,6 @@ from utils_cli import ROOT, UserError, parse_flags, run
 
 # isort: split
 from utils_files import write_text
-from utils_plots import plot_confusion_matrix
 from utils_record import markdown_table, read_json, read_records, record_name
 
 START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
@@ -28,31 +27,52 @@ class ComparisonArguments:
         default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, benchmark/."}
     )
     readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "File whose results block is written."})
+    check: bool = field(default=False, metadata={"help": "Write nothing; fail if a file differs."})
     print_only: bool = field(default=False, metadata={"help": "Print the table and write nothing."})
 
 
 def main(argv=None) -> None:
     (arguments,) = parse_flags((ComparisonArguments,), positional="results_dir", argv=argv)
-    results = Path(arguments.results_dir)
+    results, readme = Path(arguments.results_dir), Path(arguments.readme)
     records = read_records(results)
     table = render_table(records)
-    if arguments.print_only:
-        print(table)
-        return
+    if not arguments.print_only:
+        pages = render_pages(records, results, readme)
+        if arguments.check:
+            stale = [str(p) for p, text in pages.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+            if stale:
+                raise UserError(f"not what the records say: {', '.join(stale)}; run python scripts/run_comparison.py")
+        else:
+            for path, text in pages.items():
+                write_text(path, text)
+    print(table)
+
+
+def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path, str]:
+    """The files that show the records, and their whole text."""
     for record in records:
-        if record["made"]["dataset_source"] == "sample" or record["quality"]["split"] != "test":
-            raise UserError(f"{record_name(record)} was not scored on the real test split: not for the README")
-    block = "\n".join([table, render_caption(records), *render_seeds(results), *render_benchmarks(results)])
-    readme = Path(arguments.readme)
+        check_publishable(record)
+    block = "\n".join([table_and_caption(records), *render_seeds(results), *render_benchmarks(results)])
     text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
     before, after = text.split(START)[0], text.split(END)[1]
-    write_text(readme, f"{before}{START}\n\n{block}\n{END}{after}")
-    write_text(results / "comparison.md", f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}")
-    for record in records:
-        plot_confusion_matrix(record, results / "confusion_matrices" / f"{record_name(record)}.png")
-    print(table)
+    return {
+        readme: f"{before}{START}\n\n{block}\n{END}{after}",
+        results / "comparison.md": f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}",
+    }
+
+
+def check_publishable(record: dict) -> None:
+    """Only a full training on the real data, scored on its test split, is shown to the world."""
+    made, name = record["made"], record_name(record)
+    if "sample" in {made["dataset_source"], made["train_dataset_source"]}:
+        raise UserError(f"{name} was trained or scored on the sample: not for the README")
+    if record["quality"]["split"] != "test":
+        raise UserError(f"{name} was scored on {record['quality']['split']}, not on test: not for the README")
+    short = {"max_train_rows", "max_steps"} & (made["recipe"] or {}).keys()
+    if short:
+        raise UserError(f"{name} is a short run ({', '.join(sorted(short))} in its recipe): not for the README")
 
 
 def render_table(records: list[dict]) -> str:
@@ -74,6 +94,10 @@ def render_table(records: list[dict]) -> str:
     return markdown_table(head, rows)
 
 
+def table_and_caption(records: list[dict]) -> str:
+    return f"{render_table(records)}\n{render_caption(records)}"
+
+
 def render_caption(records: list[dict]) -> str:
     """What the figures were measured on; all records must agree on the texts."""
     if len({record["made"]["dataset_fingerprint"] for record in records}) != 1:
@@ -82,11 +106,10 @@ def render_caption(records: list[dict]) -> str:
     machines = sorted({f"{r['environment']['cpu']}, {r['environment']['threads']} threads" for r in records})
     sets = sorted({name for r in records for name in r["environment"]["instruction_sets"]} & NOTEWORTHY_SETS)
     bases = sorted({str(record["made"]["base_model"]) for record in records})
-    first_day, *_, last_day = sorted(record["date"] for record in [*records, records[0]])
-    days = first_day if first_day == last_day else f"{first_day} to {last_day}"
+    days = sorted({record["date"] for record in records})
     return (
         f"{first['made']['dataset']}, test split, {first['quality']['examples']} texts; base model "
-        f"{', '.join(bases)}; {'; '.join(machines)} ({', '.join(sets)}); {days}. "
+        f"{', '.join(bases)}; {'; '.join(machines)} ({', '.join(sets)}); {' and '.join(days)}. "
         "Interval: bootstrap over the test rows. Latency: one text at its own length, token ids to logits. "
         "Throughput: batches of 32.\n"
     )
@@ -102,12 +125,13 @@ def render_seeds(results: Path) -> list[str]:
         summary = read_json(path)
         f1, accuracy = summary["macro_f1"], summary["accuracy"]
         clean = sum(one["conflict_free_macro_f1"] for one in summary["runs"]) / len(summary["runs"])
+        chosen = next(one for one in summary["runs"] if one["seed"] == summary["chosen_seed"])
         lines.append(
             f"{summary['variant']}, {len(summary['runs'])} seeds: macro F1 {100 * f1['mean']:.2f} "
             f"(standard deviation {100 * f1['standard_deviation']:.2f}), accuracy {100 * accuracy['mean']:.2f} "
             f"({100 * accuracy['standard_deviation']:.2f}); on the test rows whose text has no other label elsewhere "
-            f"macro F1 {100 * clean:.2f}. Trained in {summary['seconds']['mean'] / 60:.1f} minutes. "
-            f"The table shows seed {summary['chosen_seed']}, the best on validation.\n"
+            f"macro F1 {100 * clean:.2f}. The table shows seed {chosen['seed']}, the best on validation, "
+            f"trained in {chosen['seconds'] / 60:.1f} minutes.\n"
         )
     return lines
 

@@ -11,7 +11,8 @@ from utils_files import whole_file, write_json
 REQUIRED = """
 variant format artifact date
 scheme.weights scheme.activations scheme.quantized_layers scheme.linear_layers scheme.embeddings
-made.base_model made.dataset made.dataset_source made.dataset_fingerprint made.recipe made.seed made.git_commit
+made.base_model made.dataset made.dataset_source made.dataset_fingerprint made.train_dataset_source
+made.recipe made.seed made.git_commit
 quality.split quality.examples quality.macro_f1 quality.accuracy quality.per_class_f1 quality.confusion_matrix
 quality.labels quality.macro_f1_ci95 quality.expected_calibration_error quality.conflict_free quality.texts_cut
 size.bytes_to_serve size.megabytes size.files

@@ -1,11 +1,14 @@
 """A tiny encoder and a tiny dataset, built here, for most cases; offline whatever the machine can reach."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")  # neither the user's cache nor its contents
 
 import json  # noqa: E402
 import random  # noqa: E402
+import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -48,7 +51,7 @@ THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def all_threads():
+def as_many_threads_as_at_the_start():
     """Opening an artifact sets the number of threads, and with it the order of sums."""
     torch.set_num_threads(THREADS)
 
@@ -101,6 +104,12 @@ def save_dataset(folder: Path, splits: dict, features=None) -> Path:
 
 def color_features() -> datasets.Features:
     return datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(COLORS))})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remove_the_cache():
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

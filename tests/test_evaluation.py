@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import run_evaluation
-from conftest import build_rows, color_features, read_json, save_dataset
+from conftest import build_rows, color_features, read_json, run_script, save_dataset
 from datasets import ClassLabel, Features, Value
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from utils_cli import UserError
-from utils_record import REQUIRED, check_record
+from utils_record import check_record
 from utils_ruler import expected_calibration_error, macro_f1_interval, score, summarize_latency
 
 
@@ -111,6 +111,16 @@ def rename_labels(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def add_label(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"]["3"], config["label2id"]["gold"] = "gold", 3
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def break_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
 def cut_weights(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
 
@@ -121,6 +131,8 @@ def cut_weights(folder):
         (remove_head, "is not a trained classifier: it has no weights for classifier.bias"),
         (rename_labels, "answers 3 labels (warm, cold, colourless)"),
         (cut_weights, "cannot be opened"),
+        (add_label, "classifier.bias is [3] in the weights and [4] by config.json"),
+        (break_tokenizer, "its tokenizer cannot be used"),
         (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer (tokenizer.json is missing)"),
         (lambda folder: [path.unlink() for path in folder.rglob("model.*")], "has none of the formats"),
@@ -134,7 +146,7 @@ def test_a_folder_that_cannot_be_scored_is_refused(damage, message, artifact, tm
     with pytest.raises(UserError, match=".*") as error:
         run_evaluation.main([str(folder), "--results_dir", "results"])
     assert message in str(error.value)
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").rglob("*.*"))
 
 
 def test_a_dataset_of_other_classes_is_refused(artifact, tmp_path):
@@ -152,6 +164,7 @@ def test_a_dataset_of_other_classes_is_refused(artifact, tmp_path):
         (["--format", "onnx", "--dtype", "bfloat16"], "goes with --format pytorch"),
         (["--split", "dev"], "has no split 'dev'"),
         (["--latency_runs", "10"], "at least 200"),
+        (["--threads", "0"], "--threads 0: it takes 1 or more"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, artifact):
@@ -160,14 +173,25 @@ def test_flags_that_make_no_sense_are_refused(flags, message, artifact):
     assert message in str(error.value)
 
 
-def test_every_field_of_a_record_is_missed(results):
-    for dotted in REQUIRED:
+CONTRACT = {
+    "": "variant format artifact date",
+    "scheme": "weights activations quantized_layers linear_layers embeddings",
+    "made": "base_model dataset dataset_source dataset_fingerprint recipe seed git_commit",
+    "quality": "split examples macro_f1 accuracy per_class_f1 confusion_matrix labels macro_f1_ci95 "
+    "expected_calibration_error conflict_free",
+    "size": "bytes_to_serve megabytes",
+    "latency_ms": "batch_size p50 p95 p99 mean runs",
+    "throughput_per_s": "batch_size value",
+    "environment": "cpu instruction_sets threads device python packages",
+}
+
+
+@pytest.mark.parametrize("section", CONTRACT)
+def test_every_field_of_a_record_is_missed(section, results):
+    for field in CONTRACT[section].split():
         record = read_json(results / "metrics" / "baseline-onnx.json")
-        *parents, last = dotted.split(".")
-        inner = record
-        for key in parents:
-            inner = inner[key]
-        del inner[last]
+        del (record[section] if section else record)[field]
+        dotted = f"{section}.{field}".lstrip(".")
         with pytest.raises(UserError, match=f"no field '{dotted}'"):
             check_record(record, "baseline-onnx")
 
@@ -188,15 +212,36 @@ def test_calibration_error_of_known_cases():
     assert expected_calibration_error(too_sure, labels) == pytest.approx(0.2, abs=1e-9)
 
 
-def test_the_interval_is_seeded_and_narrows_with_more_rows():
+def test_the_interval_is_that_of_resampled_rows():
+    """Against the plain way: draw rows with replacement, score them with scikit-learn."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(3, size=900)
-    logits = np.eye(3)[np.where(rng.random(900) < 0.9, labels, rng.integers(3, size=900))]
-    few, many = macro_f1_interval(logits[:100], labels[:100]), macro_f1_interval(logits, labels)
-    assert macro_f1_interval(logits, labels) == many
-    assert many[1] - many[0] < 0.6 * (few[1] - few[0])
+    labels = rng.integers(3, size=300)
+    logits = np.eye(3)[np.where(rng.random(300) < 0.9, labels, rng.integers(3, size=300))]
+    low, high = macro_f1_interval(logits, labels)
+    drawn = rng.integers(300, size=(400, 300))
+    scores = [f1_score(labels[rows], logits[rows].argmax(axis=-1), average="macro") for rows in drawn]
+    assert [low, high] == pytest.approx(np.percentile(scores, [2.5, 97.5]), abs=0.01)
+    assert macro_f1_interval(logits, labels) == [low, high]
+    few = macro_f1_interval(logits[:60], labels[:60])
+    assert high - low < 0.7 * (few[1] - few[0])
 
 
 def test_latency_percentiles():
     summary = summarize_latency(np.arange(1, 1001) / 10)
     assert summary == {"batch_size": 1, "p50": 50.05, "p95": 95.005, "p99": 99.001, "mean": 50.05, "runs": 1000}
+
+
+def test_an_evaluation_prints_no_library_warnings(artifact, tmp_path):
+    done = run_script(
+        "run_evaluation.py", artifact, "--format", "pytorch", "--latency_runs", 0, "--results_dir", "out"
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_results_that_cannot_be_written_are_said_before_the_measuring(artifact, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    done = run_script("run_evaluation.py", artifact, "--results_dir", tmp_path / "results")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "choose another file or folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -75,16 +75,17 @@ def test_a_line_is_answered_before_the_next_one_comes(artifact):
 def test_many_lines_take_flat_memory(artifact, tmp_path):
     """Twenty times the lines, the same peak; a line that is split between two reads stays whole."""
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2]); model, file = sys.argv[1], sys.argv[3]\n"
-        "import predict; predict.main(['--model', model, '--file', file])\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[2]); model = sys.argv[1]\n"
+        "import predict; predict.main(['--model', model])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     )
     peaks = []
     for lines in (2_000, 40_000):
         file = tmp_path / "many.txt"
         file.write_text("".join(f"the {('red', 'blue', 'black')[row % 3]} sky\n" for row in range(lines)))
-        words = [sys.executable, "-c", code, str(artifact), str(ROOT / "scripts"), str(file)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        words = [sys.executable, "-c", code, str(artifact), str(ROOT / "scripts")]
+        with file.open() as stream:
+            done = subprocess.run(words, stdin=stream, capture_output=True, text=True, timeout=120)
         answers = done.stdout.splitlines()
         assert len(answers) == lines
         assert [line.split()[0] for line in answers] == (["warm", "cold", "none"] * lines)[:lines]
@@ -107,7 +108,7 @@ def test_long_and_strange_texts_are_answered(artifact):
 
 
 def test_a_reader_that_goes_away_is_no_error(artifact):
-    command = f"yes red | {sys.executable} {ROOT}/scripts/predict.py --model {artifact} | head -n 3"
+    command = f"set -o pipefail; yes red | {sys.executable} {ROOT}/scripts/predict.py --model {artifact} | head -n 3"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert len(done.stdout.splitlines()) == 3 and "Traceback" not in done.stderr
 

@@ -51,8 +51,17 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
 def test_rendering_twice_changes_nothing(page, tmp_path):
     run_comparison.main(page)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run_comparison.main([*page, "--check"])
     run_comparison.main(page)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_page_that_was_edited_by_hand_is_found(page, tmp_path):
+    run_comparison.main(page)
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text().replace("baseline-onnx", "baseline-best"))
+    with pytest.raises(UserError, match="not what the records say: .*README.md"):
+        run_comparison.main([*page, "--check"])
 
 
 def test_a_missing_field_stops_the_renderer(page, tmp_path):
@@ -69,6 +78,8 @@ def test_a_missing_field_stops_the_renderer(page, tmp_path):
     ("field", "value", "message"),
     [
         (("made", "dataset_source"), "sample", "not for the README"),
+        (("made", "train_dataset_source"), "sample", "not for the README"),
+        (("made", "recipe"), {"max_train_rows": 100}, "is a short run .max_train_rows in its recipe."),
         (("quality", "split"), "validation", "not for the README"),
         (("made", "dataset_fingerprint"), "other", "not scored on the same rows"),
     ],
@@ -94,10 +105,11 @@ def test_no_records_is_said(tmp_path):
         run_comparison.main([str(tmp_path), "--print_only"])
 
 
-def test_the_benchmark_divides_what_one_run_measured(measured):
+def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
     benchmark = read_json(measured / "benchmark" / "baseline.json")
-    assert benchmark["compared_with"] == "baseline-pytorch" and benchmark["environment"]["threads"] == 1
-    first, other = benchmark["artifacts"]["baseline-pytorch"], benchmark["artifacts"]["baseline-onnx"]
+    first_name, other_name = f"{artifact}:pytorch", f"{artifact}:onnx"
+    assert benchmark["compared_with"] == first_name and benchmark["environment"]["threads"] == 1
+    first, other = benchmark["artifacts"][first_name], benchmark["artifacts"][other_name]
     assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert first["latency_ms"]["runs"] == 60
     ratio = first["latency_ms"]["p50"] / other["latency_ms"]["p50"]
@@ -109,6 +121,13 @@ def test_the_benchmark_divides_what_one_run_measured(measured):
 def test_the_benchmark_names_what_is_not_there(artifact):
     with pytest.raises(UserError, match="has no format 'gguf'"):
         run_benchmark.main([f"{artifact}:gguf"])
+
+
+def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
+    shutil.copytree(artifact, tmp_path / "broken")
+    (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(UserError, match="cannot be opened by ONNX Runtime"):
+        run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
 
 
 def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import datasets
 import pytest
 import utils_task
 from conftest import COLORS, build_rows, color_features, save_dataset
+from pyarrow import parquet
 from utils_cli import UserError
 from utils_task import (
     EMBEDDED_MODEL,
@@ -55,14 +56,11 @@ def test_a_wrong_dataset_is_refused(columns, features, message, tmp_path):
 
 
 def test_a_label_outside_the_range_is_refused(tmp_path):
-    wrong = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 7]}, features=INTEGERS)
-    info = NAMED.arrow_schema.metadata
-    wrong.data.table.replace_schema_metadata(info)
-    import pyarrow.parquet
-
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 7]}, features=INTEGERS).data.table
     (tmp_path / "data").mkdir()
-    pyarrow.parquet.write_table(wrong.data.table.replace_schema_metadata(info), tmp_path / "data" / "train.parquet")
-    with pytest.raises(UserError, match="7"):
+    named = rows.replace_schema_metadata(NAMED.arrow_schema.metadata)
+    parquet.write_table(named, tmp_path / "data" / "train.parquet")
+    with pytest.raises(UserError, match="(Class label 7 greater|label 7 is outside)"):
         load_task(str(tmp_path / "data"))
 
 
