@@ -162,7 +162,8 @@ def _find_checkpoint(arguments: TrainingArguments, recipe: Recipe) -> str | None
 def comparable(values: dict) -> dict:
     """What of a recipe's values decides the result; `bf16` is what the machine made of it."""
     free = PLACES | {"report_to", "disable_tqdm", "bf16"}
-    return {key: str(value) for key, value in values.items() if key not in free}
+    numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+    return {key: str(value) for key, value in {**values, **numbers}.items() if key not in free}
 
 
 def describe_made(variant: str, recipe: Recipe, base: BaseModel, task: Task, rows, training: dict, seed: int) -> dict:
