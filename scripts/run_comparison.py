@@ -131,7 +131,7 @@ def render_seeds(results: Path) -> list[str]:
             f"(standard deviation {100 * f1['standard_deviation']:.2f}), accuracy {100 * accuracy['mean']:.2f} "
             f"({100 * accuracy['standard_deviation']:.2f}); on the test rows whose text has no other label elsewhere "
             f"macro F1 {100 * clean:.2f}. The table shows seed {chosen['seed']}, the best on validation, "
-            f"trained in {chosen['seconds'] / 60:.1f} minutes.\n"
+            f"trained in {chosen['seconds'] / 60:.1f} minutes on {chosen['threads'] or 'all'} of the threads.\n"
         )
     return lines
 
