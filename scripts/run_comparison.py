@@ -126,12 +126,13 @@ def render_seeds(results: Path) -> list[str]:
         f1, accuracy = summary["macro_f1"], summary["accuracy"]
         clean = sum(one["conflict_free_macro_f1"] for one in summary["runs"]) / len(summary["runs"])
         chosen = next(one for one in summary["runs"] if one["seed"] == summary["chosen_seed"])
+        threads = f" on {chosen['threads']} thread(s)" if chosen["threads"] else ""
         lines.append(
             f"{summary['variant']}, {len(summary['runs'])} seeds: macro F1 {100 * f1['mean']:.2f} "
             f"(standard deviation {100 * f1['standard_deviation']:.2f}), accuracy {100 * accuracy['mean']:.2f} "
             f"({100 * accuracy['standard_deviation']:.2f}); on the test rows whose text has no other label elsewhere "
             f"macro F1 {100 * clean:.2f}. The table shows seed {chosen['seed']}, the best on validation, "
-            f"trained in {chosen['seconds'] / 60:.1f} minutes on {chosen['threads'] or 'all'} of the threads.\n"
+            f"trained in {chosen['seconds'] / 60:.1f} minutes{threads}.\n"
         )
     return lines
 
