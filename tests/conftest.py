@@ -116,7 +116,7 @@ def remove_the_cache():
 def colors(tmp_path_factory) -> Path:
     """The tiny dataset: three classes with names of their own."""
     folder = tmp_path_factory.mktemp("data") / "colors"
-    splits = {"train": build_rows(240), "validation": build_rows(60), "test": build_rows(90)}
+    splits = {"train": build_rows(480), "validation": build_rows(60), "test": build_rows(90)}
     return save_dataset(folder, splits, color_features())
 
 

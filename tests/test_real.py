@@ -11,7 +11,7 @@ from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, load_task
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "baseline"
-    run_baseline.main(["--model_name_or_path", EMBEDDED_MODEL, "--max_train_rows", "1600", "--max_steps", "50",
+    run_baseline.main(["--model_name_or_path", EMBEDDED_MODEL, "--max_train_rows", "3200", "--max_steps", "90",
                        "--learning_rate", "4e-4", "--eval_strategy", "no", "--save_strategy", "no",
                        "--load_best_model_at_end", "false", "--disable_tqdm", "true",
                        "--output_dir", str(folder)])  # fmt: skip

@@ -25,7 +25,7 @@ def test_labels_and_rows_come_from_the_dataset(colors):
     task = load_task(str(colors))
     assert task.labels == list(COLORS)
     assert (task.name, task.source) == ("colors", "folder")
-    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 240, "validation": 60, "test": 90}
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 480, "validation": 60, "test": 90}
 
 
 def test_a_folder_saved_to_disk_opens_too(tmp_path):
