@@ -52,7 +52,9 @@ def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path,
     """The files that show the records, and their whole text."""
     for record in records:
         check_publishable(record)
-    block = "\n".join([table_and_caption(records), *render_seeds(results), *render_benchmarks(results)])
+    block = "\n".join(
+        [render_table(records), render_caption(records), *render_seeds(results), *render_benchmarks(results)]
+    )
     text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
@@ -92,10 +94,6 @@ def render_table(records: list[dict]) -> str:
         ])  # fmt: skip
     head = ["artifact", "macro F1 % [95 %]", "accuracy %", "MB to serve", "p50 ms", "p95 ms", "texts/s"]
     return markdown_table(head, rows)
-
-
-def table_and_caption(records: list[dict]) -> str:
-    return f"{render_table(records)}\n{render_caption(records)}"
 
 
 def render_caption(records: list[dict]) -> str:
