@@ -16,9 +16,9 @@ from utils_cli import ROOT, UserError, parse_recipe, run
 
 # isort: split
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
+from utils_classifier import open_classifier
 from utils_onnx import export_onnx
 from utils_task import (
     TaskArguments,
@@ -158,11 +158,7 @@ def build_model(path: str, labels: list[str], attention_dropout: float | None):
             config
         ).keys():  # BERT's, DistilBERT's
             setattr(config, name, attention_dropout)
-    options = {"config": config, "dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    model, report = open_classifier(path, config=config, dtype=torch.float32)
     encoder = f"{model.base_model_prefix}."
     absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
     if absent:

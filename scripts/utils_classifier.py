@@ -99,21 +99,29 @@ class TorchClassifier:
             return self.model(**inputs).logits.float().numpy()
 
 
-def load_trained_classifier(folder: Path, **options):
-    """`AutoModelForSequenceClassification.from_pretrained` that refuses a folder without a trained head.
+def open_classifier(folder, **options):
+    """`AutoModelForSequenceClassification.from_pretrained`, from safetensors and without remote code.
 
-    Raises:
-        UserError: if weights are missing, do not fit the configuration, or cannot be read.
+    Returns:
+        The model and the loading report, which names the weights that were missing or did not fit.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    options |= {"trust_remote_code": False, "use_safetensors": True}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is named below
+    options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+        return AutoModelForSequenceClassification.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_trained_classifier(folder: Path, **options):
+    """Opens a classifier and refuses a folder without a trained head.
+
+    Raises:
+        UserError: if weights are missing, do not fit the configuration, or cannot be read.
+    """
+    model, report = open_classifier(folder, ignore_mismatched_sizes=True, **options)  # what does not fit is named here
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise UserError(f"{folder}: {name} is {list(found)} in the weights and {list(expected)} by config.json")
