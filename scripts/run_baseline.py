@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from utils_cli import ROOT, UserError, parse_recipe, run
 
 # isort: split
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
 from utils_classifier import open_classifier
 from utils_onnx import export_onnx
-from utils_ruler import score
 from utils_task import (
     TaskArguments,
     conflicting_texts,
@@ -45,10 +43,6 @@ class BaselineArguments(TaskArguments):
     )
     drop_conflicting_rows: bool = field(
         default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
-    )
-    adjust_logits: bool = field(
-        default=True,
-        metadata={"help": "Shift the head towards the rare classes, as far as validation macro F1 asks."},
     )
     layer_decay: float = field(
         default=1.0, metadata={"help": "How much slower each layer learns than the one above it; 1 for no difference."}
@@ -87,8 +81,6 @@ def main(argv=None) -> None:
         compute_metrics=compute_metrics,
     )
     summary = train(trainer, recipe)
-    if arguments.adjust_logits:
-        summary |= adjust_logits(trainer, rows["label"])
 
     # 5. Save
     if trainer.is_world_process_zero():
@@ -97,34 +89,6 @@ def main(argv=None) -> None:
             made["onnx"] = save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
-
-
-def adjust_logits(trainer: Trainer, train_labels: list[int]) -> dict:
-    """Subtracts a share of each class's log frequency from the head's biases; validation macro F1 chooses the share.
-
-    A classifier that is trained on rare classes gives them too rarely for macro F1, which counts every class alike
-    (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021; for F1, Lipton et al., "Optimal Thresholding
-    of Classifiers to Maximize F1 Measure", ECML 2014). The weights of the encoder stay as they are, and so does the
-    time of an answer.
-
-    Returns:
-        The share that was chosen, and what is then the validation macro F1 and accuracy.
-    """
-    validation = trainer.predict(trainer.eval_dataset)
-    head = [part for part in trainer.model.modules() if isinstance(part, torch.nn.Linear)][-1]
-    counts = np.bincount(train_labels, minlength=head.out_features)
-    log_frequency = np.log(np.maximum(counts, 1) / counts.sum())
-    shares = np.arange(0, 11) / 10
-    scores = [score(validation.predictions - share * log_frequency, validation.label_ids) for share in shares]
-    best = int(np.argmax([one["macro_f1"] for one in scores]))  # the least share of several that are best
-    with torch.no_grad():
-        head.bias -= torch.as_tensor(shares[best] * log_frequency).to(head.bias)
-    return {
-        "logit_adjustment": float(shares[best]),
-        "validation_macro_f1_unadjusted": scores[0]["macro_f1"],
-        "validation_macro_f1": scores[best]["macro_f1"],
-        "validation_accuracy": scores[best]["accuracy"],
-    }
 
 
 class BaselineTrainer(Trainer):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import predict
@@ -83,7 +82,7 @@ def test_the_same_recipe_and_seed_give_the_same_weights(encoder, colors, tmp_pat
 
 def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypatch):
     """Every weight, the LayerNorms' too, is that of the best evaluation and not of the last step."""
-    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0, "adjust_logits": False}
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     run_baseline.main(train_flags(encoder, colors, tmp_path / "one", num_train_epochs=1, **constant))
     scores = iter([0.9, 0.1, 0.2])
     monkeypatch.setattr(
@@ -93,30 +92,6 @@ def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypat
     one, best = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "best"))
     assert "bert.embeddings.LayerNorm.weight" in one
     assert all(torch.equal(one[name], best[name]) for name in one)
-
-
-class FixedLogits:
-    """A trained head, and what it says of the validation rows."""
-
-    def __init__(self, predictions, label_ids):
-        self.model, self.eval_dataset = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout()), None
-        self.answer = SimpleNamespace(predictions=np.array(predictions), label_ids=np.array(label_ids))
-
-    def predict(self, rows):
-        return self.answer
-
-
-def test_rare_classes_get_what_validation_macro_f1_asks():
-    """Of nine rows to one, a shift of log 9 makes the doubtful rows the rare class's; half of it is enough here."""
-    doubtful = FixedLogits([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]], [0, 1, 1])
-    before = doubtful.model[0].bias.clone()
-    found = run_baseline.adjust_logits(doubtful, [0] * 9 + [1])
-    assert found["logit_adjustment"] == 0.5  # 0.5 x (log 0.9 - log 0.1) = 1.1 is the first step beyond 1.0
-    assert (found["validation_macro_f1_unadjusted"], found["validation_macro_f1"]) == (0.25, 1.0)
-    shift = doubtful.model[0].bias - before
-    assert (shift[1] - shift[0]).item() == pytest.approx(0.5 * np.log(9))
-    sure = FixedLogits([[2.0, 0.0], [0.0, 2.0]], [0, 1])
-    assert run_baseline.adjust_logits(sure, [0] * 9 + [1])["logit_adjustment"] == 0
 
 
 def trainer_of(encoder, layer_decay):
