@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
 from utils_classifier import open_classifier
+from utils_int8 import find_stack
 from utils_onnx import export_onnx
 from utils_task import (
     TaskArguments,
@@ -118,11 +119,10 @@ class BaselineTrainer(Trainer):
 
 def count_layers_above(model) -> dict[str, int]:
     """How many layers each parameter lies below the head: most for the embeddings, 0 for all outside the layers."""
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
-    stack = max(stacks, key=lambda name: len(stacks[name]))
+    stack = find_stack(model)
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.get_input_embeddings()].rpartition(".")[0]
-    layers, depths = len(stacks[stack]), {}
+    layers, depths = len(model.get_submodule(stack)), {}
     for name, _ in model.named_parameters():
         if name.startswith(f"{stack}."):
             depths[name] = layers - int(name.removeprefix(f"{stack}.").split(".")[0])

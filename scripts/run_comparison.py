@@ -72,7 +72,8 @@ def check_publishable(record: dict) -> None:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
     if record["quality"]["split"] != "test":
         raise UserError(f"{name} was scored on {record['quality']['split']}, not on test: not for the README")
-    short = {"max_train_rows", "max_steps"} & (made["recipe"] or {}).keys()
+    recipe = made["recipe"] or {}
+    short = {"max_train_rows", "max_steps"} & {**recipe, **recipe.get("baseline", {})}.keys()
     if short:
         raise UserError(f"{name} is a short run ({', '.join(sorted(short))} in its recipe): not for the README")
 

@@ -99,7 +99,7 @@ def main(argv=None) -> None:
         "format": format,
         "artifact": relative(folder),
         "date": datetime.date.today().isoformat(),
-        "scheme": describe_scheme(classifier, weights_of(folder, format), format),
+        "scheme": explain(describe_scheme(classifier, weights_of(folder, format), format), made_by),
         "made": describe_origin(made_by, task, rows),
         "quality": measure_quality(logits, labels, task, rows, arguments.split)
         | {"texts_cut": classifier.encode.texts_cut},
@@ -174,6 +174,12 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
     }
 
 
+def explain(scheme: dict, made_by: dict) -> dict:
+    """Adds to each layer that was counted as float the reason that the artifact's recipe.yaml gives."""
+    reasons = made_by.get("kept_in_float", {})
+    return scheme | {"kept_in_float": {name: reasons.get(name) for name in scheme["kept_in_float"]}}
+
+
 def describe_origin(made_by: dict, task: Task, rows) -> dict:
     """What made the artifact, as its recipe.yaml tells, and what it was scored on."""
     made = made_by.get("made", {})
@@ -186,8 +192,9 @@ def describe_origin(made_by: dict, task: Task, rows) -> dict:
         "dataset_fingerprint": fingerprint(rows),
         "train_rows": made.get("train_rows"),
         "train_fingerprint": made.get("train_fingerprint"),
-        "recipe": {key: without_path(value) for key, value in made_by["recipe"].items()} if made_by else None,
+        "recipe": without_path(made_by["recipe"]) if made_by else None,
         "training": made_by.get("training"),
+        "quantizing_seconds": made_by.get("seconds"),
         "seed": made_by.get("seed"),
         "git_commit": made.get("git_commit"),
     }
@@ -195,6 +202,8 @@ def describe_origin(made_by: dict, task: Task, rows) -> dict:
 
 def without_path(value):
     """A local folder in a recipe is recorded by its name alone."""
+    if isinstance(value, dict):
+        return {key: without_path(one) for key, one in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -4,6 +4,7 @@ Says which formats a folder holds and which files each needs, opens one, and sav
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -16,8 +17,12 @@ SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHT_FILES = {
     "pytorch": ("model.safetensors",),
     "bf16": ("model.bf16.safetensors", "model.safetensors"),
+    "torchao": ("model.safetensors",),
     "onnx": ("onnx/model_quantized.onnx", "onnx/model.onnx"),
+    "openvino": ("openvino/openvino_model.xml",),
 }
+# Who quantized `model.safetensors`, as config.json tells -> the formats which that file then is
+FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",)}
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
@@ -27,14 +32,29 @@ def find_formats(folder: Path) -> dict[str, Path]:
         raise UserError(f"no folder {folder}; make it first, for instance with python scripts/run_baseline.py")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
+    of_root, of_any_root = FORMATS_OF_ROOT.get(quantized_by(folder), ()), sum(FORMATS_OF_ROOT.values(), ())
     found = {}
     for name, files in WEIGHT_FILES.items():
         path = next((folder / file for file in files if (folder / file).is_file()), None)
-        if path:
+        if path and (name in of_root or name not in of_any_root):
             found[name] = path
     if not found:
         raise UserError(f"{folder} has none of the formats {', '.join(WEIGHT_FILES)}")
     return found
+
+
+def quantized_by(folder: Path) -> str | None:
+    """The library that quantized `model.safetensors`, by its name in config.json; None for float weights."""
+    return read_config(folder).get("quantization_config", {}).get("quant_method")
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def weights_of(folder: Path, format: str) -> Path:
@@ -48,17 +68,22 @@ def weights_of(folder: Path, format: str) -> Path:
 def files_to_serve(folder: Path, format: str) -> dict[str, int]:
     """All files that must be on disk to answer a text in this format, and the bytes of each."""
     folder = Path(folder)
-    paths = [folder / name for name in SHARED_FILES] + [weights_of(folder, format)]
+    weights = weights_of(folder, format)
+    paths = [folder / name for name in SHARED_FILES] + [weights]
+    if format == "openvino":  # the graph, its weights, and what optimum-intel reads
+        paths += [weights.with_suffix(".bin"), weights.with_name("config.json")]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def open_artifact(folder: Path, format: str, threads: int):
     """Opens one format of a folder as a classifier (see utils_classifier.py)."""
-    from utils_classifier import OnnxClassifier, TorchClassifier
+    from utils_classifier import OnnxClassifier, OpenVinoClassifier, TorchClassifier
 
     weights = weights_of(folder, format)
     if format == "onnx":
         return OnnxClassifier(folder, weights, threads=threads)
+    if format == "openvino":
+        return OpenVinoClassifier(folder, weights, threads=threads)
     return TorchClassifier(folder, weights, threads=threads, bf16=format == "bf16")
 
 

@@ -69,6 +69,8 @@ def _explain(error: BaseException) -> str | None:
         return f"cannot write the weights: {error}; free some space or choose another folder"
     if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save on a full disk
         return "cannot write a checkpoint: the disk is full or a limit was reached; free some space"
+    if isinstance(error, RuntimeError) and "iostream error" in str(error):  # OpenVINO on a full disk
+        return "cannot write the weights: the disk is full or a limit was reached; free some space"
     return None
 
 

@@ -1,4 +1,4 @@
-"""A classifier to one ONNX file, fused for ONNX Runtime: attention with its projections, bias + GELU, skip + layer norm.
+"""A classifier to one ONNX file, fused for ONNX Runtime: attention, bias + GELU, skip + layer norm.
 
 Fusing must change no answer: the file is compared with the PyTorch model before it is taken, and the plain graph is
 kept where the fused one differs or does not exist for an architecture.
@@ -36,8 +36,11 @@ def _padding_mask(attention_mask=None, **kwargs):
     return attention_mask.to(torch.int32)
 
 
-def export_onnx(model, tokenizer, path: Path) -> dict:
+def export_onnx(model, tokenizer, path: Path, pack: bool = True) -> dict:
     """Writes the classifier to ``path`` as one FP32 file with inputs (batch, tokens) and output `logits`.
+
+    Args:
+        pack: whether the projections of attention become one product; ONNX Runtime has no static INT8 for that.
 
     Returns:
         `fused` (bool) and `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
@@ -56,7 +59,7 @@ def export_onnx(model, tokenizer, path: Path) -> dict:
     gap = float("inf")
     for fused in (True, False):
         try:
-            _write(model, samples[0], path, fused=fused)
+            _write(model, samples[0], path, fused=fused, pack=pack)
             gap = _largest_gap(model, samples, path)
         except Exception:  # an architecture without this attention, or a pattern that the optimizer does not know
             if not fused:
@@ -82,7 +85,7 @@ def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool) -> None:
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, pack: bool) -> None:
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -103,15 +106,16 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool) -> N
         options.enable_attention = False  # done above and below: this one does not know the graph of Transformers 5
         options.enable_embed_layer_norm = False  # saves nothing, and INT8 wants the look-ups by themselves
         optimized = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
-        _pack_projections(optimized)
+        if pack:
+            _pack_projections(optimized)
         optimized.save_model_to_file(str(path))
 
 
 def _pack_projections(graph) -> None:
     """Query, key and value become one product inside the attention operator: fewer, larger multiplications.
 
-    ``graph`` is ONNX Runtime's `OnnxModel`. The reshapes between a projection and the attention are those of the heads,
-    there and back: the operator splits the heads itself.
+    ``graph`` is ONNX Runtime's `OnnxModel`. The reshapes between a projection and the attention are those of the
+    heads, there and back: the operator splits the heads itself.
     """
     from onnx import helper, numpy_helper
 

@@ -10,7 +10,8 @@ from utils_files import whole_file, write_json
 # A record without one of these is not a record. A value that is not known is null, never a made-up number.
 REQUIRED = """
 variant format artifact date
-scheme.weights scheme.activations scheme.quantized_layers scheme.linear_layers scheme.embeddings
+scheme.weights scheme.activations scheme.quantized_layers scheme.linear_layers scheme.embeddings scheme.kept_in_float
+scheme.largest_weight
 made.base_model made.dataset made.dataset_source made.dataset_fingerprint made.train_dataset_source
 made.recipe made.seed made.git_commit
 quality.split quality.examples quality.macro_f1 quality.accuracy quality.per_class_f1 quality.confusion_matrix

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from utils_cli import ROOT, UserError
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -146,6 +147,7 @@ def load_task(name: str, config_name: str | None = None) -> Task:
 def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
     """Loads the dataset named, or else the one that an artifact learnt; ``made_by`` is its recipe.yaml."""
     recipe = made_by.get("recipe", {})
+    recipe = recipe.get("baseline", recipe)  # a quantized artifact tells what its baseline learnt
     if name is None:
         name = recipe.get("dataset_name", DEFAULT_DATASET)
         config_name = config_name or recipe.get("dataset_config_name")
@@ -218,6 +220,15 @@ def get_split(task: Task, split: str):
     if split not in task.splits:
         raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
     return task.splits[split]
+
+
+def stratified_sample(rows, count: int, seed: int):
+    """So many rows, drawn at random from each class in proportion to its share."""
+    if not 1 <= count <= len(rows):
+        raise UserError(f"--calibration_rows {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]  # class by class, each shuffled
+    return rows.select(order[np.linspace(0, len(rows) - 1, count).round().astype(int)])
 
 
 def fingerprint(rows) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path  # noqa: E402
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import run_baseline  # noqa: E402
+import run_ptq  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
@@ -138,6 +139,14 @@ def artifact(encoder, colors, tmp_path_factory) -> Path:
     """A trained tiny baseline with all its formats."""
     folder = tmp_path_factory.mktemp("weights") / "baseline"
     run_baseline.main(train_flags(encoder, colors, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized(artifact) -> Path:
+    """That baseline in INT8, in all its formats."""
+    folder = artifact.parent / "ptq"
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(folder), "--calibration_rows", "60"])
     return folder
 
 

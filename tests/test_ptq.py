@@ -1,0 +1,252 @@
+"""Post-training quantization: what is in the folder, that it answers as before it was saved, what is refused."""
+
+import json
+import resource
+import shutil
+import signal
+
+import numpy as np
+import onnx
+import pytest
+import run_baseline
+import run_evaluation
+import run_ptq
+import torch
+import utils_cli
+import utils_int8
+import yaml
+from conftest import ENCODERS, build_encoder, build_rows, color_features, train_flags
+from datasets import Dataset
+from optimum.intel import OVModelForSequenceClassification
+from run_benchmark import split_name
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from utils_artifact import files_to_serve, find_formats, open_artifact, weights_of
+from utils_classifier import load_trained_classifier, softmax
+from utils_cli import UserError
+from utils_scheme import describe_scheme
+from utils_task import stratified_sample
+
+FORMATS = ["torchao", "onnx", "openvino"]
+TEXTS = ["i see the red house today", "blue", "the sky is black and white and gray and very very black"]
+
+
+def scheme_of(folder, format):
+    return describe_scheme(open_artifact(folder, format, threads=1), weights_of(folder, format), format)
+
+
+def test_one_folder_three_runtimes_and_nothing_else(quantized):
+    files = {path.relative_to(quantized).as_posix() for path in quantized.rglob("*") if path.is_file()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml",
+                     "onnx/model_quantized.onnx", "openvino/openvino_model.xml", "openvino/openvino_model.bin",
+                     "openvino/config.json", "openvino/openvino_config.json"}  # fmt: skip
+    assert list(find_formats(quantized)) == FORMATS
+    made = yaml.safe_load((quantized / "recipe.yaml").read_text())
+    assert set(made["seconds"]) == set(FORMATS) and made["recipe"]["calibration_rows"] == 60
+    assert made["recipe"]["baseline"]["learning_rate"] == 5e-3
+    assert made["kept_in_float"]["classifier"] == "outside the encoder's layers"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
+    scheme = scheme_of(quantized, format)
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)
+    assert scheme["weights"] == "int8 per-channel" and "int8" in scheme["embeddings"]
+    assert scheme["activations"] == {"torchao": "int8 dynamic per-token", "onnx": "int8 dynamic per-tensor",
+                                     "openvino": "int8 static per-tensor"}[format]  # fmt: skip
+    assert set(scheme["kept_in_float"]) == {"bert.pooler.dense", "classifier", "bert.embeddings.token_type_embeddings"}
+    for of_baseline in find_formats(artifact):
+        assert scheme_of(artifact, of_baseline)["quantized_layers"] == 0  # the control
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_it_answers_nearly_as_the_baseline_does(format, quantized, artifact):
+    expected, found = (open_artifact(folder, name, threads=1) for folder, name in
+                       ((artifact, "pytorch"), (quantized, format)))  # fmt: skip
+    texts = build_rows(90)["text"]
+    expected, found = (classifier.logits(classifier.encode(texts)) for classifier in (expected, found))
+    assert (expected.argmax(axis=-1) == found.argmax(axis=-1)).mean() > 0.95
+    assert 0 < np.abs(expected - found).mean() < 0.25
+
+
+def realigned(model):
+    """The model with its float weights at fresh addresses: sums of floats depend on how memory is aligned."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "qdata"):
+            parameter.data = parameter.data.clone()
+    return model.eval()
+
+
+def test_torchao_reopens_with_the_very_logits(artifact, tmp_path):
+    layers = utils_int8.find_layers(load_trained_classifier(artifact))
+    model = realigned(utils_int8.quantize_torchao(artifact, tmp_path / "out", layers))
+    reopened = realigned(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
+    inputs = AutoTokenizer.from_pretrained(artifact)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, reopened(**inputs).logits)
+
+
+def test_openvino_reopens_with_the_very_logits(quantized, artifact, tmp_path, monkeypatch):
+    """`save_pretrained` is stopped for a moment, to ask the model that is about to be saved."""
+    inputs = dict(AutoTokenizer.from_pretrained(artifact)(TEXTS, padding=True, return_tensors="pt"))
+    before, save = {}, OVModelForSequenceClassification.save_pretrained
+
+    def ask_and_save(model, folder):
+        before["logits"] = model(**inputs).logits
+        save(model, folder)
+
+    monkeypatch.setattr(OVModelForSequenceClassification, "save_pretrained", ask_and_save)
+    out = tmp_path / "ptq"
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out), "--formats", "openvino"])
+    reopened = OVModelForSequenceClassification.from_pretrained(out, subfolder="openvino")
+    assert torch.equal(before["logits"], reopened(**inputs).logits)
+    assert list(find_formats(out)) == ["openvino"]  # config.json and tokenizer are there too
+
+
+def test_the_same_rows_give_the_same_files(quantized, artifact, tmp_path):
+    again = tmp_path / "again"
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(again), "--calibration_rows", "60"])
+    for name in ("onnx/model_quantized.onnx", "openvino/openvino_model.bin"):
+        assert (quantized / name).read_bytes() == (again / name).read_bytes()
+    first, second = (load_file(folder / "model.safetensors") for folder in (quantized, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_runtime_opens_it_as_its_users_do(quantized):
+    classifier = open_artifact(quantized, "torchao", threads=1)
+    probabilities = softmax(classifier.logits(classifier.encode(TEXTS[:1])))[0]
+    (answer,) = pipeline("text-classification", model=str(quantized))(TEXTS[0])
+    assert answer["label"] == classifier.labels[probabilities.argmax()]
+    assert answer["score"] == pytest.approx(probabilities.max(), abs=1e-5)
+    model = OVModelForSequenceClassification.from_pretrained(quantized, subfolder="openvino")
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    logits = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits
+    ours = open_artifact(quantized, "openvino", threads=1)
+    np.testing.assert_allclose(logits.numpy(), ours.logits(ours.encode(TEXTS[:1])), atol=1e-4)
+
+
+def test_no_weight_can_overflow_sixteen_bits(quantized, artifact, tmp_path):
+    """Two products of an 8-bit activation and a weight fit in 16 bits, so that every processor sums alike."""
+    for format in ("onnx", "openvino"):
+        largest = scheme_of(quantized, format)["largest_weight"]
+        assert 2 * 255 * largest < 2**15 and largest >= 63
+    full = tmp_path / "full"
+    flags = ["--formats", "onnx", "openvino", "--reduce_range", "false", "--calibration_rows", "30"]
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(full), *flags])
+    assert scheme_of(full, "onnx")["largest_weight"] == scheme_of(full, "openvino")["largest_weight"] == 127
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy"])
+def test_static_ranges(method, artifact, tmp_path):
+    flags = ["--formats", "onnx", "--onnx_calibration", method, "--calibration_rows", "30"]
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "static"), *flags])
+    scheme = scheme_of(tmp_path / "static", "onnx")
+    assert scheme["activations"] == "int8 static per-tensor" and scheme["quantized_layers"] == 12
+    operators = [node.op_type for node in onnx.load(tmp_path / "static" / "onnx" / "model_quantized.onnx").graph.node]
+    assert "DynamicQuantizeLinear" not in operators and "QuantizeLinear" in operators
+    expected, found = (open_artifact(folder, "onnx", threads=1) for folder in (artifact, tmp_path / "static"))
+    texts = build_rows(90)["text"]
+    expected, found = (classifier.logits(classifier.encode(texts)) for classifier in (expected, found))
+    assert (expected.argmax(axis=-1) == found.argmax(axis=-1)).mean() > 0.9
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_layers_can_stay_in_float(format, artifact, tmp_path):
+    kept = ["bert.encoder.layer.1", "bert.embeddings.word"]
+    flags = ["--formats", format, "--keep_float", *kept, "--calibration_rows", "30"]
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "part"), *flags])
+    scheme = scheme_of(tmp_path / "part", format)
+    assert scheme["quantized_layers"] == 6
+    assert {"bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"} <= set(scheme["kept_in_float"])
+    assert "bert.embeddings.position_embeddings" not in scheme["kept_in_float"]
+    made = yaml.safe_load((tmp_path / "part" / "recipe.yaml").read_text())
+    assert made["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in keep_float"
+
+
+@pytest.mark.parametrize("kind", list(ENCODERS))
+def test_other_encoders_are_quantized_by_type(kind, colors, tmp_path):
+    encoder = build_encoder(tmp_path / kind, kind)
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
+    run_ptq.main(["--baseline", str(tmp_path / "baseline"), "--output_dir", str(tmp_path / "ptq"),
+                  "--calibration_rows", "60"])  # fmt: skip
+    run_evaluation.main([str(tmp_path / "baseline"), "--latency_runs", "0", "--results_dir", str(tmp_path)])
+    for format in FORMATS:
+        run_evaluation.main([str(tmp_path / "ptq"), "--format", format, "--latency_runs", "0",
+                             "--results_dir", str(tmp_path)])  # fmt: skip
+        record = json.loads((tmp_path / "metrics" / f"ptq-{format}.json").read_text())
+        baseline = json.loads((tmp_path / "metrics" / "baseline-pytorch.json").read_text())
+        assert record["scheme"]["quantized_layers"] == 12 and record["scheme"]["linear_layers"] == 14
+        assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
+        assert record["quality"]["macro_f1"] > baseline["quality"]["macro_f1"] - 0.1
+        assert record["made"]["dataset_source"] == "folder" and record["made"]["seed"] == 42
+
+
+def test_bytes_to_serve_are_all_that_a_runtime_needs(quantized):
+    shared = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files_to_serve(quantized, "torchao")) == shared | {"model.safetensors"}
+    assert set(files_to_serve(quantized, "onnx")) == shared | {"onnx/model_quantized.onnx"}
+    assert set(files_to_serve(quantized, "openvino")) == shared | {
+        "openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/config.json"}  # fmt: skip
+
+
+def test_calibration_rows_are_drawn_class_by_class():
+    rows = Dataset.from_dict({"text": [str(row) for row in range(100)], "label": [0] * 70 + [1] * 20 + [2] * 10})
+    sample = stratified_sample(rows, 20, seed=1)
+    assert np.bincount(sample["label"]).tolist() == [14, 4, 2]
+    assert len(set(sample["text"])) == 20
+    assert sample["text"] == stratified_sample(rows, 20, seed=1)["text"] != stratified_sample(rows, 20, 2)["text"]
+    assert sorted(stratified_sample(rows, 100, 1)["text"]) == sorted(rows["text"])
+    assert len(stratified_sample(Dataset.from_dict(build_rows(9), features=color_features()), 1, 0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--calibration_rows", "0"], "--calibration_rows 0: train has 480 rows; it takes 1 to 480"),
+        (["--calibration_rows", "481"], "--calibration_rows 481: train has 480 rows"),
+        (["--formats", "gguf"], "--formats gguf: it takes some of torchao, onnx, openvino"),
+        (["--formats"], "--formats"),
+        (["--onnx_calibration", "percentile"], "--onnx_calibration percentile: it takes none, minmax or entropy"),
+        (["--keep_float", "bert.encoder.layer.7"], "--keep_float bert.encoder.layer.7: no layer has such a name"),
+        (["--baseline", "nowhere"], "no folder nowhere; make it first"),
+        (["--calibration_row", "3"], "unknown flag --calibration_row. Did you mean calibration_rows?"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message, artifact, tmp_path):
+    words = [] if "--baseline" in flags else ["--baseline", str(artifact)]
+    with pytest.raises(UserError, match=message):
+        run_ptq.main([*words, "--output_dir", str(tmp_path / "ptq"), *flags])
+    assert not (tmp_path / "ptq").exists()
+
+
+def test_what_is_quantized_already_is_refused(quantized, tmp_path):
+    with pytest.raises(UserError, match="is quantized already .by torchao."):
+        run_ptq.main(["--baseline", str(quantized), "--output_dir", str(tmp_path / "twice")])
+    with pytest.raises(UserError, match="has no format 'pytorch'; it has torchao, onnx, openvino"):
+        split_name(f"{quantized}:pytorch")
+
+
+def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "ptq"
+    shutil.copytree(quantized, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for name in ("quantize_torchao", "quantize_onnx", "quantize_openvino"):
+        quantize = getattr(run_ptq, name)
+
+        def on_a_full_disk(*words, quantize=quantize):
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            try:
+                return quantize(*words)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+        monkeypatch.setattr(run_ptq, name, on_a_full_disk)
+        with pytest.raises(SystemExit):
+            utils_cli.run(lambda: run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out)]))
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: cannot write") and "free some space" in message, (name, message)
+        monkeypatch.undo()
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        assert not list(tmp_path.glob(".ptq*"))
