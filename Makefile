@@ -9,8 +9,8 @@ SMALL := sentence-transformers/all-MiniLM-L6-v2
 .PHONY: run test check format results benchmark help
 
 help:
-	@echo "make run        short: fine-tune, evaluate, print the table, classify a few sentences (into build/run)"
-	@echo "make results    full: five seeds, all measurements, README (into weights/ and results/)"
+	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
+	@echo "make results    full: five seeds, all variants and measurements, README (into weights/ and results/)"
 	@echo "make benchmark  the interleaved timing alone     make test   the tests"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
@@ -27,23 +27,35 @@ run: $(READY)
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format pytorch --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format bf16 --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format onnx --latency_runs 200 --results_dir $(SHORT)/results
+	$(RUN) scripts/run_ptq.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/ptq --calibration_rows 100
+	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format torchao --latency_runs 200 --results_dir $(SHORT)/results
+	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format onnx --latency_runs 200 --results_dir $(SHORT)/results
+	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format openvino --latency_runs 200 --results_dir $(SHORT)/results
 	@echo "Short run:"
 	$(RUN) scripts/run_comparison.py --results_dir $(SHORT)/results --print_only
-	$(RUN) scripts/predict.py --model $(SHORT)/baseline "i feel so happy that you came" "i miss my old home" \
+	$(RUN) scripts/predict.py --model $(SHORT)/ptq "i feel so happy that you came" "i miss my old home" \
 		"i am furious about this delay" "i am scared of the dark"
 
 results: $(READY)
 	$(RUN) scripts/run_exploration.py
 	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
+	$(RUN) scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
+	$(RUN) scripts/run_seeds.py ptq --seeds 42 43 44 45 46
 	$(RUN) scripts/run_evaluation.py weights/baseline --format pytorch
 	$(RUN) scripts/run_evaluation.py weights/baseline --format bf16
 	$(RUN) scripts/run_evaluation.py weights/baseline --format onnx
+	$(RUN) scripts/run_evaluation.py weights/ptq --format torchao
+	$(RUN) scripts/run_evaluation.py weights/ptq --format onnx
+	$(RUN) scripts/run_evaluation.py weights/ptq --format openvino
 	$(MAKE) benchmark
 	$(RUN) scripts/run_comparison.py
 
 benchmark: $(READY)
-	$(RUN) scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx \
-		--output results/benchmark/baseline.json
+	$(RUN) scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx weights/ptq:onnx \
+		--output results/benchmark/eager.json
+	$(RUN) scripts/run_benchmark.py weights/baseline:onnx weights/ptq:onnx weights/ptq:openvino weights/ptq:torchao \
+		--output results/benchmark/onnx.json
+	$(RUN) scripts/run_shape_study.py
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -16,8 +16,8 @@ from utils_cli import UserError, parse_flags, run
 # isort: split
 import numpy as np
 from tqdm import tqdm
-from utils_artifact import choose_threads, find_formats, open_artifact, read_recipe_of, weights_of
-from utils_files import write_json
+from utils_artifact import choose_threads, files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
+from utils_files import relative, write_json
 from utils_record import git_commit
 from utils_ruler import WARMUP_RUNS, describe_environment, summarize_latency, time_batches, time_each
 from utils_task import get_split, load_task_of
@@ -49,14 +49,8 @@ def main(argv=None) -> None:
     print(f"texts: {task.name} ({task.source}), test")
     texts = list(get_split(task, "test")["text"])
     threads = choose_threads(arguments.threads)
-    workers = [Worker(folder, format, threads) for folder, format in named]
-    rng = np.random.default_rng(0)
-    for _ in tqdm(range(arguments.rounds), desc="interleaved rounds"):
-        one_by_one = [texts[row] for row in rng.integers(len(texts), size=SETTLE_RUNS + arguments.texts)]
-        batched = [texts[row] for row in rng.integers(len(texts), size=32 * arguments.batches)]
-        for worker in workers:
-            worker.take_turn(one_by_one, batched)
-    first = workers[0]
+    measured = interleave(named, texts, threads, arguments.rounds, arguments.texts, arguments.batches)
+    names = [f"{relative(folder)}:{format}" for folder, format in named]
     result = {
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
@@ -65,12 +59,10 @@ def main(argv=None) -> None:
         "rounds": arguments.rounds,
         "texts_a_round": arguments.texts,
         "batches_a_round": arguments.batches,
-        "compared_with": first.name,
-        "artifacts": {worker.name: worker.summary(first) for worker in workers},
+        "compared_with": names[0],
+        "artifacts": dict(zip(names, measured, strict=True)),
         "environment": describe_environment(threads),
     }
-    for worker in workers:
-        worker.close()
     if arguments.output:
         write_json(Path(arguments.output), result)
     for name, summary in result["artifacts"].items():
@@ -79,6 +71,24 @@ def main(argv=None) -> None:
             f"{name:28} p50 {summary['latency_ms']['p50']:7.2f} ms ({faster:.2f} x)"
             f"   {summary['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches:.2f} x)"
         )
+
+
+def interleave(named, texts: list[str], threads: int, rounds: int, texts_a_round: int, batches: int) -> list:
+    """Times each (folder, format) in turn, round after round.
+
+    Returns:
+        For each its bytes, latency, throughput, and how many times faster it was than the first.
+    """
+    workers = [Worker(folder, format, threads) for folder, format in named]
+    rng = np.random.default_rng(0)
+    for _ in tqdm(range(rounds), desc="interleaved rounds"):
+        one_by_one = [texts[row] for row in rng.integers(len(texts), size=SETTLE_RUNS + texts_a_round)]
+        batched = [texts[row] for row in rng.integers(len(texts), size=32 * batches)]
+        for worker in workers:
+            worker.take_turn(one_by_one, batched)
+    for worker in workers:
+        worker.close()
+    return [worker.summary(workers[0]) for worker in workers]
 
 
 def split_name(name: str) -> tuple[Path, str]:
@@ -93,7 +103,8 @@ class Worker:
     """One artifact in its own process, idle while the others have their turn."""
 
     def __init__(self, folder: Path, format: str, threads: int):
-        self.name = f"{folder}:{format}"
+        self.name = f"{relative(folder)}:{format}"
+        self._bytes_to_serve = sum(files_to_serve(folder, format).values())
         self._times_ms, self._texts_per_s = [], []  # one entry a round
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
@@ -120,6 +131,7 @@ class Worker:
         """Latency and throughput over all rounds, and how many times faster than ``first``, round by round."""
         p50 = np.median(self._times_ms, axis=1)
         return {
+            "bytes_to_serve": self._bytes_to_serve,
             "latency_ms": summarize_latency(np.concatenate(self._times_ms)),
             "throughput_per_s": {"batch_size": 32, **spread(self._texts_per_s)},
             "times_faster_at_batch_1": spread(np.median(first._times_ms, axis=1) / p50),

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils_cli import ROOT, UserError, parse_flags, run
 
 # isort: split
+import run_ptq_study
 from utils_files import write_text
 from utils_record import markdown_table, read_json, read_records, record_name
 
@@ -62,6 +63,7 @@ def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path,
     return {
         readme: f"{before}{START}\n\n{block}\n{END}{after}",
         results / "comparison.md": f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}",
+        **run_ptq_study.render_pages(results),
     }
 
 
@@ -122,10 +124,15 @@ def render_seeds(results: Path) -> list[str]:
     lines = []
     for path in sorted((results / "seeds").glob("*.json")):
         summary = read_json(path)
+        if "formats" in summary:
+            lines.append(render_changes(summary))
+            continue
         f1, accuracy = summary["macro_f1"], summary["accuracy"]
         clean = sum(one["conflict_free_macro_f1"] for one in summary["runs"]) / len(summary["runs"])
         chosen = next(one for one in summary["runs"] if one["seed"] == summary["chosen_seed"])
-        threads = f" on {chosen['threads']} thread(s)" if chosen["threads"] else ""
+        threads = (
+            f" on {chosen['threads']} {'thread' if chosen['threads'] == 1 else 'threads'}" if chosen["threads"] else ""
+        )
         lines.append(
             f"{summary['variant']}, {len(summary['runs'])} seeds: macro F1 {100 * f1['mean']:.2f} "
             f"(standard deviation {100 * f1['standard_deviation']:.2f}), accuracy {100 * accuracy['mean']:.2f} "
@@ -136,18 +143,29 @@ def render_seeds(results: Path) -> list[str]:
     return lines
 
 
+def render_changes(summary: dict) -> str:
+    """What a variant changes against the baseline of the same seed, format by format."""
+    changes = "; ".join(
+        f"{format} {100 * one['change']['mean']:+.2f} points of macro F1 (standard deviation "
+        f"{100 * one['change']['standard_deviation']:.2f}), {one['flips']['mean']:.1f} labels differ"
+        for format, one in summary["formats"].items()
+    )
+    return f"{summary['variant']}, {len(summary['runs'])} seeds, each against its own FP32 baseline: {changes}.\n"
+
+
 def render_benchmarks(results: Path) -> list[str]:
     """One table an interleaved run: the only place where speeds are divided by each other."""
     parts = []
     for path in sorted((results / "benchmark").glob("*.json")):
         benchmark = read_json(path)
         rows = [
-            [name, number(one["latency_ms"]["p50"], ".2f"), times(one["times_faster_at_batch_1"]),
-             number(one["throughput_per_s"]["median"], ".0f"), times(one["times_faster_at_batch_32"])]
+            [name, f"{one['bytes_to_serve'] / 1e6:.1f}", number(one["latency_ms"]["p50"], ".2f"),
+             times(one["times_faster_at_batch_1"]), number(one["throughput_per_s"]["median"], ".0f"),
+             times(one["times_faster_at_batch_32"])]
             for name, one in benchmark["artifacts"].items()
         ]  # fmt: skip
         against = benchmark["compared_with"]
-        head = ["interleaved", "p50 ms", f"faster than {against}", "texts/s", "in batches of 32"]
+        head = ["interleaved", "MB", "p50 ms", f"faster than {against}", "texts/s", "in batches of 32"]
         parts.append(markdown_table(head, rows))
     return parts
 

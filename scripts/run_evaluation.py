@@ -24,6 +24,7 @@ from utils_artifact import (
     read_recipe_of,
     weights_of,
 )
+from utils_files import relative
 from utils_plots import plot_confusion_matrix
 from utils_record import record_name, write_record
 from utils_ruler import (
@@ -205,12 +206,6 @@ def without_path(value):
     if isinstance(value, dict):
         return {key: without_path(one) for key, one in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def relative(path: Path) -> str:
-    """A path in the repository is named from its root, any other by its last part: no home folder is recorded."""
-    path = Path(path).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 if __name__ == "__main__":

@@ -64,7 +64,11 @@ class PtqArguments:
     )
     reduce_range: bool = field(
         default=True,
-        metadata={"help": "Weights of 7 bits in ONNX and OpenVINO, which answer the same on every processor."},
+        metadata={"help": "Weights of 7 bits, which no processor adds up wrongly; see utils_int8.py."},
+    )
+    smooth_quant: bool = field(
+        default=False,
+        metadata={"help": "OpenVINO: move outliers of the activations into the weights (Xiao et al., ICML 2023)."},
     )
     calibration_rows: int = field(
         default=300, metadata={"help": "Rows of train, drawn class by class, that fix what is static."}
@@ -102,13 +106,12 @@ def main(argv=None) -> None:
         for format in arguments.formats:
             start = time.monotonic()
             if format == "torchao":
-                quantize_torchao(baseline, folder, layers)
+                quantize_torchao(baseline, folder, layers, arguments.reduce_range)
             elif format == "onnx":
                 save_onnx(baseline, folder / "onnx", model, layers, encoder, token_ids, arguments)
             else:
-                quantize_openvino(
-                    baseline, folder / "openvino", model, layers, encoder, token_ids, arguments.reduce_range
-                )
+                switches = {"reduce_range": arguments.reduce_range, "smooth_quant": arguments.smooth_quant}
+                quantize_openvino(baseline, folder / "openvino", model, layers, encoder, token_ids, **switches)
             made["seconds"][format] = round(time.monotonic() - start, 1)
             print(f"{format}: {made['seconds'][format]} s")
         for name in SHARED_FILES:

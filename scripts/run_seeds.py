@@ -1,10 +1,12 @@
-"""Trains one recipe with several seeds, scores each, and keeps the seed that is best on validation.
+"""Makes one variant with several seeds, scores each, and keeps the seed that is best on validation.
 
 One seed's score says little: the spread over seeds is part of the result. The chosen artifact becomes
 `weights/<variant>`, the summary `results/seeds/<variant>.json`. A seed that is trained already is not trained again
-unless the recipe has changed; one that was interrupted goes on where it stopped.
+unless the recipe has changed; one that was interrupted goes on where it stopped. A variant that starts from the
+baseline starts from that of the same seed, and is compared with it row by row.
 
     python scripts/run_seeds.py baseline --seeds 42 43 44 45 46
+    python scripts/run_seeds.py ptq
 """
 
 import shutil
@@ -17,9 +19,9 @@ from pathlib import Path
 from utils_cli import ROOT, UserError, parse_flags, read_recipe, run
 
 # isort: split
-from utils_artifact import RECIPE_FILE, read_recipe_of
+from utils_artifact import RECIPE_FILE, find_formats, read_recipe_of
 from utils_files import whole_folder, write_json
-from utils_record import read_json
+from utils_record import read_json, read_logits
 from utils_task import find_base_model, load_task
 from utils_training import comparable
 
@@ -30,8 +32,8 @@ SCRIPTS = ROOT / "scripts"
 class SeedsArguments:
     """Which variant, which seeds."""
 
-    variant: str = field(metadata={"help": "baseline, qat or qlora: run_<variant>.py with configs/<variant>.yaml."})
-    seeds: list[int] = field(default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to train with."})
+    variant: str = field(metadata={"help": "baseline or ptq: run_<variant>.py with configs/<variant>.yaml."})
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
@@ -42,52 +44,77 @@ def main(argv=None) -> None:
     if not script.is_file():
         raise UserError(f"variant {arguments.variant}: no {script.name}")
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
-    runs = [train_and_score(seed, script, recipe, arguments.variant, weights, results) for seed in arguments.seeds]
+    runs = [make_and_score(seed, script, recipe, arguments.variant, weights, results) for seed in arguments.seeds]
     best = max(runs, key=lambda one: one["validation_macro_f1"])
     with whole_folder(weights / arguments.variant, marker=RECIPE_FILE) as folder:
         shutil.copytree(weights / "seeds" / f"{arguments.variant}-{best['seed']}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,
         "chosen_seed": best["seed"],
-        "chosen_by": "validation macro F1",
-        **{
-            name: mean_and_deviation(runs, name) for name in ("macro_f1", "accuracy", "validation_macro_f1", "seconds")
-        },
+        "chosen_by": "validation macro F1 of the baseline" if "formats" in best else "validation macro F1",
+        **summarize(runs),
         "runs": runs,
     }
     write_json(results / "seeds" / f"{arguments.variant}.json", summary)
-    print(
-        f"{len(runs)} seeds, test: macro F1 {summary['macro_f1']['mean']:.4f} "
-        f"(standard deviation {summary['macro_f1']['standard_deviation']:.4f}), "
-        f"accuracy {summary['accuracy']['mean']:.4f}; seed {best['seed']} is best on validation -> "
-        f"{weights / arguments.variant}"
-    )
+    print(f"{len(runs)} seeds, test; seed {best['seed']} is best on validation -> {weights / arguments.variant}")
+    for name, one in summary.get("formats", {"pytorch": summary}).items():
+        deviation = one["macro_f1"]["standard_deviation"] or 0
+        change = f"   change {100 * one['change']['mean']:+.2f} points" if "change" in one else ""
+        print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} (standard deviation {deviation:.4f}){change}")
 
 
 def recipe_of(variant: str) -> Path:
     return ROOT / "configs" / f"{variant}.yaml"
 
 
-def train_and_score(seed: int, script: Path, recipe: Path, variant: str, weights: Path, results: Path) -> dict:
-    """One seed: trained unless it stands already with this recipe, then scored on test in a fresh process."""
+def make_and_score(seed: int, script: Path, recipe: Path, variant: str, weights: Path, results: Path) -> dict:
+    """One seed: made unless it stands already with this recipe, then scored on test in a fresh process a format."""
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
-    if is_up_to_date(artifact, recipe, seed):
+    if "baseline" in read_recipe(recipe):  # quantizing takes a minute: it is done anew
+        call(script, recipe, "--baseline", weights / "seeds" / f"baseline-{seed}", "--output_dir", artifact)
+    elif is_up_to_date(artifact, recipe, seed):
         print(f"seed {seed}: {artifact} stands")
     else:
         call(script, recipe, "--seed", seed, "--output_dir", artifact, "--resume_from_checkpoint", "last")
-    call(SCRIPTS / "run_evaluation.py", artifact, "--latency_runs", 0, "--results_dir", seed_results)
     made = read_recipe_of(artifact)
-    path = next((seed_results / "metrics").glob(f"{variant}-*.json"))
-    quality = read_json(path)["quality"]
-    return {
+    run = {
         "seed": seed,
-        "macro_f1": quality["macro_f1"],
-        "accuracy": quality["accuracy"],
-        "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"],
         "validation_macro_f1": made["training"]["validation_macro_f1"],
         "validation_accuracy": made["training"]["validation_accuracy"],
         **{name: made["training"].get(name) for name in ("seconds", "cpu_seconds", "threads", "resumed")},
     }
+    if variant == "baseline":  # its forms answer alike
+        return run | score_format(artifact, "pytorch", seed_results, variant)
+    formats = {name: score_format(artifact, name, seed_results, variant) for name in find_formats(artifact)}
+    return run | {"formats": formats}
+
+
+def score_format(artifact: Path, format: str, results: Path, variant: str) -> dict:
+    """Scores one format on test; against the baseline of the same seed where that is another variant."""
+    call(SCRIPTS / "run_evaluation.py", artifact, "--format", format, "--latency_runs", 0, "--results_dir", results)
+    quality = read_json(results / "metrics" / f"{variant}-{format}.json")["quality"]
+    scores = {"macro_f1": quality["macro_f1"], "accuracy": quality["accuracy"],
+              "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"]}  # fmt: skip
+    if variant == "baseline":
+        return scores
+    before = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["macro_f1"]
+    labels = [
+        read_logits(results / "predictions" / f"{name}.parquet").argmax(axis=-1)
+        for name in ("baseline-pytorch", f"{variant}-{format}")
+    ]
+    return scores | {"change": quality["macro_f1"] - before, "flips": int((labels[0] != labels[1]).sum())}
+
+
+def summarize(runs: list[dict]) -> dict:
+    """Mean and deviation over the seeds, format by format where there are several."""
+    if "formats" not in runs[0]:
+        names = ("macro_f1", "accuracy", "validation_macro_f1", "seconds")
+        return {name: mean_and_deviation(runs, name) for name in names}
+    formats = {}
+    for format in runs[0]["formats"]:
+        scores = [one["formats"][format] for one in runs]
+        formats[format] = {name: mean_and_deviation(scores, name) for name in scores[0]}
+    return {"formats": formats}
 
 
 def is_up_to_date(artifact: Path, recipe: Path, seed: int) -> bool:

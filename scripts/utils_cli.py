@@ -29,7 +29,14 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTHONWARNINGS" not in os.environ:  # someone who sets it wants to see the libraries' warnings
     warnings.filterwarnings("ignore")
-    for noisy in ("torch.utils._pytree", "torch.onnx", "onnxscript", "torch.distributed.elastic", "bitsandbytes"):
+    for noisy in (
+        "torch.utils._pytree",
+        "torch.utils.cpp_extension",
+        "torch.onnx",
+        "onnxscript",
+        "torch.distributed.elastic",
+        "bitsandbytes",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

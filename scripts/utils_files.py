@@ -7,7 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils_cli import UserError
+from utils_cli import ROOT, UserError
+
+
+def relative(path: Path) -> str:
+    """A path in the repository is named from its root, any other by its last part: no home folder is recorded."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def write_text(path: Path, text: str) -> None:

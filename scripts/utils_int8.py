@@ -8,7 +8,7 @@ the logits at once.
 import contextlib
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +62,12 @@ def names_in_float(model, layers: Layers) -> list[str]:
     return [name for name, part in model.named_modules() if isinstance(part, kinds) and name not in int8]
 
 
-def quantize_torchao(baseline: Path, folder: Path, layers: Layers) -> torch.nn.Module:
+def quantize_torchao(baseline: Path, folder: Path, layers: Layers, reduce_range: bool = True) -> torch.nn.Module:
     """Writes `model.safetensors` and `config.json` with INT8 weights, and INT8 activations scaled token by token.
+
+    Args:
+        reduce_range: weights of 7 bits. A processor without VNNI adds two products of 8 bits in 16 bits, where
+            full-range weights overflow (2 x 255 x 127 > 32767); with 7 bits every processor gives the same answer.
 
     Returns:
         The quantized model, as it was before it was saved.
@@ -76,13 +80,16 @@ def quantize_torchao(baseline: Path, folder: Path, layers: Layers) -> torch.nn.M
     )
     from transformers import TorchAoConfig
 
-    linear = Int8DynamicActivationInt8WeightConfig()
+    linear = Int8DynamicActivationInt8WeightConfig(reduce_range=reduce_range)
     table = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
     schemes = {f"{name}.weight": linear for name in layers.linear}
     schemes |= {f"{name}.weight": table for name in layers.embeddings}
     config = TorchAoConfig(FqnToConfig(schemes), include_input_output_embeddings=True)
     # It must be quantized while it is loaded: a model quantized in place cannot be saved.
     model = load_trained_classifier(baseline, quantization_config=config, dtype=torch.float32)
+    for name in layers.linear:  # torchao reduces the activations too, which halves their precision and is not needed
+        weight = model.get_submodule(name).weight
+        weight.act_quant_kwargs = replace(weight.act_quant_kwargs, reduce_range=False)
     model.save_pretrained(folder)
     return model
 
@@ -119,8 +126,7 @@ def quantize_onnx(model, float_graph: Path, path: Path, layers: Layers, reduce_r
     Args:
         model: the same classifier in PyTorch; its weights tell which node is which layer.
         float_graph: the FP32 file of `export_onnx`.
-        reduce_range: weights of 7 bits. A processor without VNNI adds two products of 8 bits in 16 bits, where
-            full-range weights overflow (2 x 255 x 127 > 32767); with 7 bits every processor gives the same answer.
+        reduce_range: as for torchao.
     """
     from onnxruntime.quantization import quantize_dynamic
 
@@ -206,10 +212,11 @@ def quantize_openvino(
     encoder: TextEncoder,
     token_ids: list[list[int]],
     reduce_range: bool = True,
+    smooth_quant: bool = False,
 ) -> None:
     """Writes `openvino_model.xml` and `.bin` with INT8 weights, and INT8 activations whose ranges the rows have fixed.
 
-    Symmetric, without SmoothQuant, is OpenVINO's fastest form. For the arguments see the functions above.
+    For the arguments see the functions above; ``smooth_quant`` follows Xiao et al., "SmoothQuant", ICML 2023.
     """
     import nncf
     from datasets import Dataset
@@ -220,7 +227,7 @@ def quantize_openvino(
     config = OVQuantizationConfig(
         sym=True,
         overflow_fix="enable" if reduce_range else "disable",
-        smooth_quant_alpha=-1,
+        smooth_quant_alpha=0.95 if smooth_quant else -1,
         num_samples=len(token_ids),
         ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False),
     )

@@ -43,6 +43,19 @@ def plot_confusion_matrix(record: dict, path: Path) -> None:
         save_figure(figure, path)
 
 
+def plot_sensitivity(shifts: dict[tuple[str, str], float], path: Path) -> None:
+    """How far the logits move when one layer alone is quantized; ``shifts`` maps (kind, layer) to the mean shift."""
+    kinds, layers = (list(dict.fromkeys(key[index] for key in shifts)) for index in (0, 1))
+    cells = np.array([[shifts.get((kind, layer), np.nan) for layer in layers] for kind in kinds])
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        figure, axes = plt.subplots(figsize=(3.6 + 0.8 * len(layers), 1.4 + 0.5 * len(kinds)))
+        seaborn.heatmap(cells, annot=True, fmt=".3f", cmap="Blues", vmin=0, linewidths=0.5, xticklabels=layers,
+                        yticklabels=kinds, ax=axes, cbar_kws={"label": "mean shift of a logit"})  # fmt: skip
+        axes.set(xlabel="layer", ylabel="")
+        axes.tick_params(axis="y", rotation=0)
+        save_figure(figure, path)
+
+
 def plot_dataset(counts: dict[str, np.ndarray], lengths: dict[str, np.ndarray], labels: list[str], path: Path) -> None:
     """Share of each class in each split, and how the lengths of the texts are spread."""
     with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):

@@ -81,6 +81,14 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     return path
 
 
+def read_logits(path: Path):
+    """The logits of a predictions file, float32 (rows, classes)."""
+    import numpy as np
+    from pyarrow import parquet
+
+    return np.array(parquet.read_table(path)["logits"].to_pylist(), dtype=np.float32)
+
+
 def record_name(record: dict) -> str:
     return f"{record['variant']}-{record['format']}"
 

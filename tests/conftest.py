@@ -150,6 +150,14 @@ def quantized(artifact) -> Path:
     return folder
 
 
+def realigned(model):
+    """The model with its float weights at fresh addresses: sums of floats depend on how memory is aligned."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "qdata"):
+            parameter.data = parameter.data.clone()
+    return model.eval()
+
+
 def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
     """A script as a user starts it, in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]

@@ -1,9 +1,11 @@
 """Post-training quantization: what is in the folder, that it answers as before it was saved, what is refused."""
 
-import json
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -11,11 +13,12 @@ import pytest
 import run_baseline
 import run_evaluation
 import run_ptq
+import run_ptq_study
 import torch
 import utils_cli
 import utils_int8
 import yaml
-from conftest import ENCODERS, build_encoder, build_rows, color_features, train_flags
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, color_features, read_json, realigned, train_flags
 from datasets import Dataset
 from optimum.intel import OVModelForSequenceClassification
 from run_benchmark import split_name
@@ -69,14 +72,6 @@ def test_it_answers_nearly_as_the_baseline_does(format, quantized, artifact):
     assert 0 < np.abs(expected - found).mean() < 0.25
 
 
-def realigned(model):
-    """The model with its float weights at fresh addresses: sums of floats depend on how memory is aligned."""
-    for parameter in model.parameters():
-        if not hasattr(parameter, "qdata"):
-            parameter.data = parameter.data.clone()
-    return model.eval()
-
-
 def test_torchao_reopens_with_the_very_logits(artifact, tmp_path):
     layers = utils_int8.find_layers(load_trained_classifier(artifact))
     model = realigned(utils_int8.quantize_torchao(artifact, tmp_path / "out", layers))
@@ -127,13 +122,13 @@ def test_every_runtime_opens_it_as_its_users_do(quantized):
 
 def test_no_weight_can_overflow_sixteen_bits(quantized, artifact, tmp_path):
     """Two products of an 8-bit activation and a weight fit in 16 bits, so that every processor sums alike."""
-    for format in ("onnx", "openvino"):
+    for format in FORMATS:
         largest = scheme_of(quantized, format)["largest_weight"]
         assert 2 * 255 * largest < 2**15 and largest >= 63
     full = tmp_path / "full"
-    flags = ["--formats", "onnx", "openvino", "--reduce_range", "false", "--calibration_rows", "30"]
+    flags = ["--reduce_range", "false", "--calibration_rows", "30"]
     run_ptq.main(["--baseline", str(artifact), "--output_dir", str(full), *flags])
-    assert scheme_of(full, "onnx")["largest_weight"] == scheme_of(full, "openvino")["largest_weight"] == 127
+    assert all(scheme_of(full, format)["largest_weight"] >= 127 for format in FORMATS)
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy"])
@@ -173,8 +168,9 @@ def test_other_encoders_are_quantized_by_type(kind, colors, tmp_path):
     for format in FORMATS:
         run_evaluation.main([str(tmp_path / "ptq"), "--format", format, "--latency_runs", "0",
                              "--results_dir", str(tmp_path)])  # fmt: skip
-        record = json.loads((tmp_path / "metrics" / f"ptq-{format}.json").read_text())
-        baseline = json.loads((tmp_path / "metrics" / "baseline-pytorch.json").read_text())
+        record, baseline = (
+            read_json(tmp_path / "metrics" / f"{name}.json") for name in (f"ptq-{format}", "baseline-pytorch")
+        )
         assert record["scheme"]["quantized_layers"] == 12 and record["scheme"]["linear_layers"] == 14
         assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
         assert record["quality"]["macro_f1"] > baseline["quality"]["macro_f1"] - 0.1
@@ -233,12 +229,12 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
     for name in ("quantize_torchao", "quantize_onnx", "quantize_openvino"):
         quantize = getattr(run_ptq, name)
 
-        def on_a_full_disk(*words, quantize=quantize):
+        def on_a_full_disk(*words, quantize=quantize, **options):
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
             try:
-                return quantize(*words)
+                return quantize(*words, **options)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
@@ -250,3 +246,66 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
         monkeypatch.undo()
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
         assert not list(tmp_path.glob(".ptq*"))
+
+
+def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
+    few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, dynamic, 8-bit weights")
+    monkeypatch.setattr(run_ptq_study, "CANDIDATES", {name: run_ptq_study.CANDIDATES[name] for name in few})
+    monkeypatch.setattr(run_ptq_study, "PROCESSORS", ("AVX2",))
+    run_ptq_study.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
+    study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
+    assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
+    assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
+    assert 0 <= study["processors"]["torchao"]["AVX2"]["equal_labels"] <= 1
+    kinds = {(one["kind"], one["layer"]) for one in sensitivity["layers"]}
+    assert {("word_embeddings", "embeddings"), ("attention.self", "0"), ("intermediate", None)} <= kinds
+    (packed,) = [one for one in sensitivity["layers"] if (one["kind"], one["layer"]) == ("attention.self", "1")]
+    assert len(packed["names"]) == 3 and packed["mean_logit_shift"] > 0
+    worst = max(sensitivity["layers"], key=lambda one: one["mean_logit_shift"] * (one["layer"] is not None))
+    kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
+    assert kept["changes"]["keep_float"] == worst["names"]
+    assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
+    assert run_ptq_study.render_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
+        (tmp_path / "results" / "ptq_study.md").read_text())  # fmt: skip
+    assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def studied(change: float, speed: float, largest: int) -> dict:
+    return {"format": "onnx", "changes": {"marked": speed}, "macro_f1_change": change,
+            "times_faster_at_batch_1": {"median": speed}, "scheme": {"largest_weight": largest}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("candidates", "winner"),
+    [
+        ({"good": studied(0.0, 2.0, 64), "fast": studied(-0.003, 3.0, 64)}, "good"),
+        ({"good": studied(0.0, 2.0, 64), "fast": studied(-0.001, 3.0, 64)}, "fast"),
+        ({"good": studied(0.0, 2.0, 64), "overflows": studied(0.001, 3.0, 127)}, "good"),
+        ({"good": studied(0.0, 2.0, 127), "fast": studied(0.0, 3.0, 127)}, "fast"),
+    ],
+)
+def test_the_rule(candidates, winner):
+    chosen = run_ptq_study.choose(candidates)["onnx"]
+    assert chosen["candidate"] == winner
+    assert chosen["flags"]["marked"] == candidates[winner]["changes"]["marked"]
+
+
+def test_the_recipe_is_what_won():
+    """configs/ptq.yaml holds the flags of the winner of each format."""
+    recipe = yaml.safe_load((ROOT / "configs" / "ptq.yaml").read_text())
+    for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
+        for flag, value in one["flags"].items():
+            assert recipe[flag] == value, (format, flag)
+
+
+def test_the_readme_opens_it_in_each_runtime(quantized, tmp_path):
+    """Every Python block that names weights/ptq, as it stands."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "ptq").symlink_to(quantized)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = [block for block in blocks if "weights/ptq" in block]
+    assert len(blocks) == 3
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert "label" in done.stdout or "array" in done.stdout

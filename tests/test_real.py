@@ -1,9 +1,14 @@
-"""The real thing, short: the embedded model learns from real rows, and its three forms answer alike on test rows."""
+"""The real thing, short: the embedded model learns from real rows, and all its forms answer alike on test rows."""
 
 import numpy as np
 import pytest
 import run_baseline
-from utils_artifact import open_artifact
+import run_ptq
+import torch
+from conftest import realigned
+from utils_artifact import files_to_serve, open_artifact, weights_of
+from utils_classifier import TextEncoder, load_trained_classifier
+from utils_int8 import find_layers, quantize_torchao
 from utils_ruler import predict, score
 from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, load_task
 
@@ -15,6 +20,13 @@ def real(tmp_path_factory):
                        "--learning_rate", "4e-4", "--eval_strategy", "no", "--save_strategy", "no",
                        "--load_best_model_at_end", "false", "--disable_tqdm", "true",
                        "--output_dir", str(folder)])  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real_int8(real):
+    folder = real.parent / "ptq"
+    run_ptq.main(["--baseline", str(real), "--output_dir", str(folder), "--calibration_rows", "60"])
     return folder
 
 
@@ -40,3 +52,31 @@ def test_fusing_for_onnx_runtime_changes_no_answer(real, test_rows):
     np.testing.assert_allclose(logits["onnx"], logits["pytorch"], atol=1e-3)
     assert (logits["onnx"].argmax(axis=-1) == logits["pytorch"].argmax(axis=-1)).all()
     assert (logits["bf16"].argmax(axis=-1) == logits["pytorch"].argmax(axis=-1)).mean() > 0.97
+
+
+@pytest.mark.parametrize("format", ["torchao", "onnx", "openvino"])
+def test_int8_is_a_quarter_and_answers_nearly_alike(format, real, real_int8, test_rows):
+    texts = list(test_rows["text"])[:300]
+    before, after, again = (
+        predict(classifier, classifier.encode(texts))
+        for classifier in (
+            open_artifact(real, "pytorch", threads=2),
+            open_artifact(real_int8, format, threads=2),
+            open_artifact(real_int8, format, threads=2),
+        )
+    )
+    np.testing.assert_array_equal(after, again)  # reopened, the very logits
+    assert (before.argmax(axis=-1) == after.argmax(axis=-1)).mean() > 0.95
+    twin = {"torchao": "pytorch", "onnx": "onnx", "openvino": "onnx"}[format]
+    sizes = [sum(files_to_serve(*one).values()) for one in ((real_int8, format), (real, twin))]
+    assert sizes[0] <= 0.27 * sizes[1]
+    assert weights_of(real_int8, format).stat().st_size < weights_of(real, twin).stat().st_size
+
+
+def test_torchao_gives_before_and_after_saving_the_very_logits(real, test_rows, tmp_path):
+    model = quantize_torchao(real, tmp_path, find_layers(load_trained_classifier(real)))
+    reopened = load_trained_classifier(tmp_path)
+    encoder = TextEncoder(real)
+    inputs = {name: torch.from_numpy(array) for name, array in encoder.pad(encoder(test_rows["text"][:32])).items()}
+    with torch.no_grad():
+        assert torch.equal(realigned(model)(**inputs).logits, realigned(reopened)(**inputs).logits)

@@ -9,7 +9,8 @@ import run_comparison
 import run_evaluation
 import run_exploration
 import run_seeds
-from conftest import build_rows, color_features, read_json, save_dataset
+import yaml
+from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from utils_cli import UserError
 from utils_record import markdown_table
 
@@ -107,7 +108,7 @@ def test_no_records_is_said(tmp_path):
 
 def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
     benchmark = read_json(measured / "benchmark" / "baseline.json")
-    first_name, other_name = f"{artifact}:pytorch", f"{artifact}:onnx"
+    first_name, other_name = "baseline:pytorch", "baseline:onnx"
     assert benchmark["compared_with"] == first_name and benchmark["environment"]["threads"] == 1
     first, other = benchmark["artifacts"][first_name], benchmark["artifacts"][other_name]
     assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0}
@@ -133,17 +134,9 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
 def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tmp_path, monkeypatch, capsys):
     recipe = run_baseline_recipe(tmp_path, encoder, colors)
     monkeypatch.setattr(run_seeds, "recipe_of", lambda variant: recipe)
-    words = [
-        "baseline",
-        "--seeds",
-        "1",
-        "2",
-        "--weights_dir",
-        str(tmp_path / "weights"),
-        "--results_dir",
-        str(tmp_path / "results"),
-    ]
-    run_seeds.main(words)
+    words = ["--seeds", "1", "2", "--weights_dir", str(tmp_path / "weights"),
+             "--results_dir", str(tmp_path / "results")]  # fmt: skip
+    run_seeds.main(["baseline", *words])
     summary = read_json(tmp_path / "results" / "seeds" / "baseline.json")
     runs = {one["seed"]: one for one in summary["runs"]}
     assert summary["macro_f1"]["mean"] == pytest.approx((runs[1]["macro_f1"] + runs[2]["macro_f1"]) / 2)
@@ -158,11 +151,21 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     recipe.write_text(recipe.read_text().replace("num_train_epochs: 1", "num_train_epochs: 2"))
     assert not run_seeds.is_up_to_date(artifact, recipe, 1)
 
+    quantizing = tmp_path / "ptq.yaml"
+    quantizing.write_text("baseline: weights/baseline\nformats: [onnx]\ncalibration_rows: 30\n")
+    monkeypatch.setattr(run_seeds, "recipe_of", lambda variant: quantizing)
+    run_seeds.main(["ptq", *words])
+    summary_of_ptq = read_json(tmp_path / "results" / "seeds" / "ptq.json")
+    assert summary_of_ptq["chosen_seed"] == best["seed"]
+    changes = [one["formats"]["onnx"]["macro_f1"] - runs[one["seed"]]["macro_f1"] for one in summary_of_ptq["runs"]]
+    assert summary_of_ptq["formats"]["onnx"]["change"]["mean"] == pytest.approx(sum(changes) / 2)
+    made = yaml.safe_load((tmp_path / "weights" / "ptq" / "recipe.yaml").read_text())
+    assert made["seed"] == best["seed"] and made["recipe"]["calibration_rows"] == 30
+    shown = run_comparison.render_changes(summary_of_ptq)
+    assert f"onnx {100 * summary_of_ptq['formats']['onnx']['change']['mean']:+.2f} points of macro F1" in shown
+
 
 def run_baseline_recipe(folder, encoder, colors):
-    import yaml
-    from conftest import ROOT
-
     values = yaml.safe_load((ROOT / "configs" / "baseline.yaml").read_text())
     values |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "learning_rate": 5e-3, "bf16": False,
                "num_train_epochs": 1}  # fmt: skip

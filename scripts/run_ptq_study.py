@@ -1,0 +1,301 @@
+"""Chooses how the baseline is quantized: candidates against each other, layer by layer, processor by processor.
+
+Everything is scored on validation, with several baselines, and the test split is not touched. The rule: of the
+candidates of one format that answer alike on every processor and whose mean macro F1 lies within 0.2 points of the
+best of them, the fastest at batch 1. The winners stand in configs/ptq.yaml.
+
+    python scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
+"""
+
+import datetime
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils_cli import ROOT, UserError, parse_flags, run
+
+# isort: split
+import numpy as np
+import run_ptq
+from run_benchmark import interleave
+from tqdm import tqdm
+from utils_artifact import choose_threads, files_to_serve, open_artifact, read_recipe_of, weights_of
+from utils_classifier import OnnxClassifier, load_trained_classifier
+from utils_files import write_json, write_text
+from utils_int8 import Layers, find_layers, quantize_onnx
+from utils_plots import plot_sensitivity
+from utils_record import git_commit, markdown_table, read_json, read_logits
+from utils_ruler import describe_environment, predict, score
+from utils_scheme import describe_scheme
+from utils_task import get_split, load_task_of
+
+MARGIN = 0.002  # of macro F1: four rows of 2,000
+SAFE_WEIGHT = 64  # two products with an 8-bit activation fit in 16 bits: 2 x 255 x 64 < 2^15
+CANDIDATES = {
+    "torchao": ("torchao", {}),
+    "torchao, 8-bit weights": ("torchao", {"reduce_range": False}),
+    "ONNX Runtime, dynamic": ("onnx", {}),
+    "ONNX Runtime, dynamic, 8-bit weights": ("onnx", {"reduce_range": False}),
+    "ONNX Runtime, static by extremes": ("onnx", {"onnx_calibration": "minmax"}),
+    "ONNX Runtime, static by entropy": ("onnx", {"onnx_calibration": "entropy"}),
+    "OpenVINO": ("openvino", {}),
+    "OpenVINO, 8-bit weights": ("openvino", {"reduce_range": False}),
+    "OpenVINO, SmoothQuant": ("openvino", {"smooth_quant": True}),
+}
+DEFAULTS = {"onnx_calibration": "none", "reduce_range": True, "smooth_quant": False, "keep_float": []}
+# oneDNN, which multiplies for PyTorch and OpenVINO, can be told to use no more than these
+PROCESSORS = ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+@dataclass
+class StudyArguments:
+    """On which baselines, and where the results go."""
+
+    baselines: list[str] = field(
+        metadata={"help": "Folders of run_baseline.py; speed, layers and processors are measured on the first."}
+    )
+    work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    rounds: int = field(default=10, metadata={"help": "Turns that each candidate gets when speed is measured."})
+
+
+def main(argv=None) -> None:
+    (arguments,) = parse_flags((StudyArguments,), positional="baselines", argv=argv)
+    baselines, work = [Path(folder) for folder in arguments.baselines], Path(arguments.work_dir)
+    results, threads = Path(arguments.results_dir), choose_threads(None)
+    task = load_task_of(read_recipe_of(baselines[0]))
+    rows = get_split(task, "validation")
+    texts, labels = list(rows["text"]), np.asarray(rows["label"])
+    about = {"date": datetime.date.today().isoformat(), "git_commit": git_commit(), "dataset": task.name,
+             "dataset_source": task.source, "split": "validation", "examples": len(texts),
+             "baselines": [read_recipe_of(folder).get("seed") for folder in baselines],
+             "environment": describe_environment(threads)}  # fmt: skip
+
+    layers = measure_layers(baselines[0], texts, labels, threads)
+    worst = max(layers, key=lambda one: one["mean_logit_shift"] if " " not in one["kind"] else 0)
+    write_json(results / "ptq_sensitivity.json", about | {"layers": layers})
+
+    candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": ("onnx", {"keep_float": worst["names"]})}
+    folders = {}
+    for name, (format, changes) in tqdm(candidates.items(), desc="candidates"):
+        for baseline in baselines:
+            folder = work / re.sub(r"\W+", "-", name) / baseline.name
+            flags = [word for key, value in changes.items() for word in (f"--{key}", *_words(value))]
+            run_ptq.main(["--baseline", str(baseline), "--output_dir", str(folder), "--formats", format, *flags])
+            folders.setdefault(name, []).append(folder)
+    reference = [logits_of(baseline, "onnx", texts, threads) for baseline in baselines]
+    studied = {
+        name: changes_of(candidates[name], folders[name], reference, texts, labels, threads) for name in candidates
+    }
+    named = [(baselines[0], "onnx")] + [(folders[name][0], candidates[name][0]) for name in candidates]
+    speed = interleave(named, texts, threads, arguments.rounds, texts_a_round=50, batches=8)
+    for one, measured in zip(studied.values(), speed[1:], strict=True):
+        one |= measured
+    study = about | {
+        "baseline": {"macro_f1": statistics.fmean(score(one, labels)["macro_f1"] for one in reference), **speed[0]},
+        "candidates": studied,
+        "processors": {
+            name: compare_processors(folders[name][0], format) for name, (format, changes) in candidates.items()
+            if format != "onnx" and not changes.get("smooth_quant")
+        },
+        "chosen": choose(studied),
+    }  # fmt: skip
+    write_json(results / "ptq_study.json", study)
+    for path, text in render_pages(results).items():
+        write_text(path, text)
+    shifts = {(one["kind"], one["layer"]): one["mean_logit_shift"] for one in layers if one["layer"] is not None}
+    plot_sensitivity(shifts, results / "ptq_sensitivity.png")
+    print((results / "ptq_study.md").read_text(encoding="utf-8"))
+
+
+def _words(value) -> list[str]:
+    return value if isinstance(value, list) else [str(value).lower()]
+
+
+def logits_of(folder: Path, format: str, texts: list[str], threads: int) -> np.ndarray:
+    classifier = open_artifact(folder, format, threads=threads)
+    return predict(classifier, classifier.encode(texts))
+
+
+def measure_layers(baseline: Path, texts: list[str], labels: np.ndarray, threads: int) -> list[dict]:
+    """Quantizes one layer at a time, then one kind of layer at a time, and scores what that alone does (ONNX Runtime).
+
+    Returns:
+        An entry each: `kind`, `layer` (null for a whole kind), `names`, and what `compare` finds.
+    """
+    model = load_trained_classifier(baseline)
+    everything = find_layers(model)
+    units = {}
+    for name in everything.embeddings:
+        units[(name.rpartition(".")[2], "embeddings")] = [name]
+    for name in everything.linear:
+        layer = re.search(r"\.(\d+)\.", name)
+        part = re.search(r"\.\d+\.(.*)", name).group(1)
+        kind = part if part.count(".") == 0 else part.rpartition(".")[0]  # query, key and value are one product
+        units.setdefault((kind, layer.group(1)), []).append(name)
+    for kind in dict.fromkeys(kind for kind, layer in units if layer != "embeddings"):
+        units[(kind, None)] = [
+            name for (one, layer), names in units.items() if one == kind and layer for name in names
+        ]
+    graph = weights_of(baseline, "onnx")
+    before = logits_of(baseline, "onnx", texts, threads)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        for (kind, layer), names in tqdm(units.items(), desc="layer by layer"):
+            part = Layers([name for name in names if name in everything.linear],
+                          [name for name in names if name in everything.embeddings])  # fmt: skip
+            quantize_onnx(model, graph, path, part)
+            classifier = OnnxClassifier(baseline, path, threads=threads)
+            after = predict(classifier, classifier.encode(texts))
+            found.append({"kind": kind, "layer": layer, "names": names} | compare(before, after, labels))
+    return found
+
+
+def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
+    """What quantizing did to the logits (rows, classes), the labels that follow from them, and their score."""
+    change = score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"]
+    return {
+        "mean_logit_shift": float(np.abs(after - before).mean()),
+        "flips": int((after.argmax(axis=-1) != before.argmax(axis=-1)).sum()),
+        "macro_f1_change": change,
+    }
+
+
+def changes_of(candidate, folders: list[Path], reference: list[np.ndarray], texts, labels, threads: int) -> dict:
+    """Means over the baselines of what a candidate does, and what was counted in the first one's file."""
+    format, changes = candidate
+    each = [
+        compare(before, logits_of(folder, format, texts, threads), labels)
+        for folder, before in zip(folders, reference, strict=True)
+    ]
+    files = files_to_serve(folders[0], format)
+    scheme = describe_scheme(open_artifact(folders[0], format, threads), weights_of(folders[0], format), format)
+    return {
+        "format": format,
+        "changes": changes,
+        **{name: statistics.fmean(one[name] for one in each) for name in each[0]},
+        "macro_f1_changes": [one["macro_f1_change"] for one in each],
+        "megabytes": round(sum(files.values()) / 1e6, 2),
+        "scheme": scheme,
+    }
+
+
+def compare_processors(folder: Path, format: str) -> dict:
+    """Scores an artifact as smaller processors would, each in a process of its own.
+
+    Returns:
+        Maps a limit of oneDNN to the share of equal labels and the largest gap of a logit against no limit; both are
+        null where the runtime does not work with it.
+    """
+
+    def logits(limit: str | None, results: Path) -> np.ndarray | str:
+        environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {})
+        if limit == "AVX2":
+            environment["ATEN_CPU_CAPABILITY"] = "avx2"  # PyTorch's own kernels
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "run_evaluation.py"), str(folder), "--format", format, "--split",
+             "validation", "--latency_runs", "0", "--results_dir", str(results)],
+            env=environment, capture_output=True, text=True)  # fmt: skip
+        if done.returncode:
+            return done.stderr.strip().splitlines()[-1]
+        (path,) = (results / "predictions").glob("*.parquet")
+        return read_logits(path)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        free = logits(None, Path(temporary) / "free")
+        limited = {limit: logits(limit, Path(temporary) / limit) for limit in PROCESSORS}
+    if isinstance(free, str):
+        raise UserError(f"{folder} could not be scored: {free}")
+    found = {}
+    for limit, answer in limited.items():
+        if isinstance(answer, str):  # the runtime cannot be limited so far
+            found[limit] = {"equal_labels": None, "largest_logit_gap": None, "why_not": answer}
+        else:
+            same = float((answer.argmax(axis=-1) == free.argmax(axis=-1)).mean())
+            found[limit] = {"equal_labels": same, "largest_logit_gap": float(np.abs(answer - free).max())}
+    return found
+
+
+def choose(studied: dict) -> dict:
+    """Format -> the winner by the rule above, and its flags."""
+    chosen = {}
+    for format in run_ptq.FORMATS:
+        ours = {name: one for name, one in studied.items() if one["format"] == format}
+        safe = {name: one for name, one in ours.items() if one["scheme"]["largest_weight"] <= SAFE_WEIGHT} or ours
+        best = max(one["macro_f1_change"] for one in safe.values())
+        close = {name: one for name, one in safe.items() if one["macro_f1_change"] >= best - MARGIN}
+        winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
+        chosen[format] = {"candidate": winner, "flags": DEFAULTS | close[winner]["changes"]}
+    return chosen
+
+
+def render_pages(results: Path) -> dict[Path, str]:
+    """The two pages, from their JSON files alone; none where there are no such files."""
+    pages = {}
+    if (results / "ptq_study.json").is_file():
+        pages[results / "ptq_study.md"] = render_study(read_json(results / "ptq_study.json"))
+    if (results / "ptq_sensitivity.json").is_file():
+        pages[results / "ptq_sensitivity.md"] = render_sensitivity(read_json(results / "ptq_sensitivity.json"))
+    return pages
+
+
+def render_study(study: dict) -> str:
+    winners = {one["candidate"] for one in study["chosen"].values()}
+    rows = [
+        [f"**{name}**" if name in winners else name, f"{100 * one['macro_f1_change']:+.2f}", f"{one['flips']:.1f}",
+         f"{one['mean_logit_shift']:.3f}", f"{one['megabytes']:.1f}", str(one["scheme"]["largest_weight"]),
+         f"{one['latency_ms']['p50']:.2f}", f"{one['times_faster_at_batch_1']['median']:.2f} x",
+         f"{one['times_faster_at_batch_32']['median']:.2f} x"]
+        for name, one in study["candidates"].items()
+    ]  # fmt: skip
+    head = ["candidate", "macro F1, points", "flips", "logit shift", "MB", "largest weight", "p50 ms", "batch 1",
+            "batch 32"]  # fmt: skip
+    processors = [
+        [name, limit, "-", "-"]
+        if one["equal_labels"] is None
+        else [name, limit, f"{100 * one['equal_labels']:.2f}", f"{one['largest_logit_gap']:.3f}"]
+        for name, limits in study["processors"].items()
+        for limit, one in limits.items()
+    ]
+    environment, seeds = study["environment"], ", ".join(map(str, study["baselines"]))
+    return (
+        f"# How the baseline is quantized\n\n{study['dataset']}, validation, {study['examples']} texts. Changes are "
+        f"against the FP32 ONNX file (macro F1 {100 * study['baseline']['macro_f1']:.2f}, p50 "
+        f"{study['baseline']['latency_ms']['p50']:.2f} ms), means of the baselines with seeds {seeds}. Times: one "
+        f"interleaved run with the first of them on {environment['cpu']}, {environment['threads']} threads; "
+        f"{study['date']}.\n\n{markdown_table(head, rows)}\n"
+        f"**Chosen** (bold), for each format: of the candidates whose weights do not exceed {SAFE_WEIGHT}, where a "
+        f"format has such, and whose macro F1 lies within {100 * MARGIN:.1f} points of the best of them, the fastest "
+        "at batch 1.\n\n## On smaller processors\n\n"
+        "A processor without VNNI adds two products of 8 bits in 16 bits, which overflow if a weight exceeds "
+        f"{SAFE_WEIGHT}. ONNX Runtime cannot be limited from outside: there the largest weight is the proof. PyTorch "
+        "and OpenVINO multiply with oneDNN, which was limited to an instruction set; equal labels in %, and the "
+        "largest gap of a logit, against no limit (a dash: it does not run so):\n\n"
+        f"{markdown_table(['candidate', 'limit', 'equal labels', 'largest gap'], processors)}"
+    )
+
+
+def render_sensitivity(sensitivity: dict) -> str:
+    order = sorted(sensitivity["layers"], key=lambda one: -one["mean_logit_shift"])
+    rows = [
+        [f"{one['kind']}, {'all layers' if one['layer'] is None else one['layer']}", f"{one['mean_logit_shift']:.4f}",
+         str(one["flips"]), f"{100 * one['macro_f1_change']:+.2f}"]
+        for one in order
+    ]  # fmt: skip
+    return (
+        f"# One layer at a time\n\nWhat quantizing one layer alone (dynamic INT8, ONNX Runtime) does to the baseline "
+        f"with seed {sensitivity['baselines'][0]} on the {sensitivity['examples']} texts of validation; most harmful "
+        "first. A change of macro F1 below half a point is within the noise of so many texts; the shift of the logits "
+        "is not.\n\n![](ptq_sensitivity.png)\n\n"
+        + markdown_table(["quantized", "mean logit shift", "flips", "macro F1, points"], rows)
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,52 @@
+"""Size and speed in the shape of BERT-base, where neither depends on what the weights are: random ones do.
+
+Builds a BERT-base with random weights and the baseline's tokenizer and labels, quantizes it as the recipe says, and
+times both interleaved. Its answers mean nothing and are not scored.
+
+    python scripts/run_shape_study.py
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils_cli import ROOT, parse_flags, run
+
+# isort: split
+import run_baseline
+import run_benchmark
+import run_ptq
+import torch
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
+from utils_artifact import new_artifact, read_recipe_of
+
+
+@dataclass
+class ShapeArguments:
+    """Whose tokenizer and labels, and where the results go."""
+
+    baseline: str = field(default="weights/baseline", metadata={"help": "Folder of run_baseline.py."})
+    work_dir: str = field(default=str(ROOT / "build" / "bert-base"), metadata={"help": "Where the models are saved."})
+    output: str = field(
+        default=str(ROOT / "results" / "benchmark" / "bert-base.json"), metadata={"help": "JSON file of the result."}
+    )
+
+
+def main(argv=None) -> None:
+    (arguments,) = parse_flags((ShapeArguments,), positional="baseline", argv=argv)
+    work, made_by = Path(arguments.work_dir), read_recipe_of(Path(arguments.baseline))
+    of_baseline = AutoConfig.from_pretrained(arguments.baseline)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.baseline)
+    config = BertConfig(
+        vocab_size=of_baseline.vocab_size, id2label=of_baseline.id2label, label2id=of_baseline.label2id
+    )
+    torch.manual_seed(0)
+    with new_artifact(work / "baseline", made_by) as folder:
+        run_baseline.save(BertForSequenceClassification(config), tokenizer, folder)
+    run_ptq.main(["--baseline", str(work / "baseline"), "--output_dir", str(work / "ptq")])
+    named = [f"{work / 'baseline'}:onnx", f"{work / 'baseline'}:pytorch"]
+    named += [f"{work / 'ptq'}:{format}" for format in run_ptq.FORMATS]
+    run_benchmark.main([*named, "--output", arguments.output])
+
+
+if __name__ == "__main__":
+    run(main)
