@@ -77,7 +77,7 @@ def main(argv=None) -> None:
              "environment": describe_environment(threads)}  # fmt: skip
 
     layers = measure_layers(baselines[0], texts, labels, threads)
-    worst = max(layers, key=lambda one: one["mean_logit_shift"] if " " not in one["kind"] else 0)
+    worst = max((one for one in layers if one["layer"] is not None), key=lambda one: one["mean_logit_shift"])
     write_json(results / "ptq_sensitivity.json", about | {"layers": layers})
 
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": ("onnx", {"keep_float": worst["names"]})}
@@ -225,7 +225,7 @@ def compare_processors(folder: Path, format: str) -> dict:
 def choose(studied: dict) -> dict:
     """Format -> the winner by the rule above, and its flags."""
     chosen = {}
-    for format in run_ptq.FORMATS:
+    for format in dict.fromkeys(one["format"] for one in studied.values()):
         ours = {name: one for name, one in studied.items() if one["format"] == format}
         safe = {name: one for name, one in ours.items() if one["scheme"]["largest_weight"] <= SAFE_WEIGHT} or ours
         best = max(one["macro_f1_change"] for one in safe.values())
