@@ -47,6 +47,8 @@ results: $(READY)
 	$(RUN) scripts/run_evaluation.py weights/ptq --format torchao
 	$(RUN) scripts/run_evaluation.py weights/ptq --format onnx
 	$(RUN) scripts/run_evaluation.py weights/ptq --format openvino
+	$(RUN) scripts/run_processors.py weights/ptq:torchao weights/ptq:openvino \
+		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
 	$(MAKE) benchmark
 	$(RUN) scripts/run_comparison.py
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils_cli import ROOT, UserError, parse_flags, run
 
 # isort: split
+import run_processors
 import run_ptq_study
 from utils_files import write_text
 from utils_record import markdown_table, read_json, read_records, record_name
@@ -64,6 +65,7 @@ def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path,
         readme: f"{before}{START}\n\n{block}\n{END}{after}",
         results / "comparison.md": f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}",
         **run_ptq_study.render_pages(results),
+        **run_processors.render_pages(results),
     }
 
 

@@ -1,4 +1,4 @@
-"""Chooses how the baseline is quantized: candidates against each other, layer by layer, processor by processor.
+"""Chooses how the baseline is quantized: candidates against each other, and layer by layer.
 
 Everything is scored on validation, with several baselines, and the test split is not touched. The rule: of the
 candidates of one format that answer alike on every processor and whose mean macro F1 lies within 0.2 points of the
@@ -8,16 +8,13 @@ best of them, the fastest at batch 1. The winners stand in configs/ptq.yaml.
 """
 
 import datetime
-import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, parse_flags, run
+from utils_cli import ROOT, parse_flags, run
 
 # isort: split
 import numpy as np
@@ -29,7 +26,7 @@ from utils_classifier import OnnxClassifier, load_trained_classifier
 from utils_files import write_json, write_text
 from utils_int8 import Layers, find_layers, quantize_onnx
 from utils_plots import plot_sensitivity
-from utils_record import git_commit, markdown_table, read_json, read_logits
+from utils_record import git_commit, markdown_table, read_json
 from utils_ruler import describe_environment, predict, score
 from utils_scheme import describe_scheme
 from utils_task import get_split, load_task_of
@@ -48,8 +45,6 @@ CANDIDATES = {
     "OpenVINO, SmoothQuant": ("openvino", {"smooth_quant": True}),
 }
 DEFAULTS = {"onnx_calibration": "none", "reduce_range": True, "smooth_quant": False, "keep_float": []}
-# oneDNN, which multiplies for PyTorch and OpenVINO, can be told to use no more than these
-PROCESSORS = ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass
@@ -99,10 +94,6 @@ def main(argv=None) -> None:
     study = about | {
         "baseline": {"macro_f1": statistics.fmean(score(one, labels)["macro_f1"] for one in reference), **speed[0]},
         "candidates": studied,
-        "processors": {
-            name: compare_processors(folders[name][0], format) for name, (format, changes) in candidates.items()
-            if format != "onnx" and not changes.get("smooth_quant")
-        },
         "chosen": choose(studied),
     }  # fmt: skip
     write_json(results / "ptq_study.json", study)
@@ -186,42 +177,6 @@ def changes_of(candidate, folders: list[Path], reference: list[np.ndarray], text
     }
 
 
-def compare_processors(folder: Path, format: str) -> dict:
-    """Scores an artifact as smaller processors would, each in a process of its own.
-
-    Returns:
-        Maps a limit of oneDNN to the share of equal labels and the largest gap of a logit against no limit; both are
-        null where the runtime does not work with it.
-    """
-
-    def logits(limit: str | None, results: Path) -> np.ndarray | str:
-        environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {})
-        if limit == "AVX2":
-            environment["ATEN_CPU_CAPABILITY"] = "avx2"  # PyTorch's own kernels
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / "run_evaluation.py"), str(folder), "--format", format, "--split",
-             "validation", "--latency_runs", "0", "--results_dir", str(results)],
-            env=environment, capture_output=True, text=True)  # fmt: skip
-        if done.returncode:
-            return done.stderr.strip().splitlines()[-1]
-        (path,) = (results / "predictions").glob("*.parquet")
-        return read_logits(path)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        free = logits(None, Path(temporary) / "free")
-        limited = {limit: logits(limit, Path(temporary) / limit) for limit in PROCESSORS}
-    if isinstance(free, str):
-        raise UserError(f"{folder} could not be scored: {free}")
-    found = {}
-    for limit, answer in limited.items():
-        if isinstance(answer, str):  # the runtime cannot be limited so far
-            found[limit] = {"equal_labels": None, "largest_logit_gap": None, "why_not": answer}
-        else:
-            same = float((answer.argmax(axis=-1) == free.argmax(axis=-1)).mean())
-            found[limit] = {"equal_labels": same, "largest_logit_gap": float(np.abs(answer - free).max())}
-    return found
-
-
 def choose(studied: dict) -> dict:
     """Format -> the winner by the rule above, and its flags."""
     chosen = {}
@@ -256,13 +211,6 @@ def render_study(study: dict) -> str:
     ]  # fmt: skip
     head = ["candidate", "macro F1, points", "flips", "logit shift", "MB", "largest weight", "p50 ms", "batch 1",
             "batch 32"]  # fmt: skip
-    processors = [
-        [name, limit, "-", "-"]
-        if one["equal_labels"] is None
-        else [name, limit, f"{100 * one['equal_labels']:.2f}", f"{one['largest_logit_gap']:.3f}"]
-        for name, limits in study["processors"].items()
-        for limit, one in limits.items()
-    ]
     environment, seeds = study["environment"], ", ".join(map(str, study["baselines"]))
     return (
         f"# How the baseline is quantized\n\n{study['dataset']}, validation, {study['examples']} texts. Changes are "
@@ -272,12 +220,7 @@ def render_study(study: dict) -> str:
         f"{study['date']}.\n\n{markdown_table(head, rows)}\n"
         f"**Chosen** (bold), for each format: of the candidates whose weights do not exceed {SAFE_WEIGHT}, where a "
         f"format has such, and whose macro F1 lies within {100 * MARGIN:.1f} points of the best of them, the fastest "
-        "at batch 1.\n\n## On smaller processors\n\n"
-        "A processor without VNNI adds two products of 8 bits in 16 bits, which overflow if a weight exceeds "
-        f"{SAFE_WEIGHT}. ONNX Runtime cannot be limited from outside: there the largest weight is the proof. PyTorch "
-        "and OpenVINO multiply with oneDNN, which was limited to an instruction set; equal labels in %, and the "
-        "largest gap of a logit, against no limit (a dash: it does not run so):\n\n"
-        f"{markdown_table(['candidate', 'limit', 'equal labels', 'largest gap'], processors)}"
+        "at batch 1. What smaller processors make of them: ptq_processors.md.\n"
     )
 
 

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import run_baseline
 import run_evaluation
+import run_processors
 import run_ptq
 import run_ptq_study
 import torch
@@ -251,12 +252,10 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
 def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, dynamic, 8-bit weights")
     monkeypatch.setattr(run_ptq_study, "CANDIDATES", {name: run_ptq_study.CANDIDATES[name] for name in few})
-    monkeypatch.setattr(run_ptq_study, "PROCESSORS", ("AVX2",))
     run_ptq_study.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
     study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
     assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
     assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
-    assert 0 <= study["processors"]["torchao"]["AVX2"]["equal_labels"] <= 1
     kinds = {(one["kind"], one["layer"]) for one in sensitivity["layers"]}
     assert {("word_embeddings", "embeddings"), ("attention.self", "0"), ("intermediate", None)} <= kinds
     (packed,) = [one for one in sensitivity["layers"] if (one["kind"], one["layer"]) == ("attention.self", "1")]
@@ -268,6 +267,15 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     assert run_ptq_study.render_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
         (tmp_path / "results" / "ptq_study.md").read_text())  # fmt: skip
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_processors_are_compared(quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_processors, "LIMITS", ("AVX2",))
+    run_processors.main([f"{quantized}:torchao", "--results_dir", "results"])
+    (limits,) = read_json(tmp_path / "results" / "ptq_processors.json")["artifacts"].values()
+    assert limits["AVX2"]["equal_labels"] > 0.95 and limits["AVX2"]["largest_logit_gap"] < 0.1
+    page = (tmp_path / "results" / "ptq_processors.md").read_text()
+    assert "| ptq:torchao |" in page and f"{100 * limits['AVX2']['equal_labels']:.2f}" in page
 
 
 def studied(change: float, speed: float, largest: int) -> dict:
