@@ -44,7 +44,11 @@ CANDIDATES = {
     "OpenVINO, 8-bit weights": ("openvino", {"reduce_range": False}),
     "OpenVINO, SmoothQuant": ("openvino", {"smooth_quant": True}),
 }
-DEFAULTS = {"onnx_calibration": "none", "reduce_range": True, "smooth_quant": False, "keep_float": []}
+FLAGS = {  # which decide a format, and what they are in a candidate that does not change them
+    "torchao": {"reduce_range": True, "keep_float": []},
+    "onnx": {"reduce_range": True, "keep_float": [], "onnx_calibration": "none"},
+    "openvino": {"reduce_range": True, "keep_float": [], "smooth_quant": False},
+}
 
 
 @dataclass
@@ -80,7 +84,8 @@ def main(argv=None) -> None:
     for name, (format, changes) in tqdm(candidates.items(), desc="candidates"):
         for baseline in baselines:
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
-            flags = [word for key, value in changes.items() for word in (f"--{key}", *_words(value))]
+            flags = [word for key, value in (FLAGS[format] | changes).items() if value != []
+                     for word in (f"--{key}", *_words(value))]  # fmt: skip
             run_ptq.main(["--baseline", str(baseline), "--output_dir", str(folder), "--formats", format, *flags])
             folders.setdefault(name, []).append(folder)
     reference = [logits_of(baseline, "onnx", texts, threads) for baseline in baselines]
@@ -186,7 +191,7 @@ def choose(studied: dict) -> dict:
         best = max(one["macro_f1_change"] for one in safe.values())
         close = {name: one for name, one in safe.items() if one["macro_f1_change"] >= best - MARGIN}
         winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
-        chosen[format] = {"candidate": winner, "flags": DEFAULTS | close[winner]["changes"]}
+        chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
     return chosen
 
 
