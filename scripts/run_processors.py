@@ -103,13 +103,14 @@ def render_pages(results: Path) -> dict[Path, str]:
     ]
     head = ["artifact", "limit of oneDNN", "equal labels %", "mean gap", "largest gap"]
     page = (
-        "# The same answers on smaller processors\n\nA processor without VNNI adds two products of 8 bits in 16 bits: "
-        "with an 8-bit activation they overflow if a weight exceeds 64 (2 x 255 x 64 < 2^15), so the shipped weights "
-        "have 7 bits. ONNX Runtime cannot be limited from outside; there the largest weight, counted in its record, "
-        "is the proof. PyTorch and OpenVINO multiply with oneDNN, which was limited; labels and logits are compared with "
-        f"the limit {REFERENCE}, where integer products are exact and all else is FP32. Without a limit OpenVINO "
-        "computes what is not INT8 in bfloat16, if the processor has it. A dash: the runtime does not work so "
-        f"limited.\n\n{markdown_table(head, rows)}\n{measured['environment']['cpu']}, {measured['date']}.\n"
+        "# The same answers on smaller processors\n\n"
+        "A processor without VNNI adds two products of 8 bits in 16 bits: with an 8-bit activation they overflow if a "
+        "weight exceeds 64 (2 x 255 x 64 < 2^15), so the shipped weights have 7 bits. ONNX Runtime cannot be limited "
+        "from outside; there the largest weight, counted in its record, is the proof. PyTorch and OpenVINO multiply "
+        "with oneDNN, which was limited; labels and logits are compared with the limit "
+        f"{REFERENCE}, where integer products are exact and all else is FP32. Without a limit OpenVINO computes what "
+        "is not INT8 in bfloat16, if the processor has it. A dash: the runtime does not work so limited.\n\n"
+        f"{markdown_table(head, rows)}\n{measured['environment']['cpu']}, {measured['date']}.\n"
     )
     return {results / "ptq_processors.md": page}
 
