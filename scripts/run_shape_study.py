@@ -25,6 +25,7 @@ class ShapeArguments:
     """Whose tokenizer and labels, and where the results go."""
 
     baseline: str = field(default="weights/baseline", metadata={"help": "Folder of run_baseline.py."})
+    rounds: int = field(default=6, metadata={"help": "Turns that each form gets; a turn of these takes a while."})
     work_dir: str = field(default=str(ROOT / "build" / "bert-base"), metadata={"help": "Where the models are saved."})
     output: str = field(
         default=str(ROOT / "results" / "benchmark" / "bert-base.json"), metadata={"help": "JSON file of the result."}
@@ -45,7 +46,7 @@ def main(argv=None) -> None:
     run_ptq.main(["--baseline", str(work / "baseline"), "--output_dir", str(work / "ptq")])
     named = [f"{work / 'baseline'}:onnx", f"{work / 'baseline'}:pytorch"]
     named += [f"{work / 'ptq'}:{format}" for format in run_ptq.FORMATS]
-    run_benchmark.main([*named, "--output", arguments.output])
+    run_benchmark.main([*named, "--rounds", str(arguments.rounds), "--batches", "4", "--output", arguments.output])
 
 
 if __name__ == "__main__":

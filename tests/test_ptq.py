@@ -1,5 +1,6 @@
 """Post-training quantization: what is in the folder, that it answers as before it was saved, what is refused."""
 
+import functools
 import re
 import resource
 import shutil
@@ -15,16 +16,27 @@ import run_evaluation
 import run_processors
 import run_ptq
 import run_ptq_study
+import run_shape_study
 import torch
 import utils_cli
 import utils_int8
 import yaml
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, color_features, read_json, realigned, train_flags
+from conftest import (
+    ENCODERS,
+    ROOT,
+    SMALL,
+    build_encoder,
+    build_rows,
+    color_features,
+    read_json,
+    realigned,
+    train_flags,
+)
 from datasets import Dataset
 from optimum.intel import OVModelForSequenceClassification
 from run_benchmark import split_name
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
 from utils_artifact import files_to_serve, find_formats, open_artifact, weights_of
 from utils_classifier import load_trained_classifier, softmax
 from utils_cli import UserError
@@ -304,6 +316,14 @@ def test_the_recipe_is_what_won():
     for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
         for flag, value in one["flags"].items():
             assert recipe[flag] == value, (format, flag)
+
+
+def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_shape_study, "BertConfig", functools.partial(BertConfig, **SMALL))
+    run_shape_study.main([str(artifact), "--rounds", "1", "--work_dir", "work", "--output", "shape.json"])
+    measured = read_json(tmp_path / "shape.json")["artifacts"]
+    assert list(measured) == ["baseline:onnx", "baseline:pytorch", "ptq:torchao", "ptq:onnx", "ptq:openvino"]
+    assert measured["ptq:onnx"]["bytes_to_serve"] < measured["baseline:onnx"]["bytes_to_serve"]
 
 
 def test_the_readme_opens_it_in_each_runtime(quantized, tmp_path):
