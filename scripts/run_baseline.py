@@ -12,22 +12,22 @@ import copy
 import shutil
 from dataclasses import dataclass, field
 
-from utils_cli import ROOT, UserError, parse_recipe, run
+from utils_cli import ROOT, parse_recipe, run
 
 # isort: split
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
-from utils_classifier import open_classifier
+from utils_classifier import build_classifier
 from utils_int8 import find_stack
 from utils_onnx import export_onnx
 from utils_task import (
     TaskArguments,
-    conflicting_texts,
     find_base_model,
     get_split,
     load_task,
     load_tokenizer,
+    select_train_rows,
     tokenize,
 )
 from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
@@ -39,17 +39,8 @@ RECIPE = ROOT / "configs" / "baseline.yaml"
 class BaselineArguments(TaskArguments):
     """What is particular to the baseline."""
 
-    attention_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the attention weights; the base model's own if not given."}
-    )
-    drop_conflicting_rows: bool = field(
-        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
-    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "How much slower each layer learns than the one above it; 1 for no difference."}
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
     )
 
 
@@ -68,7 +59,7 @@ def main(argv=None) -> None:
     validation_ids = tokenize(get_split(task, "validation"), tokenizer, "validation")
 
     # 3. Build the variant
-    model = build_model(base.path, task.labels, arguments.attention_dropout)
+    model = build_classifier(base.path, task.labels, arguments.attention_dropout)
 
     # 4. Train: what is left in `model` is the best checkpoint on validation
     trainer = BaselineTrainer(
@@ -129,41 +120,6 @@ def count_layers_above(model) -> dict[str, int]:
         else:
             depths[name] = layers + 1 if name.startswith(f"{embeddings}.") else 0
     return depths
-
-
-def select_train_rows(rows, arguments: BaselineArguments, seed: int):
-    """The rows to learn from: a text that carries two labels teaches neither."""
-    if arguments.drop_conflicting_rows:
-        conflicting = conflicting_texts(rows)
-        kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
-        print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
-        rows = rows.select(kept)
-    if arguments.max_train_rows is not None and arguments.max_train_rows < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(arguments.max_train_rows))
-        print(f"train: {len(rows)} rows, drawn at random")
-    return rows
-
-
-def build_model(path: str, labels: list[str], attention_dropout: float | None):
-    """The encoder with a fresh classification head, or with its own where it was trained for as many classes."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    trained = any("SequenceClassification" in name for name in config.architectures or [])
-    if trained and config.num_labels != len(labels):
-        raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
-    config.num_labels = len(labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
-    if attention_dropout is not None:
-        for name in {"attention_probs_dropout_prob", "attention_dropout"} & vars(
-            config
-        ).keys():  # BERT's, DistilBERT's
-            setattr(config, name, attention_dropout)
-    model, report = open_classifier(path, config=config, dtype=torch.float32)
-    encoder = f"{model.base_model_prefix}."
-    absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
-    if absent:
-        raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
-    return model
 
 
 def save(model, tokenizer, folder) -> dict:

@@ -18,11 +18,12 @@ WEIGHT_FILES = {
     "pytorch": ("model.safetensors",),
     "bf16": ("model.bf16.safetensors", "model.safetensors"),
     "torchao": ("model.safetensors",),
+    "nf4": ("model.safetensors",),
     "onnx": ("onnx/model_quantized.onnx", "onnx/model.onnx"),
     "openvino": ("openvino/openvino_model.xml",),
 }
 # Who quantized `model.safetensors`, as config.json tells -> the formats which that file then is
-FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",)}
+FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
@@ -84,7 +85,8 @@ def open_artifact(folder: Path, format: str, threads: int):
         return OnnxClassifier(folder, weights, threads=threads)
     if format == "openvino":
         return OpenVinoClassifier(folder, weights, threads=threads)
-    return TorchClassifier(folder, weights, threads=threads, bf16=format == "bf16")
+    dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights come with their own
+    return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
 
 
 def choose_threads(threads: int | None) -> int:

@@ -100,12 +100,11 @@ class OpenVinoClassifier:
 class TorchClassifier:
     """Token ids to logits with PyTorch, eager, opened as any user would: with `from_pretrained`."""
 
-    def __init__(self, folder: Path, weights: Path, threads: int, bf16: bool = False):
+    def __init__(self, folder: Path, weights: Path, threads: int, dtype: str = "auto"):
         import torch
 
         torch.set_num_threads(threads)
         variant = "bf16" if ".bf16." in weights.name else None
-        dtype = torch.bfloat16 if bf16 else torch.float32
         self.model = load_trained_classifier(folder, variant=variant, dtype=dtype).eval()
         self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
         self.encode = TextEncoder(folder)
@@ -134,6 +133,36 @@ def open_classifier(folder, **options):
         return AutoModelForSequenceClassification.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+
+
+def build_config(path: str, labels: list[str], attention_dropout: float | None):
+    """The configuration of a base model as a classifier of these labels."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != len(labels):
+        raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    if attention_dropout is not None:
+        for name in {"attention_probs_dropout_prob", "attention_dropout"} & vars(
+            config
+        ).keys():  # BERT's, DistilBERT's
+            setattr(config, name, attention_dropout)
+    return config
+
+
+def build_classifier(path: str, labels: list[str], attention_dropout: float | None, **options):
+    """The encoder with a fresh classification head, or with its own where it was trained for as many classes."""
+    config = build_config(path, labels, attention_dropout)
+    model, report = open_classifier(path, config=config, dtype="float32", **options)
+    encoder = f"{model.base_model_prefix}."
+    absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
+    if absent:
+        raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
+    return model
 
 
 def load_trained_classifier(folder: Path, **options):

@@ -16,7 +16,7 @@ from utils_cli import ROOT
 WARMUP_RUNS = 30
 CALIBRATION_BINS = 15
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy", "scikit-learn",
-            "onnx", "onnxruntime", "torchao", "optimum-intel", "openvino", "nncf")  # fmt: skip
+            "onnx", "onnxruntime", "torchao", "optimum-intel", "openvino", "nncf", "peft", "bitsandbytes")  # fmt: skip
 
 
 @cache

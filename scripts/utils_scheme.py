@@ -21,7 +21,7 @@ class Matrix:
 
     name: str
     dtype: str
-    per_channel: bool = False
+    granularity: str = "per-tensor"
     activations: str = "float32"  # what the layer's input becomes
     largest: int | None = None  # of the integers, without their sign
 
@@ -31,7 +31,7 @@ class Matrix:
 
     @property
     def weights(self) -> str:
-        return f"{self.dtype} {'per-channel' if self.per_channel else 'per-tensor'}" if self.quantized else self.dtype
+        return f"{self.dtype} {self.granularity}" if self.quantized else self.dtype
 
 
 def describe_scheme(classifier, weights: Path, format: str) -> dict:
@@ -62,20 +62,30 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
     }
 
 
+def granularity(*scales) -> str:
+    """By the shapes of the scales: one for the whole tensor, or one a channel."""
+    return "per-channel" if any(math.prod(shape) > 1 for shape in scales) else "per-tensor"
+
+
 def _torch_matrices(model) -> tuple[list[Matrix], list[Matrix]]:
     from torch import nn
 
-    def matrix(name, weight) -> Matrix:
+    def matrix(name, part) -> Matrix:
+        weight = part.weight
+        state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself holds packed bytes
+        if state is not None:
+            activations = str(part.compute_dtype).removeprefix("torch.")
+            return Matrix(name, state.quant_type, f"in blocks of {state.blocksize}", activations)
         integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself goes on saying float32
         if integers is None:
             return Matrix(name, str(weight.dtype).removeprefix("torch."))
         dtype = str(integers.dtype).removeprefix("torch.")
         dynamic = getattr(weight, "act_quant_kwargs", None) is not None
         activations = "int8 dynamic per-token" if dynamic else "float32"
-        return Matrix(name, dtype, weight.scale.numel() > 1, activations, int(integers.int().abs().max()))
+        return Matrix(name, dtype, granularity(weight.scale.shape), activations, int(integers.int().abs().max()))
 
     def matrices(kind) -> list[Matrix]:
-        return [matrix(name, part.weight) for name, part in model.named_modules() if isinstance(part, kind)]
+        return [matrix(name, part) for name, part in model.named_modules() if isinstance(part, kind)]
 
     return matrices(nn.Linear), matrices(nn.Embedding)
 
@@ -103,7 +113,7 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
         matrix = Matrix(
             name=node.name.removesuffix("_quant").removesuffix("_MatMul"),
             dtype=array.dtype.name,
-            per_channel=bool(scale) and math.prod(constants[scale[0]].dims) > 1,
+            granularity=granularity(constants[scale[0]].dims) if scale else "per-tensor",
             activations=activations,
             largest=int(np.abs(array.astype(int)).max()) if array.dtype == np.int8 else None,
         )
@@ -136,10 +146,9 @@ def _openvino_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
         if dtype not in OPENVINO_DTYPES:
             continue
         scales = [step.input_value(1).get_shape() for step in restoring if step.get_type_name() == "Multiply"]
-        per_channel = any(max(shape, default=1) > 1 for shape in scales)
         activations = "int8 static per-tensor" if static else "float32"
         largest = int(np.abs(constant.get_data().astype(int)).max()) if dtype == "i8" else None
-        matrix = Matrix(name, OPENVINO_DTYPES[dtype], per_channel, activations, largest)
+        matrix = Matrix(name, OPENVINO_DTYPES[dtype], granularity(*scales), activations, largest)
         (linear if kind == "MatMul" else embeddings).append(matrix)
     return linear, embeddings
 

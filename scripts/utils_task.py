@@ -32,6 +32,15 @@ class TaskArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
     )
+    drop_conflicting_rows: bool = field(
+        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
+    )
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the attention weights; the base model's own if not given."}
+    )
     max_length: int = field(
         default=128, metadata={"help": "Longest text in word pieces; what is longer is cut, counted and reported."}
     )
@@ -220,6 +229,19 @@ def get_split(task: Task, split: str):
     if split not in task.splits:
         raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
     return task.splits[split]
+
+
+def select_train_rows(rows, arguments: TaskArguments, seed: int):
+    """The rows to learn from: a text that carries two labels teaches neither."""
+    if arguments.drop_conflicting_rows:
+        conflicting = conflicting_texts(rows)
+        kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
+        print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
+        rows = rows.select(kept)
+    if arguments.max_train_rows is not None and arguments.max_train_rows < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(arguments.max_train_rows))
+        print(f"train: {len(rows)} rows, drawn at random")
+    return rows
 
 
 def stratified_sample(rows, count: int, seed: int):

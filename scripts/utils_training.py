@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,7 +62,8 @@ class RecipeTrainingArguments(TrainingArguments):
 def compute_metrics(prediction) -> dict:
     """Scores of the evaluation split, for the `Trainer`."""
     scores = score(prediction.predictions, prediction.label_ids)
-    return {"macro_f1": scores["macro_f1"], "accuracy": scores["accuracy"]}
+    predicted = len(set(prediction.predictions.argmax(axis=-1)))
+    return {"macro_f1": scores["macro_f1"], "accuracy": scores["accuracy"], "predicted_classes": predicted}
 
 
 class ProgressLines(ProgressCallback):
@@ -103,6 +105,10 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
         raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train afresh without resuming")
     logs = [log for log in trainer.state.log_history if "eval_macro_f1" in log]
     best = max(logs, key=lambda log: log["eval_macro_f1"], default={})
+    if best.get("eval_predicted_classes") == 1:
+        print(
+            "WARNING: this model gives every validation text the same class; lower the learning rate", file=sys.stderr
+        )
     return {
         "validation_macro_f1": best.get("eval_macro_f1"),
         "validation_accuracy": best.get("eval_accuracy"),

@@ -33,15 +33,15 @@ COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet
 FILLERS = ["a", "the", "i", "see", "sky", "house", "today", "now", "very", "and"]
 WORDS = FILLERS + sum(COLORS.values(), [])
 SMALL = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 48,
+    "intermediate_size": 128,
     "initializer_range": 0.2,
 }
 ENCODERS = {
     "bert": (BertConfig, {**SMALL, "max_position_embeddings": 40}),
-    "distilbert": (DistilBertConfig, {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48,
+    "distilbert": (DistilBertConfig, {"dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 128,
                                       "initializer_range": 0.2, "max_position_embeddings": 40}),
     "roberta": (RobertaConfig, {**SMALL, "max_position_embeddings": 42, "type_vocab_size": 1}),
     "mpnet": (MPNetConfig, {**SMALL, "max_position_embeddings": 42}),

@@ -21,7 +21,7 @@ from conftest import ENCODERS, ROOT, build_encoder, train_flags
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments, pipeline
 from utils_artifact import open_artifact
-from utils_classifier import softmax
+from utils_classifier import build_classifier, softmax
 from utils_cli import UserError
 
 
@@ -95,7 +95,7 @@ def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypat
 
 
 def trainer_of(encoder, layer_decay):
-    model = run_baseline.build_model(str(encoder), ["warm", "cold", "none"], None)
+    model = build_classifier(str(encoder), ["warm", "cold", "none"], None)
     arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
     return run_baseline.BaselineTrainer(model=model, args=arguments, layer_decay=layer_decay)
 
@@ -188,7 +188,7 @@ def test_a_classifier_of_other_classes_is_no_base(artifact, tmp_path):
     config["id2label"], config["label2id"] = {"0": "no", "1": "yes"}, {"no": 0, "yes": 1}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is a classifier of 2 classes and the dataset has 3"):
-        run_baseline.build_model(str(base), ["warm", "cold", "none"], None)
+        build_classifier(str(base), ["warm", "cold", "none"], None)
 
 
 def test_it_logs_to_tensorboard_only_when_asked(encoder, colors, tmp_path, monkeypatch):

@@ -1,0 +1,232 @@
+"""Trains a low-rank adapter on a base of 4 bits (QLoRA), on a GPU or on a plain CPU.
+
+The base's linear layers are rounded to NF4 and never change; what is learnt are two thin matrices beside each of them,
+and the head (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023; Hu et al., "LoRA:
+Low-Rank Adaptation of Large Language Models", ICLR 2022). The artifact, `weights/qlora`, opens without knowing this:
+
+    model.safetensors            base and adapter in one, in 4 bits if validation allows (bitsandbytes)
+    onnx/model_quantized.onnx    the same in INT8 for ONNX Runtime
+    adapter/                     the adapter alone, for the base that it names
+
+    accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
+"""
+
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils_cli import ROOT, UserError, parse_recipe, run
+
+# isort: split
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    DataCollatorWithPadding,
+    Trainer,
+    set_seed,
+)
+from utils_artifact import find_formats, new_artifact, open_artifact, quantized_by
+from utils_classifier import build_classifier, build_config, load_trained_classifier
+from utils_int8 import find_layers, quantize_onnx
+from utils_onnx import export_onnx
+from utils_ruler import predict, score
+from utils_task import (
+    BaseModel,
+    TaskArguments,
+    find_base_model,
+    get_split,
+    load_task,
+    load_tokenizer,
+    select_train_rows,
+    tokenize,
+)
+from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
+
+RECIPE = ROOT / "configs" / "qlora.yaml"
+BLOCK = 64  # weights that share a scale
+MARGIN = 0.002  # of validation macro F1 that a smaller form of the merged model may lose
+
+
+@dataclass
+class QloraArguments(TaskArguments):
+    """The adapter; the base is always NF4 with double quantization."""
+
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the two matrices beside each layer."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter counts alpha / rank times."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of what enters the adapter."})
+    target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Ends of names of the layers that get an adapter; all of the encoder's if none are given."},
+    )
+    trained_whole: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Ends of names of the layers outside the encoder that are trained whole; the head if none."},
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Count alpha / sqrt(rank) times instead (Kalajdzievski, 2023)."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Learn length and direction of the weights apart (Liu et al., ICML 2024)."}
+    )
+    init_lora_weights: str = field(
+        default="default", metadata={"help": "default, gaussian, or loftq (Li et al., ICLR 2024)."}
+    )
+    load_in_4bit: bool = field(default=True, metadata={"help": "False for LoRA on a float base, to compare with."})
+
+
+def main(argv=None) -> None:
+    # 1. Parse
+    arguments, training, recipe = parse_recipe((QloraArguments, RecipeTrainingArguments), RECIPE, argv)
+    set_seed(training.seed)
+
+    # 2. Load the task
+    base = find_base_model(arguments.model_name_or_path)
+    if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
+        raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
+    task = load_task(arguments.dataset_name, arguments.dataset_config_name)
+    print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=training.seed)
+    tokenizer = load_tokenizer(base.path, arguments.max_length)
+    train_ids = tokenize(rows, tokenizer, "train")
+    validation_ids = tokenize(get_split(task, "validation"), tokenizer, "validation")
+
+    # 3. Build the variant
+    model = build_qlora(base.path, task.labels, arguments, bf16=training.bf16)
+    trained, total = model.get_nb_trainable_parameters()
+    print(f"trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
+
+    # 4. Train: what is left in `model` is the best checkpoint on validation
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train_ids,
+        eval_dataset=validation_ids,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    summary = train(trainer, recipe)
+    summary |= {"trained_parameters": trained, "parameters": total}
+
+    # 5. Save
+    if trainer.is_world_process_zero():
+        made = describe_made("qlora", recipe, base, task, rows, training=summary, seed=training.seed)
+        with new_artifact(training.artifact, made) as folder:
+            merged = merge(
+                trainer.accelerator.unwrap_model(trainer.model), base, task.labels, folder, arguments, training
+            )
+            made["merged"] = save(merged, tokenizer, folder, get_split(task, "validation"), training.bf16)
+        shutil.rmtree(training.output_dir)  # the checkpoints
+        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
+
+
+def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: bool) -> PeftModel:
+    """The base in NF4, an adapter on each of its layers, and the head to be trained whole."""
+    options = nf4_options(base, labels, bf16) if arguments.load_in_4bit else {}
+    model = build_classifier(base, labels, arguments.attention_dropout, **options)
+    for layer in model.modules():
+        if hasattr(
+            layer, "support_avx512bf16_for_cpu"
+        ):  # evaluating would repack its weights, which ends the training
+            layer.support_avx512bf16_for_cpu = False
+    encoder, head = model.base_model_prefix, [name for name, part in model.named_children() if list(part.parameters())]
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    inside = [name for name in linear if name.startswith(f"{encoder}.")]
+    targets = named(arguments.target_modules, inside, "--target_modules") or inside
+    whole = named(arguments.trained_whole, [name for name in linear if name not in targets], "--trained_whole")
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        modules_to_save=[name for name in head if name != encoder] + whole,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        init_lora_weights=True if arguments.init_lora_weights == "default" else arguments.init_lora_weights,
+    )
+    return get_peft_model(model, config)
+
+
+def nf4_options(base: str, labels: list[str], bf16: bool) -> dict:
+    """What loads a model with the linear layers of its encoder in NF4, and all others in float."""
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(build_config(base, labels, None))
+    linear = {name: part for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)}
+    # The kernel for processors takes inputs whose width is a multiple of the block's.
+    int4 = {name for name in find_layers(skeleton).linear if linear[name].in_features % BLOCK == 0}
+    if not int4:
+        raise UserError(f"{base}: the width of no layer is a multiple of {BLOCK}, as bitsandbytes wants it")
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+            llm_int8_skip_modules=[name for name in linear if name not in int4],
+        )
+    }
+
+
+def named(endings: list[str], layers: list[str], flag: str) -> list[str]:
+    """The layers whose names end so; an ending that fits none is an error that names what there is."""
+    for ending in endings:
+        if not any(f".{name}".endswith(f".{ending}") for name in layers):
+            kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in layers})
+            raise UserError(f"{flag} {ending}: no layer's name ends so; there are {', '.join(kinds)}")
+    return [name for name in layers if any(f".{name}".endswith(f".{ending}") for ending in endings)]
+
+
+def merge(model: PeftModel, base: BaseModel, labels: list[str], folder: Path, arguments, training):
+    """Saves the adapter, and returns base and adapter in one, in FP32.
+
+    The adapter learnt beside the rounded weights: it is added to those, not to the base as it was before.
+    """
+    model.peft_config["default"].base_model_name_or_path = base.name  # the Hub's name, not a path of this machine
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's, with gaps to fill in
+    options = nf4_options(base.path, labels, training.bf16) if arguments.load_in_4bit else {}
+    rounded = build_classifier(base.path, labels, None, **options)
+    rounded = rounded.dequantize() if options else rounded
+    return PeftModel.from_pretrained(rounded, folder / "adapter").merge_and_unload().float()
+
+
+def save(merged, tokenizer, folder: Path, validation, bf16: bool) -> dict:
+    """Writes the merged model for Transformers, in the smallest form that keeps its score, and for ONNX Runtime.
+
+    Returns:
+        Validation macro F1 of each form that was tried, FP32 first; the last one was kept.
+    """
+    tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "merged"
+        merged.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        export_onnx(merged, tokenizer, whole / "onnx" / "model.onnx")
+        quantize_onnx(
+            merged, whole / "onnx" / "model.onnx", folder / "onnx" / "model_quantized.onnx", find_layers(merged)
+        )
+        tried = {"fp32": validation_macro_f1(whole, "onnx", validation)}
+        labels = [merged.config.id2label[index] for index in range(merged.config.num_labels)]
+        for form, options in (("nf4", nf4_options(str(whole), labels, bf16)), ("bf16", {}), ("fp32 kept", {})):
+            dtype = torch.float32 if form == "fp32 kept" else torch.bfloat16
+            load_trained_classifier(whole, dtype=dtype, **options).save_pretrained(folder)
+            tried[form] = validation_macro_f1(folder, next(iter(find_formats(folder))), validation)
+            if tried[form] >= tried["fp32"] - MARGIN:
+                break
+    return tried
+
+
+def validation_macro_f1(folder: Path, format: str, validation) -> float:
+    classifier = open_artifact(folder, format, threads=torch.get_num_threads())
+    logits = predict(classifier, classifier.encode(list(validation["text"])))
+    return score(logits, np.asarray(validation["label"]))["macro_f1"]
+
+
+if __name__ == "__main__":
+    run(main)

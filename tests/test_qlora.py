@@ -1,0 +1,162 @@
+"""QLoRA: what is trained, what is in the folder, that every way of opening it answers alike, what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import run_qlora
+import torch
+import yaml
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, train_flags
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from utils_artifact import find_formats, open_artifact, weights_of
+from utils_classifier import build_classifier
+from utils_cli import UserError
+from utils_scheme import describe_scheme
+
+LABELS = ["warm", "cold", "none"]
+TEXTS = build_rows(90)["text"]
+
+
+def flags_of(encoder, colors, out, **changes):
+    return train_flags(encoder, colors, out, **{"num_train_epochs": 8, "lora_dropout": 0.0, **changes})
+
+
+@pytest.fixture(scope="module")
+def adapted(encoder, colors, tmp_path_factory):
+    """A tiny base in 4 bits with a trained adapter, in all its forms."""
+    folder = tmp_path_factory.mktemp("qlora") / "qlora"
+    run_qlora.main(flags_of(encoder, colors, folder))
+    return folder
+
+
+def answers(folder, format):
+    classifier = open_artifact(folder, format, threads=1)
+    return classifier.logits(classifier.encode(TEXTS))
+
+
+def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
+    files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml",
+                     "onnx/model_quantized.onnx", "adapter/adapter_config.json",
+                     "adapter/adapter_model.safetensors"}  # fmt: skip
+    assert list(find_formats(adapted)) == ["nf4", "onnx"]
+    made = yaml.safe_load((adapted / "recipe.yaml").read_text())
+    assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
+    assert list(made["merged"])[:2] == ["fp32", "nf4"]
+    assert made["merged"]["fp32"] == pytest.approx(made["training"]["validation_macro_f1"], abs=1e-6)
+    logits = answers(adapted, "nf4")
+    (answer,) = pipeline("text-classification", model=str(adapted))(TEXTS[0])
+    assert answer["label"] == LABELS[logits[0].argmax()]
+
+
+def test_what_is_quantized_is_counted_in_the_file(adapted):
+    classifier = open_artifact(adapted, "nf4", threads=1)
+    scheme = describe_scheme(classifier, weights_of(adapted, "nf4"), "nf4")
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)
+    assert scheme["weights"] == "nf4 in blocks of 64"
+    assert {"bert.pooler.dense", "classifier"} <= set(scheme["kept_in_float"])
+
+
+def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
+    """Both from disk. The 4-bit merged model was rounded once more, so that its logits lie a little apart."""
+    config = json.loads((adapted / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == encoder.name  # the name, not a path of this machine
+    base = build_classifier(str(encoder), LABELS, None, **run_qlora.nf4_options(str(encoder), LABELS, bf16=False))
+    model = PeftModel.from_pretrained(base, adapted / "adapter").eval()
+    inputs = AutoTokenizer.from_pretrained(adapted)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.numpy()
+    for format in ("nf4", "onnx"):
+        found = answers(adapted, format)
+        assert np.abs(found - expected).mean() < 0.5
+        assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean() > 0.95
+
+
+def test_only_the_adapter_and_the_head_learn(encoder, colors):
+    arguments = run_qlora.QloraArguments(lora_rank=4)
+    model = run_qlora.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "classifier" in name for name in learning)
+    assert sum("lora_A" in name for name in learning) == 13  # twelve in the layers, and the pooler
+    assert not any("original_module" in name for name in learning)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [({"target_modules": ["query", "value"]}, 4), ({"use_dora": True}, 13), ({"init_lora_weights": "gaussian"}, 13)],
+)
+def test_the_adapter_is_what_the_flags_say(changes, count, encoder):
+    model = run_qlora.build_qlora(str(encoder), LABELS, run_qlora.QloraArguments(**changes), bf16=False)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == count
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
+def test_other_encoders(kind, colors, tmp_path):
+    encoder = build_encoder(tmp_path / kind, kind)
+    run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora"))
+    nf4, onnx = (answers(tmp_path / "qlora", format) for format in ("nf4", "onnx"))
+    assert nf4.shape == onnx.shape == (90, 3)
+    assert (nf4.argmax(axis=-1) == onnx.argmax(axis=-1)).mean() > 0.9
+
+
+def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
+    flags = flags_of(encoder, colors, tmp_path / "whole", num_train_epochs=2)
+    run_qlora.main(flags)
+    out = tmp_path / "half"
+    flags = [*flags, "--output_dir", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_qlora, "merge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_qlora.main(flags)
+    last = max((tmp_path / "checkpoints" / "half").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    shutil.rmtree(last)  # as if it had been stopped after the first epoch
+    run_qlora.main([*flags, "--resume_from_checkpoint", "last"])
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
+    whole, half = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "half")
+    )
+    assert whole == half
+
+
+def interrupted(*words):
+    raise KeyboardInterrupt
+
+
+def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys):
+    run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora", learning_rate=5.0, num_train_epochs=1))
+    assert "WARNING: this model gives every validation text the same class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target_modules", "qvery"], "--target_modules qvery: no layer's name ends so; there are attention.output"),
+        (["--trained_whole", "head"], "--trained_whole head: no layer's name ends so"),
+        (["--lora_ranks", "8"], "unknown flag --lora_ranks. Did you mean lora_rank?"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message, encoder, colors, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_qlora.main([*flags_of(encoder, colors, tmp_path / "qlora"), *flags])
+
+
+def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
+    with pytest.raises(UserError, match="is quantized already .by bitsandbytes."):
+        run_qlora.main(flags_of(adapted, colors, tmp_path / "qlora"))
+
+
+def test_accelerate_launches_it(encoder, colors, tmp_path):
+    config = str(ROOT / "accelerate_config.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
+               "--multi_gpu", "--num_processes", "2", str(ROOT / "scripts" / "run_qlora.py"),
+               *flags_of(encoder, colors, tmp_path / "out", per_device_train_batch_size=8)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert made["training"]["processes"] == 2 and made["training"]["validation_macro_f1"] > 0.9
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 3
