@@ -75,7 +75,7 @@ def test_the_baseline_has_no_quantized_layer(results):
     for name, dtype in (("pytorch", "float32"), ("bf16", "bfloat16"), ("onnx", "float32")):
         scheme = read_json(results / "metrics" / f"baseline-{name}.json")["scheme"]
         assert scheme == {"weights": dtype, "activations": dtype, "quantized_layers": 0, "linear_layers": 14,
-                          "embeddings": dtype}  # fmt: skip
+                          "largest_weight": None, "embeddings": dtype, "kept_in_float": {}}  # fmt: skip
 
 
 def test_the_rows_without_a_contradiction_are_scored_apart(artifact, tmp_path):
