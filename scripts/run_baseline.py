@@ -24,11 +24,8 @@ from utils_onnx import export_onnx
 from utils_task import (
     TaskArguments,
     find_base_model,
-    get_split,
     load_task,
-    load_tokenizer,
-    select_train_rows,
-    tokenize,
+    load_training_rows,
 )
 from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
 
@@ -53,10 +50,7 @@ def main(argv=None) -> None:
     base = find_base_model(arguments.model_name_or_path)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
-    rows = select_train_rows(get_split(task, "train"), arguments, seed=training.seed)
-    tokenizer = load_tokenizer(base.path, arguments.max_length)
-    train_ids = tokenize(rows, tokenizer, "train")
-    validation_ids = tokenize(get_split(task, "validation"), tokenizer, "validation")
+    rows, tokenizer, train_ids, validation_ids = load_training_rows(task, base, arguments, seed=training.seed)
 
     # 3. Build the variant
     model = build_classifier(base.path, task.labels, arguments.attention_dropout)

@@ -50,7 +50,7 @@ def main(argv=None) -> None:
     texts = list(get_split(task, "test")["text"])
     threads = choose_threads(arguments.threads)
     measured = interleave(named, texts, threads, arguments.rounds, arguments.texts, arguments.batches)
-    names = [f"{relative(folder)}:{format}" for folder, format in named]
+    names = [name_of(folder, format) for folder, format in named]
     result = {
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
@@ -99,11 +99,16 @@ def split_name(name: str) -> tuple[Path, str]:
     return Path(folder), format
 
 
+def name_of(folder: Path, format: str) -> str:
+    """What results call an artifact: `split_name` backwards, without a path of this machine."""
+    return f"{relative(folder)}:{format}"
+
+
 class Worker:
     """One artifact in its own process, idle while the others have their turn."""
 
     def __init__(self, folder: Path, format: str, threads: int):
-        self.name = f"{relative(folder)}:{format}"
+        self.name = name_of(folder, format)
         self._bytes_to_serve = sum(files_to_serve(folder, format).values())
         self._times_ms, self._texts_per_s = [], []  # one entry a round
         context = multiprocessing.get_context("spawn")

@@ -19,10 +19,10 @@ from utils_cli import ROOT, UserError, parse_flags, run
 
 # isort: split
 import numpy as np
-from run_benchmark import split_name
+from run_benchmark import name_of, split_name
 from tqdm import tqdm
 from utils_artifact import choose_threads
-from utils_files import relative, write_json, write_text
+from utils_files import write_json, write_text
 from utils_record import git_commit, markdown_table, read_json, read_logits
 from utils_ruler import describe_environment
 
@@ -42,8 +42,7 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((ProcessorArguments,), positional="artifacts", argv=argv)
     results, named = Path(arguments.results_dir), [split_name(name) for name in arguments.artifacts]
     found = {
-        f"{relative(folder)}:{format}": compare_limits(folder, format)
-        for folder, format in tqdm(named, desc="artifacts")
+        name_of(folder, format): compare_limits(folder, format) for folder, format in tqdm(named, desc="artifacts")
     }
     about = {"date": datetime.date.today().isoformat(), "git_commit": git_commit(), "split": "validation",
              "reference": REFERENCE, "environment": describe_environment(choose_threads(None))}  # fmt: skip

@@ -41,9 +41,7 @@ from utils_task import (
     find_base_model,
     get_split,
     load_task,
-    load_tokenizer,
-    select_train_rows,
-    tokenize,
+    load_training_rows,
 )
 from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
 
@@ -90,10 +88,7 @@ def main(argv=None) -> None:
         raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
-    rows = select_train_rows(get_split(task, "train"), arguments, seed=training.seed)
-    tokenizer = load_tokenizer(base.path, arguments.max_length)
-    train_ids = tokenize(rows, tokenizer, "train")
-    validation_ids = tokenize(get_split(task, "validation"), tokenizer, "validation")
+    rows, tokenizer, train_ids, validation_ids = load_training_rows(task, base, arguments, seed=training.seed)
 
     # 3. Build the variant
     model = build_qlora(base.path, task.labels, arguments, bf16=training.bf16)

@@ -244,6 +244,14 @@ def select_train_rows(rows, arguments: TaskArguments, seed: int):
     return rows
 
 
+def load_training_rows(task: Task, base: BaseModel, arguments: TaskArguments, seed: int) -> tuple:
+    """The rows to learn from, the base model's tokenizer, and the word pieces of those rows and of validation."""
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
+    tokenizer = load_tokenizer(base.path, arguments.max_length)
+    validation = get_split(task, "validation")
+    return rows, tokenizer, tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")
+
+
 def stratified_sample(rows, count: int, seed: int):
     """So many rows, drawn at random from each class in proportion to its share."""
     if not 1 <= count <= len(rows):
