@@ -17,6 +17,7 @@ from utils_cli import ROOT, UserError, parse_flags, run
 import numpy as np
 from utils_artifact import (
     WEIGHT_FILES,
+    adapter_bytes,
     choose_threads,
     files_to_serve,
     find_formats,
@@ -108,6 +109,7 @@ def main(argv=None) -> None:
             "bytes_to_serve": sum(files.values()),
             "megabytes": round(sum(files.values()) / 1e6, 2),
             "files": files,
+            "adapter_bytes": adapter_bytes(folder),
         },
         **measure_speed(classifier, token_ids, arguments.latency_runs),
         "environment": describe_environment(threads),

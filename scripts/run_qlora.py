@@ -8,6 +8,8 @@ Low-Rank Adaptation of Large Language Models", ICLR 2022). The artifact, `weight
     onnx/model_quantized.onnx    the same in INT8 for ONNX Runtime
     adapter/                     the adapter alone, for the base that it names
 
+The same command grows to several GPUs and machines: accelerate_config.yaml says how.
+
     accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
 """
 
@@ -22,7 +24,7 @@ from utils_cli import ROOT, UserError, parse_recipe, run
 # isort: split
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -47,6 +49,7 @@ from utils_training import RecipeTrainingArguments, compute_metrics, describe_ma
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
 BLOCK = 64  # weights that share a scale
+FORMATS = ("adapter", "nf4", "onnx")
 MARGIN = 0.002  # of validation macro F1 that a smaller form of the merged model may lose
 
 
@@ -75,6 +78,18 @@ class QloraArguments(TaskArguments):
         default="default", metadata={"help": "default, gaussian, or loftq (Li et al., ICLR 2024)."}
     )
     load_in_4bit: bool = field(default=True, metadata={"help": "False for LoRA on a float base, to compare with."})
+    formats: list[str] = field(
+        default_factory=lambda: list(FORMATS),
+        metadata={"help": f"Which of {', '.join(FORMATS)} to save; the adapter is always saved."},
+    )
+
+    def __post_init__(self):
+        if not set(self.formats) <= set(FORMATS):
+            raise ValueError(f"--formats {' '.join(self.formats)}: it takes some of {', '.join(FORMATS)}")
+        if self.init_lora_weights not in {"default", "gaussian", "loftq"}:
+            raise ValueError(f"--init_lora_weights {self.init_lora_weights}: it takes default, gaussian or loftq")
+        if self.init_lora_weights == "loftq" and not self.load_in_4bit:
+            raise ValueError("--init_lora_weights loftq makes up for rounding to 4 bits: it needs --load_in_4bit")
 
 
 def main(argv=None) -> None:
@@ -112,10 +127,10 @@ def main(argv=None) -> None:
     if trainer.is_world_process_zero():
         made = describe_made("qlora", recipe, base, task, rows, training=summary, seed=training.seed)
         with new_artifact(training.artifact, made) as folder:
-            merged = merge(
-                trainer.accelerator.unwrap_model(trainer.model), base, task.labels, folder, arguments, training
-            )
-            made["merged"] = save(merged, tokenizer, folder, get_split(task, "validation"), training.bf16)
+            learnt = trainer.accelerator.unwrap_model(trainer.model)
+            merged = merge(learnt, base, task.labels, folder, arguments, training)
+            validation = get_split(task, "validation")
+            made["merged"] = save(merged, tokenizer, folder, validation, arguments.formats, training.bf16)
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
 
@@ -143,9 +158,12 @@ def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: b
         modules_to_save=[name for name in head if name != encoder] + whole,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
-        init_lora_weights=True if arguments.init_lora_weights == "default" else arguments.init_lora_weights,
+        init_lora_weights="gaussian" if arguments.init_lora_weights == "gaussian" else True,
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    if arguments.init_lora_weights == "loftq":  # reads the float weights once more; None: those of the Hub's cache
+        replace_lora_weights_loftq(model, base if Path(base).is_dir() else None)
+    return model
 
 
 def nf4_options(base: str, labels: list[str], bf16: bool) -> dict:
@@ -191,22 +209,28 @@ def merge(model: PeftModel, base: BaseModel, labels: list[str], folder: Path, ar
     return PeftModel.from_pretrained(rounded, folder / "adapter").merge_and_unload().float()
 
 
-def save(merged, tokenizer, folder: Path, validation, bf16: bool) -> dict:
+def save(merged, tokenizer, folder: Path, validation, formats: list[str], bf16: bool) -> dict:
     """Writes the merged model for Transformers, in the smallest form that keeps its score, and for ONNX Runtime.
 
     Returns:
-        Validation macro F1 of each form that was tried, FP32 first; the last one was kept.
+        Validation macro F1 of each form of `model.safetensors` that was tried, FP32 first; the last one was kept.
     """
+    tried = {}
+    if not {"nf4", "onnx"} & set(formats):
+        return tried
     tokenizer.save_pretrained(folder)
+    merged.config.save_pretrained(folder)
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "merged"
         merged.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        export_onnx(merged, tokenizer, whole / "onnx" / "model.onnx")
-        quantize_onnx(
-            merged, whole / "onnx" / "model.onnx", folder / "onnx" / "model_quantized.onnx", find_layers(merged)
-        )
-        tried = {"fp32": validation_macro_f1(whole, "onnx", validation)}
+        if "onnx" in formats:
+            float_graph = whole / "onnx" / "model.onnx"
+            export_onnx(merged, tokenizer, float_graph)
+            quantize_onnx(merged, float_graph, folder / "onnx" / "model_quantized.onnx", find_layers(merged))
+        if "nf4" not in formats:
+            return tried
+        tried["fp32"] = validation_macro_f1(whole, "pytorch", validation)
         labels = [merged.config.id2label[index] for index in range(merged.config.num_labels)]
         for form, options in (("nf4", nf4_options(str(whole), labels, bf16)), ("bf16", {}), ("fp32 kept", {})):
             dtype = torch.float32 if form == "fp32 kept" else torch.bfloat16

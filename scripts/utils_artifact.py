@@ -76,6 +76,12 @@ def files_to_serve(folder: Path, format: str) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
+def adapter_bytes(folder: Path) -> int | None:
+    """Size of the weights of the adapter that lies beside the merged model; None where there is none."""
+    path = Path(folder) / "adapter" / "adapter_model.safetensors"
+    return path.stat().st_size if path.is_file() else None
+
+
 def open_artifact(folder: Path, format: str, threads: int):
     """Opens one format of a folder as a classifier (see utils_classifier.py)."""
     from utils_classifier import OnnxClassifier, OpenVinoClassifier, TorchClassifier

@@ -131,7 +131,7 @@ def open_classifier(folder, **options):
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     try:
         return AutoModelForSequenceClassification.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
