@@ -16,6 +16,7 @@ from utils_cli import ROOT, UserError, parse_flags, run
 import run_processors
 import run_ptq_study
 from utils_files import write_text
+from utils_pages import render_study_pages
 from utils_record import markdown_table, read_json, read_records, record_name
 
 START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
@@ -66,6 +67,7 @@ def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path,
         results / "comparison.md": f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}",
         **run_ptq_study.render_pages(results),
         **run_processors.render_pages(results),
+        **render_study_pages(results),
     }
 
 

@@ -73,3 +73,21 @@ def plot_dataset(counts: dict[str, np.ndarray], lengths: dict[str, np.ndarray], 
         right.set(xlabel="word pieces a text", ylabel="density")
         seaborn.despine(figure)
         save_figure(figure, path)
+
+
+def plot_sweep(sweep: dict, path: Path) -> None:
+    """Validation macro F1 and loss of each candidate, best on top; the chosen one stands out."""
+    candidates = dict(sorted(sweep["candidates"].items(), key=lambda item: item[1]["validation_macro_f1"]))
+    places, colors = np.arange(len(candidates)), seaborn.color_palette(STYLE["palette"])
+    shades = [colors[1] if name == sweep["chosen"] else colors[0] for name in candidates]
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
+        for part, key, factor, title in zip(axes, ("validation_macro_f1", "validation_loss"), (100, 1),
+                                            ("macro F1 in %", "loss"), strict=True):  # fmt: skip
+            values = [factor * one[key] for one in candidates.values()]
+            part.hlines(places, min(values), values, color="0.85", linewidth=2, zorder=1)
+            part.scatter(values, places, c=shades, s=60, zorder=2)
+            part.set(xlabel=f"validation {title}")
+        axes[0].set_yticks(places, candidates)
+        seaborn.despine(figure)
+        save_figure(figure, path)

@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 
+import bitsandbytes
 import numpy as np
 import pytest
 import run_qlora
+import run_qlora_sweep
+import run_training_cost
 import torch
 import yaml
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, train_flags
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, read_json, train_flags
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from utils_artifact import find_formats, open_artifact, weights_of
+from utils_artifact import adapter_bytes, find_formats, open_artifact, weights_of
 from utils_classifier import build_classifier
 from utils_cli import UserError
 from utils_scheme import describe_scheme
@@ -88,20 +91,42 @@ def test_only_the_adapter_and_the_head_learn(encoder, colors):
 
 @pytest.mark.parametrize(
     ("changes", "count"),
-    [({"target_modules": ["query", "value"]}, 4), ({"use_dora": True}, 13), ({"init_lora_weights": "gaussian"}, 13)],
-)
+    [({"target_modules": ["query", "value"]}, 4), ({"use_dora": True}, 13), ({"init_lora_weights": "gaussian"}, 13),
+     ({"init_lora_weights": "loftq"}, 13)],
+)  # fmt: skip
 def test_the_adapter_is_what_the_flags_say(changes, count, encoder):
     model = run_qlora.build_qlora(str(encoder), LABELS, run_qlora.QloraArguments(**changes), bf16=False)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == count
+
+
+def test_loftq_starts_closer_to_the_float_model(encoder):
+    """The adapter makes up for a part of what rounding to 4 bits changed."""
+    error = {}
+    weight = build_classifier(str(encoder), LABELS, None).bert.encoder.layer[0].output.dense.weight.detach()
+    for start in ("default", "loftq"):
+        arguments = run_qlora.QloraArguments(init_lora_weights=start)
+        model = run_qlora.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+        layer = model.base_model.model.bert.encoder.layer[0].output.dense
+        rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        error[start] = float((rounded + layer.get_delta_weight("default") - weight).norm())
+    assert error["loftq"] < 0.9 * error["default"]
+
+
+def test_the_adapter_alone(encoder, colors, tmp_path):
+    run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora", formats="adapter", num_train_epochs=1))
+    files = {path.name for path in (tmp_path / "qlora").rglob("*") if path.is_file()}
+    assert files == {"recipe.yaml", "adapter_config.json", "adapter_model.safetensors"}
+    assert adapter_bytes(tmp_path / "qlora") == (tmp_path / "qlora/adapter/adapter_model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
 def test_other_encoders(kind, colors, tmp_path):
     encoder = build_encoder(tmp_path / kind, kind)
     run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora"))
-    nf4, onnx = (answers(tmp_path / "qlora", format) for format in ("nf4", "onnx"))
-    assert nf4.shape == onnx.shape == (90, 3)
-    assert (nf4.argmax(axis=-1) == onnx.argmax(axis=-1)).mean() > 0.9
+    formats = list(find_formats(tmp_path / "qlora"))  # a form of 16 bits where validation allows no 4
+    root, onnx = (answers(tmp_path / "qlora", format) for format in (formats[0], "onnx"))
+    assert root.shape == onnx.shape == (90, 3)
+    assert (root.argmax(axis=-1) == onnx.argmax(axis=-1)).mean() > 0.9
 
 
 def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
@@ -137,6 +162,9 @@ def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys
     [
         (["--target_modules", "qvery"], "--target_modules qvery: no layer's name ends so; there are attention.output"),
         (["--trained_whole", "head"], "--trained_whole head: no layer's name ends so"),
+        (["--init_lora_weights", "pissa"], "--init_lora_weights pissa: it takes default, gaussian or loftq"),
+        (["--init_lora_weights", "loftq", "--load_in_4bit", "false"], "it needs --load_in_4bit"),
+        (["--formats", "gguf"], "--formats gguf: it takes some of adapter, nf4, onnx"),
         (["--lora_ranks", "8"], "unknown flag --lora_ranks. Did you mean lora_rank?"),
     ],
 )
@@ -150,13 +178,57 @@ def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
         run_qlora.main(flags_of(adapted, colors, tmp_path / "qlora"))
 
 
-def test_accelerate_launches_it(encoder, colors, tmp_path):
+def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.bitsandbytes.get_available_devices", lambda: ["abacus"])
+    with pytest.raises(UserError, match="cannot be opened: None of the available devices"):
+        run_qlora.build_qlora(str(encoder), LABELS, run_qlora.QloraArguments(), bf16=False)
+
+
+def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, colors, adapted, tmp_path):
     config = str(ROOT / "accelerate_config.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
                "--multi_gpu", "--num_processes", "2", str(ROOT / "scripts" / "run_qlora.py"),
-               *flags_of(encoder, colors, tmp_path / "out", per_device_train_batch_size=8)]  # fmt: skip
+               *flags_of(encoder, colors, tmp_path / "out", per_device_train_batch_size=8,
+                         per_device_eval_batch_size=8)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert made["training"]["processes"] == 2 and made["training"]["validation_macro_f1"] > 0.9
+    assert made["training"]["processes"] == 2
+    assert made["training"]["validation_rows"] == 60  # the last batches are filled up, and what fills them is left out
+    alone = yaml.safe_load((adapted / "recipe.yaml").read_text())["training"]
+    assert made["training"]["validation_macro_f1"] == pytest.approx(alone["validation_macro_f1"], abs=0.1)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 3
+
+
+def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(encoder, colors, tmp_path, capfd):
+    recipe = yaml.safe_load((ROOT / "configs" / "qlora.yaml").read_text())
+    recipe |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "bf16": False, "disable_tqdm": True}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    flags = ["centre", "rank 4", "--recipe", "tiny.yaml", "--work_dir", "work", "--results_dir", "results"]
+    run_qlora_sweep.main(flags)
+    sweep = read_json(tmp_path / "results" / "qlora_sweep.json")
+    assert sweep["chosen"] in {"centre", "rank 4"}
+    assert sweep["candidates"]["rank 4"]["adapter_bytes"] < sweep["candidates"]["centre"]["adapter_bytes"]
+    assert (tmp_path / "results" / "qlora_sweep.png").stat().st_size > 5000
+    capfd.readouterr()
+    run_qlora_sweep.main(flags)
+    assert "saved" not in capfd.readouterr().out  # both stand
+
+
+def test_a_candidate_of_one_class_never_wins():
+    scores = {"validation_macro_f1": 0.9, "validation_loss": 0.2, "predicted_classes": 3}
+    collapsed = scores | {"validation_loss": 0.1, "predicted_classes": 1}
+    assert run_qlora_sweep.choose({"good": scores, "collapsed": collapsed}) == "good"
+    with pytest.raises(UserError, match="lower the learning rates"):
+        run_qlora_sweep.choose({"collapsed": collapsed})
+
+
+def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
+    flags = ["--dataset_name", str(colors), "--bert_base", "false", "--rounds", "2", "--steps", "1"]
+    run_training_cost.main([str(encoder), *flags, "--results_dir", str(tmp_path)])
+    (methods,) = read_json(tmp_path / "training_cost.json")["shapes"].values()
+    assert list(methods) == ["full fine-tuning", "LoRA", "QLoRA"]
+    assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
+    assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
+    assert methods["full fine-tuning"]["times_slower"]["median"] == 1
+    assert "QLoRA" in (tmp_path / "training_cost.md").read_text()
