@@ -1,6 +1,6 @@
 """Chooses the recipe of QLoRA: rank, learning rate, layers and start of the adapter, one change at a time.
 
-Each candidate trains for one epoch and is scored on validation; the test split is not touched. The rule: of the
+Each candidate trains for half an epoch and is scored on validation; the test split is not touched. The rule: of the
 candidates whose macro F1 lies within 0.2 points of the best, the one with the lowest validation loss, which is less
 noisy; one that predicts a single class never wins. A candidate that stands already is not trained again.
 
@@ -51,7 +51,7 @@ class SweepArguments:
         default_factory=lambda: list(CANDIDATES), metadata={"help": f"Some of {', '.join(CANDIDATES)}."}
     )
     recipe: str = field(default=str(RECIPE), metadata={"help": "The recipe that the candidates change."})
-    epochs: float = field(default=1.0, metadata={"help": "Epochs that each candidate learns."})
+    epochs: float = field(default=0.5, metadata={"help": "Epochs that each candidate learns."})
     seed: int = field(default=42, metadata={"help": "Seed of each training."})
     work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
