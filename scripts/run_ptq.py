@@ -17,6 +17,7 @@ from pathlib import Path
 from utils_cli import ROOT, Recipe, UserError, parse_recipe, run
 
 # isort: split
+from tqdm import tqdm
 from transformers import AutoTokenizer
 from utils_artifact import (
     RECIPE_FILE,
@@ -30,6 +31,7 @@ from utils_artifact import (
 from utils_classifier import TextEncoder, load_trained_classifier
 from utils_files import check_replaceable
 from utils_int8 import (
+    Layers,
     find_layers,
     names_in_float,
     quantize_onnx,
@@ -37,6 +39,7 @@ from utils_int8 import (
     quantize_openvino,
     quantize_torchao,
 )
+from utils_lowbit import LEVELS, Scales, check_group_size, choose_scales, write_lowbit_onnx
 from utils_onnx import export_onnx
 from utils_record import git_commit
 from utils_ruler import package_versions
@@ -47,13 +50,16 @@ FORMATS = ("torchao", "onnx", "openvino")
 
 
 @dataclass
-class PtqArguments:
-    """What is quantized, and how."""
+class SchemeArguments:
+    """How a model is quantized, trained for it or not."""
 
-    baseline: str = field(default="weights/baseline", metadata={"help": "The fine-tuned folder to quantize."})
-    output_dir: str = field(default="weights/ptq", metadata={"help": "Where the artifact is saved."})
-    formats: list[str] = field(
-        default_factory=lambda: list(FORMATS), metadata={"help": f"Which of {', '.join(FORMATS)} to make."}
+    bits: int = field(default=8, metadata={"help": "Bits of a weight: 8, 4, 3 or 2; activations have 8."})
+    embedding_bits: int | None = field(
+        default=None, metadata={"help": "Bits of the embeddings' weights if they are others: 4, 3 or 2."}
+    )
+    group_size: int = field(default=32, metadata={"help": "Below 8 bits: so many weights of a row share a multiplier."})
+    formats: list[str] | None = field(
+        default=None, metadata={"help": f"Which of {', '.join(FORMATS)} to make; all that can hold so few bits if none."}
     )
     keep_float: list[str] = field(
         default_factory=list, metadata={"help": "Layers that stay in float: what their names begin with."}
@@ -73,6 +79,14 @@ class PtqArguments:
     calibration_rows: int = field(
         default=300, metadata={"help": "Rows of train, drawn class by class, that fix what is static."}
     )
+
+
+@dataclass
+class PtqArguments(SchemeArguments):
+    """What is quantized, and where the result goes."""
+
+    baseline: str = field(default="weights/baseline", metadata={"help": "The fine-tuned folder to quantize."})
+    output_dir: str = field(default="weights/ptq", metadata={"help": "Where the artifact is saved."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Where those rows come from; the dataset that the baseline learnt by default."}
     )
@@ -82,7 +96,7 @@ class PtqArguments:
 def main(argv=None) -> None:
     # 1. Parse
     arguments, recipe = parse_recipe((PtqArguments,), RECIPE, argv)
-    check(arguments)
+    check(arguments, arguments.output_dir)
     baseline = Path(arguments.baseline)
     made_by = read_recipe_of(baseline)
 
@@ -94,7 +108,8 @@ def main(argv=None) -> None:
     # 3. Build the variant
     model = load_trained_classifier(baseline)
     layers = find_layers(model, arguments.keep_float)
-    print(f"INT8: {len(layers.linear)} linear layers, {len(layers.embeddings)} embeddings")
+    scales = choose_all_scales(model, layers, arguments)
+    print(f"INT{arguments.bits}: {len(layers.linear)} linear layers, {len(layers.embeddings)} embeddings")
 
     # 4. Calibrate: the rows, as word pieces, show what ranges the static forms need
     encoder = TextEncoder(baseline)
@@ -103,26 +118,58 @@ def main(argv=None) -> None:
     # 5. Save
     made = describe_ptq(arguments, recipe, made_by, model, layers)
     with new_artifact(Path(arguments.output_dir), made) as folder:
-        for format in arguments.formats:
-            start = time.monotonic()
-            if format == "torchao":
-                quantize_torchao(baseline, folder, layers, arguments.reduce_range)
-            elif format == "onnx":
-                save_onnx(baseline, folder / "onnx", model, layers, encoder, token_ids, arguments)
-            else:
-                switches = {"reduce_range": arguments.reduce_range, "smooth_quant": arguments.smooth_quant}
-                quantize_openvino(baseline, folder / "openvino", model, layers, encoder, token_ids, **switches)
-            made["seconds"][format] = round(time.monotonic() - start, 1)
-            print(f"{format}: {made['seconds'][format]} s")
-        for name in SHARED_FILES:
-            if not (folder / name).exists():  # torchao has written a config.json of its own
-                shutil.copy(baseline / name, folder / name)
+        made["seconds"] = save_formats(baseline, folder, model, layers, scales, encoder, token_ids, arguments)
     print(f"saved {arguments.output_dir}")
 
 
-def save_onnx(baseline: Path, folder: Path, model, layers, encoder, token_ids, arguments: PtqArguments) -> None:
-    """`model_quantized.onnx`, the name that transformers.js looks for; dynamic or static."""
+def choose_all_scales(model, layers: Layers, arguments: SchemeArguments) -> dict[str, Scales]:
+    """Below 8 bits, the scales of each layer that is quantized; none at 8, where each runtime chooses its own."""
+    if arguments.bits == 8:
+        return {}
+    bits = dict.fromkeys(layers.linear, arguments.bits)
+    bits |= dict.fromkeys(layers.embeddings, arguments.embedding_bits or arguments.bits)
+    for name in bits:
+        check_group_size(name, model.get_submodule(name).weight.shape[1], arguments.group_size)
+    return {
+        name: choose_scales(model.get_submodule(name).weight, bits[name], arguments.group_size) for name in tqdm(bits)
+    }
+
+
+def save_formats(
+    baseline: Path,
+    folder: Path,
+    model,
+    layers: Layers,
+    scales: dict[str, Scales],
+    encoder: TextEncoder,
+    token_ids: list[list[int]],
+    arguments: SchemeArguments,
+) -> dict[str, float]:
+    """Writes the float model of the folder ``baseline`` in each format; returns the seconds that each took."""
+    seconds = {}
+    for format in arguments.formats or formats_of(arguments.bits):
+        start = time.monotonic()
+        if format == "torchao":
+            quantize_torchao(baseline, folder, layers, arguments.reduce_range)
+        elif format == "onnx":
+            save_onnx(baseline, folder / "onnx", model, layers, scales, encoder, token_ids, arguments)
+        else:
+            switches = {"reduce_range": arguments.reduce_range, "smooth_quant": arguments.smooth_quant}
+            quantize_openvino(baseline, folder / "openvino", model, layers, encoder, token_ids, **switches)
+        seconds[format] = round(time.monotonic() - start, 1)
+        print(f"{format}: {seconds[format]} s")
+    for name in SHARED_FILES:
+        if not (folder / name).exists():  # torchao has written a config.json of its own
+            shutil.copy(baseline / name, folder / name)
+    return seconds
+
+
+def save_onnx(baseline: Path, folder: Path, model, layers, scales, encoder, token_ids, arguments) -> None:
+    """`model_quantized.onnx`, the name that transformers.js looks for; dynamic or static, INT8 or packed."""
     path = folder / "model_quantized.onnx"
+    if scales:
+        write_lowbit_onnx(model, weights_of(baseline, "onnx"), path, layers, scales)
+        return
     if arguments.onnx_calibration == "none":
         quantize_onnx(model, weights_of(baseline, "onnx"), path, layers, arguments.reduce_range)
         return
@@ -135,36 +182,59 @@ def save_onnx(baseline: Path, folder: Path, model, layers, encoder, token_ids, a
 
 def describe_ptq(arguments: PtqArguments, recipe: Recipe, made_by: dict, model, layers) -> dict:
     """What made the artifact, for its recipe.yaml and every record of it."""
-    kept = tuple(arguments.keep_float)
     return {
-        "variant": "ptq",
+        "variant": name_variant("ptq", arguments.bits),
         "recipe": {key: value for key, value in recipe.values.items() if key != "output_dir"}
         | {"baseline": made_by.get("recipe", {})},
         "recipe_sha256": recipe.sha256,
         "seed": made_by.get("seed"),  # of the baseline; the draw of the calibration rows has its own, in the recipe
         "made": {**made_by.get("made", {}), "git_commit": git_commit()},
         "training": made_by.get("training"),
-        "kept_in_float": {
-            name: "named in keep_float" if name.startswith(kept) and kept else "outside the encoder's layers"
-            for name in names_in_float(model, layers)
-        },
+        "kept_in_float": explain_float(model, layers, arguments),
         "seconds": {},
         "versions": package_versions(),
     }
 
 
-def check(arguments: PtqArguments) -> None:
+def explain_float(model, layers: Layers, arguments: SchemeArguments) -> dict[str, str]:
+    """Each layer that stays in float, and why."""
+    kept = tuple(arguments.keep_float)
+    return {
+        name: "named in keep_float" if name.startswith(kept) and kept else "outside the encoder's layers"
+        for name in names_in_float(model, layers)
+    }
+
+
+def name_variant(method: str, bits: int) -> str:
+    return method if bits == 8 else f"{method}-int{bits}"
+
+
+def formats_of(bits: int) -> tuple[str, ...]:
+    """The formats that can hold weights of so many bits, truly packed."""
+    return FORMATS if bits == 8 else ("onnx",)
+
+
+def check(arguments: SchemeArguments, output_dir: str) -> None:
     """Raises `UserError` for what can be known before anything is loaded."""
-    baseline = Path(arguments.baseline)
-    if not arguments.formats or not set(arguments.formats) <= set(FORMATS):
-        raise UserError(f"--formats {' '.join(arguments.formats)}: it takes some of {', '.join(FORMATS)}")
+    baseline, formats = Path(arguments.baseline), arguments.formats
+    if arguments.bits not in {8, *LEVELS}:
+        raise UserError(f"--bits {arguments.bits}: it takes 8, 4, 3 or 2")
+    if arguments.embedding_bits not in {None, *LEVELS} or (arguments.embedding_bits and arguments.bits == 8):
+        raise UserError(f"--embedding_bits {arguments.embedding_bits}: it takes 4, 3 or 2, where --bits is below 8")
+    if formats is not None and (not formats or not set(formats) <= set(FORMATS)):
+        raise UserError(f"--formats {' '.join(formats)}: it takes some of {', '.join(FORMATS)}")
+    for format in formats or ():
+        if format not in formats_of(arguments.bits):
+            raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
     if arguments.onnx_calibration not in {"none", "minmax", "entropy"}:
         raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: it takes none, minmax or entropy")
+    if arguments.bits < 8 and arguments.onnx_calibration != "none":
+        raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: with {arguments.bits} bits it takes none")
     find_formats(baseline)
     if quantizer := quantized_by(baseline):
         raise UserError(f"{baseline} is quantized already (by {quantizer}); name the folder it was made from")
     weights_of(baseline, "pytorch")
-    check_replaceable(Path(arguments.output_dir), marker=RECIPE_FILE)
+    check_replaceable(Path(output_dir), marker=RECIPE_FILE)
 
 
 if __name__ == "__main__":

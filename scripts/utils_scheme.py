@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from utils_lowbit import LEVELS
 
 FLOATS = {"float32", "float16", "bfloat16"}
 DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4}  # ONNX Runtime's, and their input with an entry a scale
@@ -98,25 +99,33 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     # The static form restores floats before each operator: from a constant, or from a rounded activation.
     restored = {node.output[0]: node.input for node in graph.node if node.op_type == "DequantizeLinear"}
+    packed = _packed_matrices(constants)  # below 8 bits: by the tensor that a layer's weights unpack to
     linear, embeddings = [], []
     for node in graph.node:
-        sources = [restored.get(name, [name]) for name in node.input]
-        matrices = [source for source in sources if source[0] in constants and len(constants[source[0]].dims) == 2]
-        if not matrices or node.op_type not in {"Gather", *FLOAT_OPERATORS, *DYNAMIC_OPERATORS}:
+        name = node.name.removesuffix("_quant").removesuffix("_MatMul")
+        below_int8 = next((packed.pop(source) for source in node.input if source in packed), None)
+        if below_int8:
+            matrix = replace(below_int8, name=name, activations="int8 dynamic per-tensor")
+        elif "/unpack" in name or node.op_type not in {"Gather", *FLOAT_OPERATORS, *DYNAMIC_OPERATORS}:
             continue
-        tensor, scale, activations = constants[matrices[0][0]], matrices[0][1:2], "float32"
-        if node.op_type in DYNAMIC_OPERATORS:
-            scale, activations = [node.input[DYNAMIC_OPERATORS[node.op_type]]], "int8 dynamic per-tensor"
-        elif scale and node.input[0] in restored:
-            activations = "int8 static per-tensor"
-        array = onnx.numpy_helper.to_array(tensor)
-        matrix = Matrix(
-            name=node.name.removesuffix("_quant").removesuffix("_MatMul"),
-            dtype=array.dtype.name,
-            granularity=granularity(constants[scale[0]].dims) if scale else "per-tensor",
-            activations=activations,
-            largest=int(np.abs(array.astype(int)).max()) if array.dtype == np.int8 else None,
-        )
+        else:
+            sources = [restored.get(source, [source]) for source in node.input]
+            matrices = [one for one in sources if one[0] in constants and len(constants[one[0]].dims) == 2]
+            if not matrices:
+                continue
+            tensor, scale, activations = constants[matrices[0][0]], matrices[0][1:2], "float32"
+            if node.op_type in DYNAMIC_OPERATORS:
+                scale, activations = [node.input[DYNAMIC_OPERATORS[node.op_type]]], "int8 dynamic per-tensor"
+            elif scale and node.input[0] in restored:
+                activations = "int8 static per-tensor"
+            array = onnx.numpy_helper.to_array(tensor)
+            matrix = Matrix(
+                name=name,
+                dtype=array.dtype.name,
+                granularity=granularity(constants[scale[0]].dims) if scale else "per-tensor",
+                activations=activations,
+                largest=int(np.abs(array.astype(int)).max()) if array.dtype == np.int8 else None,
+            )
         if node.op_type == "Gather":
             embeddings.append(matrix)
         elif "Attention" in node.op_type:  # query, key and value in one
@@ -124,7 +133,27 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
             linear += [replace(matrix, name=name) for name in names]
         else:
             linear.append(matrix)
-    return linear, embeddings
+    return linear, embeddings + [replace(matrix, name=name) for name, matrix in packed.items()]
+
+
+def _packed_matrices(constants: dict) -> dict[str, Matrix]:
+    """The matrices that utils_lowbit.py packed, by name; bits and groups follow from how large their arrays are."""
+    import onnx
+
+    found = {}
+    for full, tensor in constants.items():
+        name, _, kind = full.rpartition("/")
+        if kind != "multipliers":
+            continue
+        planes = [one for other, one in constants.items() if other.startswith(f"{name}/codes")]
+        rows, pairs, pair, eighths, _ = planes[0].dims  # groups are rows x pairs x pair, of 8 x eighths weights each
+        weights = 8 * rows * pairs * pair * eighths
+        bits = 8 * sum(math.prod(plane.dims) for plane in planes) // weights
+        codes = onnx.numpy_helper.to_array(tensor)
+        multiplier = 1 + int(max((codes & 15).max(), (codes >> 4).max()) if pair == 2 else codes.max())
+        largest = multiplier * max(map(abs, LEVELS[bits]))
+        found[name] = Matrix(name, f"int{bits}", f"in groups of {8 * eighths}", largest=largest)
+    return found
 
 
 def _openvino_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
