@@ -198,6 +198,7 @@ def describe_origin(made_by: dict, task: Task, rows) -> dict:
         "recipe": without_path(made_by["recipe"]) if made_by else None,
         "training": made_by.get("training"),
         "quantizing_seconds": made_by.get("seconds"),
+        "forms": made_by.get("forms"),  # QAT: validation macro F1 before and after it was converted, and saved
         "merged": made_by.get("merged"),  # QLoRA: what joining base and adapter did to validation macro F1
         "seed": made_by.get("seed"),
         "git_commit": made.get("git_commit"),

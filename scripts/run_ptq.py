@@ -39,10 +39,11 @@ from utils_int8 import (
     quantize_openvino,
     quantize_torchao,
 )
-from utils_lowbit import LEVELS, Scales, check_group_size, choose_scales, write_lowbit_onnx
+from utils_lowbit import Scales, check_group_size, choose_scales, write_lowbit_onnx
 from utils_onnx import export_onnx
 from utils_record import git_commit
 from utils_ruler import package_versions
+from utils_scheme import LEVELS
 from utils_task import get_split, load_task_of, stratified_sample
 
 RECIPE = ROOT / "configs" / "ptq.yaml"
@@ -57,9 +58,12 @@ class SchemeArguments:
     embedding_bits: int | None = field(
         default=None, metadata={"help": "Bits of the embeddings' weights if they are others: 4, 3 or 2."}
     )
-    group_size: int = field(default=32, metadata={"help": "Below 8 bits: so many weights of a row share a multiplier."})
+    group_size: int = field(
+        default=32, metadata={"help": "Below 8 bits: so many weights of a row share a multiplier."}
+    )
     formats: list[str] | None = field(
-        default=None, metadata={"help": f"Which of {', '.join(FORMATS)} to make; all that can hold so few bits if none."}
+        default=None,
+        metadata={"help": f"Which of {', '.join(FORMATS)} to make; all that can hold so few bits if none."},
     )
     keep_float: list[str] = field(
         default_factory=list, metadata={"help": "Layers that stay in float: what their names begin with."}

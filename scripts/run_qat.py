@@ -24,7 +24,6 @@ from transformers import DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import find_formats, new_artifact, open_artifact, read_recipe_of
 from utils_classifier import TextEncoder, TorchClassifier, load_trained_classifier
 from utils_int8 import Layers, find_layers, quantize_torchao
-from utils_lowbit import Scales
 from utils_onnx import export_onnx
 from utils_qat import convert, prepare, switch, to_integers
 from utils_ruler import predict, score
@@ -128,8 +127,9 @@ class QatTrainer(Trainer):
         switch(model, enabled=self.state.global_step >= self.arguments.quantize_after)
         loss = super().training_step(model, inputs, *words, **options)
         if not torch.isfinite(loss):
-            checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+            checkpoints = Path(self.args.output_dir).glob("checkpoint-*")
+            last = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             raise UserError(f"the loss is {loss} in step {self.state.global_step + 1}; {good}; lower --learning_rate")
         return loss
 

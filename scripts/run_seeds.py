@@ -2,18 +2,21 @@
 
 One seed's score says little: the spread over seeds is part of the result. The chosen artifact becomes
 `weights/<variant>`, the summary `results/seeds/<variant>.json`. A seed that is trained already is not trained again
-unless the recipe has changed; one that was interrupted goes on where it stopped. A variant that starts from the
-baseline starts from that of the same seed, and is compared with it row by row.
+unless the recipe has changed, or the baseline it started from; one that was interrupted goes on where it stopped. A
+variant that starts from the baseline starts from that of the same seed, and is compared with it row by row.
 
     python scripts/run_seeds.py baseline --seeds 42 43 44 45 46
     python scripts/run_seeds.py ptq
+    python scripts/run_seeds.py qat-int4        # run_qat.py with configs/qat.yaml and --bits 4
 """
 
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from utils_cli import ROOT, UserError, parse_flags, read_recipe, run
@@ -32,7 +35,11 @@ SCRIPTS = ROOT / "scripts"
 class SeedsArguments:
     """Which variant, which seeds."""
 
-    variant: str = field(metadata={"help": "baseline or ptq: run_<variant>.py with configs/<variant>.yaml."})
+    variant: str = field(
+        metadata={
+            "help": "baseline, ptq, qat, ...: run_<variant>.py with configs/<variant>.yaml; -int4 adds --bits 4."
+        }
+    )
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
@@ -40,18 +47,15 @@ class SeedsArguments:
 
 def main(argv=None) -> None:
     (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
-    script, recipe = SCRIPTS / f"run_{arguments.variant}.py", recipe_of(arguments.variant)
-    if not script.is_file():
-        raise UserError(f"variant {arguments.variant}: no {script.name}")
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
-    runs = [make_and_score(seed, script, recipe, arguments.variant, weights, results) for seed in arguments.seeds]
+    runs = [make_and_score(seed, arguments.variant, weights, results) for seed in arguments.seeds]
     best = max(runs, key=lambda one: one["validation_macro_f1"])
     with whole_folder(weights / arguments.variant, marker=RECIPE_FILE) as folder:
         shutil.copytree(weights / "seeds" / f"{arguments.variant}-{best['seed']}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,
         "chosen_seed": best["seed"],
-        "chosen_by": "validation macro F1 of the baseline" if "formats" in best else "validation macro F1",
+        "chosen_by": "validation macro F1" + (" of the baseline" if arguments.variant.startswith("ptq") else ""),
         **summarize(runs),
         "runs": runs,
     }
@@ -63,19 +67,34 @@ def main(argv=None) -> None:
         print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} (standard deviation {deviation:.4f}){change}")
 
 
-def recipe_of(variant: str) -> Path:
-    return ROOT / "configs" / f"{variant}.yaml"
+def recipe_of(method: str) -> Path:
+    return ROOT / "configs" / f"{method}.yaml"
 
 
-def make_and_score(seed: int, script: Path, recipe: Path, variant: str, weights: Path, results: Path) -> dict:
+def split_variant(variant: str) -> tuple[str, dict]:
+    """'qat-int4' -> 'qat' and what it changes in that recipe."""
+    method, bits = re.fullmatch(r"(.*?)(?:-int(\d))?", variant).groups()
+    return method, {"bits": int(bits)} if bits else {}
+
+
+def make_and_score(seed: int, variant: str, weights: Path, results: Path) -> dict:
     """One seed: made unless it stands already with this recipe, then scored on test in a fresh process a format."""
+    method, changes = split_variant(variant)
+    script, recipe = SCRIPTS / f"run_{method}.py", recipe_of(method)
+    if not script.is_file():
+        raise UserError(f"variant {variant}: no {script.name}")
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
-    if "baseline" in read_recipe(recipe):  # quantizing takes a minute: it is done anew
-        call(script, recipe, "--baseline", weights / "seeds" / f"baseline-{seed}", "--output_dir", artifact)
-    elif is_up_to_date(artifact, recipe, seed):
+    values = read_recipe(recipe)
+    trained, starts_from_baseline = "num_train_epochs" in values, "baseline" in values
+    baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
+    changes |= {"seed": seed} if trained else {}
+    if is_up_to_date(artifact, values | changes, baseline):
         print(f"seed {seed}: {artifact} stands")
     else:
-        call(script, recipe, "--seed", seed, "--output_dir", artifact, "--resume_from_checkpoint", "last")
+        words = [word for name, value in changes.items() for word in (f"--{name}", value)]
+        words += ["--baseline", baseline] if baseline else []
+        words += ["--resume_from_checkpoint", "last"] if trained else []
+        call(script, recipe, *words, "--output_dir", artifact)
     made = read_recipe_of(artifact)
     run = {
         "seed": seed,
@@ -91,8 +110,12 @@ def make_and_score(seed: int, script: Path, recipe: Path, variant: str, weights:
 
 def score_format(artifact: Path, format: str, results: Path, variant: str) -> dict:
     """Scores one format on test; against the baseline of the same seed where that is another variant."""
-    call(SCRIPTS / "run_evaluation.py", artifact, "--format", format, "--latency_runs", 0, "--results_dir", results)
-    quality = read_json(results / "metrics" / f"{variant}-{format}.json")["quality"]
+    path = results / "metrics" / f"{variant}-{format}.json"
+    if not path.is_file() or path.stat().st_mtime < (artifact / RECIPE_FILE).stat().st_mtime:
+        call(
+            SCRIPTS / "run_evaluation.py", artifact, "--format", format, "--latency_runs", 0, "--results_dir", results
+        )
+    quality = read_json(path)["quality"]
     scores = {"macro_f1": quality["macro_f1"], "accuracy": quality["accuracy"],
               "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"]}  # fmt: skip
     if variant == "baseline":
@@ -117,18 +140,28 @@ def summarize(runs: list[dict]) -> dict:
     return {"formats": formats}
 
 
-def is_up_to_date(artifact: Path, recipe: Path, seed: int) -> bool:
-    """Whether the artifact is what training with this recipe and seed would make, on what this machine can reach."""
+def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
+    """Whether the artifact is what this recipe would make, from the baseline that stands or on what can be reached."""
     made = read_recipe_of(artifact)
     if not made:
         return False
-    wanted = read_recipe(recipe)
+    wanted, recipe = dict(wanted), dict(made["recipe"])
+    if baseline:
+        made_after = (artifact / RECIPE_FILE).stat().st_mtime > (baseline / RECIPE_FILE).stat().st_mtime
+        for values in (wanted, recipe):  # there a folder, here what made that folder
+            values.pop("baseline")
+        return made_after and comparable(recipe) == comparable(wanted)
     base = find_base_model(wanted["model_name_or_path"])
-    wanted |= (wanted.pop("per_model", None) or {}).get(base.name, {}) | {"seed": seed}
-    task = load_task(wanted["dataset_name"], wanted.get("dataset_config_name"))
-    return comparable(made["recipe"]) == comparable(wanted) and (
-        (made["made"]["base_model"], made["made"]["dataset_source"]) == (base.name, task.source)
-    )
+    wanted |= (wanted.pop("per_model", None) or {}).get(base.name, {})
+    source = source_of(wanted["dataset_name"], wanted.get("dataset_config_name"))
+    origin = made["made"]["base_model"], made["made"]["dataset_source"]
+    return comparable(recipe) == comparable(wanted) and origin == (base.name, source)
+
+
+@cache
+def source_of(dataset_name: str, config_name: str | None) -> str:
+    """Where the dataset comes from; loaded once, however many seeds ask."""
+    return load_task(dataset_name, config_name).source
 
 
 def call(script: Path, *words) -> None:

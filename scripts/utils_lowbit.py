@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from utils_cli import UserError
-from utils_int8 import Layers, name_nodes, quantize_onnx
+from utils_int8 import Layers, quantize_onnx
+from utils_scheme import LEVELS
 
-# Bits -> the levels. Odd ones spend no code on zero: with four levels that costs less than a side without a twin.
-LEVELS = {2: range(-3, 4, 2), 3: range(-7, 8, 2), 4: range(-8, 8)}
 PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),)}  # bits -> (bits of a code, from which one on) in one array
 LARGEST_WEIGHT, LARGEST_MULTIPLIER = 64, 16  # of 7 bits; of what 4 bits count
 CLIPPING = torch.linspace(0.4, 1.1, 15)  # shares of a group's largest weight at which its range may end
@@ -127,7 +126,7 @@ class Packer:
         self.graph, self.before, self.tables = graph, [], {}
 
     def replace_weight(self, old: str, codes: list[np.ndarray], scales: list[Scales]) -> None:
-        """The INT8 constant ``old`` (columns, rows) becomes what its packed form unpacks to, with scales of its own."""
+        """The INT8 constant ``old`` (columns, rows) becomes what its packed form unpacks to; so do its scales."""
         from onnx import TensorProto, numpy_helper
 
         packed, row = np.concatenate(codes), np.concatenate([one.row.squeeze(1).numpy() for one in scales])
@@ -175,7 +174,9 @@ class Packer:
         pair = 2 - groups % 2  # two multipliers a byte
         parts = []
         for width, shift in PLANES[bits]:
-            plane = pack((codes >> shift) & (2**width - 1), width).reshape(rows, groups // pair, pair, size // 8, width)
+            plane = pack((codes >> shift) & (2**width - 1), width).reshape(
+                rows, groups // pair, pair, size // 8, width
+            )
             first = LEVELS[bits][0] if shift == 0 else 0
             values = first + LEVELS[bits].step * (np.arange(2**width) << shift)
             if width == 1:  # its table gives the eight levels in the same two dimensions as the other plane does
@@ -212,8 +213,9 @@ class Packer:
     def _node(self, kind: str, inputs: list[str], name: str, output: str | None = None, **attributes) -> str:
         from onnx import helper
 
-        output = output or f"{name}/unpack{len(self.before)}"
-        self.before.append(helper.make_node(kind, inputs, [output], name=f"{name}/unpack{len(self.before)}", **attributes))
+        unique = f"{name}/unpack{len(self.before)}"
+        output = output or unique
+        self.before.append(helper.make_node(kind, inputs, [output], name=unique, **attributes))
         return output
 
 

@@ -6,6 +6,8 @@ floats. Rounding has no useful slope, so its gradient passes straight through (B
 have neither INT8 activations that are symmetric per token nor the levels of utils_lowbit.py; hence those below.
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional
 from torchao.quantization import Int8Tensor, PerRow, quantize_
@@ -15,6 +17,7 @@ from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTe
 from utils_int8 import Layers
 from utils_lowbit import Scales, round_groups, round_matrix
 
+INT7 = (-64, 63)  # of the weights at 8 bits; see quantize_torchao
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 
 
@@ -30,22 +33,22 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def round_rows(values: torch.Tensor, smallest: int, largest: int) -> torch.Tensor:
+def round_rows(values: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
     """Each row (the last dimension) to symmetric integers and back, as torchao does it for INT8."""
-    span = (largest - smallest) / 2
-    scale = (values.abs().amax(dim=-1, keepdim=True).float() / span).clamp_(min=EPSILON)
-    return (values * (1.0 / scale)).round_().clamp_(smallest, largest).mul_(scale)
+    scale = values.abs().amax(dim=-1, keepdim=True).float() / ((span[1] - span[0]) / 2)
+    scale = scale.clamp_(min=EPSILON)
+    return (values * (1.0 / scale)).round_().clamp_(*span).mul_(scale)
 
 
 class Int8Rows(FakeQuantizerBase):
     """INT8 with a scale a row, measured anew each time: of activations that is a scale a token."""
 
-    def __init__(self, config: IntxFakeQuantizeConfig, smallest: int = -128, largest: int = 127):
+    def __init__(self, config: IntxFakeQuantizeConfig, span: tuple[int, int] = (-128, 127)):
         super().__init__()
-        self.config, self.enabled, self.range = config, True, (smallest, largest)
+        self.config, self.enabled, self.span = config, True, span
 
     def forward(self, values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        return StraightThrough.apply(values, lambda values: round_rows(values, *self.range)) if self.enabled else values
+        return StraightThrough.apply(values, partial(round_rows, span=self.span)) if self.enabled else values
 
 
 class LowBitGroups(FakeQuantizerBase):
@@ -95,7 +98,7 @@ def prepare(model, layers: Layers, scales: dict[str, Scales]) -> None:
     for name, part in model.named_modules():
         if isinstance(part, FakeQuantizedLinear):
             part.activation_fake_quantizer = Int8Rows(activations)
-            rounding = LowBitGroups(weights, scales[name]) if scales else Int8Rows(weights, -64, 63)
+            rounding = LowBitGroups(weights, scales[name]) if scales else Int8Rows(weights, INT7)
             part.weight_fake_quantizer = rounding
         elif isinstance(part, FakeQuantizedEmbedding):
             part.__class__ = LookedUpRows
@@ -125,7 +128,7 @@ def convert(model) -> dict[str, Scales]:
 
 
 def to_integers(model, layers: Layers, scales: dict[str, Scales]):
-    """The plain model with real integers below 8 bits, in place: what the packed file multiplies, in torchao's INT8."""
+    """The plain model with real integers below 8 bits, in place: torchao's INT8 of what the packed file holds."""
     for name in layers.linear:
         part = model.get_submodule(name)
         rounded = round_matrix(part.weight.detach(), scales[name])

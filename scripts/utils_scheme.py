@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from utils_lowbit import LEVELS
 
+# Bits below 8 -> the levels of a weight. Odd ones spend none on zero, which would leave one side with fewer.
+LEVELS = {2: range(-3, 4, 2), 3: range(-7, 8, 2), 4: range(-8, 8)}
 FLOATS = {"float32", "float16", "bfloat16"}
 DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4}  # ONNX Runtime's, and their input with an entry a scale
 FLOAT_OPERATORS = {"MatMul", "Gemm", "Attention"}

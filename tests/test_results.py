@@ -145,11 +145,11 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     chosen = (tmp_path / "weights" / "baseline" / "model.safetensors").read_bytes()
     assert chosen == (tmp_path / "weights" / "seeds" / f"baseline-{best['seed']}" / "model.safetensors").read_bytes()
     artifact = tmp_path / "weights" / "seeds" / "baseline-1"
-    assert run_seeds.is_up_to_date(artifact, recipe, 1) and not run_seeds.is_up_to_date(artifact, recipe, 2)
-    recipe.write_text("# a comment changes nothing\n" + recipe.read_text())
-    assert run_seeds.is_up_to_date(artifact, recipe, 1)
-    recipe.write_text(recipe.read_text().replace("num_train_epochs: 1", "num_train_epochs: 2"))
-    assert not run_seeds.is_up_to_date(artifact, recipe, 1)
+    values = run_seeds.read_recipe(recipe)
+    assert run_seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
+    assert run_seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
+    assert not run_seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
+    assert not run_seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
 
     quantizing = tmp_path / "ptq.yaml"
     quantizing.write_text("baseline: weights/baseline\nformats: [onnx]\ncalibration_rows: 30\n")

@@ -1,0 +1,84 @@
+"""The page and the picture of the ladder of bits, from `results/bits.json` alone."""
+
+from pathlib import Path
+
+from utils_record import markdown_table, read_json
+
+WORTH_GIVING_BACK = 0.003  # of macro F1: below it the loss is noise, and a share of it says nothing
+
+
+def render_pages(results: Path) -> dict[Path, str]:
+    """Path -> text of the page; none where the study has not been run."""
+    path = results / "bits.json"
+    return {results / "bits.md": render_bits(read_json(path))} if path.is_file() else {}
+
+
+def render_bits(study: dict) -> str:
+    cells = study["cells"].values()
+    first, rows = next(iter(cells)), []
+    for bits in sorted({cell["bits"] for cell in cells}, reverse=True):
+        ptq, qat = (next(cell for cell in cells if (cell["method"], cell["bits"]) == (method, bits))
+                    for method in ("ptq", "qat"))  # fmt: skip
+        rows.append([str(bits), qat["weights"], qat["embeddings"], f"{qat['megabytes']:.1f}",
+                     f"1/{1 / qat['share_of_fp32']:.1f}", _points(ptq["change"]), _points(qat["change"]),
+                     _given_back(ptq, qat), ", ".join(str(one["seed"]) for one in qat["runs"])])  # fmt: skip
+    head = ["bits", "linear layers", "embeddings", "MB", "of FP32", "PTQ, points", "QAT, points", "given back",
+            "seeds"]  # fmt: skip
+    return (
+        f"# The ladder: fewer bits, with and without training\n\n{first['dataset']}, test, {first['examples']} texts; "
+        "each cell is a file for ONNX Runtime, scored against the FP32 baseline of the same seed. Points of macro F1, "
+        "the mean over the seeds and, in brackets, their standard deviation. Given back: how much of what PTQ loses "
+        "QAT gains; a dash where PTQ loses next to nothing. Settings were chosen on validation. Activations: "
+        f"{first['activations']}.\n\n![](bits.png)\n\n{markdown_table(head, rows)}"
+        f"{_render_choices(study['choices'])}\n"
+        f"{study['environment']['cpu']}; {study['date']}.\n"
+    )
+
+
+def _points(change: dict) -> str:
+    deviation = change["standard_deviation"]
+    return f"{100 * change['mean']:+.2f}" + (f" ({100 * deviation:.2f})" if deviation is not None else "")
+
+
+def _given_back(ptq: dict, qat: dict) -> str:
+    loss = -ptq["change"]["mean"]
+    return f"{100 * (1 + qat['change']['mean'] / loss):.0f} %" if loss > WORTH_GIVING_BACK else "-"
+
+
+def _render_choices(choices: dict) -> str:
+    if not choices:
+        return ""
+    rows = [
+        [name, f"{100 * one['validation_macro_f1']:.2f}", f"{one['mean_logit_gap']:.3f}"]
+        for name, one in choices.items()
+    ]
+    seed = next(iter(choices.values()))["seed"]
+    return (
+        f"\nWhat distillation is worth at 2 bits (validation, seed {seed}); the gap is that between the file and the "
+        "model as it was trained:\n\n" + markdown_table(["QAT", "macro F1 %", "mean logit gap"], rows)
+    )
+
+
+def plot_bits(study: dict, path: Path) -> None:
+    """Macro F1 against megabytes: a line a method, FP32 as the level to reach."""
+    from utils_plots import STYLE, plt, save_figure, seaborn
+
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        figure, axes = plt.subplots(figsize=(7, 4.2))
+        colors = seaborn.color_palette(STYLE["palette"])
+        for method, color in (("ptq", colors[1]), ("qat", colors[0])):
+            cells = sorted(
+                (cell for cell in study["cells"].values() if cell["method"] == method), key=lambda cell: cell["bits"]
+            )
+            axes.errorbar(
+                [cell["megabytes"] for cell in cells], [100 * cell["change"]["mean"] for cell in cells],
+                yerr=[100 * (cell["change"]["standard_deviation"] or 0) for cell in cells], color=color, marker="o",
+                capsize=3, label=method.upper())  # fmt: skip
+            for cell in cells if method == "qat" else ():
+                axes.annotate(f"{cell['bits']} bits", (cell["megabytes"], 100 * cell["change"]["mean"]),
+                              xytext=(0, 9), textcoords="offset points", ha="center", fontsize="small")  # fmt: skip
+        axes.axhline(0, color="0.5", linewidth=1, linestyle="--", label="FP32")
+        axes.set(xlabel="megabytes to serve", ylabel="macro F1 against FP32, points")
+        axes.legend(frameon=False)
+        seaborn.despine(figure)
+        save_figure(figure, path)
