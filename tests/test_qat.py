@@ -1,0 +1,326 @@
+"""Quantization-aware training, and weights below 8 bits: what was trained is what the file answers."""
+
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import run_baseline
+import run_bits_study
+import run_evaluation
+import run_ptq
+import run_qat
+import run_seeds
+import torch
+import utils_bits
+import yaml
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, read_json, train_flags
+from safetensors.torch import load_file
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+from utils_artifact import files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
+from utils_classifier import load_trained_classifier
+from utils_cli import UserError
+from utils_int8 import Layers, find_layers
+from utils_lowbit import choose_scales, pack, round_matrix
+from utils_qat import LowBitGroups, convert, prepare, switch, to_integers
+from utils_scheme import LEVELS, describe_scheme
+
+TEXTS = build_rows(90)["text"]
+
+
+def flags_of(baseline, out, **changes) -> list[str]:
+    values = {"baseline": baseline, "output_dir": out, "learning_rate": 1e-3, "num_train_epochs": 2, "bf16": False,
+              "per_device_train_batch_size": 16, "calibration_rows": 60, "disable_tqdm": True, **changes}  # fmt: skip
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def answers(folder, format: str) -> np.ndarray:
+    classifier = open_artifact(folder, format, threads=1)
+    return classifier.logits(classifier.encode(TEXTS))
+
+
+def scheme_of(folder) -> dict:
+    return describe_scheme(open_artifact(folder, "onnx", threads=1), weights_of(folder, "onnx"), "onnx")
+
+
+@pytest.fixture(scope="module")
+def trained(artifact, tmp_path_factory):
+    """The tiny baseline, trained for 8 bits and for 2."""
+    folder = tmp_path_factory.mktemp("qat")
+    for bits in (8, 2):
+        run_qat.main(flags_of(artifact, folder / str(bits), bits=bits))
+    return folder
+
+
+def test_what_was_trained_is_what_was_converted_and_what_reopens(trained):
+    for bits, formats in ((8, ["torchao", "onnx", "openvino"]), (2, ["onnx"])):
+        made = read_recipe_of(trained / str(bits))
+        assert list(find_formats(trained / str(bits))) == formats == list(made["seconds"])
+        forms = made["forms"]
+        assert list(forms) == ["fake", "converted", *(f"{format}, reopened" for format in formats)]
+        scores = [one["validation_macro_f1"] for one in forms.values()]
+        assert max(scores) - min(scores) <= 0.001 and scores[0] > 0.95
+        spread = np.abs(answers(trained / str(bits), formats[0])).mean()
+        assert forms["fake"]["mean_logit_gap"] == 0 < spread
+        assert forms["converted"]["mean_logit_gap"] < 0.005 * spread  # a value on the edge of two integers
+        assert forms[f"{formats[0]}, reopened"]["mean_logit_gap"] < 0.02 * spread
+    forms = read_recipe_of(trained / "8")["forms"]
+    gaps = [forms[form]["mean_logit_gap"] for form in ("converted", "torchao, reopened")]
+    assert gaps[0] == pytest.approx(gaps[1], rel=0.05)
+
+
+def test_a_fake_quantized_layer_computes_what_torchao_does():
+    torch.manual_seed(0)
+    values = torch.randn(40, 64) * torch.logspace(-2, 2, 40).unsqueeze(1)
+    values[3] = 0
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    real = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    real.load_state_dict(model.state_dict())
+    quantize_(real, Int8DynamicActivationInt8WeightConfig(reduce_range=True))
+    real[0].weight.act_quant_kwargs.reduce_range = False
+    prepare(model, Layers(["0"], []), {})
+    torch.testing.assert_close(model(values), real(values), atol=1e-4, rtol=1e-5)
+    switch(model, enabled=False)
+    assert (model(values) - real(values)).abs().mean() > 1e-3  # the control: floats answer differently
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_below_8_bits_the_layer_multiplies_the_integers_of_the_file(bits):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    values, scales = torch.randn(40, 64), {"0": choose_scales(model[0].weight, bits, 32)}
+    prepare(model, Layers(["0"], []), scales)
+    fake = model(values)
+    convert(model)
+    assert type(model[0]) is torch.nn.Linear
+    to_integers(model, Layers(["0"], []), scales)
+    integers = model[0].weight.qdata.int()
+    assert integers.abs().max() <= 64
+    multipliers = scales["0"].multiplier.int().repeat_interleave(32, dim=1)
+    assert set((integers / multipliers).unique().tolist()) <= set(LEVELS[bits])
+    torch.testing.assert_close(fake, model(values), atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_pass_straight_through():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    prepare(model, Layers(["0"], []), {"0": choose_scales(model[0].weight, 2, 32)})
+    values = torch.randn(5, 64, requires_grad=True)
+    model(values).sum().backward()
+    rounded = model[0].weight_fake_quantizer(model[0].weight)
+    torch.testing.assert_close(values.grad, rounded.sum(dim=0).expand(5, 64).detach())
+    inputs = model[0].activation_fake_quantizer(values)
+    torch.testing.assert_close(model[0].weight.grad, inputs.sum(dim=0).expand(8, 64).detach())
+
+
+def test_scales_lose_less_than_the_largest_weight_would_make_them():
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    for bits in LEVELS:
+        scales = choose_scales(weight, bits, 32)
+        error = (round_matrix(weight, scales) - weight).square().mean()
+        step = weight.unflatten(1, (2, 32)).abs().amax(dim=-1, keepdim=True) / -LEVELS[bits][0]
+        plain = weight.unflatten(1, (2, 32)) / step
+        nearest = torch.tensor(list(LEVELS[bits]), dtype=torch.float32)
+        plain = nearest[(plain.unsqueeze(-1) - nearest).abs().argmin(dim=-1)] * step
+        assert error < (plain.flatten(1) - weight).square().mean()
+        again = round_matrix(round_matrix(weight, scales), scales)
+        torch.testing.assert_close(again, round_matrix(weight, scales))  # what is rounded stays
+        assert scales.multiplier.min() >= 1 and torch.equal(scales.multiplier, scales.multiplier.round())
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_packing_loses_nothing(width):
+    codes = np.random.default_rng(0).integers(0, 2**width, 64).astype(np.uint8)
+    packed = pack(codes, width)
+    assert len(packed) == 64 * width // 8
+    bits = np.unpackbits(packed, bitorder="little").reshape(64, width)
+    np.testing.assert_array_equal((bits << np.arange(width)).sum(axis=1), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_file_is_packed_and_runs_in_int8(bits, artifact, tmp_path):
+    out = tmp_path / "ptq"
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out), "--bits", str(bits)])
+    scheme = scheme_of(out)
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)
+    assert scheme["weights"] == scheme["embeddings"] == f"int{bits} in groups of 32"
+    assert scheme["activations"] == "int8 dynamic per-tensor" and scheme["largest_weight"] <= 64
+    assert set(scheme["kept_in_float"]) == {"bert.pooler.dense", "classifier", "bert.embeddings.token_type_embeddings"}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    onnxruntime.InferenceSession(str(weights_of(out, "onnx")), options, providers=["CPUExecutionProvider"])
+    opened = onnx.load(tmp_path / "opened.onnx").graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in opened.initializer}
+    products = [node for node in opened.node if node.op_type in {"MatMulInteger", "QAttention"}]
+    assert len(products) == 8 and all(constants[node.input[1]].dtype == np.int8 for node in products)
+    model = load_trained_classifier(artifact)
+    names = [f"bert.encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")]
+    scales = [choose_scales(model.get_submodule(name).weight, bits, 32) for name in names]
+    rounded = [round_matrix(model.get_submodule(name).weight, one) / one.row
+               for name, one in zip(names, scales, strict=True)]  # fmt: skip
+    attention = next(node for node in products if node.op_type == "QAttention")
+    expected = torch.cat(rounded).round().T.detach().numpy()  # the very integers, unpacked
+    np.testing.assert_array_equal(constants[attention.input[1]], expected)
+
+
+def test_fewer_bits_are_fewer_bytes(artifact, tmp_path):
+    sizes = {}
+    for bits in (4, 3, 2):
+        run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--bits", str(bits)])
+        graph = onnx.load(weights_of(tmp_path / "ptq", "onnx")).graph
+        sizes[bits] = sum(len(tensor.raw_data) for tensor in graph.initializer if "/codes" in tensor.name)
+    model = load_trained_classifier(artifact)
+    layers = find_layers(model)
+    weights = sum(model.get_submodule(name).weight.numel() for name in layers.linear + layers.embeddings)
+    assert sizes == {bits: bits * weights // 8 for bits in (4, 3, 2)}
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(kind, bits) for kind in ENCODERS if kind != "bert" for bits in (8, 3)])
+def test_other_encoders(kind, bits, colors, tmp_path):
+    encoder = build_encoder(tmp_path / kind, kind)
+    run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
+    run_qat.main(flags_of(tmp_path / "baseline", tmp_path / "qat", bits=bits, formats="onnx", num_train_epochs=1))
+    scheme = scheme_of(tmp_path / "qat")
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14) and f"int{bits}" in scheme["weights"]
+    forms = read_recipe_of(tmp_path / "qat")["forms"]
+    assert forms["onnx, reopened"]["validation_macro_f1"] > forms["fake"]["validation_macro_f1"] - 0.05
+    labels = [answers(tmp_path / name, "onnx").argmax(axis=-1) for name in ("baseline", "qat")]
+    assert (labels[0] == labels[1]).mean() > 0.9
+
+
+def test_the_record_tells_how_it_was_made(trained, tmp_path):
+    run_evaluation.main([str(trained / "2"), "--latency_runs", "0", "--results_dir", str(tmp_path)])
+    record = read_json(tmp_path / "metrics" / "qat-int2-onnx.json")
+    assert record["scheme"]["weights"] == "int2 in groups of 32"
+    assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
+    made = record["made"]
+    assert made["forms"]["fake"]["validation_macro_f1"] > 0.9 and made["training"]["frozen_parameters"] == 0
+    assert made["recipe"]["freeze"] == [] and made["recipe"]["baseline"]["learning_rate"] == 5e-3
+    assert made["train_rows"] == 480 and record["quality"]["macro_f1"] > 0.9
+    files = files_to_serve(trained / "2", "onnx")
+    assert record["size"]["bytes_to_serve"] == sum(files.values()) and len(files) == 4
+
+
+def test_a_whole_and_a_resumed_run_end_alike(artifact, tmp_path, monkeypatch):
+    flags = flags_of(artifact, tmp_path / "whole", bits=2, quantize_after=20)
+    run_qat.main(flags)
+    flags += ["--output_dir", str(tmp_path / "half")]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_qat, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_qat.main(flags)
+    checkpoints = sorted(
+        (tmp_path / "checkpoints" / "half").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime
+    )
+    kept = load_file(checkpoints[-2] / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in kept} >= {"row", "multiplier", "weight"}
+    shutil.rmtree(checkpoints[-1])  # as if it had been stopped there
+    run_qat.main([*flags, "--resume_from_checkpoint", "last"])
+    assert read_recipe_of(tmp_path / "half")["training"]["resumed"] is True
+    whole, half = (weights_of(tmp_path / name, "onnx").read_bytes() for name in ("whole", "half"))
+    assert whole == half
+
+
+def interrupted(*words):
+    raise KeyboardInterrupt
+
+
+def trainer_of(artifact, colors, **changes) -> run_qat.QatTrainer:
+    model = load_trained_classifier(artifact)
+    layers = find_layers(model)
+    prepare(model, layers, run_ptq.choose_all_scales(model, layers, run_ptq.SchemeArguments(bits=2)))
+    training = run_qat.RecipeTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
+    return run_qat.QatTrainer(arguments=run_qat.QatArguments(**changes), model=model, args=training)
+
+
+def test_rounding_starts_when_told_and_is_always_scored(artifact, colors):
+    trainer = trainer_of(artifact, colors, quantize_after=2)
+    seen = []
+    probe = next(part for part in trainer.model.modules() if isinstance(part, LowBitGroups))
+    inputs = {"input_ids": torch.tensor([[0, 5, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+              "labels": torch.tensor([0])}  # fmt: skip
+    for step in range(4):
+        trainer.state.global_step = step
+        trainer.training_step(trainer.model, dict(inputs))
+        seen.append(probe.enabled)
+    assert seen == [False, False, True, True]
+    switch(trainer.model, enabled=False)
+    trainer.evaluate([{name: tensor[0] for name, tensor in inputs.items()}])
+    assert probe.enabled
+
+
+def test_distillation_asks_for_the_answers_of_the_baseline(artifact, colors):
+    inputs = {"input_ids": torch.tensor([[0, 5, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+              "labels": torch.tensor([0])}  # fmt: skip
+    trainer = trainer_of(artifact, colors, distillation_weight=1.0)
+    trainer.model.eval()
+    _, outputs = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
+    for shift, nearly_nothing in ((0.0, True), (3.0, False)):
+        wanted = outputs["logits"].detach() + torch.tensor([shift, 0.0, 0.0])
+        loss = trainer.compute_loss(trainer.model, inputs | {"teacher_logits": wanted})
+        assert (loss.item() < 1e-5) == nearly_nothing
+
+
+def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
+    run_qat.main(flags_of(artifact, tmp_path / "qat", bits=4, freeze="bert.embeddings", num_train_epochs=1))
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--bits", "4"])
+    made = read_recipe_of(tmp_path / "qat")
+    table = load_trained_classifier(artifact).bert.embeddings
+    assert made["training"]["frozen_parameters"] == sum(one.numel() for one in table.parameters())
+    graphs = [onnx.load(weights_of(tmp_path / name, "onnx")).graph for name in ("qat", "ptq")]
+    tables, others = ({tensor.name: tensor.raw_data for tensor in graph.initializer} for graph in graphs)
+    names = [name for name in tables if name.endswith("codes0")]
+    assert {name for name in names if tables[name] == others[name]} == {name for name in names if "embeddings" in name}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 5}, "--bits 5: it takes 8, 4, 3 or 2"),
+        ({"bits": 4, "formats": "torchao"}, "--formats torchao: it cannot hold 4 bits; take onnx"),
+        ({"bits": 8, "embedding_bits": 4}, "--embedding_bits 4: it takes 4, 3 or 2, where --bits is below 8"),
+        ({"bits": 4, "group_size": 24}, "--group_size 24: bert.encoder.layer.0.* has rows of 64 weights"),
+        ({"bits": 4, "group_size": 4}, "--group_size 4: it takes a multiple of 8"),
+        ({"freeze": "roberta"}, "--freeze roberta: no parameter's name begins so; they begin with bert.embeddings"),
+        ({"baseline": "nowhere"}, "no folder nowhere; make it first"),
+        ({"learning_rate": 1e30, "save_steps": 1, "eval_steps": 1, "num_train_epochs": 1},
+         "the loss is nan in step 2; the last good checkpoint is .*checkpoint-1; lower --learning_rate"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(changes, message, artifact, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_qat.main(flags_of(artifact, tmp_path / "qat", **changes))
+    assert not (tmp_path / "qat").exists()
+
+
+def test_a_baseline_that_is_quantized_already_is_refused(quantized, tmp_path):
+    with pytest.raises(UserError, match="is quantized already .by torchao."):
+        run_qat.main(flags_of(quantized, tmp_path / "qat"))
+
+
+def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeypatch):
+    recipes = {}
+    for method in ("ptq", "qat"):
+        values = yaml.safe_load((ROOT / "configs" / f"{method}.yaml").read_text())
+        small = {"num_train_epochs": 1, "learning_rate": 1e-3, "bf16": False, "calibration_rows": 30}
+        recipes[method] = tmp_path / f"{method}.yaml"
+        recipes[method].write_text(yaml.safe_dump(values | {key: small[key] for key in small if key in values}))
+    monkeypatch.setattr(run_seeds, "recipe_of", recipes.get)
+    weights, results = tmp_path / "weights", tmp_path / "results"
+    shutil.copytree(artifact, weights / "seeds" / "baseline-7")
+    run_evaluation.main([str(artifact), "--latency_runs", "0", "--results_dir", str(results / "seeds" / "7")])
+    words = ["--bits", "4", "--seeds", "7", "--weights_dir", str(weights), "--results_dir", str(results)]
+    run_bits_study.main(words)
+    study = read_json(results / "bits.json")
+    record = read_json(results / "seeds" / "7" / "metrics" / "qat-int4-onnx.json")
+    cell = study["cells"]["qat-int4"]
+    assert cell["macro_f1"]["mean"] == record["quality"]["macro_f1"] and cell["weights"] == "int4 in groups of 32"
+    assert cell["megabytes"] == record["size"]["megabytes"] and cell["training"]["peak_memory_mb"] > 0
+    page = (results / "bits.md").read_text()
+    assert page == utils_bits.render_pages(results)[results / "bits.md"] and "int4 in groups of 32" in page
+    assert (results / "bits.png").read_bytes().startswith(b"\x89PNG")
+    made = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
+    before = made.stat().st_mtime_ns
+    run_bits_study.main(words)  # nothing is made again
+    assert made.stat().st_mtime_ns == before
