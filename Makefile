@@ -31,6 +31,8 @@ run: $(READY)
 	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format torchao --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format onnx --latency_runs 200 --results_dir $(SHORT)/results
 	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format openvino --latency_runs 200 --results_dir $(SHORT)/results
+	$(RUN) scripts/run_qat.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/qat --formats onnx --max_train_rows 1600
+	$(RUN) scripts/run_evaluation.py $(SHORT)/qat --format onnx --latency_runs 200 --results_dir $(SHORT)/results
 	@echo "Short run:"
 	$(RUN) scripts/run_comparison.py --results_dir $(SHORT)/results --print_only
 	$(RUN) scripts/predict.py --model $(SHORT)/ptq "i feel so happy that you came" "i miss my old home" \
@@ -41,12 +43,21 @@ results: $(READY)
 	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
 	$(RUN) scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 	$(RUN) scripts/run_seeds.py ptq --seeds 42 43 44 45 46
+	for variant in qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+		$(RUN) scripts/run_seeds.py $$variant --seeds 44 45 46 || exit 1; done
+	$(RUN) scripts/run_bits_study.py --bits 8 4 2 --seeds 44 45 46
+	$(RUN) scripts/run_bits_study.py --bits 3 --seeds 46
 	$(RUN) scripts/run_evaluation.py weights/baseline --format pytorch
 	$(RUN) scripts/run_evaluation.py weights/baseline --format bf16
 	$(RUN) scripts/run_evaluation.py weights/baseline --format onnx
 	$(RUN) scripts/run_evaluation.py weights/ptq --format torchao
 	$(RUN) scripts/run_evaluation.py weights/ptq --format onnx
 	$(RUN) scripts/run_evaluation.py weights/ptq --format openvino
+	$(RUN) scripts/run_evaluation.py weights/qat --format torchao
+	$(RUN) scripts/run_evaluation.py weights/qat --format onnx
+	$(RUN) scripts/run_evaluation.py weights/qat --format openvino
+	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+		$(RUN) scripts/run_evaluation.py weights/$$variant --format onnx || exit 1; done
 	$(RUN) scripts/run_processors.py weights/ptq:torchao weights/ptq:openvino \
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
 	$(MAKE) benchmark
@@ -57,6 +68,8 @@ benchmark: $(READY)
 		--output results/benchmark/eager.json
 	$(RUN) scripts/run_benchmark.py weights/baseline:onnx weights/ptq:onnx weights/ptq:openvino weights/ptq:torchao \
 		--output results/benchmark/onnx.json
+	$(RUN) scripts/run_benchmark.py weights/qat:onnx weights/ptq:onnx weights/qat-int4:onnx weights/qat-int2:onnx \
+		--output results/benchmark/bits.json
 	$(RUN) scripts/run_shape_study.py
 
 test: $(READY)

@@ -18,7 +18,7 @@ from utils_cli import ROOT, parse_flags, run
 from run_ptq import name_variant
 from run_seeds import SCRIPTS, call, make_and_score, mean_and_deviation, recipe_of
 from utils_artifact import choose_threads, read_recipe_of
-from utils_bits import plot_bits, render_pages
+from utils_bits import plot_bits, plot_rounding, render_pages
 from utils_files import write_json, write_text
 from utils_record import git_commit, read_json
 from utils_ruler import describe_environment
@@ -54,6 +54,7 @@ def main(argv=None) -> None:
     for page, text in render_pages(results).items():
         write_text(page, text)
     plot_bits(study, results / "bits.png")
+    plot_rounding(results / "rounding.png")
     print((results / "bits.md").read_text(encoding="utf-8"))
 
 

@@ -15,6 +15,7 @@ from utils_cli import ROOT, UserError, parse_flags, run
 # isort: split
 import run_processors
 import run_ptq_study
+import utils_bits
 from utils_files import write_text
 from utils_pages import render_study_pages
 from utils_record import markdown_table, read_json, read_records, record_name
@@ -68,6 +69,7 @@ def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path,
         **run_ptq_study.render_pages(results),
         **run_processors.render_pages(results),
         **render_study_pages(results),
+        **utils_bits.render_pages(results),
     }
 
 

@@ -1,8 +1,9 @@
 """What a step of each way to train costs: memory and time, on the same batches, interleaved in one run (A B C A B C).
 
-Full fine-tuning, LoRA on a float base, and QLoRA each live in a process of their own; a turn is a few steps on the
-same batches of real texts. Peak memory is that of the steps alone, and what the process held before it loaded a model
-(libraries, mostly) is told apart. BERT-base's shape gets random weights: its cost does not depend on what they are.
+Full fine-tuning, training with fake quantization (QAT), LoRA on a float base, and QLoRA each live in a process of
+their own; a turn is a few steps on the same batches of real texts. Peak memory is that of the steps alone, and what
+the process held before it loaded a model (libraries, mostly) is told apart. BERT-base's shape gets random weights: its
+cost does not depend on what they are.
 
     python scripts/run_training_cost.py
 """
@@ -20,12 +21,15 @@ import numpy as np
 import psutil
 import torch
 from run_benchmark import spread
+from run_ptq import SchemeArguments, choose_all_scales
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 from utils_artifact import choose_threads
 from utils_classifier import build_classifier
 from utils_files import write_json, write_text
+from utils_int8 import find_layers
 from utils_pages import render_cost
+from utils_qat import prepare
 from utils_record import git_commit
 from utils_ruler import describe_environment
 from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, find_base_model, load_task, load_tokenizer, tokenize
@@ -33,7 +37,8 @@ from utils_training import has_bf16, keep_freed_memory, peak_memory_mb, reset_pe
 
 BATCH_SIZE = 32
 WARMUP_STEPS = 3
-METHODS = ("full fine-tuning", "LoRA", "QLoRA")
+BITS = {"QAT, 8 bits": 8, "QAT, 2 bits": 2}
+METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA")
 
 
 @dataclass
@@ -114,8 +119,11 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
     torch.set_num_threads(threads)
     bf16 = has_bf16(use_cpu=not torch.cuda.is_available())
     before = psutil.Process().memory_info().rss
-    if method == METHODS[0]:
+    if method == METHODS[0] or method in BITS:
         model = build_classifier(path, labels, attention_dropout=0.0)
+        if method in BITS:
+            layers = find_layers(model)
+            prepare(model, layers, choose_all_scales(model, layers, SchemeArguments(bits=BITS[method])))
     else:
         from run_qlora import RECIPE, QloraArguments, build_qlora
 

@@ -59,6 +59,28 @@ def _render_choices(choices: dict) -> str:
     )
 
 
+def plot_rounding(path: Path) -> None:
+    """What rounding makes of a weight at 4 and at 2 bits, and what its gradient takes it for."""
+    import torch
+    from utils_lowbit import choose_scales, round_matrix
+    from utils_plots import STYLE, plt, save_figure, seaborn
+
+    weights = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).sort().values
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        figure, both = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+        colors = seaborn.color_palette(STYLE["palette"])
+        for axes, bits in zip(both, (4, 2), strict=True):
+            rounded = round_matrix(weights, choose_scales(weights, bits, weights.shape[1]))
+            axes.hist(weights[0], bins=60, density=True, color="0.88")
+            axes.step(weights[0], rounded[0], where="mid", color=colors[0], label="forward: rounded")
+            axes.plot(weights[0], weights[0], color=colors[1], linestyle="--", label="backward: straight through")
+            axes.set(title=f"{bits} bits", xlabel="weight, in standard deviations")
+        both[0].set(ylabel="what the layer multiplies with")
+        both[0].legend(frameon=False, loc="upper left")
+        seaborn.despine(figure)
+        save_figure(figure, path)
+
+
 def plot_bits(study: dict, path: Path) -> None:
     """Macro F1 against megabytes: a line a method, FP32 as the level to reach."""
     from utils_plots import STYLE, plt, save_figure, seaborn
