@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+SAFE_WEIGHT = 64  # two products with an 8-bit activation fit in 16 bits: 2 x 255 x 64 < 2^15
 FLOATS = {"float32", "float16", "bfloat16"}
 DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4}  # ONNX Runtime's, and their input with an entry a scale
 FLOAT_OPERATORS = {"MatMul", "Gemm", "Attention"}
