@@ -31,7 +31,7 @@ from utils_scheme import describe_scheme
 from utils_task import get_split, load_task_of
 
 SETTLE_RUNS = 5  # after another artifact had the processor: its caches are gone
-ANSWERED = 500  # texts whose labels tell whether two contenders answer alike
+ANSWERED = 256  # texts whose labels tell whether two contenders answer alike
 
 
 @dataclass
