@@ -53,8 +53,8 @@ def main(argv=None) -> None:
         save(study, path)
     for page, text in render_pages(results).items():
         write_text(page, text)
-    plot_bits(study, results / "bits.png")
-    plot_rounding(results / "rounding.png")
+    plot_bits(study, results / "bits")
+    plot_rounding(results / "rounding")
     print((results / "bits.md").read_text(encoding="utf-8"))
 
 

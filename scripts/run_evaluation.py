@@ -5,6 +5,7 @@ confusion matrix (`results/confusion_matrices`). It opens the folder as any user
 
     python scripts/run_evaluation.py weights/baseline                        # the folder's first format
     python scripts/run_evaluation.py weights/baseline --format onnx --threads 1
+    python scripts/run_evaluation.py weights/ptq --trace "i didnt feel humiliated"    # -> docs/follow_one_text.md
 """
 
 import datetime
@@ -41,6 +42,7 @@ from utils_ruler import (
 )
 from utils_scheme import describe_scheme
 from utils_task import Task, conflicting_texts, fingerprint, get_split, load_task_of
+from utils_trace import measure_trace, write_trace
 
 
 @dataclass
@@ -65,6 +67,11 @@ class EvaluationArguments:
     latency_runs: int = field(
         default=500, metadata={"help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput."}
     )
+    trace: str | None = field(
+        default=None,
+        metadata={"help": "A text of the dataset to follow through the artifact, instead of scoring it."},
+    )
+    baseline: str = field(default="weights/baseline", metadata={"help": "The FP32 folder that --trace compares with."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
@@ -78,6 +85,10 @@ def main(argv=None) -> None:
     Path(arguments.results_dir).mkdir(parents=True, exist_ok=True)  # an error now, not after the measuring
     made_by = read_recipe_of(folder)
     task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
+    if arguments.trace:
+        trace = measure_trace(arguments.trace, folder, Path(arguments.baseline), task, threads)
+        write_trace(trace, Path(arguments.results_dir))
+        return
     rows = get_split(task, arguments.split)
     print(f"{folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
@@ -115,7 +126,7 @@ def main(argv=None) -> None:
         "environment": describe_environment(threads),
     }
     path = write_record(record, Path(arguments.results_dir), logits, labels)
-    plot_confusion_matrix(record, Path(arguments.results_dir) / "confusion_matrices" / f"{record_name(record)}.png")
+    plot_confusion_matrix(record, Path(arguments.results_dir) / "confusion_matrices" / record_name(record))
     quality, latency = record["quality"], record["latency_ms"]
     print(f"macro F1 {quality['macro_f1']:.4f}   accuracy {quality['accuracy']:.4f}", end="   ")
     if latency["p50"] is not None:

@@ -38,7 +38,7 @@ def main(argv=None) -> None:
     }
     counts = {split: np.bincount(rows["label"], minlength=len(task.labels)) for split, rows in task.splits.items()}
     results = Path(arguments.results_dir)
-    plot_dataset(counts, lengths, task.labels, results / "dataset.png")
+    plot_dataset(counts, lengths, task.labels, results / "dataset")
     title = f"# The dataset: {task.name}\n\nSource: {task.source}. Lengths are in word pieces of {base.name}.\n"
     parts = [
         title,

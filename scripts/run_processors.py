@@ -23,7 +23,8 @@ from run_benchmark import name_of, split_name
 from tqdm import tqdm
 from utils_artifact import choose_threads
 from utils_files import write_json, write_text
-from utils_record import git_commit, markdown_table, read_json, read_logits
+from utils_pages import render_processors
+from utils_record import git_commit, read_logits
 from utils_ruler import describe_environment
 
 REFERENCE = "AVX512_CORE_VNNI"  # exact integer products, and all else in FP32
@@ -46,10 +47,10 @@ def main(argv=None) -> None:
     }
     about = {"date": datetime.date.today().isoformat(), "git_commit": git_commit(), "split": "validation",
              "reference": REFERENCE, "environment": describe_environment(choose_threads(None))}  # fmt: skip
-    write_json(results / "ptq_processors.json", about | {"artifacts": found})
-    for path, text in render_pages(results).items():
-        write_text(path, text)
-        print(text)
+    measured = about | {"artifacts": found}
+    write_json(results / "ptq_processors.json", measured)
+    write_text(results / "ptq_processors.md", render_processors(measured))
+    print(render_processors(measured))
 
 
 def compare_limits(folder: Path, format: str) -> dict:
@@ -88,37 +89,6 @@ def score_limited(folder: Path, format: str, limit: str | None, results: Path) -
         return done.stderr.strip().splitlines()[-1]
     (path,) = (results / "predictions").glob("*.parquet")
     return read_logits(path)
-
-
-def render_pages(results: Path) -> dict[Path, str]:
-    """The page, from its JSON file alone; none where there is no such file."""
-    if not (results / "ptq_processors.json").is_file():
-        return {}
-    measured = read_json(results / "ptq_processors.json")
-    rows = [
-        [name, "none" if limit == "None" else limit, *shown(one)]
-        for name, limits in measured["artifacts"].items()
-        for limit, one in limits.items()
-    ]
-    head = ["artifact", "limit of oneDNN", "equal labels %", "mean gap", "largest gap"]
-    page = (
-        "# The same answers on smaller processors\n\n"
-        "A processor without VNNI adds two products of 8 bits in 16 bits: with an 8-bit activation they overflow if a "
-        "weight exceeds 64 (2 x 255 x 64 < 2^15), so the shipped weights have 7 bits. ONNX Runtime cannot be limited "
-        "from outside; there the largest weight, counted in its record, is the proof. PyTorch and OpenVINO multiply "
-        "with oneDNN, which was limited; labels and logits are compared with the limit "
-        f"{REFERENCE}, where integer products are exact and all else is FP32. Without a limit OpenVINO computes what "
-        "is not INT8 in bfloat16, if the processor has it. A dash: the runtime does not work so limited.\n\n"
-        f"{markdown_table(head, rows)}\n{measured['environment']['cpu']}, {measured['date']}.\n"
-    )
-    return {results / "ptq_processors.md": page}
-
-
-def shown(one: dict) -> list[str]:
-    if one["equal_labels"] is None:
-        return ["-", "-", "-"]
-    gaps = [f"{one['mean_logit_gap']:.4f}", f"{one['largest_logit_gap']:.3f}"]
-    return [f"{100 * one['equal_labels']:.2f}", *gaps]
 
 
 if __name__ == "__main__":

@@ -25,14 +25,13 @@ from utils_artifact import choose_threads, files_to_serve, open_artifact, read_r
 from utils_classifier import OnnxClassifier, load_trained_classifier
 from utils_files import write_json, write_text
 from utils_int8 import Layers, find_layers, quantize_onnx
+from utils_pages import MARGIN, render_study_pages
 from utils_plots import plot_sensitivity
-from utils_record import git_commit, markdown_table, read_json
+from utils_record import git_commit
 from utils_ruler import describe_environment, predict, score
-from utils_scheme import describe_scheme
+from utils_scheme import SAFE_WEIGHT, describe_scheme
 from utils_task import get_split, load_task_of
 
-MARGIN = 0.002  # of macro F1: four rows of 2,000
-SAFE_WEIGHT = 64  # two products with an 8-bit activation fit in 16 bits: 2 x 255 x 64 < 2^15
 CANDIDATES = {
     "torchao": ("torchao", {}),
     "torchao, 8-bit weights": ("torchao", {"reduce_range": False}),
@@ -92,20 +91,20 @@ def main(argv=None) -> None:
     studied = {
         name: changes_of(candidates[name], folders[name], reference, texts, labels, threads) for name in candidates
     }
-    named = [(baselines[0], "onnx")] + [(folders[name][0], candidates[name][0]) for name in candidates]
-    speed = interleave(named, texts, threads, arguments.rounds, texts_a_round=50, batches=8)
-    for one, measured in zip(studied.values(), speed[1:], strict=True):
-        one |= measured
+    timed = {"FP32": (baselines[0], "onnx")} | {name: (folders[name][0], candidates[name][0]) for name in candidates}
+    speed = interleave(timed, texts, threads, arguments.rounds, texts_a_round=50, batches=8)
+    fp32 = speed.pop("FP32")
+    for name, measured in speed.items():
+        studied[name] |= measured
     study = about | {
-        "baseline": {"macro_f1": statistics.fmean(score(one, labels)["macro_f1"] for one in reference), **speed[0]},
+        "baseline": {"macro_f1": statistics.fmean(score(one, labels)["macro_f1"] for one in reference), **fp32},
         "candidates": studied,
         "chosen": choose(studied),
     }  # fmt: skip
     write_json(results / "ptq_study.json", study)
-    for path, text in render_pages(results).items():
+    for path, text in render_study_pages(results).items():
         write_text(path, text)
-    shifts = {(one["kind"], one["layer"]): one["mean_logit_shift"] for one in layers if one["layer"] is not None}
-    plot_sensitivity(shifts, results / "ptq_sensitivity.png")
+    plot_sensitivity(layers, results / "ptq_sensitivity")
     print((results / "ptq_study.md").read_text(encoding="utf-8"))
 
 
@@ -193,56 +192,6 @@ def choose(studied: dict) -> dict:
         winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
         chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
     return chosen
-
-
-def render_pages(results: Path) -> dict[Path, str]:
-    """The two pages, from their JSON files alone; none where there are no such files."""
-    pages = {}
-    if (results / "ptq_study.json").is_file():
-        pages[results / "ptq_study.md"] = render_study(read_json(results / "ptq_study.json"))
-    if (results / "ptq_sensitivity.json").is_file():
-        pages[results / "ptq_sensitivity.md"] = render_sensitivity(read_json(results / "ptq_sensitivity.json"))
-    return pages
-
-
-def render_study(study: dict) -> str:
-    winners = {one["candidate"] for one in study["chosen"].values()}
-    rows = [
-        [f"**{name}**" if name in winners else name, f"{100 * one['macro_f1_change']:+.2f}", f"{one['flips']:.1f}",
-         f"{one['mean_logit_shift']:.3f}", f"{one['megabytes']:.1f}", str(one["scheme"]["largest_weight"]),
-         f"{one['latency_ms']['p50']:.2f}", f"{one['times_faster_at_batch_1']['median']:.2f} x",
-         f"{one['times_faster_at_batch_32']['median']:.2f} x"]
-        for name, one in study["candidates"].items()
-    ]  # fmt: skip
-    head = ["candidate", "macro F1, points", "flips", "logit shift", "MB", "largest weight", "p50 ms", "batch 1",
-            "batch 32"]  # fmt: skip
-    environment, seeds = study["environment"], ", ".join(map(str, study["baselines"]))
-    return (
-        f"# How the baseline is quantized\n\n{study['dataset']}, validation, {study['examples']} texts. Changes are "
-        f"against the FP32 ONNX file (macro F1 {100 * study['baseline']['macro_f1']:.2f}, p50 "
-        f"{study['baseline']['latency_ms']['p50']:.2f} ms), means of the baselines with seeds {seeds}. Times: one "
-        f"interleaved run with the first of them on {environment['cpu']}, {environment['threads']} threads; "
-        f"{study['date']}.\n\n{markdown_table(head, rows)}\n"
-        f"**Chosen** (bold), for each format: of the candidates whose weights do not exceed {SAFE_WEIGHT}, where a "
-        f"format has such, and whose macro F1 lies within {100 * MARGIN:.1f} points of the best of them, the fastest "
-        "at batch 1. What smaller processors make of them: ptq_processors.md.\n"
-    )
-
-
-def render_sensitivity(sensitivity: dict) -> str:
-    order = sorted(sensitivity["layers"], key=lambda one: -one["mean_logit_shift"])
-    rows = [
-        [f"{one['kind']}, {'all layers' if one['layer'] is None else one['layer']}", f"{one['mean_logit_shift']:.4f}",
-         str(one["flips"]), f"{100 * one['macro_f1_change']:+.2f}"]
-        for one in order
-    ]  # fmt: skip
-    return (
-        f"# One layer at a time\n\nWhat quantizing one layer alone (dynamic INT8, ONNX Runtime) does to the baseline "
-        f"with seed {sensitivity['baselines'][0]} on the {sensitivity['examples']} texts of validation; most harmful "
-        "first. A change of macro F1 below half a point is within the noise of so many texts; the shift of the logits "
-        "is not.\n\n![](ptq_sensitivity.png)\n\n"
-        + markdown_table(["quantized", "mean logit shift", "flips", "macro F1, points"], rows)
-    )
 
 
 if __name__ == "__main__":

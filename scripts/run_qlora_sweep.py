@@ -78,7 +78,7 @@ def main(argv=None) -> None:
     results = Path(arguments.results_dir)
     write_json(results / "qlora_sweep.json", sweep)
     write_text(results / "qlora_sweep.md", render_sweep(sweep))
-    plot_sweep(sweep, results / "qlora_sweep.png")
+    plot_sweep(sweep, results / "qlora_sweep")
     print((results / "qlora_sweep.md").read_text(encoding="utf-8"))
 
 

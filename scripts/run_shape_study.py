@@ -6,6 +6,8 @@ times both interleaved. Its answers mean nothing and are not scored.
     python scripts/run_shape_study.py
 """
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from utils_cli import ROOT, parse_flags, run
 
 # isort: split
 import run_baseline
-import run_benchmark
 import run_ptq
 import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -26,6 +27,7 @@ class ShapeArguments:
 
     baseline: str = field(default="weights/baseline", metadata={"help": "Folder of run_baseline.py."})
     rounds: int = field(default=6, metadata={"help": "Turns that each form gets; a turn of these takes a while."})
+    cold_starts: int = field(default=3, metadata={"help": "As for run_benchmark.py."})
     work_dir: str = field(default=str(ROOT / "build" / "bert-base"), metadata={"help": "Where the models are saved."})
     output: str = field(
         default=str(ROOT / "results" / "benchmark" / "bert-base.json"), metadata={"help": "JSON file of the result."}
@@ -44,9 +46,12 @@ def main(argv=None) -> None:
     with new_artifact(work / "baseline", made_by) as folder:
         run_baseline.save(BertForSequenceClassification(config), tokenizer, folder)
     run_ptq.main(["--baseline", str(work / "baseline"), "--output_dir", str(work / "ptq")])
-    named = [f"{work / 'baseline'}:onnx", f"{work / 'baseline'}:pytorch"]
+    named = [f"{work / 'baseline'}:{format}" for format in ("pytorch", "bf16", "onnx", "openvino-plain")]
     named += [f"{work / 'ptq'}:{format}" for format in run_ptq.FORMATS]
-    run_benchmark.main([*named, "--rounds", str(arguments.rounds), "--batches", "4", "--output", arguments.output])
+    flags = {name: getattr(arguments, name) for name in ("rounds", "cold_starts", "output")} | {"batches": 4}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    # In a process of its own, or each of its workers would load again what this one has loaded.
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "run_benchmark.py"), *named, *words], check=True)
 
 
 if __name__ == "__main__":

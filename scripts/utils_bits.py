@@ -63,10 +63,10 @@ def plot_rounding(path: Path) -> None:
     """What rounding makes of a weight at 4 and at 2 bits, and what its gradient takes it for."""
     import torch
     from utils_lowbit import choose_scales, round_matrix
-    from utils_plots import STYLE, plt, save_figure, seaborn
+    from utils_plots import STYLE, plt, save_figure, seaborn, styled
 
     weights = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).sort().values
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+    with styled():
         figure, both = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
         colors = seaborn.color_palette(STYLE["palette"])
         for axes, bits in zip(both, (4, 2), strict=True):
@@ -83,9 +83,9 @@ def plot_rounding(path: Path) -> None:
 
 def plot_bits(study: dict, path: Path) -> None:
     """Macro F1 against megabytes: a line a method, FP32 as the level to reach."""
-    from utils_plots import STYLE, plt, save_figure, seaborn
+    from utils_plots import STYLE, plt, save_figure, seaborn, styled
 
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+    with styled():
         figure, axes = plt.subplots(figsize=(7, 4.2))
         colors = seaborn.color_palette(STYLE["palette"])
         for method, color in (("ptq", colors[1]), ("qat", colors[0])):

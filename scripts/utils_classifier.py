@@ -39,6 +39,10 @@ class TextEncoder:
         self.texts_cut += sum(bool(encoding.overflowing) for encoding in encodings)
         return [encoding.ids for encoding in encodings]
 
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """The word pieces that the ids stand for."""
+        return [self._tokenizer.id_to_token(one) for one in token_ids]
+
     def pad(self, token_ids: list[list[int]]) -> dict[str, np.ndarray]:
         """Returns int64 arrays (texts, longest) named as models take them; token types are all zero."""
         shape = (len(token_ids), max(map(len, token_ids)))
@@ -86,6 +90,7 @@ class OpenVinoClassifier:
             model = core.compile_model(core.read_model(weights), "CPU")
         except RuntimeError as error:
             raise UserError(f"{weights} cannot be opened by OpenVINO: {str(error).splitlines()[0]}") from error
+        self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()  # f32, or bf16
         self._request = model.create_infer_request()
         self._inputs = [port.any_name for port in model.inputs]
         self.labels = read_labels(folder, weights, width=model.output(0).get_partial_shape()[1].get_length())
@@ -108,6 +113,14 @@ class TorchClassifier:
         self.model = load_trained_classifier(folder, variant=variant, dtype=dtype).eval()
         self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
         self.encode = TextEncoder(folder)
+
+    def compile(self) -> None:
+        """From now on the model's forward pass is compiled code, for any number and length of texts."""
+        import torch
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True  # the weights become constants, packed once
+        self.model.forward = torch.compile(self.model.forward, dynamic=True)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 logits (texts, labels)."""

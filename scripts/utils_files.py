@@ -22,6 +22,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for what is not text."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
 def write_json(path: Path, value) -> None:
     """Writes indented JSON; a number that is not finite is an error, since JSON has none."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

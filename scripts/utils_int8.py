@@ -131,7 +131,7 @@ def quantize_onnx(model, float_graph: Path, path: Path, layers: Layers, reduce_r
     from onnxruntime.quantization import quantize_dynamic
 
     graph, options = _prepare(model, float_graph, path, layers, reduce_range)
-    with _quiet():
+    with quiet():
         quantize_dynamic(graph, path, op_types_to_quantize=["MatMul", "Attention", "Gather"], **options)
 
 
@@ -171,7 +171,7 @@ def quantize_onnx_static(
         def get_next(self):
             return next(self.rows, None)
 
-    with _quiet():
+    with quiet():
         quantize_static(
             graph,
             path,
@@ -195,7 +195,7 @@ def _prepare(model, float_graph: Path, path: Path, layers: Layers, reduce_range:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """The quantizers report each layer that they pass; what was quantized is counted afterwards."""
     logging.disable(logging.WARNING)
     try:
@@ -231,7 +231,7 @@ def quantize_openvino(
         num_samples=len(token_ids),
         ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False),
     )
-    with _quiet():
+    with quiet():
         exported = OVModelForSequenceClassification.from_pretrained(
             baseline, export=True, load_in_8bit=False, compile=False, trust_remote_code=False
         )

@@ -3,18 +3,92 @@
 from pathlib import Path
 
 from utils_record import markdown_table, read_json
+from utils_scheme import SAFE_WEIGHT
 
 MARGIN = 0.002  # of macro F1, within which the study takes two candidates for equal: four rows of 2,000
 
 
 def render_study_pages(results: Path) -> dict[Path, str]:
     """Path -> text of each page whose JSON file stands in the results."""
-    pages = {"qlora_sweep": render_sweep, "training_cost": render_cost}
+    pages = {
+        "ptq_study": render_study,
+        "ptq_sensitivity": render_sensitivity,
+        "ptq_processors": render_processors,
+        "qlora_sweep": render_sweep,
+        "training_cost": render_cost,
+    }
     return {
         results / f"{name}.md": render(read_json(results / f"{name}.json"))
         for name, render in pages.items()
         if (results / f"{name}.json").is_file()
     }
+
+
+def render_study(study: dict) -> str:
+    winners = {one["candidate"] for one in study["chosen"].values()}
+    rows = [
+        [f"**{name}**" if name in winners else name, f"{100 * one['macro_f1_change']:+.2f}", f"{one['flips']:.1f}",
+         f"{one['mean_logit_shift']:.3f}", f"{one['megabytes']:.1f}", str(one["scheme"]["largest_weight"]),
+         f"{one['latency_ms']['p50']:.2f}", f"{one['times_faster_at_batch_1']['median']:.2f} x",
+         f"{one['times_faster_at_batch_32']['median']:.2f} x"]
+        for name, one in study["candidates"].items()
+    ]  # fmt: skip
+    head = ["candidate", "macro F1, points", "flips", "logit shift", "MB", "largest weight", "p50 ms", "batch 1",
+            "batch 32"]  # fmt: skip
+    environment, seeds = study["environment"], ", ".join(map(str, study["baselines"]))
+    return (
+        f"# How the baseline is quantized\n\n{study['dataset']}, validation, {study['examples']} texts. Changes are "
+        f"against the FP32 ONNX file (macro F1 {100 * study['baseline']['macro_f1']:.2f}, p50 "
+        f"{study['baseline']['latency_ms']['p50']:.2f} ms), means of the baselines with seeds {seeds}. Times: one "
+        f"interleaved run with the first of them on {environment['cpu']}, {environment['threads']} threads; "
+        f"{study['date']}.\n\n{markdown_table(head, rows)}\n"
+        f"**Chosen** (bold), for each format: of the candidates whose weights do not exceed {SAFE_WEIGHT}, where a "
+        f"format has such, and whose macro F1 lies within {100 * MARGIN:.1f} points of the best of them, the fastest "
+        "at batch 1. What smaller processors make of them: ptq_processors.md.\n"
+    )
+
+
+def render_sensitivity(sensitivity: dict) -> str:
+    order = sorted(sensitivity["layers"], key=lambda one: -one["mean_logit_shift"])
+    rows = [
+        [f"{one['kind']}, {'all layers' if one['layer'] is None else one['layer']}", f"{one['mean_logit_shift']:.4f}",
+         str(one["flips"]), f"{100 * one['macro_f1_change']:+.2f}"]
+        for one in order
+    ]  # fmt: skip
+    return (
+        f"# One layer at a time\n\nWhat quantizing one layer alone (dynamic INT8, ONNX Runtime) does to the baseline "
+        f"with seed {sensitivity['baselines'][0]} on the {sensitivity['examples']} texts of validation; most harmful "
+        "first. A change of macro F1 below half a point is within the noise of so many texts; the shift of the logits "
+        "is not.\n\n![](ptq_sensitivity.png)\n\n"
+        + markdown_table(["quantized", "mean logit shift", "flips", "macro F1, points"], rows)
+    )
+
+
+def render_processors(measured: dict) -> str:
+    rows = [
+        [name, "none" if limit == "None" else limit, *_shares(one)]
+        for name, limits in measured["artifacts"].items()
+        for limit, one in limits.items()
+    ]
+    head = ["artifact", "limit of oneDNN", "equal labels %", "mean gap", "largest gap"]
+    return (
+        "# The same answers on smaller processors\n\n"
+        "A processor without VNNI adds two products of 8 bits in 16 bits: with an 8-bit activation they overflow if a "
+        "weight exceeds 64 (2 x 255 x 64 < 2^15), so the shipped weights have 7 bits. ONNX Runtime cannot be limited "
+        "from outside; there the largest weight, counted in its record, is the proof. PyTorch and OpenVINO multiply "
+        "with oneDNN, which was limited; labels and logits are compared with the limit "
+        f"{measured['reference']}, where integer products are exact and all else is FP32. Without a limit OpenVINO "
+        "computes what is not INT8 in bfloat16, if the processor has it. A dash: the runtime does not work so "
+        "limited.\n\n"
+        f"{markdown_table(head, rows)}\n{measured['environment']['cpu']}, {measured['date']}.\n"
+    )
+
+
+def _shares(one: dict) -> list[str]:
+    if one["equal_labels"] is None:
+        return ["-", "-", "-"]
+    gaps = [f"{one['mean_logit_gap']:.4f}", f"{one['largest_logit_gap']:.3f}"]
+    return [f"{100 * one['equal_labels']:.2f}", *gaps]
 
 
 def render_sweep(sweep: dict) -> str:

@@ -1,5 +1,9 @@
-"""Pictures from records, in one style."""
+"""Pictures in one style, as PNG and SVG: colours that the colour-blind tell apart, no dates, the same bytes again.
 
+What is compared has a colour by its variant and a marker by its format, in every picture.
+"""
+
+import contextlib
 from pathlib import Path
 
 import matplotlib
@@ -11,43 +15,82 @@ import matplotlib.pyplot as plt  # noqa: E402
 import seaborn  # noqa: E402
 
 STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
+MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
+OTHER = "0.45"  # grey, for what is not ours
+matplotlib.rcParams["svg.hashsalt"] = "emotion"  # names inside an SVG are random without it
+
+
+@contextlib.contextmanager
+def styled():
+    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+        yield
+
+
+def colors_of(variants) -> dict[str, tuple]:
+    names = list(dict.fromkeys(variants))
+    return dict(zip(names, seaborn.color_palette(STYLE["palette"], len(names)), strict=True))
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes a PNG without dates or versions in it."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
+    """Writes ``path``.png and ``path``.svg without dates or versions in them; letters are drawn as shapes."""
+    for form, nothing in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        with whole_file(path.with_name(f"{path.name}.{form}")) as partial:
+            figure.savefig(partial, dpi=110, bbox_inches="tight", format=form, metadata=nothing)
     plt.close(figure)
+
+
+def grid(count: int, columns: int, size: float, rows_of: int = 1):
+    """A figure with ``rows_of`` blocks of ``count`` square axes; those too many are switched off."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows_of * rows, columns, figsize=(size * columns, size * rows_of * rows), squeeze=False
+    )
+    blocks = [block.ravel() for block in np.split(axes, rows_of)]
+    for block in blocks:
+        for unused in block[count:]:
+            unused.axis("off")
+    return figure, blocks
 
 
 def plot_confusion_matrix(record: dict, path: Path) -> None:
     """Counts in the cells, colour by the share of the true class."""
     quality = record["quality"]
-    counts = np.array(quality["confusion_matrix"])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
-        size = 2.2 + 0.75 * len(counts)
+    with styled():
+        size = 2.2 + 0.75 * len(quality["labels"])
         figure, axes = plt.subplots(figsize=(size + 0.8, size))
-        names = quality["labels"]
-        seaborn.heatmap(shares, annot=counts, fmt="d", cmap="Blues", vmin=0, vmax=1, square=True, linewidths=0.5,
-                        xticklabels=names, yticklabels=names, ax=axes,
-                        cbar_kws={"label": "share of the true class", "shrink": 0.8})  # fmt: skip
-        axes.set(xlabel="predicted", ylabel="true")
+        draw_confusion(axes, quality["confusion_matrix"], quality["labels"], cbar=True)
         axes.set_title(
             f"{record['variant']}-{record['format']}, {quality['split']}: {quality['examples']} texts, "
             f"macro F1 {quality['macro_f1']:.3f}",
             fontsize="medium",
         )
-        axes.tick_params(axis="y", rotation=0)
-        axes.tick_params(axis="x", rotation=30)
         save_figure(figure, path)
 
 
-def plot_sensitivity(shifts: dict[tuple[str, str], float], path: Path) -> None:
-    """How far the logits move when one layer alone is quantized; ``shifts`` maps (kind, layer) to the mean shift."""
+def draw_confusion(axes, counts, labels: list[str], cbar: bool = False, **options) -> None:
+    """One matrix, coloured by the share of the true class."""
+    counts = np.array(counts)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    bar = {"cbar_kws": {"label": "share of the true class", "shrink": 0.8}} if cbar else {}
+    draw_cells(axes, shares, counts, labels, fmt="d", cmap="Blues", vmin=0, vmax=1, cbar=cbar, **bar, **options)
+
+
+def draw_cells(axes, values, numbers, labels: list[str], **options) -> None:
+    """A square heat map with numbers, true classes down and predicted ones across."""
+    seaborn.heatmap(values, annot=numbers, square=True, linewidths=0.5, xticklabels=labels, yticklabels=labels,
+                    ax=axes, **options)  # fmt: skip
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.tick_params(axis="y", rotation=0)
+    axes.tick_params(axis="x", rotation=30)
+
+
+def plot_sensitivity(layers: list[dict], path: Path) -> None:
+    """How far the logits move when one layer alone is quantized; ``layers`` are those of ptq_sensitivity.json."""
+    shifts = {(one["kind"], one["layer"]): one["mean_logit_shift"] for one in layers if one["layer"] is not None}
     kinds, layers = (list(dict.fromkeys(key[index] for key in shifts)) for index in (0, 1))
     cells = np.array([[shifts.get((kind, layer), np.nan) for layer in layers] for kind in kinds])
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+    with styled():
         figure, axes = plt.subplots(figsize=(3.6 + 0.8 * len(layers), 1.4 + 0.5 * len(kinds)))
         seaborn.heatmap(cells, annot=True, fmt=".3f", cmap="Blues", vmin=0, linewidths=0.5, xticklabels=layers,
                         yticklabels=kinds, ax=axes, cbar_kws={"label": "mean shift of a logit"})  # fmt: skip
@@ -58,7 +101,7 @@ def plot_sensitivity(shifts: dict[tuple[str, str], float], path: Path) -> None:
 
 def plot_dataset(counts: dict[str, np.ndarray], lengths: dict[str, np.ndarray], labels: list[str], path: Path) -> None:
     """Share of each class in each split, and how the lengths of the texts are spread."""
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+    with styled():
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
         colors = seaborn.color_palette(STYLE["palette"])
         width = 0.8 / len(counts)
@@ -80,7 +123,7 @@ def plot_sweep(sweep: dict, path: Path) -> None:
     candidates = dict(sorted(sweep["candidates"].items(), key=lambda item: item[1]["validation_macro_f1"]))
     places, colors = np.arange(len(candidates)), seaborn.color_palette(STYLE["palette"])
     shades = [colors[1] if name == sweep["chosen"] else colors[0] for name in candidates]
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+    with styled():
         figure, axes = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
         for part, key, factor, title in zip(axes, ("validation_macro_f1", "validation_loss"), (100, 1),
                                             ("macro F1 in %", "loss"), strict=True):  # fmt: skip

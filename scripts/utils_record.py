@@ -81,12 +81,20 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     return path
 
 
-def read_logits(path: Path):
-    """The logits of a predictions file, float32 (rows, classes)."""
+def read_predictions(path: Path) -> tuple:
+    """The labels, int64 (rows,), and the logits, float32 (rows, classes), of a predictions file."""
     import numpy as np
     from pyarrow import parquet
 
-    return np.array(parquet.read_table(path)["logits"].to_pylist(), dtype=np.float32)
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}; measure with python scripts/run_evaluation.py")
+    table = parquet.read_table(path)
+    return table["label"].to_numpy(), np.array(table["logits"].to_pylist(), dtype=np.float32)
+
+
+def read_logits(path: Path):
+    """The logits of a predictions file, float32 (rows, classes)."""
+    return read_predictions(path)[1]
 
 
 def record_name(record: dict) -> str:

@@ -228,7 +228,8 @@ def test_the_interval_is_that_of_resampled_rows():
 
 def test_latency_percentiles():
     summary = summarize_latency(np.arange(1, 1001) / 10)
-    assert summary == {"batch_size": 1, "p50": 50.05, "p95": 95.005, "p99": 99.001, "mean": 50.05, "runs": 1000}
+    assert summary == {"batch_size": 1, "p5": 5.095, "p25": 25.075, "p50": 50.05, "p75": 75.025, "p95": 95.005,
+                       "p99": 99.001, "mean": 50.05, "runs": 1000}  # fmt: skip
 
 
 def test_an_evaluation_prints_no_library_warnings(artifact, tmp_path):

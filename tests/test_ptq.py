@@ -20,6 +20,7 @@ import run_shape_study
 import torch
 import utils_cli
 import utils_int8
+import utils_pages
 import yaml
 from conftest import (
     ENCODERS,
@@ -276,7 +277,7 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
     assert kept["changes"]["keep_float"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
-    assert run_ptq_study.render_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
+    assert utils_pages.render_study_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
         (tmp_path / "results" / "ptq_study.md").read_text())  # fmt: skip
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
@@ -320,9 +321,11 @@ def test_the_recipe_is_what_won():
 
 def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
     monkeypatch.setattr(run_shape_study, "BertConfig", functools.partial(BertConfig, **SMALL))
-    run_shape_study.main([str(artifact), "--rounds", "1", "--work_dir", "work", "--output", "shape.json"])
+    words = ["--rounds", "1", "--cold_starts", "0", "--work_dir", "work", "--output", "shape.json"]
+    run_shape_study.main([str(artifact), *words])
     measured = read_json(tmp_path / "shape.json")["artifacts"]
-    assert list(measured) == ["baseline:onnx", "baseline:pytorch", "ptq:torchao", "ptq:onnx", "ptq:openvino"]
+    assert list(measured) == ["baseline:pytorch", "baseline:bf16", "baseline:onnx", "baseline:openvino-plain",
+                              "ptq:torchao", "ptq:onnx", "ptq:openvino"]  # fmt: skip
     assert measured["ptq:onnx"]["bytes_to_serve"] < measured["baseline:onnx"]["bytes_to_serve"]
 
 

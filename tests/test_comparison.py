@@ -1,0 +1,267 @@
+"""Statistics, pictures, the report, one traced text, the notebook: what is said of the records, and on what grounds."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+import run_comparison
+import run_evaluation
+from conftest import ROOT, read_json
+from nbclient import NotebookClient
+from sklearn.metrics import f1_score
+from utils_artifact import open_artifact
+from utils_cli import UserError
+from utils_pictures import same_picture
+from utils_plots import plot_sensitivity
+from utils_report import compile_report
+from utils_statistics import MARGIN, compare_with, holm, mean_interval, resampled_macro_f1
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.choice(3, size=2000, p=[0.6, 0.3, 0.1])
+
+
+def answers_of(errors: int, seed: int) -> np.ndarray:
+    """Logits (rows, 3) of a classifier that is wrong on so many rows, drawn at random."""
+    rng = np.random.default_rng(seed)
+    answers = LABELS.copy()
+    wrong = rng.choice(len(LABELS), size=errors, replace=False)
+    answers[wrong] = (answers[wrong] + rng.integers(1, 3, size=errors)) % 3
+    return 5.0 * np.eye(3)[answers]
+
+
+def change_rows(logits: np.ndarray, rows: int, seed: int) -> np.ndarray:
+    """The same answers but on so many rows, where another class is answered at random."""
+    rng = np.random.default_rng(seed)
+    changed, where = logits.copy(), rng.choice(len(logits), size=rows, replace=False)
+    changed[where] = np.roll(changed[where], 1, axis=1)
+    return changed
+
+
+def test_the_bootstrap_is_that_of_resampled_rows():
+    """Against the plain way: draw rows, score both classifiers on them with scikit-learn, subtract."""
+    before, after = answers_of(200, seed=1).argmax(axis=-1), answers_of(260, seed=2).argmax(axis=-1)
+    scores = resampled_macro_f1(LABELS, before, after, resamples=2000)
+    drawn = np.random.default_rng(3).integers(len(LABELS), size=(300, len(LABELS)))
+    plain = np.array(
+        [[f1_score(LABELS[rows], one[rows], average="macro") for rows in drawn] for one in (before, after)]
+    )
+    change, plain_change = scores[1] - scores[0], plain[1] - plain[0]
+    assert change.mean() == pytest.approx(plain_change.mean(), abs=0.002)
+    assert change.std() == pytest.approx(plain_change.std(), rel=0.15)
+    exact = resampled_macro_f1(LABELS, before, after, resamples=0)[:, 0]
+    assert exact == pytest.approx([f1_score(LABELS, one, average="macro") for one in (before, after)])
+
+
+def test_a_class_that_is_only_predicted_counts():
+    scores = resampled_macro_f1(np.array([0, 0, 1]), np.array([0, 2, 1]), resamples=0)
+    expected = f1_score([0, 0, 1], [0, 2, 1], average="macro", labels=[0, 1, 2], zero_division=0)
+    assert scores[0, 0] == pytest.approx(expected)
+
+
+def test_holm_of_a_known_case():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([0.2]) == [0.2]
+
+
+def test_verdicts():
+    reference = answers_of(150, seed=1)
+    others = {
+        "same": reference,
+        "alike": change_rows(reference, 4, seed=2),
+        "worse": change_rows(reference, 200, seed=3),
+        "better": answers_of(40, seed=1),
+    }
+    found = compare_with(reference, others, LABELS)
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        "same": "same answers", "alike": "no loss", "worse": "worse", "better": "better"}  # fmt: skip
+    assert found["same"]["flips"] == 0 and found["worse"]["flips"] == 200
+    assert found["worse"]["change"] < 0 and found["worse"]["p_mcnemar_holm"] < 0.001
+    assert found["alike"]["p_macro_f1_holm"] > 0.05
+    low, high = found["alike"]["change_ci95"]
+    assert -MARGIN < low <= found["alike"]["change"] <= high < MARGIN
+
+
+def test_few_rows_support_nothing():
+    """The same share of changed answers, on a tenth of the rows: neither a loss nor its absence is shown."""
+    reference, rows = answers_of(150, seed=1)[:200], LABELS[:200]
+    one = compare_with(reference, {"alike": change_rows(reference, 3, seed=3)}, rows)["alike"]
+    assert one["flips"] == 3 and one["verdict"] == "undecided"
+    assert one["minimal_difference"] > MARGIN
+
+
+def test_no_loss_is_seldom_said_of_a_loss_as_large_as_the_margin():
+    """Thirty draws of test rows from a truth that is worse by 1.0 points: the claim must be wrong in 5 % at most."""
+    wrong = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(3, size=2000)
+        before = np.where(rng.random(2000) < 0.07, (labels + 1) % 3, labels)
+        spoilt = np.where(rng.random(2000) < 0.0108, (labels + 1) % 3, before)
+        found = compare_with(np.eye(3)[before], {"one": np.eye(3)[spoilt]}, labels)["one"]
+        wrong += found["p_margin_holm"] < 0.05
+    assert wrong <= 4  # 1.5 expected
+
+
+def test_mcnemar_counts_rows_not_scores():
+    reference = answers_of(100, seed=1)
+    right = np.flatnonzero(reference.argmax(axis=-1) == LABELS)[:6]
+    after = reference.copy()
+    after[right] = np.roll(after[right], 1, axis=1)
+    one = compare_with(reference, {"one": after}, LABELS)["one"]
+    assert (one["lost"], one["won"]) == (6, 0) and one["p_mcnemar"] == pytest.approx(2 / 2**6)
+
+
+def test_the_interval_over_seeds():
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 2.484, 2 + 2.484], abs=0.001)
+    assert mean_interval([1.0]) is None
+
+
+def test_pictures_are_the_same_again_and_a_changed_one_is_found(tmp_path):
+    layers = [
+        {"kind": "query", "layer": str(layer), "mean_logit_shift": shift} for layer, shift in enumerate((0.1, 0.2))
+    ]
+    plot_sensitivity(layers, tmp_path / "one")
+    plot_sensitivity(layers, tmp_path / "two")
+    for ending in (".png", ".svg"):
+        assert (tmp_path / f"one{ending}").read_bytes() == (tmp_path / f"two{ending}").read_bytes()
+        assert same_picture(tmp_path / "one", tmp_path / "two", ending)
+    layers[1]["mean_logit_shift"] = 0.201
+    plot_sensitivity(layers, tmp_path / "two")
+    for ending in (".png", ".svg"):
+        assert not same_picture(tmp_path / "one", tmp_path / "two", ending)
+    assert not same_picture(tmp_path / "one", tmp_path / "three", ".svg")
+
+
+def test_a_picture_may_differ_in_the_last_digit(tmp_path):
+    (tmp_path / "one.svg").write_text('<path d="M 1.000001 2.5"/>')
+    (tmp_path / "two.svg").write_text('<path d="M 1.000002 2.5"/>')
+    assert same_picture(tmp_path / "one", tmp_path / "two", ".svg")
+    (tmp_path / "two.svg").write_text('<path d="M 1.1 2.5"/>')
+    assert not same_picture(tmp_path / "one", tmp_path / "two", ".svg")
+
+
+def test_rendering_needs_neither_torch_nor_a_quantizer():
+    code = ("import sys, run_comparison; run_comparison.main(['--print_only']); "
+            "print({'torch', 'onnxruntime', 'openvino', 'torchao'} & sys.modules.keys())")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("set()")
+
+
+@pytest.fixture
+def report_folder(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    return tmp_path
+
+
+def test_the_report_reads_the_records(report_folder):
+    import typst
+
+    report = compile_report(report_folder)
+    assert report.startswith(b"%PDF") and compile_report(report_folder) == report
+    files = ",".join(str(p.relative_to(report_folder)) for p in report_folder.rglob("*.*"))
+    pages = typst.compile(report_folder / "docs" / "report.typ", root=report_folder, format="png", ppi=20,
+                          ignore_system_fonts=True, sys_inputs={"files": files})  # fmt: skip
+    assert 4 <= len(pages) <= 6
+    comparison = report_folder / "results" / "comparison.json"
+    comparison.write_text(comparison.read_text().replace('"macro_f1": 0.8', '"macro_f1": 0.7'))
+    assert compile_report(report_folder) != report
+
+
+def test_the_report_says_what_it_lacks(report_folder):
+    (report_folder / "results" / "metrics" / "baseline-pytorch.json").unlink()
+    with pytest.raises(UserError, match="report.typ: .*baseline-pytorch.json"):
+        compile_report(report_folder)
+    assert compile_report(report_folder / "results") is None
+
+
+def test_the_report_does_without_what_was_not_measured(report_folder):
+    for path in (report_folder / "results").glob("*.*"):
+        if path.name not in {"comparison.json", "dataset.png"}:
+            path.unlink()
+    shutil.rmtree(report_folder / "results" / "figures", ignore_errors=True)
+    shutil.rmtree(report_folder / "results" / "benchmark")
+    assert compile_report(report_folder).startswith(b"%PDF")
+
+
+def test_one_text_is_followed(artifact, quantized, colors, tmp_path, capsys):
+    results = tmp_path / "results"
+    for folder, format in ((artifact, "pytorch"), (quantized, "onnx")):
+        run_evaluation.main([str(folder), "--format", format, "--results_dir", str(results), "--latency_runs", "0"])
+    text = open_rows(colors)[0]
+    words = [str(quantized), "--baseline", str(artifact), "--results_dir", str(results), "--threads", "1"]
+    run_evaluation.main([*words, "--trace", text])
+    trace = read_json(results / "trace.json")
+    assert (trace["split"], trace["row"], trace["label"]) == ("test", 0, 0)
+    assert trace["pieces"][0] == "[CLS]" and len(trace["pieces"]) == len(trace["token_ids"]) == len(text.split()) + 2
+    classifier = open_artifact(quantized, "openvino", threads=1)
+    assert trace["logits"]["openvino"] == classifier.logits(classifier.encode([text]))[0].tolist()
+    weights = trace["weights"]
+    assert weights["largest_error"] <= weights["scale"] / 2 * 1.0001 and weights["largest_integer"] <= 64
+    for exact, integer, error in zip(weights["exact"], weights["integers"], weights["errors"], strict=True):
+        assert integer == round(exact / weights["scale"]) and error == pytest.approx(
+            integer * weights["scale"] - exact
+        )
+    page = (tmp_path / "docs" / "follow_one_text.md").read_text()
+    assert page in capsys.readouterr().out
+    (line,) = [line for line in page.splitlines() if line.startswith("| baseline-pytorch")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    matrix = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["confusion_matrix"]
+    assert cells[0] == "warm" and cells[2] == str(matrix[0][trace["labels"].index(cells[1])])
+    with pytest.raises(UserError, match="--trace 'no such text': no row of colors reads so"):
+        run_evaluation.main([*words, "--trace", "no such text"])
+
+
+def open_rows(folder) -> list[str]:
+    from datasets import load_dataset
+
+    return list(load_dataset(str(folder), split="test")["text"])
+
+
+def test_the_line_of_the_card_is_shown(tmp_path):
+    from utils_trace import render_trace_page
+
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "trace.json", tmp_path / "results")
+    (tmp_path / "model_cards").mkdir()
+    (tmp_path / "model_cards" / "ptq.md").write_text("# Card\n\n| F1 % of | a |\n|---|---|\n| ptq | 1 |\n\nrest\n")
+    (page,) = render_trace_page(tmp_path / "results", [], tmp_path).values()
+    assert page.endswith("| F1 % of | a |\n|---|---|\n| ptq | 1 |\n")
+
+
+@pytest.mark.timeout(300)
+def test_the_notebook_runs_from_top_to_bottom(artifact, quantized, colors, monkeypatch):
+    """Offline, on local folders; what its table says is what the folder answers."""
+    for name, value in {"WEIGHTS": artifact.parent, "VARIANTS": "baseline ptq", "DATASET": colors, "ROWS": 60}.items():
+        monkeypatch.setenv(f"EMOTION_{name}", str(value))
+    notebook = nbformat.read(ROOT / "notebooks" / "inference_evaluation.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=250, kernel_name="python3").execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    (line,) = [line for line in printed.splitlines() if line.split()[:2] == ["ptq", "onnx"]]
+    classifier = open_artifact(quantized, "onnx", threads=1)
+    texts, labels = open_rows(colors)[:60], [row % 3 for row in range(60)]
+    answers = classifier.logits(classifier.encode(texts)).argmax(axis=-1)
+    assert float(line.split()[2]) == pytest.approx(100 * f1_score(labels, answers, average="macro"), abs=2.5)
+    assert "ptq-openvino against baseline-pytorch" in printed and "labels differ" in printed
+
+
+def test_a_file_of_other_answers_is_refused(artifact, tmp_path):
+    results = tmp_path / "results"
+    run_evaluation.main([str(artifact), "--results_dir", str(results), "--latency_runs", "0"])
+    path = results / "metrics" / "baseline-pytorch.json"
+    record = read_json(path)
+    record["quality"]["confusion_matrix"][0][0] += 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="not the answers that its record counts"):
+        run_comparison.main([str(results), "--print_only"])
+    (results / "predictions" / "baseline-pytorch.parquet").unlink()
+    with pytest.raises(UserError, match="no file .*baseline-pytorch.parquet"):
+        run_comparison.main([str(results), "--print_only"])
