@@ -16,6 +16,7 @@ from utils_cli import ROOT, UserError, parse_flags, run
 import run_processors
 import run_ptq_study
 import utils_bits
+from utils_card import render_cards
 from utils_files import write_text
 from utils_pages import render_study_pages
 from utils_record import markdown_table, read_json, read_records, record_name
@@ -66,6 +67,7 @@ def render_pages(records: list[dict], results: Path, readme: Path) -> dict[Path,
     return {
         readme: f"{before}{START}\n\n{block}\n{END}{after}",
         results / "comparison.md": f"# Comparison\n\n{block}\n## F1 of each class\n\n{render_classes(records)}",
+        **render_cards(records, readme.parent / "model_cards"),
         **run_ptq_study.render_pages(results),
         **run_processors.render_pages(results),
         **render_study_pages(results),
