@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils_artifact import WEIGHT_FILES
 from utils_cli import ROOT, UserError
-from utils_record import check_record, record_name
+from utils_record import REQUIRED, check_record, record_name
 from utils_task import DEFAULT_DATASET, DEFAULT_MODEL, EMBEDDED_MODEL
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
@@ -51,22 +51,21 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "")
 
     own, baseline = (order(records, name) for name in (variant, BASELINE))
     for record in own + baseline:
-        check_record(record, record_name(record), NEEDED)
+        check_record(record, record_name(record), (*REQUIRED, *NEEDED))
         if record["quality"]["split"] != "test" or record["made"]["dataset_source"] == "sample":
-            raise UserError(
-                f"{record_name(record)} was not scored on the test split of a real dataset: not for a card"
-            )
+            raise UserError(f"{record_name(record)} was not scored on a real dataset's test split: not for a card")
     if not own or not baseline:
         missing = BASELINE if own else variant
         raise UserError(f"no record of '{missing}' to write a card from; measure it with run_evaluation.py")
     if len({record["made"]["dataset_fingerprint"] for record in own + baseline}) != 1:
         raise UserError(f"{variant} and {BASELINE} were not scored on the same rows; measure them again")
-    data = describe(own, repo_id)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     try:
-        text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(card_data=data.to_yaml(), **facts)
-    except (jinja2.UndefinedError, TypeError) as error:  # a field that is not there, or null where a number must be
+        data = describe(own, repo_id)
+        facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
+        text = template.render(card_data=data.to_yaml(), **facts)
+    except (jinja2.UndefinedError, KeyError, TypeError) as error:  # a field is not there, or null for a number
         raise UserError(f"the card of {variant} cannot be written: {error}; measure it again") from error
     card = ModelCard(text)
     check_metadata(card.data.to_dict(), variant)
