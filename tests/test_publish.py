@@ -179,7 +179,7 @@ def test_weights_that_changed_after_scoring_are_refused(folders, results, hub, t
 
 def test_a_public_repository_is_no_private_one(folders, results, hub):
     hub.repositories["user/bert-emotion"] = Repository()
-    with pytest.raises(UserError, match="is there and public"):
+    with pytest.raises(UserError, match="exists and everybody can read it"):
         publish(folders["ptq"], results, "--private")
     assert len(hub.repositories["user/bert-emotion"].commits) == 1
 
