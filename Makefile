@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 SHORT := build/run
 SMALL := sentence-transformers/all-MiniLM-L6-v2
 
-.PHONY: run test check format results benchmark help
+.PHONY: run test test-web check format results benchmark help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, all variants and measurements, README (into weights/ and results/)"
 	@echo "make benchmark  the interleaved timing alone     make test   the tests"
+	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
 $(READY): requirements.txt
@@ -74,6 +75,17 @@ benchmark: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest
+
+# With Node.js, and Chromium from Debian where no other is there.
+test-web: $(READY) tests/web/node_modules/.ready
+	$(RUN) -m pytest -m web
+
+tests/web/node_modules/.ready: tests/web/package-lock.json
+	@command -v npm > /dev/null || { echo "error: needs Node.js 20 or newer, with npm"; exit 1; }
+	@command -v chromium google-chrome > /dev/null || { \
+		sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; $$sudo apt-get install -qq -y --no-install-recommends chromium; }
+	ONNXRUNTIME_NODE_INSTALL=skip npm ci --prefix tests/web --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 check: $(READY)
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@ On a folder with an ONNX file neither torch nor transformers is imported, so tha
 
     python scripts/predict.py "i didnt feel humiliated"
     python scripts/predict.py --file texts.txt --top_k 3
+    python scripts/predict.py --model user/bert-emotion-ptq "i miss my old home"
     tail -f log.txt | python scripts/predict.py --json
 """
 
@@ -21,7 +22,9 @@ BATCH = 32  # lines that are there already are answered together; no line waits 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="sentences; standard input, a line each, if there are none")
-    parser.add_argument("--model", default=str(ROOT / "weights" / "baseline"), help="model folder")
+    parser.add_argument(
+        "--model", default=str(ROOT / "weights" / "baseline"), help="model folder, or user/name on the Hub"
+    )
     parser.add_argument("--format", help="format to open; ONNX if the folder has it")
     parser.add_argument("--file", help="file with a text a line")
     parser.add_argument("--top_k", type=int, default=1, help="how many classes to show, most probable first")
@@ -37,9 +40,10 @@ def main(argv=None) -> None:
     from utils_artifact import choose_threads, find_formats, open_artifact
 
     threads = choose_threads(arguments.threads)
-    formats = find_formats(Path(arguments.model))
+    folder = find_model(arguments.model, arguments.format)
+    formats = find_formats(folder)
     format = arguments.format or ("onnx" if "onnx" in formats else next(iter(formats)))
-    classifier = open_artifact(Path(arguments.model), format, threads=threads)
+    classifier = open_artifact(folder, format, threads=threads)
     empty = 0
     for texts in batches:
         empty += answer(classifier, texts, arguments)
@@ -47,6 +51,21 @@ def main(argv=None) -> None:
         print(f"{classifier.encode.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
     if empty:
         raise UserError(f"{empty} of the texts were empty and got no answer")
+
+
+def find_model(name: str, format: str | None) -> Path:
+    """The folder of that name, or what it takes of the Hub's repository of that name."""
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path(name)
+    from utils_artifact import WEIGHT_FILES
+    from utils_hub import fetch
+
+    if format not in {None, *WEIGHT_FILES}:
+        raise UserError(f"--format {format}: it takes one of {', '.join(WEIGHT_FILES)}")
+    try:
+        return fetch(name, [format] if format else ["onnx", "pytorch"])
+    except UserError as error:
+        raise UserError(f"--model {name}: no such folder; {error}") from error
 
 
 def read_batches(arguments):

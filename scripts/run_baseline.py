@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import new_artifact
 from utils_classifier import build_classifier
+from utils_hub import score_and_publish
 from utils_int8 import find_stack
 from utils_onnx import export_onnx
 from utils_task import (
@@ -75,6 +76,7 @@ def main(argv=None) -> None:
             made["onnx"] = save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
+        score_and_publish(training.artifact, training.hub)
 
 
 class BaselineTrainer(Trainer):

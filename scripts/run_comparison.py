@@ -17,6 +17,7 @@ from utils_cli import ROOT, UserError, parse_flags, run
 # isort: split
 import utils_bits
 from tqdm import tqdm
+from utils_card import render_cards
 from utils_comparison import build_comparison
 from utils_files import write_bytes, write_text
 from utils_pages import render_study_pages
@@ -73,6 +74,7 @@ def render_pages(comparison, records, benchmarks, pictures, results: Path, readm
         readme: f"{before}{START}\n\n{block}\n{END}{after}",
         results / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         results / "comparison.md": render_page(comparison, records, benchmarks, figures),
+        **render_cards(records, readme.parent / "model_cards"),
         **render_study_pages(results),
         **render_trace_page(results, records, readme.parent),
         **utils_bits.render_pages(results),

@@ -26,7 +26,8 @@ from utils_artifact import (
     read_recipe_of,
     weights_of,
 )
-from utils_files import relative
+from utils_classifier import softmax
+from utils_files import relative, sha256, without_path
 from utils_plots import plot_confusion_matrix
 from utils_record import record_name, write_record
 from utils_ruler import (
@@ -43,6 +44,16 @@ from utils_ruler import (
 from utils_scheme import describe_scheme
 from utils_task import Task, conflicting_texts, fingerprint, get_split, load_task_of
 from utils_trace import measure_trace, write_trace
+
+# Sentences of our own, one for each emotion of the default dataset: what model cards show
+EXAMPLES = (
+    "i miss my old home and the garden behind it",
+    "i feel so happy that you came",
+    "i feel so tender and caring towards my little sister tonight",
+    "i am furious about this delay and nobody even says sorry",
+    "i am scared of walking home in the dark",
+    "i was amazed to find the whole street covered in snow this morning",
+)
 
 
 @dataclass
@@ -123,6 +134,8 @@ def main(argv=None) -> None:
             "adapter_bytes": adapter_bytes(folder),
         },
         **measure_speed(classifier, token_ids, arguments.latency_runs),
+        "examples": answer_examples(classifier),
+        "sha256": {name: sha256(folder / name) for name in files},  # which files were measured
         "environment": describe_environment(threads),
     }
     path = write_record(record, Path(arguments.results_dir), logits, labels)
@@ -188,6 +201,15 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
     }
 
 
+def answer_examples(classifier) -> list[dict]:
+    """The probabilities that the artifact gives our own sentences."""
+    probabilities = softmax(predict(classifier, classifier.encode(list(EXAMPLES)))).tolist()
+    return [
+        {"text": text, "scores": dict(zip(classifier.labels, scores, strict=True))}
+        for text, scores in zip(EXAMPLES, probabilities, strict=True)
+    ]
+
+
 def explain(scheme: dict, made_by: dict) -> dict:
     """Adds to each layer that was counted as float the reason that the artifact's recipe.yaml gives."""
     reasons = made_by.get("kept_in_float", {})
@@ -214,13 +236,6 @@ def describe_origin(made_by: dict, task: Task, rows) -> dict:
         "seed": made_by.get("seed"),
         "git_commit": made.get("git_commit"),
     }
-
-
-def without_path(value):
-    """A local folder in a recipe is recorded by its name alone."""
-    if isinstance(value, dict):
-        return {key: without_path(one) for key, one in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 if __name__ == "__main__":

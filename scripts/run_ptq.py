@@ -30,6 +30,7 @@ from utils_artifact import (
 )
 from utils_classifier import TextEncoder, load_trained_classifier
 from utils_files import check_replaceable
+from utils_hub import HubArguments, score_and_publish
 from utils_int8 import (
     Layers,
     find_layers,
@@ -99,7 +100,7 @@ class PtqArguments(SchemeArguments):
 
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, recipe = parse_recipe((PtqArguments,), RECIPE, argv)
+    arguments, hub, recipe = parse_recipe((PtqArguments, HubArguments), RECIPE, argv)
     check(arguments, arguments.output_dir)
     baseline = Path(arguments.baseline)
     made_by = read_recipe_of(baseline)
@@ -124,6 +125,7 @@ def main(argv=None) -> None:
     with new_artifact(Path(arguments.output_dir), made) as folder:
         made["seconds"] = save_formats(baseline, folder, model, layers, scales, encoder, token_ids, arguments)
     print(f"saved {arguments.output_dir}")
+    score_and_publish(Path(arguments.output_dir), hub)
 
 
 def choose_all_scales(model, layers: Layers, arguments: SchemeArguments) -> dict[str, Scales]:

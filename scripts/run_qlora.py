@@ -36,6 +36,7 @@ from transformers import (
 )
 from utils_artifact import find_formats, new_artifact, open_artifact, quantized_by
 from utils_classifier import build_classifier, build_config, load_trained_classifier
+from utils_hub import score_and_publish
 from utils_int8 import find_layers, quantize_onnx
 from utils_onnx import export_onnx
 from utils_ruler import predict, score
@@ -135,6 +136,7 @@ def main(argv=None) -> None:
             made["merged"] = save(merged, tokenizer, folder, validation, arguments.formats, training.bf16)
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
+        score_and_publish(training.artifact, training.hub)
 
 
 def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: bool) -> PeftModel:

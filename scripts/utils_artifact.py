@@ -12,6 +12,8 @@ from utils_cli import UserError
 from utils_files import whole_folder, write_text
 
 RECIPE_FILE = "recipe.yaml"
+# What a script was called with that is no part of its recipe
+PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
 SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # Format -> its file of weights; of several names, the first that the folder has. The first format is the default.
 WEIGHT_FILES = {
@@ -70,9 +72,7 @@ def files_to_serve(folder: Path, format: str) -> dict[str, int]:
     """All files that must be on disk to answer a text in this format, and the bytes of each."""
     folder = Path(folder)
     weights = weights_of(folder, format)
-    paths = [folder / name for name in SHARED_FILES] + [weights]
-    if format == "openvino":  # the graph, its weights, and what optimum-intel reads
-        paths += [weights.with_suffix(".bin"), weights.with_name("config.json")]
+    paths = [folder / name for name in SHARED_FILES] + [weights, *files_beside(weights, format)]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
@@ -80,6 +80,11 @@ def adapter_bytes(folder: Path) -> int | None:
     """Size of the weights of the adapter that lies beside the merged model; None where there is none."""
     path = Path(folder) / "adapter" / "adapter_model.safetensors"
     return path.stat().st_size if path.is_file() else None
+
+
+def files_beside(weights: Path, format: str) -> list[Path]:
+    """What a file of weights needs beside it: OpenVINO's graph the weights, and what optimum-intel reads."""
+    return [weights.with_suffix(".bin"), weights.with_name("config.json")] if format == "openvino" else []
 
 
 def open_artifact(folder: Path, format: str, threads: int):

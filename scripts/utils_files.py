@@ -1,6 +1,7 @@
 """Files that are whole or not there: write under a temporary name, then rename."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,18 @@ def relative(path: Path) -> str:
     """A path in the repository is named from its root, any other by its last part: no home folder is recorded."""
     path = Path(path).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def without_path(value):
+    """The value, or the mapping of values, with each local folder named by its last part alone."""
+    if isinstance(value, dict):
+        return {key: without_path(one) for key, one in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -103,8 +103,8 @@ def render_sweep(sweep: dict) -> str:
     centre = ", ".join(f"{name} {value}" for name, value in sweep["centre"].items())
     return (
         f"# How the adapter is trained\n\n{sweep['base_model']} on {sweep['dataset']}, scored on validation after "
-        f"{sweep['epochs']:g} epochs, seed {sweep['seed']}. Each candidate changes one thing of the centre: {centre}.\n"
-        f"\n![](qlora_sweep.png)\n\n{markdown_table(head, rows)}\n"
+        f"{sweep['epochs']:g} epochs, seed {sweep['seed']}. Each candidate changes one thing of the centre: {centre}."
+        f"\n\n![](qlora_sweep.png)\n\n{markdown_table(head, rows)}\n"
         f"**Chosen** (bold): of the candidates within {100 * MARGIN:.1f} points of the best macro F1, the one with "
         f"the lowest loss. {sweep['environment']['cpu']}, {sweep['date']}.\n"
     )

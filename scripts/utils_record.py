@@ -24,9 +24,9 @@ environment.packages
 """.split()
 
 
-def check_record(record: dict, name) -> dict:
-    """Returns the record, or raises `UserError` naming the first field that is missing."""
-    for dotted in REQUIRED:
+def check_record(record: dict, name, fields=REQUIRED) -> dict:
+    """Returns the record, or raises `UserError` naming the first of the fields that is missing."""
+    for dotted in fields:
         value = record
         for key in dotted.split("."):
             if not isinstance(value, dict) or key not in value:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from utils_artifact import RECIPE_FILE, choose_threads
-from utils_cli import Recipe, UserError
+from utils_artifact import PLACES, RECIPE_FILE, choose_threads
+from utils_cli import ROOT, Recipe, UserError
 from utils_files import check_replaceable, write_json
+from utils_hub import HubArguments
 from utils_record import git_commit
 from utils_ruler import package_versions, score
 from utils_task import BaseModel, Task, fingerprint
 
-PLACES = {"resume_from_checkpoint", "output_dir"}  # what a run was called with that is no part of its recipe
 RECIPE_OF_RUN = "recipe.json"  # beside the checkpoints: what they are checkpoints of
 
 
@@ -46,7 +46,15 @@ class RecipeTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Whether several processes look for parameters that got no gradient."}
     )
 
+    results_dir: str = field(
+        default=str(ROOT / "results"), metadata={"help": "With --push_to_hub: where the scores are written."}
+    )
+
     def __post_init__(self):
+        if self.hub_token:
+            raise ValueError("--hub_token: others can read a command line; run `hf auth login`, or set HF_TOKEN")
+        self.hub = HubArguments(self.push_to_hub, self.hub_model_id, self.hub_private_repo, self.results_dir)
+        self.push_to_hub = False  # the Trainer would push checkpoints, and a card without these scores
         if not self.output_dir:
             raise ValueError("name the folder to save into, with --output_dir or in the recipe")
         self.artifact = Path(self.output_dir)

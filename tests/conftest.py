@@ -17,6 +17,7 @@ import datasets  # noqa: E402
 import pytest  # noqa: E402
 import run_baseline  # noqa: E402
 import run_ptq  # noqa: E402
+import run_qlora  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
@@ -27,6 +28,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     RobertaConfig,  # noqa: E402
 )
+from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, load_task  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}
@@ -107,6 +109,12 @@ def color_features() -> datasets.Features:
     return datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(COLORS))})
 
 
+def pytest_terminal_summary(terminalreporter):
+    left_out = terminalreporter.stats.get("deselected", [])
+    if web := [item for item in left_out if item.get_closest_marker("web")]:
+        terminalreporter.write_line(f"left out: {len(web)} tests with Node.js and a browser; make test-web runs them")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def remove_the_cache():
     yield
@@ -148,6 +156,42 @@ def quantized(artifact) -> Path:
     folder = artifact.parent / "ptq"
     run_ptq.main(["--baseline", str(artifact), "--output_dir", str(folder), "--calibration_rows", "60"])
     return folder
+
+
+def qlora_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
+    return train_flags(encoder, dataset, output, **{"num_train_epochs": 8, "lora_dropout": 0.0, **changes})
+
+
+@pytest.fixture(scope="session")
+def adapted(encoder, colors, tmp_path_factory) -> Path:
+    """A tiny base in 4 bits with a trained adapter, in all its forms."""
+    folder = tmp_path_factory.mktemp("qlora") / "qlora"
+    run_qlora.main(qlora_flags(encoder, colors, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """The embedded model after a short training on real rows."""
+    folder = tmp_path_factory.mktemp("real") / "baseline"
+    run_baseline.main(["--model_name_or_path", EMBEDDED_MODEL, "--max_train_rows", "3200", "--max_steps", "90",
+                       "--learning_rate", "4e-4", "--eval_strategy", "no", "--save_strategy", "no",
+                       "--load_best_model_at_end", "false", "--disable_tqdm", "true",
+                       "--output_dir", str(folder)])  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_int8(real):
+    """The same in INT8."""
+    folder = real.parent / "ptq"
+    run_ptq.main(["--baseline", str(real), "--output_dir", str(folder), "--calibration_rows", "60"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_rows():
+    return load_task(DEFAULT_DATASET).splits["test"]
 
 
 def realigned(model):

@@ -1,4 +1,4 @@
-"""Statistics, pictures, the report, one traced text, the notebook: what is said of the records, and on what grounds."""
+"""Statistics, pictures, the report, one traced text, the notebook: what is said of the records, and why."""
 
 import json
 import shutil

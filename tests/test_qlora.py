@@ -13,7 +13,7 @@ import run_qlora_sweep
 import run_training_cost
 import torch
 import yaml
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, read_json, train_flags
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, qlora_flags, read_json
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from utils_artifact import adapter_bytes, find_formats, open_artifact, weights_of
@@ -23,18 +23,6 @@ from utils_scheme import describe_scheme
 
 LABELS = ["warm", "cold", "none"]
 TEXTS = build_rows(90)["text"]
-
-
-def flags_of(encoder, colors, out, **changes):
-    return train_flags(encoder, colors, out, **{"num_train_epochs": 8, "lora_dropout": 0.0, **changes})
-
-
-@pytest.fixture(scope="module")
-def adapted(encoder, colors, tmp_path_factory):
-    """A tiny base in 4 bits with a trained adapter, in all its forms."""
-    folder = tmp_path_factory.mktemp("qlora") / "qlora"
-    run_qlora.main(flags_of(encoder, colors, folder))
-    return folder
 
 
 def answers(folder, format):
@@ -113,7 +101,7 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
 
 
 def test_the_adapter_alone(encoder, colors, tmp_path):
-    run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora", formats="adapter", num_train_epochs=1))
+    run_qlora.main(qlora_flags(encoder, colors, tmp_path / "qlora", formats="adapter", num_train_epochs=1))
     files = {path.name for path in (tmp_path / "qlora").rglob("*") if path.is_file()}
     assert files == {"recipe.yaml", "adapter_config.json", "adapter_model.safetensors"}
     assert adapter_bytes(tmp_path / "qlora") == (tmp_path / "qlora/adapter/adapter_model.safetensors").stat().st_size
@@ -122,7 +110,7 @@ def test_the_adapter_alone(encoder, colors, tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
 def test_other_encoders(kind, colors, tmp_path):
     encoder = build_encoder(tmp_path / kind, kind)
-    run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora"))
+    run_qlora.main(qlora_flags(encoder, colors, tmp_path / "qlora"))
     formats = list(find_formats(tmp_path / "qlora"))  # a form of 16 bits where validation allows no 4
     root, onnx = (answers(tmp_path / "qlora", format) for format in (formats[0], "onnx"))
     assert root.shape == onnx.shape == (90, 3)
@@ -130,7 +118,7 @@ def test_other_encoders(kind, colors, tmp_path):
 
 
 def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
-    flags = flags_of(encoder, colors, tmp_path / "whole", num_train_epochs=2)
+    flags = qlora_flags(encoder, colors, tmp_path / "whole", num_train_epochs=2)
     run_qlora.main(flags)
     out = tmp_path / "half"
     flags = [*flags, "--output_dir", str(out)]
@@ -153,7 +141,7 @@ def interrupted(*words):
 
 
 def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys):
-    run_qlora.main(flags_of(encoder, colors, tmp_path / "qlora", learning_rate=5.0, num_train_epochs=1))
+    run_qlora.main(qlora_flags(encoder, colors, tmp_path / "qlora", learning_rate=5.0, num_train_epochs=1))
     assert "WARNING: this model gives every validation text the same class" in capsys.readouterr().err
 
 
@@ -170,12 +158,12 @@ def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, encoder, colors, tmp_path):
     with pytest.raises(UserError, match=message):
-        run_qlora.main([*flags_of(encoder, colors, tmp_path / "qlora"), *flags])
+        run_qlora.main([*qlora_flags(encoder, colors, tmp_path / "qlora"), *flags])
 
 
 def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
     with pytest.raises(UserError, match="is quantized already .by bitsandbytes."):
-        run_qlora.main(flags_of(adapted, colors, tmp_path / "qlora"))
+        run_qlora.main(qlora_flags(adapted, colors, tmp_path / "qlora"))
 
 
 def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypatch):
@@ -188,7 +176,7 @@ def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, col
     config = str(ROOT / "accelerate_config.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
                "--multi_gpu", "--num_processes", "2", str(ROOT / "scripts" / "run_qlora.py"),
-               *flags_of(encoder, colors, tmp_path / "out", per_device_train_batch_size=8,
+               *qlora_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=8,
                          per_device_eval_batch_size=8)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,37 +2,12 @@
 
 import numpy as np
 import pytest
-import run_baseline
-import run_ptq
 import torch
 from conftest import realigned
 from utils_artifact import files_to_serve, open_artifact, weights_of
 from utils_classifier import TextEncoder, load_trained_classifier
 from utils_int8 import find_layers, quantize_torchao
 from utils_ruler import predict, score
-from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, load_task
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real") / "baseline"
-    run_baseline.main(["--model_name_or_path", EMBEDDED_MODEL, "--max_train_rows", "3200", "--max_steps", "90",
-                       "--learning_rate", "4e-4", "--eval_strategy", "no", "--save_strategy", "no",
-                       "--load_best_model_at_end", "false", "--disable_tqdm", "true",
-                       "--output_dir", str(folder)])  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def real_int8(real):
-    folder = real.parent / "ptq"
-    run_ptq.main(["--baseline", str(real), "--output_dir", str(folder), "--calibration_rows", "60"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def test_rows():
-    return load_task(DEFAULT_DATASET).splits["test"]
 
 
 def test_it_learns_from_real_rows(real, test_rows):

@@ -1,0 +1,149 @@
+"""The model card: each number is a record's, nothing is missing, and the Hub's rules are kept."""
+
+import copy
+import json
+
+import pytest
+from conftest import ROOT, read_json
+from hub_server import validate_card
+from huggingface_hub import ModelCard
+from utils_card import check_metadata, render_card, render_cards
+from utils_cli import UserError
+
+
+@pytest.fixture
+def records():
+    """Records of the published variants, as they are tracked; with what a card needs besides."""
+    found = []
+    for path in sorted((ROOT / "results" / "metrics").glob("*.json")):
+        record = read_json(path)
+        scores = dict.fromkeys(record["quality"]["labels"], 0.1) | {"joy": 0.5}
+        record.setdefault("examples", [{"text": f"text {index}", "scores": scores} for index in range(6)])
+        record.setdefault("sha256", {})
+        found.append(record)
+    return found
+
+
+def of(records, variant, format):
+    return next(record for record in records if (record["variant"], record["format"]) == (variant, format))
+
+
+def test_the_metadata_is_what_the_hub_wants(records):
+    text = render_card(records, "ptq", "user/bert-emotion-ptq")
+    assert validate_card(text) == []
+    data = ModelCard(text).data.to_dict()
+    assert data["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert data["base_model_relation"] == "quantized" and data["license"] == "apache-2.0"
+    assert data["language"] == "en" and data["datasets"] == ["dair-ai/emotion"]
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
+    assert {"torchao", "onnx", "openvino", "transformers.js"} <= set(data["tags"])
+    assert len(data["widget"]) == 6 and all(len(example["output"]) == 6 for example in data["widget"])
+    assert ModelCard(render_card(records, "baseline", "user/mine")).data.base_model_relation == "finetune"
+
+
+def test_each_score_is_that_of_the_record(records):
+    record = of(records, "ptq", "torchao")  # what from_pretrained opens
+    quality = record["quality"]
+    (result,) = ModelCard(render_card(records, "ptq", "user/mine")).data.to_dict()["model-index"][0]["results"]
+    assert {metric["name"]: metric["value"] for metric in result["metrics"]} == {
+        "Macro F1": quality["macro_f1"],
+        "Accuracy": quality["accuracy"],
+        **{f"F1 {label}": value for label, value in quality["per_class_f1"].items()},
+    }
+    assert result["dataset"]["args"] == {"sha256_of_rows": record["made"]["dataset_fingerprint"]}
+    assert result["dataset"]["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "shown"),
+    [
+        ("quality.macro_f1", 0.12344, "| ptq, ONNX Runtime | 12.34 |"),
+        ("quality.macro_f1_ci95", [0.1, 0.2], "| 10.00 to 20.00 |"),
+        ("quality.accuracy", 0.43211, "| 43.21 |"),
+        ("size.megabytes", 1234.5, "| 1234.5 |"),
+        ("size.bytes_to_serve", 1234567, "| 1,234,567 |"),
+        ("latency_ms.p50", 17.123, "| 17.123 |"),
+        ("throughput_per_s.value", 987.6, "| 987.6 |"),
+        ("latency_ms.p95", None, "| - |"),
+        ("environment.cpu", "Some CPU", "Some CPU, threads: "),
+        ("scheme.quantized_layers", 35, "| 35 of 38 |"),
+        ("scheme.activations", "int4 imagined", "| int4 imagined |"),
+        ("quality.expected_calibration_error", 0.0567, "5.67 % (ONNX Runtime)"),
+    ],
+)
+def test_a_figure_that_changes_in_the_record_changes_in_the_text(dotted, value, shown, records):
+    before = render_card(records, "ptq", "user/mine")
+    section, key = dotted.split(".")
+    of(records, "ptq", "onnx")[section][key] = value
+    after = render_card(records, "ptq", "user/mine")
+    assert shown in after and before.count(shown) < after.count(shown)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "message"),
+    [("examples", "no field 'examples'"), ("quality.macro_f1_ci95", "macro_f1_ci95"), ("made.seed", "seed"),
+     ("scheme.embeddings", "embeddings"), ("quality.per_class_f1.love", "love"),
+     ("environment.packages.onnxruntime", "onnxruntime")],
+)  # fmt: skip
+def test_a_missing_field_stops_the_rendering(dotted, message, records):
+    for record in records:
+        value = record
+        *parents, key = dotted.split(".")
+        for parent in parents:
+            value = value[parent]
+        del value[key]
+    with pytest.raises(UserError, match=message):
+        render_card(records, "ptq", "user/mine")
+
+
+def test_unknown_quality_stops_the_rendering(records):
+    of(records, "ptq", "onnx")["quality"]["macro_f1"] = None
+    with pytest.raises(UserError, match="the card of ptq cannot be written"):
+        render_card(records, "ptq", "user/mine")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [("quality", {"split": "validation"}), ("made", {"dataset_source": "sample"}),
+     ("made", {"dataset_fingerprint": "other"})],
+)  # fmt: skip
+def test_what_is_not_comparable_gets_no_card(section, changes, records):
+    of(records, "ptq", "onnx")[section] |= changes
+    with pytest.raises(UserError, match="not for a card|not scored on the same rows"):
+        render_card(records, "ptq", "user/mine")
+
+
+def test_no_gap_is_left_and_twice_is_the_same(records, tmp_path):
+    cards = render_cards(records, tmp_path)
+    assert {path.name for path in cards} == {f"{record['variant']}.md" for record in records}
+    for path, text in cards.items():
+        for gap in ("More Information Needed", "TODO", "None", "nan", "{%", "{{ ", "Undefined"):
+            assert gap not in text, (path, gap)
+        assert "research purposes only" in text and "not for decisions about people" in text
+        assert "](../results/confusion_matrices/" in text
+    assert render_cards(copy.deepcopy(records), tmp_path) == cards
+
+
+def test_another_dataset_claims_nothing_about_tweets(records):
+    for record in records:
+        record["made"] |= {"dataset": "colors", "base_model": "tiny-bert"}
+    text = render_card(records, "ptq", "user/mine")
+    data = ModelCard(text).data.to_dict()
+    assert "tweets" not in text and "datasets" not in data and "language" not in data
+    assert "base_model" not in data and "base_model_relation" not in data and data["license"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model": "/home/me/bert"}, "/home/me/bert is no id of the Hub"),
+        ({"datasets": ["my data"]}, "my data is no id of the Hub"),
+        ({"base_model_relation": "child"}, "base_model_relation must be one of"),
+        ({"license": None}, "has no 'license'"),
+        ({"widget": [{"text": "a", "output": [{"label": "b", "score": 1.5}]}]}, "a score is not between 0 and 1"),
+    ],
+)
+def test_what_the_hub_refuses_is_found_before(changes, message, records):
+    data = ModelCard(render_card(records, "ptq", "user/mine")).data.to_dict()
+    with pytest.raises(UserError, match=message):
+        check_metadata(json.loads(json.dumps(data)) | changes, "ptq")

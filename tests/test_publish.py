@@ -1,0 +1,339 @@
+"""Publishing against a server that speaks the Hub's protocol: what arrives, who can open it, what may go wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_evaluation
+import run_ptq
+import run_publish
+import utils_hub
+import yaml
+from conftest import ROOT, build_rows, read_json, run_script, train_flags
+from hub_server import READ, WRITE, Fault, Repository, running_hub
+from huggingface_hub import ModelCard, constants
+from utils_artifact import find_formats, open_artifact
+from utils_classifier import softmax
+from utils_cli import UserError
+from utils_training import RecipeTrainingArguments
+
+VARIANTS = ["baseline", "ptq", "qlora"]
+TEXTS = build_rows(30)["text"]
+
+
+@pytest.fixture(scope="module")
+def folders(artifact, quantized, adapted):
+    return dict(zip(VARIANTS, (artifact, quantized, adapted), strict=True))
+
+
+@pytest.fixture(scope="module")
+def results(folders, tmp_path_factory):
+    """The records of every format of every variant."""
+    results = tmp_path_factory.mktemp("scored")
+    for folder in folders.values():
+        for format in find_formats(folder):
+            run_evaluation.main([str(folder), "--format", format, "--results_dir", str(results), "--latency_runs", "0",
+                                 "--threads", "1"])  # fmt: skip
+    return results
+
+
+@pytest.fixture(scope="module")
+def shared_hub():
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(shared_hub, monkeypatch, tmp_path):
+    """The server, empty and in order; this process and those that it starts may write there."""
+    for kept in (shared_hub.repositories, shared_hub.blobs, shared_hub.faults, shared_hub.requests):
+        kept.clear()
+    for name, value in environment(shared_hub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", shared_hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(utils_hub, "WAITS_S", (0, 0, 0))
+    return shared_hub
+
+
+def environment(hub, home: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+
+
+def publish(folder, results, *flags, repo_id="user/bert-emotion"):
+    run_publish.main([str(folder), "--repo_id", repo_id, "--results_dir", str(results), *flags])
+
+
+# What arrives
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder, tmp_path):
+    """From an empty cache, in a fresh process: every client, the card's snippets, the widget."""
+    folder, repo_id = folders[variant], f"user/bert-emotion-{variant}"
+    done = run_script("run_publish.py", folder, "--repo_id", repo_id, "--results_dir", results)
+    assert done.returncode == 0, done.stderr
+    assert WRITE not in done.stdout + done.stderr
+    repository = hub.repositories[repo_id]
+    assert len(repository.commits) == 2  # the one that creating it makes, and this one
+    records = [read_json(path) for path in sorted((results / "metrics").glob(f"{variant}-*.json"))]
+    sent = {f"results/metrics/{record['variant']}-{record['format']}.json" for record in records}
+    sent |= {f"results/confusion_matrices/{record['variant']}-{record['format']}.png" for record in records}
+    sent |= {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    sent -= {"openvino/openvino_config.json"}
+    assert repository.commits[-1].keys() == sent | {"README.md", ".gitattributes"}
+    for name, content in repository.commits[-1].items():
+        if name.endswith((".json", ".md", ".yaml")):
+            assert str(folder.parent).encode() not in content and WRITE.encode() not in content, name
+
+    hub.repositories[encoder.name] = Repository(commits=[{path.name: path.read_bytes() for path in encoder.iterdir()}])
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    command = [sys.executable, ROOT / "tests" / "hub_clients.py", repo_id, folder, tmp_path / "texts.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    clients = {"baseline": set(), "ptq": {"openvino"}, "qlora": {"peft"}}[variant]
+    assert report["gaps"].keys() == {"transformers", "pipeline", "onnxruntime"} | clients
+    assert max(report["gaps"].values()) < 1e-5, report["gaps"]  # sums of floats depend on how memory is aligned
+    assert report["card"]["library_name"] == "transformers"
+
+    root = next(iter(find_formats(folder)))
+    by_format = {record["format"]: record for record in records}
+    joined = "\n".join(report["snippets"])
+    assert len(report["snippets"]) == len(records) + (variant == "qlora")
+    for code, printed in report["snippets"].items():
+        promised = re.search(r"# (\w+) ([\d.]+)$", code.strip())
+        assert promised is None or promised[1] in printed, code
+    assert joined.count(repo_id) >= len(records)
+
+    classifier = open_artifact(folder, root, threads=1)
+    probabilities = softmax(classifier.logits(classifier.encode(TEXTS[:3])))
+    for row, single, batched in zip(
+        probabilities, report["widget"]["single"], report["widget"]["batched"], strict=True
+    ):
+        order = row.argsort()[::-1]
+        assert [one["label"] for one in single[0]] == [classifier.labels[index] for index in order[:5]]
+        np.testing.assert_allclose([one["score"] for one in single[0]], row[order[:5]], atol=1e-4)
+        assert [one["label"] for one in batched] == [classifier.labels[order[0]]]
+        assert batched[0]["score"] == pytest.approx(row[order[0]], abs=1e-4)
+    for example, scores in zip(report["card"]["widget"], by_format[root]["examples"], strict=True):
+        assert {one["label"]: one["score"] for one in example["output"]} == scores["scores"]
+
+
+def test_the_same_content_twice_makes_one_commit(folders, results, hub):
+    publish(folders["ptq"], results)
+    publish(folders["ptq"], results)
+    assert len(hub.repositories["user/bert-emotion"].commits) == 2
+
+
+def test_what_was_there_and_is_no_more_goes(folders, results, hub):
+    publish(folders["ptq"], results)
+    hub.repositories["user/bert-emotion"].commits[-1]["old.bin"] = b"old"
+    publish(folders["ptq"], results)
+    assert "old.bin" not in hub.repositories["user/bert-emotion"].commits[-1]
+
+
+def test_only_what_was_scored_is_sent(folders, results, hub, tmp_path, capsys):
+    folder = tmp_path / "ptq"
+    shutil.copytree(folders["ptq"], folder)
+    for name in (".env", "training_args.bin", "checkpoint-7/optimizer.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    publish(folder, results, "--private")
+    left_out = "left out: .env, checkpoint-7/optimizer.pt, openvino/openvino_config.json, training_args.bin"
+    assert left_out in capsys.readouterr().out
+    repository = hub.repositories["user/bert-emotion"]
+    assert repository.private and b"secret" not in repository.commits[-1].values()
+
+
+def test_a_dry_run_sends_nothing(folders, results, hub, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    publish(folders["qlora"], results, "--dry_run")
+    shown = capsys.readouterr().out
+    size = (folders["qlora"] / "model.safetensors").stat().st_size
+    assert f"{size:>12,}  model.safetensors" in shown and "adapter/adapter_config.json" in shown
+    assert "base_model_relation" not in shown  # a base of no repository
+    assert "# BERT emotion classifier, QLORA" in shown and "nothing was sent" in shown
+    assert not hub.requests
+
+
+def test_weights_that_changed_after_scoring_are_refused(folders, results, hub, tmp_path):
+    folder = tmp_path / "ptq"
+    shutil.copytree(folders["ptq"], folder)
+    with (folder / "onnx" / "model_quantized.onnx").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(
+        UserError, match=r"model_quantized.onnx was not scored as it is now; run python .* --format onnx"
+    ):
+        publish(folder, results)
+    assert not hub.requests
+
+
+def test_a_public_repository_is_no_private_one(folders, results, hub):
+    hub.repositories["user/bert-emotion"] = Repository()
+    with pytest.raises(UserError, match="exists and everybody can read it"):
+        publish(folders["ptq"], results, "--private")
+    assert len(hub.repositories["user/bert-emotion"].commits) == 1
+
+
+def test_the_demo_page_becomes_a_static_space(hub):
+    publish(ROOT / "docs" / "demo", "unused", "--model_id", "user/mine", repo_id="user/emotions")
+    files = hub.repositories["spaces/user/emotions"].commits[-1]
+    assert files.keys() == {"index.html", "README.md", ".gitattributes"}
+    assert b'"user/mine"' in files["index.html"] and b"bert-emotion-ptq" not in files["index.html"]
+    about = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert about["sdk"] == "static" and about["app_file"] == "index.html" and about["models"] == ["user/mine"]
+
+
+def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--formats", "onnx",
+                  "--push_to_hub", "--hub_model_id", "user/pushed", "--results_dir",
+                  str(tmp_path / "results")])  # fmt: skip
+    files = hub.repositories["user/pushed"].commits[-1]
+    record = json.loads(files["results/metrics/ptq-onnx.json"])
+    assert record["latency_ms"]["runs"] == 500
+    assert "hub_model_id" not in files["recipe.yaml"].decode() and "push_to_hub" not in json.dumps(record)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "onnx"
+    assert card.data.eval_results[0].metric_value == record["quality"]["macro_f1"]
+
+
+def test_the_trainer_itself_pushes_nothing(hub, tmp_path):
+    training = RecipeTrainingArguments(output_dir=str(tmp_path / "out"), push_to_hub=True, hub_model_id="user/mine")
+    assert training.hub.push_to_hub and not training.push_to_hub
+
+
+# What may go wrong
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("POST", "/api/repos/create", 429, times=2),
+        Fault("POST", "/api/validate-yaml", 500),
+        Fault("POST", "/preupload/", 503),
+        Fault("POST", "/objects/batch", "cut"),
+        Fault("PUT", "/lfs/", "cut"),
+        Fault("PUT", "/lfs/", 500),
+        Fault("POST", "/commit/", "cut"),
+        Fault("POST", "/commit/", 500),
+        Fault("POST", "/commit/", "slow"),
+    ],
+    ids=lambda fault: f"{fault.action} at {fault.path.strip('/').split('/')[-1]}",
+)
+def test_what_passes_is_tried_again(fault, folders, results, hub):
+    hub.faults.append(fault)
+    publish(folders["ptq"], results)
+    assert fault.times == 0
+    files = hub.repositories["user/bert-emotion"].commits[-1]
+    assert len(hub.repositories["user/bert-emotion"].commits) == 2
+    assert files["model.safetensors"] == (folders["ptq"] / "model.safetensors").read_bytes()
+
+
+def test_an_upload_that_fails_leaves_the_repository_as_it_was(folders, results, hub, capsys):
+    publish(folders["baseline"], results)
+    before = list(hub.repositories["user/bert-emotion"].commits)
+    hub.faults.append(Fault("POST", "/api/validate-yaml", 500, times=99))
+    with pytest.raises(UserError, match="the Hub is busy or failing .status 500."):
+        publish(folders["ptq"], results)
+    assert hub.repositories["user/bert-emotion"].commits == before
+    assert capsys.readouterr().err.count("trying again") == 3
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [("hf_unknown", "the Hub does not know this token"), (READ, "may not do that with user/bert-emotion"),
+     (None, "no token for the Hub; run `hf auth login`")],
+)  # fmt: skip
+def test_who_may_not_write_is_told_so(token, message, folders, results, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=message):
+        publish(folders["ptq"], results)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("name", ["user/a b", "alone", "user/two/three"])
+def test_a_wrong_name_is_said(name, folders, results, hub):
+    with pytest.raises(UserError, match=f"'{name}' (is no name for a repository|names no owner)"):
+        publish(folders["ptq"], results, repo_id=name)
+    assert not hub.requests
+
+
+def test_no_network_is_said_in_one_line(folders, results, hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    words = ["run_publish.py", folders["ptq"], "--repo_id", "user/bert-emotion", "--results_dir", results]
+    done = run_script(*words)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: the Hub (http://127.0.0.1:9) cannot be reached"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--push_to_hub", "true"], "name the repository with --hub_model_id"),
+        (["--push_to_hub", "true", "--hub_model_id", "alone"], "names no owner"),
+        (["--hub_token", "hf_x"], "others can read a command line"),
+    ],
+)
+def test_what_cannot_be_published_is_said_before_the_training(flags, message, hub, encoder, colors, tmp_path):
+    import run_baseline
+
+    with pytest.raises(UserError, match=message):
+        run_baseline.main([*train_flags(encoder, colors, tmp_path / "out"), *flags])
+    assert not hub.requests and not (tmp_path / "out").exists()
+
+
+# predict.py on a repository
+
+
+def test_predict_takes_only_what_it_needs(folders, results, hub, tmp_path):
+    publish(folders["ptq"], results)
+    hub.requests.clear()
+    code = (
+        "import sys; sys.argv = ['predict.py', '--model', 'user/bert-emotion', 'a red house'];"
+        "import predict; predict.main();"
+        "heavy = {'torch', 'transformers', 'optimum', 'openvino', 'datasets', 'pandas', 'sklearn', 'onnx'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    hub.faults.append(Fault("GET", "model_quantized.onnx", "cut"))
+    for offline in ("0", "1"):  # the second time from the cache
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": offline}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("warm")
+    assert set(hub.downloads("user/bert-emotion")) == {
+        "config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"}  # fmt: skip
+
+
+def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):
+    publish(folders["ptq"], results)
+    done = run_script("predict.py", "--model", "user/bert-emotion", "--format", "openvino", "a red house")
+    assert done.stdout.startswith("warm"), done.stderr
+    assert "openvino/openvino_model.bin" in hub.downloads("user/bert-emotion")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "offline", "message"),
+    [
+        (None, "0", "no repository user/nowhere|user/nowhere is not there"),
+        ("http://127.0.0.1:9", "0", "cannot be reached"),
+        (None, "1", "HF_HUB_OFFLINE keeps this program|not in the cache"),
+    ],
+)
+def test_a_repository_that_cannot_be_had_is_said(endpoint, offline, message, hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint or hub.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    done = run_script("predict.py", "--model", "user/nowhere", "text")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.search(message, done.stderr), done.stderr

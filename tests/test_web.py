@@ -1,0 +1,101 @@
+"""The published INT8 model without Python: transformers.js in Node.js, and the demo page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hub_server import Repository, running_hub
+from utils_artifact import open_artifact
+from utils_card import TEMPLATE
+from utils_classifier import softmax
+from utils_ruler import predict
+
+pytestmark = pytest.mark.web
+WEB, REPOSITORY = ROOT / "tests" / "web", "user/bert-emotion-ptq"
+TOLERANCE = 0.01  # of a probability; both runtimes multiply the same integers, but round activations in other orders
+
+
+@pytest.fixture(scope="module")
+def published(real_int8):
+    """A Hub that holds the INT8 model, and the environment of those who ask it."""
+    files = {path.relative_to(real_int8).as_posix(): path.read_bytes() for path in real_int8.rglob("*.*")}
+    with running_hub() as hub:
+        hub.repositories[REPOSITORY] = Repository(commits=[files])
+        yield hub, os.environ | {"HF_ENDPOINT": hub.url}
+
+
+@pytest.fixture(scope="module")
+def python_scores(real_int8):
+    """What ONNX Runtime in Python gives, as a function of the texts: (texts, labels) in the order of `labels`."""
+    classifier = open_artifact(real_int8, "onnx", threads=1)
+    return classifier.labels, lambda texts: softmax(predict(classifier, classifier.encode(texts), batch_size=1))
+
+
+def run_node(*words, env, **options) -> str:
+    done = subprocess.run(["node", *map(str, words)], cwd=WEB, env=env, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def as_array(ranking: list[dict], labels: list[str]) -> list[float]:
+    scores = {one["label"]: one["score"] for one in ranking}
+    return [scores[label] for label in labels]
+
+
+def test_node_gives_the_probabilities_of_python(published, python_scores, test_rows):
+    hub, env = published
+    texts = list(test_rows["text"])[:200]
+    words = ("--import", "./setup.mjs", "classify.mjs", REPOSITORY, "q8")
+    rankings = json.loads(run_node(*words, env=env, input=json.dumps(texts)))
+    labels, scores = python_scores
+    found, expected = np.array([as_array(ranking, labels) for ranking in rankings]), scores(texts)
+    print(f"largest gap of a probability over {len(texts)} texts: {np.abs(found - expected).max():.2e}")
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).all()
+    files = {"config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"}
+    assert set(hub.downloads(REPOSITORY)) == files
+
+
+def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
+    (code,) = re.findall(r"```js\n(.*?)```", TEMPLATE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = "i feel so happy that you came"
+    for gap, words in (("repo_id", REPOSITORY), ("dtype", "q8"), ("example.text", text)):
+        code = code.replace(f"{{{{ {gap} }}}}", words)
+    shown = run_node("--import", "./setup.mjs", "--input-type=module", "-", env=published[1], input=code)
+    labels, scores = python_scores
+    (expected,) = scores([text])
+    assert f"label: '{labels[expected.argmax()]}'" in shown
+    assert float(re.search(r"score: ([\d.]+)", shown)[1]) == pytest.approx(expected.max(), abs=TOLERANCE)
+
+
+def test_the_demo_page_in_a_browser(published, python_scores, tmp_path):
+    """Opened at the width of a phone and used by keyboard alone; see browse.mjs."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
+    words = ("browse.mjs", browser, ROOT / "docs" / "demo", REPOSITORY, tmp_path / "screenshot.png")
+    seen = json.loads(run_node(*words, env=published[1]))
+    labels, scores = python_scores
+    texts = {
+        "first": "i feel so happy that you came",
+        "typed": "i am scared of the dark",
+        "example": "i miss my old home",
+    }
+    for state, text in texts.items():
+        shown, (expected,) = seen[state], scores([text])
+        assert shown["text"] == text
+        assert [bar["label"] for bar in shown["bars"]] == labels
+        np.testing.assert_allclose([bar["score"] for bar in shown["bars"]], expected, atol=TOLERANCE)
+        for bar in shown["bars"]:
+            assert bar["shown"] == f"{100 * bar['score']:.1f} %"
+            assert float(bar["width"].rstrip("%")) == pytest.approx(100 * bar["score"], abs=0.06)
+        (best,) = [bar for bar in shown["bars"] if bar["best"]]
+        assert best["label"] == labels[expected.argmax()]
+        assert re.match(rf"{best['label']}, [\d.]+ % in \d+ ms", shown["status"])
+    assert seen["wide"] == 360  # nothing sticks out
+    assert seen["empty"]["bars"] == [] and "user/nowhere cannot be loaded" in seen["nowhere"]["status"]
+    assert seen["refused"] == []  # it asks the CDN and the Hub alone
+    assert (tmp_path / "screenshot.png").stat().st_size > 10_000
