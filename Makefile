@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SHORT := build/run
 SMALL := sentence-transformers/all-MiniLM-L6-v2
 
-.PHONY: run test test-web check format results benchmark help
+.PHONY: run test test-web check format results benchmark report help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -21,19 +21,22 @@ $(READY): requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# Scores formats of an artifact, each in a process of its own: $(call score,folder,formats,more flags)
+score = for format in $(2); do $(RUN) scripts/run_evaluation.py $(1) --format $$format $(3) || exit 1; done
+SHORTLY := --latency_runs 200 --results_dir $(SHORT)/results
+SEEDS := 44 45 46
+
 run: $(READY)
 	@echo "A short run on part of the data: it shows that everything works, its scores are not the published ones."
 	@echo "'make results' trains the full recipe."
 	$(RUN) scripts/run_baseline.py --model_name_or_path $(SMALL) --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
-	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format pytorch --latency_runs 200 --results_dir $(SHORT)/results
-	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format bf16 --latency_runs 200 --results_dir $(SHORT)/results
-	$(RUN) scripts/run_evaluation.py $(SHORT)/baseline --format onnx --latency_runs 200 --results_dir $(SHORT)/results
+	@$(call score,$(SHORT)/baseline,pytorch bf16 onnx,$(SHORTLY))
 	$(RUN) scripts/run_ptq.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/ptq --calibration_rows 100
-	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format torchao --latency_runs 200 --results_dir $(SHORT)/results
-	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format onnx --latency_runs 200 --results_dir $(SHORT)/results
-	$(RUN) scripts/run_evaluation.py $(SHORT)/ptq --format openvino --latency_runs 200 --results_dir $(SHORT)/results
+	@$(call score,$(SHORT)/ptq,torchao onnx openvino,$(SHORTLY))
 	$(RUN) scripts/run_qat.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/qat --formats onnx --max_train_rows 1600
-	$(RUN) scripts/run_evaluation.py $(SHORT)/qat --format onnx --latency_runs 200 --results_dir $(SHORT)/results
+	@$(call score,$(SHORT)/qat,onnx,$(SHORTLY))
+	$(RUN) scripts/run_qlora.py --model_name_or_path $(SMALL) --max_train_rows 3200 --num_train_epochs 1 --output_dir $(SHORT)/qlora
+	@$(call score,$(SHORT)/qlora,onnx,$(SHORTLY))
 	@echo "Short run:"
 	$(RUN) scripts/run_comparison.py --results_dir $(SHORT)/results --print_only
 	$(RUN) scripts/predict.py --model $(SHORT)/ptq "i feel so happy that you came" "i miss my old home" \
@@ -44,34 +47,32 @@ results: $(READY)
 	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
 	$(RUN) scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 	$(RUN) scripts/run_seeds.py ptq --seeds 42 43 44 45 46
-	for variant in qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
-		$(RUN) scripts/run_seeds.py $$variant --seeds 44 45 46 || exit 1; done
-	$(RUN) scripts/run_bits_study.py --bits 8 4 2 --seeds 44 45 46
+	$(RUN) scripts/run_qlora_sweep.py
+	for variant in qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
+	$(RUN) scripts/run_bits_study.py --bits 8 4 2 --seeds $(SEEDS)
 	$(RUN) scripts/run_bits_study.py --bits 3 --seeds 46
-	$(RUN) scripts/run_evaluation.py weights/baseline --format pytorch
-	$(RUN) scripts/run_evaluation.py weights/baseline --format bf16
-	$(RUN) scripts/run_evaluation.py weights/baseline --format onnx
-	$(RUN) scripts/run_evaluation.py weights/ptq --format torchao
-	$(RUN) scripts/run_evaluation.py weights/ptq --format onnx
-	$(RUN) scripts/run_evaluation.py weights/ptq --format openvino
-	$(RUN) scripts/run_evaluation.py weights/qat --format torchao
-	$(RUN) scripts/run_evaluation.py weights/qat --format onnx
-	$(RUN) scripts/run_evaluation.py weights/qat --format openvino
-	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do \
-		$(RUN) scripts/run_evaluation.py weights/$$variant --format onnx || exit 1; done
+	$(RUN) scripts/run_training_cost.py
+	$(call score,weights/baseline,pytorch bf16 onnx)
+	for variant in ptq qat; do $(call score,weights/$$variant,torchao onnx openvino); done
+	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do $(call score,weights/$$variant,onnx); done
+	$(call score,weights/qlora,nf4 onnx)
+	$(RUN) scripts/run_evaluation.py weights/ptq --trace "i didnt feel humiliated"
 	$(RUN) scripts/run_processors.py weights/ptq:torchao weights/ptq:openvino \
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
 	$(MAKE) benchmark
 	$(RUN) scripts/run_comparison.py
 
 benchmark: $(READY)
-	$(RUN) scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:bf16 weights/baseline:onnx weights/ptq:onnx \
-		--output results/benchmark/eager.json
-	$(RUN) scripts/run_benchmark.py weights/baseline:onnx weights/ptq:onnx weights/ptq:openvino weights/ptq:torchao \
-		--output results/benchmark/onnx.json
-	$(RUN) scripts/run_benchmark.py weights/qat:onnx weights/ptq:onnx weights/qat-int4:onnx weights/qat-int2:onnx \
-		--output results/benchmark/bits.json
+	$(RUN) scripts/run_benchmark.py weights/baseline:onnx weights/baseline:pytorch weights/baseline:bf16 \
+		weights/ptq:onnx weights/ptq:openvino weights/ptq:torchao weights/qat:onnx weights/qat-int4:onnx \
+		weights/qat-int2:onnx weights/qlora:nf4 weights/qlora:onnx weights/baseline:pytorch-compiled \
+		weights/baseline:bf16-compiled weights/ptq:torchao-compiled weights/baseline:onnx-dynamic \
+		weights/baseline:openvino-plain --output results/benchmark/all.json
 	$(RUN) scripts/run_shape_study.py
+
+report: $(READY)
+	$(RUN) scripts/run_comparison.py
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -49,22 +49,31 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     runs = [make_and_score(seed, arguments.variant, weights, results) for seed in arguments.seeds]
-    best = max(runs, key=lambda one: one["validation_macro_f1"])
+    chosen, chosen_by = choose_seed(arguments.variant, runs, results)
     with whole_folder(weights / arguments.variant, marker=RECIPE_FILE) as folder:
-        shutil.copytree(weights / "seeds" / f"{arguments.variant}-{best['seed']}", folder, dirs_exist_ok=True)
+        shutil.copytree(weights / "seeds" / f"{arguments.variant}-{chosen}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,
-        "chosen_seed": best["seed"],
-        "chosen_by": "validation macro F1" + (" of the baseline" if arguments.variant.startswith("ptq") else ""),
+        "chosen_seed": chosen,
+        "chosen_by": chosen_by,
         **summarize(runs),
         "runs": runs,
     }
     write_json(results / "seeds" / f"{arguments.variant}.json", summary)
-    print(f"{len(runs)} seeds, test; seed {best['seed']} is best on validation -> {weights / arguments.variant}")
+    print(f"{len(runs)} seeds, test; seed {chosen}, chosen by {chosen_by} -> {weights / arguments.variant}")
     for name, one in summary.get("formats", {"pytorch": summary}).items():
         deviation = one["macro_f1"]["standard_deviation"] or 0
         change = f"   change {100 * one['change']['mean']:+.2f} points" if "change" in one else ""
         print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} (standard deviation {deviation:.4f}){change}")
+
+
+def choose_seed(variant: str, runs: list[dict], results: Path) -> tuple[int, str]:
+    """The seed that is shown, and what chose it: the baseline's, so that variants are compared in pairs."""
+    path = results / "seeds" / "baseline.json"
+    seeds = [one["seed"] for one in runs]
+    if variant != "baseline" and path.is_file() and (seed := read_json(path)["chosen_seed"]) in seeds:
+        return seed, "validation macro F1 of the baseline"
+    return max(runs, key=lambda one: one["validation_macro_f1"])["seed"], "validation macro F1"
 
 
 def recipe_of(method: str) -> Path:
