@@ -6,6 +6,12 @@ READY := $(VENV)/.ready
 SHORT := build/run
 SMALL := sentence-transformers/all-MiniLM-L6-v2
 
+# What `make benchmark` interleaves: every form of every variant, and what a user would pick without them
+TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled onnx-plain onnx-dynamic \
+		openvino-plain) \
+	$(addprefix weights/ptq:,onnx openvino torchao torchao-compiled) \
+	weights/qat:onnx weights/qat-int4:onnx weights/qat-int2:onnx weights/qlora:nf4 weights/qlora:onnx
+
 .PHONY: run test test-web check format results benchmark report help
 
 help:
@@ -13,6 +19,7 @@ help:
 	@echo "make results    full: five seeds, all variants and measurements, README (into weights/ and results/)"
 	@echo "make benchmark  the interleaved timing alone     make test   the tests"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
+	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
 $(READY): requirements.txt
@@ -64,11 +71,8 @@ results: $(READY)
 	$(RUN) scripts/run_comparison.py
 
 benchmark: $(READY)
-	$(RUN) scripts/run_benchmark.py weights/baseline:onnx weights/baseline:pytorch weights/baseline:bf16 \
-		weights/ptq:onnx weights/ptq:openvino weights/ptq:torchao weights/qat:onnx weights/qat-int4:onnx \
-		weights/qat-int2:onnx weights/qlora:nf4 weights/qlora:onnx weights/baseline:pytorch-compiled \
-		weights/baseline:bf16-compiled weights/ptq:torchao-compiled weights/baseline:onnx-dynamic \
-		weights/baseline:openvino-plain --output results/benchmark/all.json
+	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
+	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
 	$(RUN) scripts/run_shape_study.py
 
 report: $(READY)

@@ -53,7 +53,7 @@ def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
         operations = []
         for length in lengths[0].tolist():
             with FlopCounterMode(display=False) as counter:
-                model(input_ids=torch.zeros(1, length, dtype=torch.long), attention_mask=torch.ones(1, length))
+                model(input_ids=torch.zeros(1, length, dtype=torch.long))
             operations.append(counter.get_total_flops())
     weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
     return float(np.average(operations, weights=lengths[1])), weights

@@ -1,6 +1,7 @@
 """What is written from the records: the table, the README block, the benchmark, the seeds, the look at the dataset."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,10 +10,14 @@ import run_comparison
 import run_evaluation
 import run_exploration
 import run_seeds
+import utils_contenders
+import utils_roofline
 import yaml
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from utils_cli import UserError
+from utils_comparison import seed_rows
 from utils_record import markdown_table
+from utils_tables import render_seeds
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +26,12 @@ def measured(artifact, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     for format in ("pytorch", "onnx"):
         run_evaluation.main([str(artifact), "--format", format, "--results_dir", str(folder), "--latency_runs", "200"])
-    run_benchmark.main([f"{artifact}:pytorch", f"{artifact}:onnx", "--rounds", "3", "--texts", "20", "--batches", "2",
-                        "--threads", "1", "--output", str(folder / "benchmark" / "baseline.json")])  # fmt: skip
+    named = [f"{artifact}:{one}" for one in ("pytorch", "onnx", "onnx-dynamic", "openvino-plain", "pytorch-compiled")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils_roofline, "SIZE", 256)
+        patch.setattr(utils_roofline, "COPIED_BYTES", 2**24)
+        run_benchmark.main([*named, "--rounds", "3", "--texts", "20", "--batches", "2", "--threads", "1",
+                            "--cold_starts", "1", "--output", str(folder / "benchmark" / "all.json")])  # fmt: skip
     return folder
 
 
@@ -40,11 +49,9 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "old" not in text
     record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
-    (line,) = [
-        line for line in text.splitlines() if line.startswith("| baseline-onnx") and "[" in line and " x " not in line
-    ]
+    (line,) = [line for line in text.splitlines() if re.match(r"\| baseline +\| +onnx \|", line)]
     assert f"{100 * record['quality']['macro_f1']:.2f} [" in line
-    assert f" {record['latency_ms']['p50']:.2f} " in line and f" {record['size']['megabytes']:.1f} " in line
+    assert f"{record['latency_ms']['p50']:.2f}" in line and f"{record['size']['megabytes']:.1f}" in line
     assert record["environment"]["cpu"] in text
     assert "## F1 of each class" in (tmp_path / "results" / "comparison.md").read_text()
 
@@ -60,7 +67,7 @@ def test_rendering_twice_changes_nothing(page, tmp_path):
 def test_a_page_that_was_edited_by_hand_is_found(page, tmp_path):
     run_comparison.main(page)
     readme = tmp_path / "README.md"
-    readme.write_text(readme.read_text().replace("baseline-onnx", "baseline-best"))
+    readme.write_text(readme.read_text().replace("| baseline ", "| the best "))
     with pytest.raises(UserError, match="not what the records say: .*README.md"):
         run_comparison.main([*page, "--check"])
 
@@ -107,11 +114,19 @@ def test_no_records_is_said(tmp_path):
 
 
 def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
-    benchmark = read_json(measured / "benchmark" / "baseline.json")
+    benchmark = read_json(measured / "benchmark" / "all.json")
     first_name, other_name = "baseline:pytorch", "baseline:onnx"
-    assert benchmark["compared_with"] == first_name and benchmark["environment"]["threads"] == 1
+    medians = {name: benchmark["artifacts"][name]["latency_ms"]["p50"] for name in (first_name, other_name)}
+    assert benchmark["compared_with"] == min(medians, key=medians.get) and benchmark["environment"]["threads"] == 1
+    first_name, other_name = sorted(medians, key=medians.get)
     first, other = benchmark["artifacts"][first_name], benchmark["artifacts"][other_name]
-    assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0} and first["equal_labels"] == 1
+    assert first["precision"] == "float32" and first["cold_start_ms"]["median"] > first["latency_ms"]["p50"]
+    roofline = first["roofline"]["batch_1"]
+    assert roofline["share"] == pytest.approx(roofline["least_ms"] / first["latency_ms"]["mean"], abs=0.001)
+    assert benchmark["artifacts"]["baseline:onnx-dynamic"]["precision"] == "int8"
+    assert benchmark["artifacts"]["baseline:openvino-plain"]["equal_labels"] > 0.95
+    assert all(one["latency_ms"]["runs"] == 60 for one in benchmark["artifacts"].values())
     assert first["latency_ms"]["runs"] == 60
     ratio = first["latency_ms"]["p50"] / other["latency_ms"]["p50"]
     spread = other["times_faster_at_batch_1"]
@@ -122,6 +137,12 @@ def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
 def test_the_benchmark_names_what_is_not_there(artifact):
     with pytest.raises(UserError, match="has no format 'gguf'"):
         run_benchmark.main([f"{artifact}:gguf"])
+
+
+def test_compiling_needs_a_compiler(artifact, monkeypatch):
+    monkeypatch.setattr(utils_contenders.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="needs a C.. compiler; install g.."):
+        run_benchmark.main([f"{artifact}:pytorch-compiled"])
 
 
 def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
@@ -161,8 +182,10 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     assert summary_of_ptq["formats"]["onnx"]["change"]["mean"] == pytest.approx(sum(changes) / 2)
     made = yaml.safe_load((tmp_path / "weights" / "ptq" / "recipe.yaml").read_text())
     assert made["seed"] == best["seed"] and made["recipe"]["calibration_rows"] == 30
-    shown = run_comparison.render_changes(summary_of_ptq)
-    assert f"onnx {100 * summary_of_ptq['formats']['onnx']['change']['mean']:+.2f} points of macro F1" in shown
+    (row,) = seed_rows(summary_of_ptq)
+    low, high = row["change_ci95"]
+    assert low <= row["change"]["mean"] <= high
+    assert f"{100 * row['change']['mean']:+.2f}" in render_seeds([row])
 
 
 def run_baseline_recipe(folder, encoder, colors):
