@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import find_formats, new_artifact, open_artifact, read_recipe_of
 from utils_classifier import TextEncoder, TorchClassifier, load_trained_classifier
+from utils_hub import score_and_publish
 from utils_int8 import Layers, find_layers, quantize_torchao
 from utils_onnx import export_onnx
 from utils_qat import convert, prepare, switch, to_integers
@@ -111,6 +112,7 @@ def main(argv=None) -> None:
                          texts, np.asarray(get_split(task, "validation")["label"]), arguments)  # fmt: skip
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
+        score_and_publish(training.artifact, training.hub)
 
 
 class QatTrainer(Trainer):
