@@ -190,7 +190,7 @@ def describe_ptq(arguments: PtqArguments, recipe: Recipe, made_by: dict, model, 
     """What made the artifact, for its recipe.yaml and every record of it."""
     return {
         "variant": name_variant("ptq", arguments.bits),
-        "recipe": {key: value for key, value in recipe.values.items() if key != "output_dir"}
+        "recipe": {key: value for key, value in recipe.values.items() if key not in PLACES}
         | {"baseline": made_by.get("recipe", {})},
         "recipe_sha256": recipe.sha256,
         "seed": made_by.get("seed"),  # of the baseline; the draw of the calibration rows has its own, in the recipe

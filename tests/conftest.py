@@ -17,6 +17,7 @@ import datasets  # noqa: E402
 import pytest  # noqa: E402
 import run_baseline  # noqa: E402
 import run_ptq  # noqa: E402
+import run_qat  # noqa: E402
 import run_qlora  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
@@ -167,6 +168,21 @@ def adapted(encoder, colors, tmp_path_factory) -> Path:
     """A tiny base in 4 bits with a trained adapter, in all its forms."""
     folder = tmp_path_factory.mktemp("qlora") / "qlora"
     run_qlora.main(qlora_flags(encoder, colors, folder))
+    return folder
+
+
+def qat_flags(artifact, out, **changes) -> list[str]:
+    values = {"baseline": artifact, "output_dir": out, "learning_rate": 1e-3, "num_train_epochs": 2, "bf16": False,
+              "per_device_train_batch_size": 16, "calibration_rows": 60, "disable_tqdm": True, **changes}  # fmt: skip
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def trained(artifact, tmp_path_factory):
+    """The tiny baseline, trained for 8 bits and for 2."""
+    folder = tmp_path_factory.mktemp("qat")
+    for bits in (8, 2):
+        run_qat.main(qat_flags(artifact, folder / str(bits), bits=bits))
     return folder
 
 

@@ -23,13 +23,13 @@ from utils_classifier import softmax
 from utils_cli import UserError
 from utils_training import RecipeTrainingArguments
 
-VARIANTS = ["baseline", "ptq", "qlora"]
+VARIANTS = ["baseline", "ptq", "qat", "qlora"]
 TEXTS = build_rows(30)["text"]
 
 
 @pytest.fixture(scope="module")
-def folders(artifact, quantized, adapted):
-    return dict(zip(VARIANTS, (artifact, quantized, adapted), strict=True))
+def folders(artifact, quantized, trained, adapted):
+    return dict(zip(VARIANTS, (artifact, quantized, trained / "8", adapted), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    clients = {"baseline": set(), "ptq": {"openvino"}, "qlora": {"peft"}}[variant]
+    clients = {"baseline": set(), "ptq": {"openvino"}, "qat": {"openvino"}, "qlora": {"peft"}}[variant]
     assert report["gaps"].keys() == {"transformers", "pipeline", "onnxruntime"} | clients
     assert max(report["gaps"].values()) < 1e-5, report["gaps"]  # sums of floats depend on how memory is aligned
     assert report["card"]["library_name"] == "transformers"

@@ -15,7 +15,7 @@ import run_seeds
 import torch
 import utils_bits
 import yaml
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, read_json, train_flags
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, qat_flags, read_json, train_flags
 from safetensors.torch import load_file
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from utils_artifact import files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
@@ -29,12 +29,6 @@ from utils_scheme import LEVELS, describe_scheme
 TEXTS = build_rows(90)["text"]
 
 
-def flags_of(artifact, out, **changes) -> list[str]:
-    values = {"baseline": artifact, "output_dir": out, "learning_rate": 1e-3, "num_train_epochs": 2, "bf16": False,
-              "per_device_train_batch_size": 16, "calibration_rows": 60, "disable_tqdm": True, **changes}  # fmt: skip
-    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-
-
 def answers(folder, format: str) -> np.ndarray:
     classifier = open_artifact(folder, format, threads=1)
     return classifier.logits(classifier.encode(TEXTS))
@@ -42,15 +36,6 @@ def answers(folder, format: str) -> np.ndarray:
 
 def scheme_of(folder) -> dict:
     return describe_scheme(open_artifact(folder, "onnx", threads=1), weights_of(folder, "onnx"), "onnx")
-
-
-@pytest.fixture(scope="module")
-def trained(artifact, tmp_path_factory):
-    """The tiny baseline, trained for 8 bits and for 2."""
-    folder = tmp_path_factory.mktemp("qat")
-    for bits in (8, 2):
-        run_qat.main(flags_of(artifact, folder / str(bits), bits=bits))
-    return folder
 
 
 def test_what_was_trained_is_what_was_converted_and_what_reopens(trained):
@@ -180,7 +165,7 @@ def test_fewer_bits_are_fewer_bytes(artifact, tmp_path):
 def test_other_encoders(kind, bits, colors, tmp_path):
     encoder = build_encoder(tmp_path / kind, kind)
     run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
-    run_qat.main(flags_of(tmp_path / "baseline", tmp_path / "qat", bits=bits, formats="onnx", num_train_epochs=1))
+    run_qat.main(qat_flags(tmp_path / "baseline", tmp_path / "qat", bits=bits, formats="onnx", num_train_epochs=1))
     scheme = scheme_of(tmp_path / "qat")
     assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14) and f"int{bits}" in scheme["weights"]
     forms = read_recipe_of(tmp_path / "qat")["forms"]
@@ -206,7 +191,7 @@ def test_the_record_tells_how_it_was_made(trained, tmp_path):
 
 
 def test_a_whole_and_a_resumed_run_end_alike(artifact, tmp_path, monkeypatch):
-    flags = flags_of(artifact, tmp_path / "whole", bits=2, quantize_after=20)
+    flags = qat_flags(artifact, tmp_path / "whole", bits=2, quantize_after=20)
     run_qat.main(flags)
     flags += ["--output_dir", str(tmp_path / "half")]
     with monkeypatch.context() as patch:
@@ -268,7 +253,7 @@ def test_distillation_asks_for_the_answers_of_the_baseline(artifact, colors):
 
 
 def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
-    run_qat.main(flags_of(artifact, tmp_path / "qat", bits=4, freeze="bert.embeddings", num_train_epochs=1))
+    run_qat.main(qat_flags(artifact, tmp_path / "qat", bits=4, freeze="bert.embeddings", num_train_epochs=1))
     run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--bits", "4"])
     made = read_recipe_of(tmp_path / "qat")
     table = load_trained_classifier(artifact).bert.embeddings
@@ -295,13 +280,13 @@ def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(changes, message, artifact, tmp_path):
     with pytest.raises(UserError, match=message):
-        run_qat.main(flags_of(artifact, tmp_path / "qat", **changes))
+        run_qat.main(qat_flags(artifact, tmp_path / "qat", **changes))
     assert not (tmp_path / "qat").exists()
 
 
 def test_a_baseline_that_is_quantized_already_is_refused(quantized, tmp_path):
     with pytest.raises(UserError, match="is quantized already .by torchao."):
-        run_qat.main(flags_of(quantized, tmp_path / "qat"))
+        run_qat.main(qat_flags(quantized, tmp_path / "qat"))
 
 
 def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeypatch):
