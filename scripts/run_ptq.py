@@ -20,6 +20,7 @@ from utils_cli import ROOT, Recipe, UserError, parse_recipe, run
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from utils_artifact import (
+    PLACES,
     RECIPE_FILE,
     SHARED_FILES,
     find_formats,
