@@ -151,7 +151,7 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
     versions = first["environment"]["packages"]
     machines = {f"{r['environment']['cpu']}, threads: {r['environment']['threads']}" for r in own + baseline}
     return {
-        "title": f"BERT emotion classifier, {method.upper() if method != BASELINE else 'fine-tuned'}",
+        "title": f"BERT emotion classifier, {first['variant'].upper() if method != BASELINE else 'fine-tuned'}",
         "method": method,
         "records": own,
         "baseline": baseline,

@@ -15,12 +15,13 @@ import run_ptq
 import run_publish
 import utils_hub
 import yaml
-from conftest import ROOT, build_rows, read_json, run_script, train_flags
+from conftest import ROOT, build_rows, run_script, train_flags
 from hub_server import READ, WRITE, Fault, Repository, running_hub
 from huggingface_hub import ModelCard, constants
 from utils_artifact import find_formats, open_artifact
 from utils_classifier import softmax
 from utils_cli import UserError
+from utils_record import read_records
 from utils_training import RecipeTrainingArguments
 
 VARIANTS = ["baseline", "ptq", "qat", "qlora"]
@@ -84,7 +85,7 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
     assert WRITE not in done.stdout + done.stderr
     repository = hub.repositories[repo_id]
     assert len(repository.commits) == 2  # the one that creating it makes, and this one
-    records = [read_json(path) for path in sorted((results / "metrics").glob(f"{variant}-*.json"))]
+    records = [record for record in read_records(results) if record["variant"] == variant]
     sent = {f"results/metrics/{record['variant']}-{record['format']}.json" for record in records}
     sent |= {f"results/confusion_matrices/{record['variant']}-{record['format']}.png" for record in records}
     sent |= {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
