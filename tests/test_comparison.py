@@ -196,6 +196,8 @@ def test_one_text_is_followed(artifact, quantized, colors, tmp_path, capsys):
     for folder, format in ((artifact, "pytorch"), (quantized, "onnx")):
         run_evaluation.main([str(folder), "--format", format, "--results_dir", str(results), "--latency_runs", "0"])
     text = open_rows(colors)[0]
+    (tmp_path / "model_cards").mkdir()
+    (tmp_path / "model_cards" / "ptq.md").write_text("# Card\n\n| F1 % of | a |\n|---|---|\n| ptq | 1 |\n\nrest\n")
     words = [str(quantized), "--baseline", str(artifact), "--results_dir", str(results), "--threads", "1"]
     run_evaluation.main([*words, "--trace", text])
     trace = read_json(results / "trace.json")
@@ -211,6 +213,7 @@ def test_one_text_is_followed(artifact, quantized, colors, tmp_path, capsys):
         )
     page = (tmp_path / "docs" / "follow_one_text.md").read_text()
     assert page in capsys.readouterr().out
+    assert page.endswith("| F1 % of | a |\n|---|---|\n| ptq | 1 |\n")
     (line,) = [line for line in page.splitlines() if line.startswith("| baseline-pytorch")]
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     matrix = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["confusion_matrix"]
@@ -223,17 +226,6 @@ def open_rows(folder) -> list[str]:
     from datasets import load_dataset
 
     return list(load_dataset(str(folder), split="test")["text"])
-
-
-def test_the_line_of_the_card_is_shown(tmp_path):
-    from utils_trace import render_trace_page
-
-    (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "results" / "trace.json", tmp_path / "results")
-    (tmp_path / "model_cards").mkdir()
-    (tmp_path / "model_cards" / "ptq.md").write_text("# Card\n\n| F1 % of | a |\n|---|---|\n| ptq | 1 |\n\nrest\n")
-    (page,) = render_trace_page(tmp_path / "results", [], tmp_path).values()
-    assert page.endswith("| F1 % of | a |\n|---|---|\n| ptq | 1 |\n")
 
 
 @pytest.mark.timeout(300)
