@@ -70,13 +70,14 @@ def render_pages(comparison, records, benchmarks, pictures, results: Path, readm
     before, after = text.split(START)[0], text.split(END)[1]
     block = f"{render_table(comparison)}\n{render_caption(comparison)}"
     figures = [path.with_name(f"{path.name}.png") for path in pictures if path.parent.name == "figures"]
+    cards = render_cards(records, readme.parent / "model_cards")
     return {
         readme: f"{before}{START}\n\n{block}\n{END}{after}",
         results / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         results / "comparison.md": render_page(comparison, records, benchmarks, figures),
-        **render_cards(records, readme.parent / "model_cards"),
+        **cards,
         **render_study_pages(results),
-        **render_trace_page(results, records, readme.parent),
+        **render_trace_page(results, records, readme.parent, cards),
         **utils_bits.render_pages(results),
     }
 

@@ -91,12 +91,17 @@ def trace_weights(before, after) -> dict:
     }
 
 
-def render_trace_page(results: Path, records: list[dict], root: Path) -> dict[Path, str]:
-    """`docs/follow_one_text.md` from `trace.json`, the records and the card; none where there was no trace."""
+def render_trace_page(results: Path, records: list[dict], root: Path, cards: dict | None = None) -> dict[Path, str]:
+    """`docs/follow_one_text.md` from `trace.json`, the records and the card; none where there was no trace.
+
+    Args:
+        cards: path -> text of cards that are about to be written; those on disk if none are given.
+    """
     if not (results / "trace.json").is_file():
         return {}
     trace = read_json(results / "trace.json")
-    parts = [_row(trace), _pieces(trace), _weights(trace), _logits(trace), _cells(trace, records), _card(trace, root)]
+    parts = [_row(trace), _pieces(trace), _weights(trace), _logits(trace), _cells(trace, records)]
+    parts.append(_card(trace, root, cards))
     title = (
         f'# Follow one text: "{trace["text"]}"\n\nFrom the row of a file to a number in a table, each step as it was '
         f'measured. Made by `python scripts/run_evaluation.py {trace["artifact"]} --trace "{trace["text"]}"`.\n'
@@ -187,12 +192,11 @@ def _cells(trace: dict, records: list[dict]) -> str:
     )
 
 
-def _card(trace: dict, root: Path) -> str:
+def _card(trace: dict, root: Path, cards: dict | None) -> str:
     """The line of the variant's model card that holds the F1 of the class."""
     card = root / "model_cards" / f"{Path(trace['artifact']).name}.md"
-    if not card.is_file():
-        return ""
-    lines = card.read_text(encoding="utf-8").splitlines()
+    text = cards.get(card) if cards else card.read_text(encoding="utf-8") if card.is_file() else None
+    lines = (text or "").splitlines()
     below = itertools.dropwhile(lambda line: not line.startswith("| F1"), lines)
     table = "\n".join(itertools.takewhile(lambda line: line.startswith("|"), below))
     if not table:
