@@ -40,14 +40,14 @@ def page(measured, tmp_path):
     """A copy of the results, and a README with an empty block."""
     shutil.copytree(measured, tmp_path / "results")
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{run_comparison.START}\nold\n{run_comparison.END}\n\nend\n")
+    readme.write_text(f"# Title\n\n{run_comparison.START}\noutdated\n{run_comparison.END}\n\nend\n")
     return ["--results_dir", str(tmp_path / "results"), "--readme", str(readme)]
 
 
 def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
     run_comparison.main(page)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "old" not in text
+    assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "outdated" not in text
     record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
     (line,) = [line for line in text.splitlines() if re.match(r"\| baseline +\| +onnx \|", line)]
     assert f"{100 * record['quality']['macro_f1']:.2f} [" in line
