@@ -79,7 +79,7 @@ def test_a_missing_field_stops_the_renderer(page, tmp_path):
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="baseline-onnx.json: the record has no field 'latency_ms.p95'"):
         run_comparison.main(page)
-    assert "old" in (tmp_path / "README.md").read_text()
+    assert "outdated" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
