@@ -221,7 +221,7 @@ def realigned(model):
 def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
     """A script as a user starts it, in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
 
 
 def read_json(path: Path) -> dict:

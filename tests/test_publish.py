@@ -98,7 +98,7 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
     hub.repositories[encoder.name] = Repository(commits=[{path.name: path.read_bytes() for path in encoder.iterdir()}])
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     command = [sys.executable, ROOT / "tests" / "hub_clients.py", repo_id, folder, tmp_path / "texts.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     clients = {"baseline": set(), "ptq": {"openvino"}, "qat": {"openvino"}, "qlora": {"peft"}}[variant]
