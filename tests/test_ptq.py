@@ -35,12 +35,12 @@ from conftest import (
 )
 from datasets import Dataset
 from optimum.intel import OVModelForSequenceClassification
-from run_benchmark import split_name
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
 from utils_artifact import files_to_serve, find_formats, open_artifact, weights_of
 from utils_classifier import load_trained_classifier, softmax
 from utils_cli import UserError
+from utils_contenders import make_contender
 from utils_scheme import describe_scheme
 from utils_task import stratified_sample
 
@@ -233,7 +233,7 @@ def test_what_is_quantized_already_is_refused(quantized, tmp_path):
     with pytest.raises(UserError, match="is quantized already .by torchao."):
         run_ptq.main(["--baseline", str(quantized), "--output_dir", str(tmp_path / "twice")])
     with pytest.raises(UserError, match="has no format 'pytorch'; it has torchao, onnx, openvino"):
-        split_name(f"{quantized}:pytorch")
+        make_contender(quantized, "pytorch", tmp_path)
 
 
 def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path, monkeypatch, capsys):
