@@ -36,14 +36,16 @@ SHAPE_TOLERANCE = 1e-4  # points of 1/72 inch
 
 def list_pictures(comparison: dict, records: list[dict], benchmarks: dict[str, dict], results: Path) -> dict:
     """Path without ending -> the function that draws it there. What was not measured has no picture."""
-    figures, shown = results / "figures", one_a_variant(records)
-    pictures = {figures / "pareto": lambda path: plot_pareto(comparison, path)}
-    if MAIN_RUN in benchmarks:
-        pictures[figures / "latency"] = lambda path: plot_latency(benchmarks[MAIN_RUN], path)
+    figures, shown, run = results / "figures", one_a_variant(records), benchmarks.get(MAIN_RUN)
+    timed = {variant_of(name) for name in run["artifacts"]} if run else set()
+    colors = colors_of(sorted(timed | {record["variant"] for record in records}))  # one for all pictures
+    pictures = {figures / "pareto": lambda path: plot_pareto(comparison, colors, path)}
+    if run:
+        pictures[figures / "latency"] = lambda path: plot_latency(run, colors, path)
     pictures |= {
-        figures / "per_class_f1": lambda path: plot_classes(records, path),
+        figures / "per_class_f1": lambda path: plot_classes(records, colors, path),
         figures / "confusion": lambda path: plot_confusions(shown, path),
-        figures / "reliability": lambda path: plot_reliability(shown, results, path),
+        figures / "reliability": lambda path: plot_reliability(shown, colors, results, path),
     }
     if (results / "ptq_sensitivity.json").is_file():
         layers = read_json(results / "ptq_sensitivity.json")["layers"]
@@ -86,10 +88,9 @@ def one_a_variant(records: list[dict]) -> list[dict]:
     return reference + [record for variant, record in shown.items() if variant != reference[0]["variant"]]
 
 
-def plot_pareto(comparison: dict, path: Path) -> None:
+def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
     """Macro F1 against latency and against size: no record lies above the line. Bars: 95 % of the paired change."""
     rows = [row for row in comparison["rows"] if row["macro_f1"] is not None]
-    colors = colors_of(row["variant"] for row in rows)
     reference = next(row for row in rows if row["name"] == REFERENCE)
     margin = comparison["tests"]["margin"]
     band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
@@ -115,7 +116,7 @@ def plot_pareto(comparison: dict, path: Path) -> None:
             axes.set(xlabel=label, xscale="log")
             plain_ticks(axes, [row[key] for row in placed])
         panels[0].set(ylabel="macro F1, %")
-        add_legend(figure, colors, [row["format"] for row in rows], band)
+        add_legend(figure, colors, rows, band)
         seaborn.despine(figure)
         save_figure(figure, path)
 
@@ -128,22 +129,28 @@ def plain_ticks(axes, values: list[float]) -> None:
     axes.minorticks_off()
 
 
-def add_legend(figure, colors: dict, formats, *others) -> None:
+def variant_of(name: str) -> str:
+    """The variant of an artifact, by the name that run_benchmark.py gives it."""
+    return Path(name.rsplit(":", 1)[0]).name
+
+
+def add_legend(figure, colors: dict, shown: list[dict], *others) -> None:
     """Colours for the variants and, below them, markers for the formats, to the right of the pictures."""
-    entries = [Line2D([], [], marker="s", linestyle="", color=color, label=name) for name, color in colors.items()]
+    variants, formats = ({one[key] for one in shown} for key in ("variant", "format"))
+    entries = [Line2D([], [], marker="s", linestyle="", color=color, label=name)
+               for name, color in colors.items() if name in variants]  # fmt: skip
     entries += [Line2D([], [], marker=marker, linestyle="", color="0.2", label=name)
-                for name, marker in MARKERS.items() if name in set(formats)]  # fmt: skip
+                for name, marker in MARKERS.items() if name in formats]  # fmt: skip
     figure.legend(handles=[*entries, *others], loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
 
 
-def plot_latency(benchmark: dict, path: Path) -> None:
+def plot_latency(benchmark: dict, colors: dict, path: Path) -> None:
     """How the latencies of single texts are spread: median, middle half, 5th to 95th percentile, and the 99th."""
     timed = sorted(benchmark["artifacts"].items(), key=lambda item: -item[1]["latency_ms"]["p50"])
-    colors = colors_of(Path(name.split(":")[0]).name for name in benchmark["artifacts"])
     with styled():
         figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(timed)))
         for place, (name, one) in enumerate(timed):
-            latency, color = one["latency_ms"], colors[Path(name.split(":")[0]).name]
+            latency, color = one["latency_ms"], colors[variant_of(name)]
             axes.plot([latency["p5"], latency["p95"]], [place, place], color=color, linewidth=1.5)
             axes.plot([latency["p25"], latency["p75"]], [place, place], color=color, linewidth=7, alpha=0.5,
                       solid_capstyle="butt")  # fmt: skip
@@ -157,11 +164,10 @@ def plot_latency(benchmark: dict, path: Path) -> None:
         save_figure(figure, path)
 
 
-def plot_classes(records: list[dict], path: Path) -> None:
+def plot_classes(records: list[dict], colors: dict, path: Path) -> None:
     """F1 of each class, one marker a record; below each class how many texts it has."""
     quality = records[0]["quality"]
     labels, support = quality["labels"], np.sum(quality["confusion_matrix"], axis=1)
-    colors = colors_of(record["variant"] for record in records)
     with styled():
         figure, axes = plt.subplots(figsize=(11, 4.4))
         for index, record in enumerate(records):
@@ -173,7 +179,7 @@ def plot_classes(records: list[dict], path: Path) -> None:
         axes.set(ylabel="F1, %")
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
-        add_legend(figure, colors, [record["format"] for record in records])
+        add_legend(figure, colors, records)
         seaborn.despine(figure)
         save_figure(figure, path)
 
@@ -205,12 +211,11 @@ def plot_confusions(records: list[dict], path: Path) -> None:
         save_figure(figure, path)
 
 
-def plot_reliability(records: list[dict], results: Path, path: Path) -> None:
+def plot_reliability(records: list[dict], colors: dict, results: Path, path: Path) -> None:
     """Accuracy, with its 95 % interval, against confidence in the bins of the calibration error.
 
     The area of a dot shows how many texts its bin holds.
     """
-    colors = colors_of(record["variant"] for record in records)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     with styled():
         figure, (panels,) = grid(len(records), COLUMNS, SQUARE)
