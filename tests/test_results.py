@@ -49,9 +49,11 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "outdated" not in text
     record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
+    timed = read_json(tmp_path / "results" / "benchmark" / "all.json")["artifacts"]["baseline:onnx"]
     (line,) = [line for line in text.splitlines() if re.match(r"\| baseline +\| +onnx \|", line)]
     assert f"{100 * record['quality']['macro_f1']:.2f} [" in line
-    assert f"{record['latency_ms']['p50']:.2f}" in line and f"{record['size']['megabytes']:.1f}" in line
+    assert f"{record['size']['megabytes']:.1f}" in line
+    assert f"{timed['latency_ms']['p50']:.2f}" in line  # of the interleaved run, which the columns beside it divide
     assert record["environment"]["cpu"] in text
     assert "## F1 of each class" in (tmp_path / "results" / "comparison.md").read_text()
 
