@@ -24,20 +24,13 @@ from utils_cli import ROOT, UserError, parse_recipe, run
 # isort: split
 import numpy as np
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.bnb import Linear4bit
-from transformers import (
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    DataCollatorWithPadding,
-    Trainer,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import find_formats, new_artifact, open_artifact, quantized_by
-from utils_classifier import build_classifier, build_config, load_trained_classifier
+from utils_classifier import build_classifier, load_trained_classifier
 from utils_hub import score_and_publish
 from utils_int8 import find_layers, quantize_onnx
+from utils_nf4 import nf4_options, round_to_nf4, start_from_rounding_error
 from utils_onnx import export_onnx
 from utils_ruler import predict, score
 from utils_task import (
@@ -47,13 +40,14 @@ from utils_task import (
     get_split,
     load_task,
     load_training_rows,
+    stratified_sample,
 )
 from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
-BLOCK = 64  # weights that share a scale
 FORMATS = ("adapter", "nf4", "onnx")
 MARGIN = 0.002  # of validation macro F1 that a smaller form of the merged model may lose
+CALIBRATION_ROWS = 300  # of train, by which the merged model is rounded
 
 
 @dataclass
@@ -132,8 +126,9 @@ def main(argv=None) -> None:
         with new_artifact(training.artifact, made) as folder:
             learnt = trainer.accelerator.unwrap_model(trainer.model)
             merged = merge(learnt, base, task.labels, folder, arguments, training)
+            calibration = list(stratified_sample(get_split(task, "train"), CALIBRATION_ROWS, training.seed)["text"])
             validation = get_split(task, "validation")
-            made["merged"] = save(merged, tokenizer, folder, validation, arguments.formats, training.bf16)
+            made["merged"] = save(merged, tokenizer, folder, calibration, validation, arguments.formats, training.bf16)
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
         score_and_publish(training.artifact, training.hub)
@@ -170,40 +165,6 @@ def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: b
     return model
 
 
-def start_from_rounding_error(model: PeftModel, exact) -> None:
-    """LoftQ with one step: the adapter begins as the best low-rank copy of what rounding to 4 bits took away.
-
-    PEFT's own needs a GPU and leaves alpha / rank out of account.
-    """
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, Linear4bit):
-            rounded = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-            u, s, v = torch.linalg.svd(exact.get_submodule(name).weight.to(rounded) - rounded, full_matrices=False)
-            rank, root = layer.r["default"], (s / layer.scaling["default"]).sqrt()
-            layer.lora_A["default"].weight.data.copy_((root[:, None] * v)[:rank])
-            layer.lora_B["default"].weight.data.copy_((u * root)[:, :rank])
-
-
-def nf4_options(base: str, labels: list[str], bf16: bool) -> dict:
-    """What loads a model with the linear layers of its encoder in NF4, and all others in float."""
-    with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(build_config(base, labels, None))
-    linear = {name: part for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)}
-    # The kernel for processors takes inputs whose width is a multiple of the block's.
-    int4 = {name for name in find_layers(skeleton).linear if linear[name].in_features % BLOCK == 0}
-    if not int4:
-        raise UserError(f"{base}: the width of no layer is a multiple of {BLOCK}, as bitsandbytes wants it")
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-            llm_int8_skip_modules=[name for name in linear if name not in int4],
-        )
-    }
-
-
 def named(endings: list[str], layers: list[str], flag: str) -> list[str]:
     """The layers whose names end so; an ending that fits none is an error that names what there is."""
     for ending in endings:
@@ -227,7 +188,7 @@ def merge(model: PeftModel, base: BaseModel, labels: list[str], folder: Path, ar
     return PeftModel.from_pretrained(rounded, folder / "adapter").merge_and_unload().float()
 
 
-def save(merged, tokenizer, folder: Path, validation, formats: list[str], bf16: bool) -> dict:
+def save(merged, tokenizer, folder: Path, calibration, validation, formats: list[str], bf16: bool) -> dict:
     """Writes the merged model for Transformers, in the smallest form that keeps its score, and for ONNX Runtime.
 
     Returns:
@@ -250,9 +211,13 @@ def save(merged, tokenizer, folder: Path, validation, formats: list[str], bf16: 
             return tried
         tried["fp32"] = validation_macro_f1(whole, "pytorch", validation)
         labels = [merged.config.id2label[index] for index in range(merged.config.num_labels)]
-        for form, options in (("nf4", nf4_options(str(whole), labels, bf16)), ("bf16", {}), ("fp32 kept", {})):
-            dtype = torch.float32 if form == "fp32 kept" else torch.bfloat16
-            load_trained_classifier(whole, dtype=dtype, **options).save_pretrained(folder)
+        for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
+            smaller = (
+                round_to_nf4(whole, tokenizer, calibration, dtype, nf4_options(str(whole), labels, bf16))
+                if form == "nf4"
+                else load_trained_classifier(whole, dtype=dtype)
+            )
+            smaller.save_pretrained(folder)
             tried[form] = validation_macro_f1(folder, next(iter(find_formats(folder))), validation)
             if tried[form] >= tried["fp32"] - MARGIN:
                 break

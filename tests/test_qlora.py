@@ -17,8 +17,9 @@ from conftest import ENCODERS, ROOT, build_encoder, build_rows, qlora_flags, rea
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from utils_artifact import adapter_bytes, find_formats, open_artifact, weights_of
-from utils_classifier import build_classifier
+from utils_classifier import build_classifier, load_trained_classifier
 from utils_cli import UserError
+from utils_nf4 import nf4_options, round_to_nf4
 from utils_scheme import describe_scheme
 
 LABELS = ["warm", "cold", "none"]
@@ -57,7 +58,7 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
     """Both from disk. The 4-bit merged model was rounded once more, so that its logits lie a little apart."""
     config = json.loads((adapted / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == encoder.name  # the name, not a path of this machine
-    base = build_classifier(str(encoder), LABELS, None, **run_qlora.nf4_options(str(encoder), LABELS, bf16=False))
+    base = build_classifier(str(encoder), LABELS, None, **nf4_options(str(encoder), LABELS, bf16=False))
     model = PeftModel.from_pretrained(base, adapted / "adapter").eval()
     inputs = AutoTokenizer.from_pretrained(adapted)(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -98,6 +99,22 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
         rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         error[start] = float((rounded + layer.get_delta_weight("default") - weight).norm())
     assert error["loftq"] < 0.9 * error["default"]
+
+
+def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
+    """Not level by level: against plain rounding, with the same scales, the logits move less."""
+    options = nf4_options(str(artifact), LABELS, bf16=False)
+    exact, plain = load_trained_classifier(artifact), load_trained_classifier(artifact, **options)
+    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    chosen = round_to_nf4(artifact, tokenizer, build_rows(60)["text"], torch.float32, options)
+    name = "bert.encoder.layer.0.output.dense"
+    states = [model.get_submodule(name).weight.quant_state for model in (plain, chosen)]
+    assert torch.equal(states[0].absmax, states[1].absmax)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        wanted, *found = (model.eval()(**inputs).logits for model in (exact, plain, chosen))
+    plainly, chosenly = ((logits - wanted).abs().mean() for logits in found)
+    assert chosenly < 0.7 * plainly
 
 
 def test_the_adapter_alone(encoder, colors, tmp_path):
