@@ -80,10 +80,11 @@ report: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest
+	@echo "left out: the tests with Node.js and a browser; make test-web runs them"
 
 # With Node.js, and Chromium from Debian where no other is there.
 test-web: $(READY) tests/web/node_modules/.ready
-	$(RUN) -m pytest -m web
+	$(RUN) -m pytest -m web -n 0
 
 tests/web/node_modules/.ready: tests/web/package-lock.json
 	@command -v npm > /dev/null || { echo "error: needs Node.js 20 or newer, with npm"; exit 1; }

@@ -8,7 +8,6 @@ dynamic INT8, with defaults), `openvino-plain`. All are compared with the fastes
     python scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:pytorch-compiled weights/ptq:onnx
 """
 
-import datetime
 import multiprocessing
 import os
 import tempfile
@@ -24,9 +23,8 @@ from tqdm import tqdm
 from utils_artifact import choose_threads, files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
 from utils_contenders import COMPILED, make_contender
 from utils_files import relative, write_json
-from utils_record import git_commit
 from utils_roofline import add_roofline
-from utils_ruler import WARMUP_RUNS, describe_environment, predict, summarize_latency, time_batches, time_each
+from utils_ruler import WARMUP_RUNS, describe_run, predict, summarize_latency, time_batches, time_each
 from utils_scheme import describe_scheme
 from utils_task import get_split, load_task_of
 
@@ -64,9 +62,7 @@ def main(argv=None) -> None:
         contenders = {name_of(*one): make_contender(*one, Path(work)) for one in named}
         measured = interleave(contenders, texts, threads, arguments.rounds, arguments.texts, arguments.batches,
                               arguments.cold_starts)  # fmt: skip
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "git_commit": git_commit(),
+    result = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
         "rounds": arguments.rounds,
@@ -74,7 +70,6 @@ def main(argv=None) -> None:
         "batches_a_round": arguments.batches,
         "compared_with": fastest_fp32(measured),
         "artifacts": measured,
-        "environment": describe_environment(threads),
     }
     if arguments.roofline:
         add_roofline(result, named[0][0], texts, threads)

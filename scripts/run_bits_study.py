@@ -8,7 +8,6 @@ again, and cells of other bits stay in `results/bits.json`, so that the ladder c
     python scripts/run_bits_study.py --bits 3 --seeds 46
 """
 
-import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from run_seeds import SCRIPTS, call, make_and_score, mean_and_deviation, recipe_
 from utils_artifact import choose_threads, read_recipe_of
 from utils_bits import plot_bits, plot_rounding, render_pages
 from utils_files import write_json, write_text
-from utils_record import git_commit, read_json
-from utils_ruler import describe_environment
+from utils_record import read_json
+from utils_ruler import describe_run
 
 CHOICES = {"as in the recipe": {}, "without distillation": {"distillation_weight": 0}}
 
@@ -94,9 +93,7 @@ def try_choices(seed: int, weights: Path, work: Path) -> dict:
 
 
 def save(study: dict, path: Path) -> None:
-    about = {"date": datetime.date.today().isoformat(), "git_commit": git_commit(),
-             "environment": describe_environment(choose_threads(None))}  # fmt: skip
-    write_json(path, study | about)
+    write_json(path, study | describe_run(choose_threads(None)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ outside. Scored on validation, each limit in a process of its own.
     python scripts/run_processors.py weights/ptq:torchao weights/ptq:openvino
 """
 
-import datetime
 import os
 import subprocess
 import sys
@@ -24,8 +23,8 @@ from tqdm import tqdm
 from utils_artifact import choose_threads
 from utils_files import write_json, write_text
 from utils_pages import render_processors
-from utils_record import git_commit, read_logits
-from utils_ruler import describe_environment
+from utils_record import read_logits
+from utils_ruler import describe_run
 
 REFERENCE = "AVX512_CORE_VNNI"  # exact integer products, and all else in FP32
 LIMITS = ("AVX2", "AVX512_CORE", None)
@@ -45,9 +44,8 @@ def main(argv=None) -> None:
     found = {
         name_of(folder, format): compare_limits(folder, format) for folder, format in tqdm(named, desc="artifacts")
     }
-    about = {"date": datetime.date.today().isoformat(), "git_commit": git_commit(), "split": "validation",
-             "reference": REFERENCE, "environment": describe_environment(choose_threads(None))}  # fmt: skip
-    measured = about | {"artifacts": found}
+    about = {"split": "validation", "reference": REFERENCE, "artifacts": found}
+    measured = describe_run(choose_threads(None)) | about
     write_json(results / "ptq_processors.json", measured)
     write_text(results / "ptq_processors.md", render_processors(measured))
     print(render_processors(measured))

@@ -7,7 +7,6 @@ best of them, the fastest at batch 1. The winners stand in configs/ptq.yaml.
     python scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 """
 
-import datetime
 import re
 import statistics
 import tempfile
@@ -27,8 +26,7 @@ from utils_files import write_json, write_text
 from utils_int8 import Layers, find_layers, quantize_onnx
 from utils_pages import MARGIN, render_study_pages
 from utils_plots import plot_sensitivity
-from utils_record import git_commit
-from utils_ruler import describe_environment, predict, score
+from utils_ruler import describe_run, predict, score
 from utils_scheme import SAFE_WEIGHT, describe_scheme
 from utils_task import get_split, load_task_of
 
@@ -69,10 +67,13 @@ def main(argv=None) -> None:
     task = load_task_of(read_recipe_of(baselines[0]))
     rows = get_split(task, "validation")
     texts, labels = list(rows["text"]), np.asarray(rows["label"])
-    about = {"date": datetime.date.today().isoformat(), "git_commit": git_commit(), "dataset": task.name,
-             "dataset_source": task.source, "split": "validation", "examples": len(texts),
-             "baselines": [read_recipe_of(folder).get("seed") for folder in baselines],
-             "environment": describe_environment(threads)}  # fmt: skip
+    about = describe_run(threads) | {
+        "dataset": task.name,
+        "dataset_source": task.source,
+        "split": "validation",
+        "examples": len(texts),
+        "baselines": [read_recipe_of(folder).get("seed") for folder in baselines],
+    }
 
     layers = measure_layers(baselines[0], texts, labels, threads)
     worst = max((one for one in layers if one["layer"] is not None), key=lambda one: one["mean_logit_shift"])

@@ -28,14 +28,14 @@ from utils_int8 import Layers, find_layers, quantize_torchao
 from utils_onnx import export_onnx
 from utils_qat import convert, prepare, switch, to_integers
 from utils_ruler import predict, score
-from utils_task import BaseModel, get_split, load_task_of, load_training_rows, stratified_sample
+from utils_task import BaseModel, RowsArguments, get_split, load_task_of, load_training_rows, stratified_sample
 from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
 
 RECIPE = ROOT / "configs" / "qat.yaml"
 
 
 @dataclass
-class QatArguments(SchemeArguments):
+class QatArguments(SchemeArguments, RowsArguments):
     """What is trained on, and how it learns to be rounded."""
 
     baseline: str = field(default="weights/baseline", metadata={"help": "The fine-tuned folder to start from."})
@@ -52,13 +52,6 @@ class QatArguments(SchemeArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "Rows to train on; the dataset that the baseline learnt by default."}
     )
-    drop_conflicting_rows: bool = field(
-        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
-    )
-    max_length: int = field(default=128, metadata={"help": "Longest text in word pieces; what is longer is cut."})
 
 
 def main(argv=None) -> None:

@@ -35,6 +35,7 @@ from utils_onnx import export_onnx
 from utils_ruler import predict, score
 from utils_task import (
     BaseModel,
+    Task,
     TaskArguments,
     find_base_model,
     get_split,
@@ -126,9 +127,7 @@ def main(argv=None) -> None:
         with new_artifact(training.artifact, made) as folder:
             learnt = trainer.accelerator.unwrap_model(trainer.model)
             merged = merge(learnt, base, task.labels, folder, arguments, training)
-            calibration = list(stratified_sample(get_split(task, "train"), CALIBRATION_ROWS, training.seed)["text"])
-            validation = get_split(task, "validation")
-            made["merged"] = save(merged, tokenizer, folder, calibration, validation, arguments.formats, training.bf16)
+            made["merged"] = save(merged, tokenizer, folder, task, arguments.formats, training)
         shutil.rmtree(training.output_dir)  # the checkpoints
         print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
         score_and_publish(training.artifact, training.hub)
@@ -139,10 +138,8 @@ def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: b
     options = nf4_options(base, labels, bf16) if arguments.load_in_4bit else {}
     model = build_classifier(base, labels, arguments.attention_dropout, **options)
     for layer in model.modules():
-        if hasattr(
-            layer, "support_avx512bf16_for_cpu"
-        ):  # evaluating would repack its weights, which ends the training
-            layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # evaluating would repack its weights, which ends the training
     encoder, head = model.base_model_prefix, [name for name, part in model.named_children() if list(part.parameters())]
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     inside = [name for name in linear if name.startswith(f"{encoder}.")]
@@ -188,7 +185,7 @@ def merge(model: PeftModel, base: BaseModel, labels: list[str], folder: Path, ar
     return PeftModel.from_pretrained(rounded, folder / "adapter").merge_and_unload().float()
 
 
-def save(merged, tokenizer, folder: Path, calibration, validation, formats: list[str], bf16: bool) -> dict:
+def save(merged, tokenizer, folder: Path, task: Task, formats: list[str], training) -> dict:
     """Writes the merged model for Transformers, in the smallest form that keeps its score, and for ONNX Runtime.
 
     Returns:
@@ -209,14 +206,15 @@ def save(merged, tokenizer, folder: Path, calibration, validation, formats: list
             quantize_onnx(merged, float_graph, folder / "onnx" / "model_quantized.onnx", find_layers(merged))
         if "nf4" not in formats:
             return tried
+        train_rows, validation = get_split(task, "train"), get_split(task, "validation")
+        calibration = stratified_sample(train_rows, min(CALIBRATION_ROWS, len(train_rows)), training.seed)
         tried["fp32"] = validation_macro_f1(whole, "pytorch", validation)
-        labels = [merged.config.id2label[index] for index in range(merged.config.num_labels)]
         for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
-            smaller = (
-                round_to_nf4(whole, tokenizer, calibration, dtype, nf4_options(str(whole), labels, bf16))
-                if form == "nf4"
-                else load_trained_classifier(whole, dtype=dtype)
-            )
+            if form == "nf4":
+                options = nf4_options(str(whole), task.labels, training.bf16)
+                smaller = round_to_nf4(whole, tokenizer, list(calibration["text"]), dtype, options)
+            else:
+                smaller = load_trained_classifier(whole, dtype=dtype)
             smaller.save_pretrained(folder)
             tried[form] = validation_macro_f1(folder, next(iter(find_formats(folder))), validation)
             if tried[form] >= tried["fp32"] - MARGIN:

@@ -8,7 +8,6 @@ noisy; one that predicts a single class never wins. A candidate that stands alre
     python scripts/run_qlora_sweep.py --candidates centre "rank 4"
 """
 
-import datetime
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -21,8 +20,7 @@ from utils_artifact import adapter_bytes, choose_threads, read_recipe_of
 from utils_files import write_json, write_text
 from utils_pages import MARGIN, render_sweep
 from utils_plots import plot_sweep
-from utils_record import git_commit
-from utils_ruler import describe_environment
+from utils_ruler import describe_run
 from utils_training import comparable
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
@@ -64,15 +62,12 @@ def main(argv=None) -> None:
         raise UserError(f"--candidates {' '.join(unknown)}: there are {', '.join(CANDIDATES)}")
     learnt = {name: learn(name, arguments) for name in arguments.candidates}
     made = next(iter(learnt.values()))["made"]
-    sweep = {
-        "date": datetime.date.today().isoformat(),
-        "git_commit": git_commit(),
+    sweep = describe_run(choose_threads(None)) | {
         **{name: made[name] for name in ("base_model", "dataset", "dataset_source")},
         "epochs": arguments.epochs,
         "seed": arguments.seed,
         "centre": CENTRE,
         "candidates": {name: summarize(name, one, arguments) for name, one in learnt.items()},
-        "environment": describe_environment(choose_threads(None)),
     }
     sweep["chosen"] = choose(sweep["candidates"])
     results = Path(arguments.results_dir)

@@ -8,7 +8,6 @@ cost does not depend on what they are.
     python scripts/run_training_cost.py
 """
 
-import datetime
 import multiprocessing
 import time
 from dataclasses import dataclass, field
@@ -30,8 +29,7 @@ from utils_files import write_json, write_text
 from utils_int8 import find_layers
 from utils_pages import render_cost
 from utils_qat import prepare
-from utils_record import git_commit
-from utils_ruler import describe_environment
+from utils_ruler import describe_run
 from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, find_base_model, load_task, load_tokenizer, tokenize
 from utils_training import has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
 
@@ -72,9 +70,7 @@ def main(argv=None) -> None:
         for at in range(0, len(rows), BATCH_SIZE)
     ]
     threads = choose_threads(arguments.threads)
-    cost = {
-        "date": datetime.date.today().isoformat(),
-        "git_commit": git_commit(),
+    cost = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
         "batch_size": BATCH_SIZE,
@@ -82,7 +78,6 @@ def main(argv=None) -> None:
         "steps_a_round": arguments.steps,
         "compared_with": METHODS[0],
         "shapes": {name: measure(path, task.labels, batches, arguments, threads) for name, path in shapes.items()},
-        "environment": describe_environment(threads),
     }
     results = Path(arguments.results_dir)
     write_json(results / "training_cost.json", cost)

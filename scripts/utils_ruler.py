@@ -4,6 +4,7 @@ Quality comes from the logits of all rows; latency is the time from the token id
 its logits; throughput is texts a second in batches of 32 sorted by length. Nothing here knows a variant.
 """
 
+import datetime
 import importlib.metadata
 import platform
 import time
@@ -12,6 +13,7 @@ from functools import cache
 import numpy as np
 from utils_classifier import softmax
 from utils_cli import ROOT
+from utils_record import git_commit
 
 WARMUP_RUNS = 30
 CALIBRATION_BINS = 15
@@ -123,6 +125,15 @@ def describe_environment(threads: int, device: str = "cpu") -> dict:
         "device": device,
         "python": platform.python_version(),
         "packages": package_versions(),
+    }
+
+
+def describe_run(threads: int) -> dict:
+    """When, from which commit and on what a study was measured: what each of them begins with."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "git_commit": git_commit(),
+        "environment": describe_environment(threads),
     }
 
 

@@ -19,7 +19,22 @@ LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sampl
 
 
 @dataclass
-class TaskArguments:
+class RowsArguments:
+    """Which rows of train are learnt from, and how much of each."""
+
+    drop_conflicting_rows: bool = field(
+        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
+    )
+    max_length: int = field(
+        default=128, metadata={"help": "Longest text in word pieces; what is longer is cut, counted and reported."}
+    )
+
+
+@dataclass
+class TaskArguments(RowsArguments):
     """Which model learns what."""
 
     model_name_or_path: str = field(
@@ -32,17 +47,8 @@ class TaskArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
     )
-    drop_conflicting_rows: bool = field(
-        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
-    )
     attention_dropout: float | None = field(
         default=None, metadata={"help": "Dropout of the attention weights; the base model's own if not given."}
-    )
-    max_length: int = field(
-        default=128, metadata={"help": "Longest text in word pieces; what is longer is cut, counted and reported."}
     )
 
 
@@ -231,7 +237,7 @@ def get_split(task: Task, split: str):
     return task.splits[split]
 
 
-def select_train_rows(rows, arguments: TaskArguments, seed: int):
+def select_train_rows(rows, arguments: RowsArguments, seed: int):
     """The rows to learn from: a text that carries two labels teaches neither."""
     if arguments.drop_conflicting_rows:
         conflicting = conflicting_texts(rows)
@@ -244,7 +250,7 @@ def select_train_rows(rows, arguments: TaskArguments, seed: int):
     return rows
 
 
-def load_training_rows(task: Task, base: BaseModel, arguments: TaskArguments, seed: int) -> tuple:
+def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, seed: int) -> tuple:
     """The rows to learn from, the base model's tokenizer, and the word pieces of those rows and of validation."""
     rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
     tokenizer = load_tokenizer(base.path, arguments.max_length)

@@ -4,6 +4,8 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")  # neither the user's cache nor its contents
 
 import json  # noqa: E402
@@ -108,12 +110,6 @@ def save_dataset(folder: Path, splits: dict, features=None) -> Path:
 
 def color_features() -> datasets.Features:
     return datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(COLORS))})
-
-
-def pytest_terminal_summary(terminalreporter):
-    left_out = terminalreporter.stats.get("deselected", [])
-    if web := [item for item in left_out if item.get_closest_marker("web")]:
-        terminalreporter.write_line(f"left out: {len(web)} tests with Node.js and a browser; make test-web runs them")
 
 
 @pytest.fixture(scope="session", autouse=True)
