@@ -24,6 +24,7 @@ from utils_cli import ROOT, UserError, parse_recipe, run
 # isort: split
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 from utils_artifact import find_formats, new_artifact, open_artifact, quantized_by
@@ -138,8 +139,10 @@ def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: b
     options = nf4_options(base, labels, bf16) if arguments.load_in_4bit else {}
     model = build_classifier(base, labels, arguments.attention_dropout, **options)
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
+        if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False  # evaluating would repack its weights, which ends the training
+            if bf16:  # it answers in its input's FP32, and what follows would keep that for the way back
+                layer.register_forward_hook(lambda layer, inputs, output: output.to(torch.bfloat16))
     encoder, head = model.base_model_prefix, [name for name, part in model.named_children() if list(part.parameters())]
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     inside = [name for name in linear if name.startswith(f"{encoder}.")]

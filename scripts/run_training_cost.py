@@ -1,9 +1,10 @@
 """What a step of each way to train costs: memory and time, on the same batches, interleaved in one run (A B C A B C).
 
 Full fine-tuning, training with fake quantization (QAT), LoRA on a float base, and QLoRA each live in a process of
-their own; a turn is a few steps on the same batches of real texts. Peak memory is that of the steps alone, and what
-the process held before it loaded a model (libraries, mostly) is told apart. BERT-base's shape gets random weights: its
-cost does not depend on what they are.
+their own; a turn is a few steps on the same batches of real texts, the longest first, as a training begins. Peak memory
+is that of the steps alone, and what the process held before it loaded a model (libraries) is told apart. With gradient
+checkpointing a layer's inner values are computed again on the way back instead of kept (Chen et al., "Training Deep
+Nets with Sublinear Memory Cost", 2016). BERT-base's shape gets random weights: its cost does not depend on them.
 
     python scripts/run_training_cost.py
 """
@@ -21,6 +22,7 @@ import psutil
 import torch
 from run_benchmark import spread
 from run_ptq import SchemeArguments, choose_all_scales
+from run_qlora import RECIPE, QloraArguments, build_qlora
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 from utils_artifact import choose_threads
@@ -36,7 +38,8 @@ from utils_training import has_bf16, keep_freed_memory, peak_memory_mb, reset_pe
 BATCH_SIZE = 32
 WARMUP_STEPS = 3
 BITS = {"QAT, 8 bits": 8, "QAT, 2 bits": 2}
-METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA")
+METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA", "QLoRA, checkpointing")
+ATTENTION_DROPOUT = 0.1  # as in all recipes
 
 
 @dataclass
@@ -69,6 +72,7 @@ def main(argv=None) -> None:
         {name: tensor.numpy() for name, tensor in collate([ids[row] for row in range(at, at + BATCH_SIZE)]).items()}
         for at in range(0, len(rows), BATCH_SIZE)
     ]
+    batches.sort(key=lambda batch: -batch["input_ids"].shape[1])
     threads = choose_threads(arguments.threads)
     cost = describe_run(threads) | {
         "dataset": task.name,
@@ -115,15 +119,16 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
     bf16 = has_bf16(use_cpu=not torch.cuda.is_available())
     before = psutil.Process().memory_info().rss
     if method == METHODS[0] or method in BITS:
-        model = build_classifier(path, labels, attention_dropout=0.0)
+        model = build_classifier(path, labels, ATTENTION_DROPOUT)
         if method in BITS:
             layers = find_layers(model)
             prepare(model, layers, choose_all_scales(model, layers, SchemeArguments(bits=BITS[method])))
     else:
-        from run_qlora import RECIPE, QloraArguments, build_qlora
-
         recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
-        model = build_qlora(path, labels, QloraArguments(**recipe | {"load_in_4bit": method == "QLoRA"}), bf16)
+        recipe |= {"load_in_4bit": method.startswith("QLoRA"), "attention_dropout": ATTENTION_DROPOUT}
+        model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
+        if "checkpointing" in method:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         model.set_attn_implementation("eager")  # as `train` does

@@ -232,7 +232,7 @@ def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
     flags = ["--dataset_name", str(colors), "--bert_base", "false", "--rounds", "2", "--steps", "1"]
     run_training_cost.main([str(encoder), *flags, "--results_dir", str(tmp_path)])
     (methods,) = read_json(tmp_path / "training_cost.json")["shapes"].values()
-    assert list(methods) == ["full fine-tuning", "QAT, 8 bits", "QAT, 2 bits", "LoRA", "QLoRA"]
+    assert list(methods) == ["full fine-tuning", "QAT, 8 bits", "QAT, 2 bits", "LoRA", "QLoRA", "QLoRA, checkpointing"]
     assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
     assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
     assert methods["full fine-tuning"]["times_slower"]["median"] == 1
