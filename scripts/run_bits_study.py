@@ -4,8 +4,8 @@ Both methods round alike at the same bits and groups. Each cell is a real file f
 the FP32 baseline of the same seed; what the recipes hold was chosen on validation. A cell that stands is not made
 again, and cells of other bits stay in `results/bits.json`, so that the ladder can be drawn step by step.
 
-    python scripts/run_bits_study.py --seeds 44 45 46
-    python scripts/run_bits_study.py --bits 3 --seeds 46
+    python scripts/run_bits_study.py
+    python scripts/run_bits_study.py --bits 3 --seeds 42
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class BitsArguments:
     """Which cells of the ladder."""
 
     bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits of a weight."})
-    seeds: list[int] = field(default_factory=lambda: [44, 45, 46], metadata={"help": "Seeds of the baselines."})
+    seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     work_dir: str = field(default=str(ROOT / "build" / "bits_study"), metadata={"help": "Where choices are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})

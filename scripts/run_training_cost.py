@@ -1,10 +1,11 @@
 """What a step of each way to train costs: memory and time, on the same batches, interleaved in one run (A B C A B C).
 
 Full fine-tuning, training with fake quantization (QAT), LoRA on a float base, and QLoRA each live in a process of
-their own; a turn is a few steps on the same batches of real texts, the longest first, as a training begins. Peak memory
-is that of the steps alone, and what the process held before it loaded a model (libraries) is told apart. With gradient
-checkpointing a layer's inner values are computed again on the way back instead of kept (Chen et al., "Training Deep
-Nets with Sublinear Memory Cost", 2016). BERT-base's shape gets random weights: its cost does not depend on them.
+their own; a turn is a few steps on the same batches of real texts, the longest first, as a training begins. Peak
+memory is that of the steps alone, and what the process held before it loaded a model (libraries) is told apart. With
+gradient checkpointing a layer's inner values are computed again on the way back instead of kept (Chen et al.,
+"Training Deep Nets with Sublinear Memory Cost", 2016). BERT-base's shape gets random weights: its cost does not depend
+on them.
 
     python scripts/run_training_cost.py
 """
