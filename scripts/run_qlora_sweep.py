@@ -1,8 +1,9 @@
 """Chooses the recipe of QLoRA: rank, learning rate, layers and start of the adapter, one change at a time.
 
-Each candidate trains the whole recipe (after half an epoch nothing tells them apart yet) and is scored on validation; the
-test split is not touched. The rule: of the candidates whose macro F1 lies within 0.2 points of the best, the one with the lowest validation loss, which is less
-noisy; one that predicts a single class never wins. A candidate that stands already is not trained again.
+Each candidate trains the whole recipe, since half an epoch tells nothing apart yet, and is scored on validation; the
+test split is not touched. The rule: of the candidates whose macro F1 lies within 0.2 points of the best, the one with
+the lowest validation loss, which is less noisy; one that predicts a single class never wins. A candidate that stands
+already is not trained again.
 
     python scripts/run_qlora_sweep.py                       # the winner stands in configs/qlora.yaml
     python scripts/run_qlora_sweep.py --candidates centre "rank 8"

@@ -213,7 +213,7 @@ def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(encoder
     run_qlora_sweep.main(flags)
     sweep = read_json(tmp_path / "results" / "qlora_sweep.json")
     assert sweep["chosen"] in {"centre", "rank 8"}
-    assert sweep["candidates"]["rank 4"]["adapter_bytes"] < sweep["candidates"]["centre"]["adapter_bytes"]
+    assert sweep["candidates"]["rank 8"]["adapter_bytes"] < sweep["candidates"]["centre"]["adapter_bytes"]
     assert (tmp_path / "results" / "qlora_sweep.png").stat().st_size > 5000
     capfd.readouterr()
     run_qlora_sweep.main(flags)
