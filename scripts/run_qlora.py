@@ -88,7 +88,9 @@ class QloraArguments(TaskArguments):
         if self.init_lora_weights not in {"default", "gaussian", "loftq"}:
             raise ValueError(f"--init_lora_weights {self.init_lora_weights}: it takes default, gaussian or loftq")
         if self.init_lora_weights == "loftq" and not self.load_in_4bit:
-            raise ValueError("--init_lora_weights loftq makes up for rounding to 4 bits: it needs --load_in_4bit")
+            raise ValueError(
+                "--init_lora_weights loftq makes up for rounding to 4 bits; take default for a float base"
+            )
 
 
 def main(argv=None) -> None:

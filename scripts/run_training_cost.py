@@ -126,7 +126,8 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
             prepare(model, layers, choose_all_scales(model, layers, SchemeArguments(bits=BITS[method])))
     else:
         recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
-        recipe |= {"load_in_4bit": method.startswith("QLoRA"), "attention_dropout": ATTENTION_DROPOUT}
+        recipe |= {"load_in_4bit": method.startswith("QLoRA"), "attention_dropout": ATTENTION_DROPOUT,
+                   "init_lora_weights": "default"}  # fmt: skip
         model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
         if "checkpointing" in method:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
