@@ -127,11 +127,12 @@ def seed_rows(summary: dict) -> list[dict]:
     """One line a format: means over the seeds, and the change against the FP32 baseline of the same seed."""
     rows = []
     for format, one in summary.get("formats", {"pytorch": summary}).items():
-        runs = [run["formats"][format] if "formats" in run else run for run in summary["runs"]]
+        of_format = [run for run in summary["runs"] if format in run.get("formats", [format])]
+        runs = [run["formats"][format] if "formats" in run else run for run in of_format]
         rows.append({
             "variant": summary["variant"],
             "format": format,
-            "seeds": [run["seed"] for run in summary["runs"]],
+            "seeds": [run["seed"] for run in of_format],
             "chosen_seed": summary["chosen_seed"],
             **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
             "conflict_free_macro_f1": sum(run["conflict_free_macro_f1"] for run in runs) / len(runs),

@@ -190,6 +190,14 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     assert f"{100 * row['change']['mean']:+.2f}" in render_seeds([row])
 
 
+def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
+    scores = {"macro_f1": 0.9, "accuracy": 0.9, "conflict_free_macro_f1": 0.9, "change": 0.01, "flips": 2}
+    runs = [{"seed": seed, "formats": {root: scores, "onnx": scores}} for seed, root in ((1, "nf4"), (2, "bf16"))]
+    rows = seed_rows({"variant": "qlora", "chosen_seed": 1, "runs": runs, **run_seeds.summarize(runs)})
+    assert {row["format"]: row["seeds"] for row in rows} == {"nf4": [1], "onnx": [1, 2], "bf16": [2]}
+    assert "bf16" in render_seeds(rows)
+
+
 def run_baseline_recipe(folder, encoder, colors):
     values = yaml.safe_load((ROOT / "configs" / "baseline.yaml").read_text())
     values |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "learning_rate": 5e-3, "bf16": False,
