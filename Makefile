@@ -10,13 +10,13 @@ SMALL := sentence-transformers/all-MiniLM-L6-v2
 TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled onnx-plain onnx-dynamic \
 		openvino-plain) \
 	$(addprefix weights/ptq:,onnx openvino torchao torchao-compiled) \
-	weights/qat:onnx weights/qat-int4:onnx weights/qat-int2:onnx weights/qlora:nf4 weights/qlora:onnx
+	weights/qat:onnx weights/ptq-int4:onnx weights/qat-int4:onnx weights/qat-int2:onnx weights/qlora:nf4 weights/qlora:onnx
 
 .PHONY: run test test-web check format results benchmark report help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
-	@echo "make results    full: five seeds, all variants and measurements, README (into weights/ and results/)"
+	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
 	@echo "make benchmark  the interleaved timing alone     make test   the tests"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
@@ -53,9 +53,8 @@ results: $(READY)
 	$(RUN) scripts/run_exploration.py
 	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
 	$(RUN) scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
-	$(RUN) scripts/run_seeds.py ptq --seeds 42 43 44 45 46
 	$(RUN) scripts/run_qlora_sweep.py --seed 44
-	for variant in qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
 	$(RUN) scripts/run_bits_study.py --bits 8 4 2 --seeds $(SEEDS)
 	$(RUN) scripts/run_bits_study.py --bits 3 --seeds 42
