@@ -10,7 +10,8 @@ SMALL := sentence-transformers/all-MiniLM-L6-v2
 TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled onnx-plain onnx-dynamic \
 		openvino-plain) \
 	$(addprefix weights/ptq:,onnx openvino torchao torchao-compiled) \
-	weights/qat:onnx weights/ptq-int4:onnx weights/qat-int4:onnx weights/qat-int2:onnx weights/qlora:nf4 weights/qlora:onnx
+	$(addprefix weights/qat:,onnx openvino torchao) \
+	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
 
 .PHONY: run test test-web check format results benchmark report help
 
