@@ -97,8 +97,9 @@ def plot_bits(study: dict, path: Path) -> None:
                 yerr=[100 * (cell["change"]["standard_deviation"] or 0) for cell in cells], color=color, marker="o",
                 capsize=3, label=method.upper())  # fmt: skip
             for cell in cells if method == "qat" else ():
-                axes.annotate(f"{cell['bits']} bits", (cell["megabytes"], 100 * cell["change"]["mean"]),
-                              xytext=(0, 9), textcoords="offset points", ha="center", fontsize="small")  # fmt: skip
+                above = cell["change"]["mean"] + (cell["change"]["standard_deviation"] or 0)
+                axes.annotate(f"{cell['bits']} bits", (cell["megabytes"], 100 * above),
+                              xytext=(0, 7), textcoords="offset points", ha="center", fontsize="small")  # fmt: skip
         axes.axhline(0, color="0.5", linewidth=1, linestyle="--", label="FP32")
         axes.set(xlabel="megabytes to serve", ylabel="macro F1 against FP32, points")
         axes.legend(frameon=False)
