@@ -40,7 +40,6 @@ BATCH_SIZE = 32
 WARMUP_STEPS = 3
 BITS = {"QAT, 8 bits": 8, "QAT, 2 bits": 2}
 METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA", "QLoRA, checkpointing")
-ATTENTION_DROPOUT = 0.1  # as in all recipes
 
 
 @dataclass
@@ -119,15 +118,14 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
     torch.set_num_threads(threads)
     bf16 = has_bf16(use_cpu=not torch.cuda.is_available())
     before = psutil.Process().memory_info().rss
+    recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
     if method == METHODS[0] or method in BITS:
-        model = build_classifier(path, labels, ATTENTION_DROPOUT)
+        model = build_classifier(path, labels, recipe["attention_dropout"])  # the same for all
         if method in BITS:
             layers = find_layers(model)
             prepare(model, layers, choose_all_scales(model, layers, SchemeArguments(bits=BITS[method])))
     else:
-        recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
-        recipe |= {"load_in_4bit": method.startswith("QLoRA"), "attention_dropout": ATTENTION_DROPOUT,
-                   "init_lora_weights": "default"}  # fmt: skip
+        recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}
         model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
         if "checkpointing" in method:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -92,9 +92,10 @@ def multiply_inputs(model, names: list[str], tokenizer, texts: list[str]) -> dic
         return hook
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
+    model.eval()
     with torch.inference_mode():
         for text in texts:  # one by one: padding would count as input
-            model.eval()(**tokenizer(text, truncation=True, return_tensors="pt").to(model.device))
+            model(**tokenizer(text, truncation=True, return_tensors="pt").to(model.device))
     for hook in hooks:
         hook.remove()
     return products

@@ -4,9 +4,9 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")  # neither the user's cache nor its contents
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")  # neither the user's cache nor its contents
 
 import json  # noqa: E402
 import random  # noqa: E402
