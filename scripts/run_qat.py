@@ -183,6 +183,7 @@ def save(model, tokenizer, layers: Layers, folder: Path, scratch: Path, texts, l
     encoder = TextEncoder(arguments.baseline)
     token_ids = {split: encoder(list(rows)) for split, rows in texts.items()}
     model.float()
+    vars(model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
     switch(model, enabled=True)
     logits = {"fake": predict(ModelInMemory(model, encoder), token_ids["validation"])}
     scales = convert(model)

@@ -26,9 +26,9 @@ CLIPPING = torch.linspace(0.4, 1.1, 15)  # shares of a group's largest weight at
 
 @dataclass(frozen=True)
 class Scales:
-    """How a matrix (rows, columns) is rounded; the columns are cut into groups.
+    """How a matrix (rows, columns) is rounded, or some of its rows; the columns are cut into groups.
 
-    ``row``: float32 (rows, 1); ``multiplier``: float32 (rows, groups), whole numbers from 1 on.
+    ``row``: float32 (..., 1); ``multiplier``: float32 (..., groups), whole numbers from 1 on.
     """
 
     bits: int
@@ -37,7 +37,7 @@ class Scales:
 
     @property
     def step(self) -> torch.Tensor:
-        """What a level of 1 is worth, (rows, groups, 1)."""
+        """What a level of 1 is worth, (..., groups, 1)."""
         return (self.row * self.multiplier).unsqueeze(-1)
 
 
@@ -70,25 +70,36 @@ def choose_scales(weight: torch.Tensor, bits: int, group_size: int) -> Scales:
     return Scales(bits, *(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
 
-def round_groups(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    """Each weight to the nearest level; ``groups`` (rows, groups, size), ``step`` (rows, groups, 1)."""
+def nearest_levels(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
+    """The level of each weight, a float; ``groups`` (..., groups, size), ``step`` (..., groups, 1)."""
     levels = LEVELS[bits]
-    rounded = groups / (step * levels.step)  # then in place: this is run in each step of a training
-    rounded = rounded.sub_(levels[0] / levels.step).round_().clamp_(0, len(levels) - 1)
-    return rounded.mul_(step * levels.step).add_(step * levels[0])
+    nearest = groups / (step * levels.step)  # then in place: this is run in each step of a training
+    nearest = nearest.sub_(levels[0] / levels.step).round_().clamp_(0, len(levels) - 1)
+    return nearest.mul_(levels.step).add_(levels[0])
+
+
+def round_groups(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
+    """The same, worth what the weights are."""
+    return nearest_levels(groups, step, bits).mul_(step)
+
+
+def integers_of(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """The integers that stand for a matrix, or for rows of it (..., columns): multiplier times level, as floats."""
+    groups = weight.unflatten(-1, (scales.multiplier.shape[-1], -1))
+    levels = nearest_levels(groups, scales.step, scales.bits)
+    return levels.mul_(scales.multiplier.unsqueeze(-1)).flatten(-2)
 
 
 def round_matrix(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """The same for a whole matrix (rows, columns), as the file will give it back."""
-    groups = weight.unflatten(1, (scales.multiplier.shape[1], -1))
-    return round_groups(groups, scales.step, scales.bits).flatten(1)
+    """The matrix as the file will give it back."""
+    return integers_of(weight, scales).mul_(scales.row)
 
 
 def codes_of(weight: torch.Tensor, scales: Scales) -> np.ndarray:
     """The number of each weight's level, uint8 (rows, groups, size)."""
     levels, groups = LEVELS[scales.bits], weight.detach().unflatten(1, (scales.multiplier.shape[1], -1))
-    return (round_groups(groups, scales.step, scales.bits) / scales.step).sub(levels[0]).div(levels.step).round().to(
-        torch.uint8).numpy()  # fmt: skip
+    numbers = nearest_levels(groups, scales.step, scales.bits).sub_(levels[0]).div_(levels.step)
+    return numbers.to(torch.uint8).numpy()
 
 
 def write_lowbit_onnx(model, float_graph: Path, path: Path, layers: Layers, scales: dict[str, Scales]) -> None:

@@ -1,54 +1,59 @@
 """Quantization-aware training in torchao's three moves: prepare, train, convert.
 
-Preparing puts a fake quantizer before and into each layer: it rounds exactly as the shipped form does, but goes on in
-floats. Rounding has no useful slope, so its gradient passes straight through (Bengio, Léonard and Courville,
-"Estimating or Propagating Gradients Through Stochastic Neurons", 2013). torchao's own quantizers cost more time and
-have neither INT8 activations that are symmetric per token nor the levels of utils_lowbit.py; hence those below.
+Preparing puts a fake quantizer before and into each layer. It rounds as the shipped form does, and the layer
+multiplies the whole numbers that come out of it: in floats, which hold them exactly, so that the sums are those of the
+integers to the last digit. Rounding has no useful slope, so its gradient passes straight through (Bengio, Léonard and
+Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013).
+
+Each runtime measures activations in its own way, and so does its fake quantizer: torchao token by token (8 bits), ONNX
+Runtime with one range for all tokens of a batch (below 8 bits). torchao's own fake quantizers have neither these two
+nor the levels of utils_lowbit.py, and multiply what they have scaled back; hence those below.
 """
 
 from functools import partial
 
 import torch
 from torch.nn import functional
-from torchao.quantization import Int8Tensor, PerRow, quantize_
+from torchao.quantization import quantize_
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
 from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
-from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 from utils_int8 import Layers
-from utils_lowbit import Scales, round_groups, round_matrix
+from utils_lowbit import Scales, integers_of, round_matrix
 
 INT7 = (-64, 63)  # of the weights at 8 bits; see quantize_torchao
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 
 
-class StraightThrough(torch.autograd.Function):
-    """Rounds with the function given; the gradient passes as if nothing had been rounded."""
+def round_rows(values: torch.Tensor, span: tuple[int, int] = (-128, 127)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row (the last dimension) to symmetric integers, as torchao does it for INT8.
 
-    @staticmethod
-    def forward(ctx, values, rounding):
-        return rounding(values)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
-def round_rows(values: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
-    """Each row (the last dimension) to symmetric integers and back, as torchao does it for INT8."""
+    Returns:
+        The integers, as floats, and what 1 is worth: float32 (..., 1).
+    """
     scale = values.abs().amax(dim=-1, keepdim=True).float() / ((span[1] - span[0]) / 2)
     scale = scale.clamp_(min=EPSILON)
-    return (values * (1.0 / scale)).round_().clamp_(*span).mul_(scale)
+    return (values * (1.0 / scale)).round_().clamp_(*span), scale
 
 
-class Int8Rows(FakeQuantizerBase):
-    """INT8 with a scale a row, measured anew each time: of activations that is a scale a token."""
+def round_all(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All values to the 256 integers of one range around zero, as ONNX Runtime's DynamicQuantizeLinear does it.
 
-    def __init__(self, config: IntxFakeQuantizeConfig, span: tuple[int, int] = (-128, 127)):
+    Returns:
+        The integers without their zero point, floats from -255 to 255, and what 1 is worth: float32, one number.
+    """
+    lowest, highest = torch.aminmax(values.float())
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    scale = ((highest - lowest) / 255).clamp(min=EPSILON)
+    zero = (-lowest / scale).round()
+    return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
+
+
+class Rounding(FakeQuantizerBase):
+    """One of the functions above, which measures the values anew each time."""
+
+    def __init__(self, config: IntxFakeQuantizeConfig, function):
         super().__init__()
-        self.config, self.enabled, self.span = config, True, span
-
-    def forward(self, values: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        return StraightThrough.apply(values, partial(round_rows, span=self.span)) if self.enabled else values
+        self.config, self.enabled, self.round = config, True, function
 
 
 class LowBitGroups(FakeQuantizerBase):
@@ -67,42 +72,113 @@ class LowBitGroups(FakeQuantizerBase):
     def scales(self) -> Scales:
         return Scales(self.bits, self.row, self.multiplier)
 
-    def forward(self, weight: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """All rows of a weight, or those that ``ids`` looked up, (..., columns)."""
-        if not self.enabled:
-            return weight
-        step = self.scales.step if ids is None else self.scales.step[ids]
-
-        def rounding(weight):
-            return round_groups(weight.unflatten(-1, (step.shape[-2], -1)), step, self.bits).flatten(-2)
-
-        return StraightThrough.apply(weight, rounding)
+    def round(self, weight: torch.Tensor, ids=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows of a weight, or those that ``ids`` looked up, (..., columns), to integers; and their scales."""
+        scales = Scales(self.bits, self.row[ids], self.multiplier[ids])
+        return integers_of(weight, scales), scales.row
 
 
-class LookedUpRows(FakeQuantizedEmbedding):
+class StraightThrough(torch.autograd.Function):
+    """Integers times their scale; the gradient passes as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx, values, rounding):
+        integers, scale = rounding(values)
+        return integers.mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class IntegerProduct(torch.autograd.Function):
+    """A linear layer of rounded values (..., columns) and a rounded weight (rows, columns).
+
+    The sums are exact below 2^24: for more than 1,000 columns of the largest integers (255 x 64), and those cancel.
+    Under autocast to bfloat16 the integers are exact still, and the sums have bfloat16's eight digits.
+    """
+
+    @staticmethod
+    def forward(ctx, values, weight, bias, round_values, round_weight):
+        (left, scale), (right, row) = round_values(values), round_weight(weight)
+        device = values.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+        left, right, row = left.to(dtype), right.to(dtype), row.flatten()
+        ctx.save_for_backward(left, scale, right, row)
+        ctx.has_bias = bias is not None
+        product = functional.linear(left, right).mul_(scale).mul_(row)  # in torchao's order
+        return product.add_(bias) if ctx.has_bias else product
+
+    @staticmethod
+    def backward(ctx, gradient):
+        left, scale, right, row = ctx.saved_tensors
+        for_values = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_values = (gradient * row.to(gradient.dtype)) @ right
+        if ctx.needs_input_grad[1]:
+            for_weight = (gradient * scale.to(gradient.dtype)).flatten(0, -2).T @ left.flatten(0, -2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            for_bias = gradient.flatten(0, -2).sum(dim=0)
+        return for_values, for_weight, for_bias, None, None
+
+
+class RoundedLinear(FakeQuantizedLinear):
+    """A linear layer that multiplies integers where torchao's multiplies what they are worth."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if not self.weight_fake_quantizer.enabled:
+            return functional.linear(values, self.weight, self.bias)
+        rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
+        return IntegerProduct.apply(values, self.weight, self.bias, *rounding)
+
+
+class RoundedEmbedding(FakeQuantizedEmbedding):
     """An embedding that rounds the rows it looks up, not its whole table: the result is the same."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = functional.embedding(ids, self.weight, self.padding_idx)
-        return self.weight_fake_quantizer(rows, ids)
+        rows, quantizer = functional.embedding(ids, self.weight, self.padding_idx), self.weight_fake_quantizer
+        if not quantizer.enabled:
+            return rows
+        by_id = isinstance(quantizer, LowBitGroups)
+        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids) if by_id else quantizer.round)
+
+
+class IntegerLinear(torch.nn.Module):
+    """What ONNX Runtime makes of a layer below 8 bits: uint8 activations times int8 weights, summed in int32."""
+
+    def __init__(self, layer: torch.nn.Linear, scales: Scales):
+        super().__init__()
+        integers = integers_of(layer.weight.detach(), scales).to(torch.int8)
+        self.weight, self.row, self.bias = integers, scales.row.flatten(), layer.bias
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        integers, scale = round_all(values)
+        zero = integers.amin().clamp(max=0)  # what the zero point is, or less: it only has to make all fit into uint8
+        sums = torch._int_mm((integers - zero).to(torch.uint8).flatten(0, -2), self.weight.T)
+        sums += zero.int() * self.weight.sum(dim=1, dtype=torch.int32)
+        product = (sums * scale).mul_(self.row).unflatten(0, values.shape[:-1])
+        return product if self.bias is None else product.add_(self.bias)
 
 
 def prepare(model, layers: Layers, scales: dict[str, Scales]) -> None:
-    """Makes the layers fake-quantized, in place: INT8 as torchao ships it, or with the scales given."""
+    """Makes the layers fake-quantized, in place: INT8 for torchao, or with the scales given, for ONNX Runtime."""
     linear, embeddings = set(layers.linear), set(layers.embeddings)
-    activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=True)
+    activations = IntxFakeQuantizeConfig(torch.uint8 if scales else torch.int8, "per_token", is_symmetric=not scales)
     weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
     table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in linear)
     quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in embeddings)
     for name, part in model.named_modules():
         if isinstance(part, FakeQuantizedLinear):
-            part.activation_fake_quantizer = Int8Rows(activations)
-            rounding = LowBitGroups(weights, scales[name]) if scales else Int8Rows(weights, INT7)
+            part.__class__ = RoundedLinear
+            part.activation_fake_quantizer = Rounding(activations, round_all if scales else round_rows)
+            rounding = (
+                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, partial(round_rows, span=INT7))
+            )
             part.weight_fake_quantizer = rounding
         elif isinstance(part, FakeQuantizedEmbedding):
-            part.__class__ = LookedUpRows
-            part.weight_fake_quantizer = LowBitGroups(table, scales[name]) if scales else Int8Rows(table)
+            part.__class__ = RoundedEmbedding
+            part.weight_fake_quantizer = LowBitGroups(table, scales[name]) if scales else Rounding(table, round_rows)
 
 
 def switch(model, enabled: bool) -> None:
@@ -128,15 +204,10 @@ def convert(model) -> dict[str, Scales]:
 
 
 def to_integers(model, layers: Layers, scales: dict[str, Scales]):
-    """The plain model with real integers below 8 bits, in place: torchao's INT8 of what the packed file holds."""
+    """The plain model with real integers below 8 bits, in place."""
     for name in layers.linear:
-        part = model.get_submodule(name)
-        rounded = round_matrix(part.weight.detach(), scales[name])
-        weight = Int8Tensor.from_hp(
-            rounded, PerRow(), scale=scales[name].row, act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow())
-        )
-        part.weight = torch.nn.Parameter(weight, requires_grad=False)
+        model.set_submodule(name, IntegerLinear(model.get_submodule(name), scales[name]))
     for name in layers.embeddings:
-        part = model.get_submodule(name)
-        part.weight.data = round_matrix(part.weight.data, scales[name])
+        table = model.get_submodule(name).weight
+        table.data = round_matrix(table.data, scales[name])
     return model

@@ -110,6 +110,7 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
     # The Trainer loads a checkpoint back by the names of the modules, while save_pretrained writes LayerNorm's legacy
     # names by default: the best checkpoint, or the one to resume from, would lose every LayerNorm without a word.
     trainer.model.save_pretrained = partial(trainer.model.save_pretrained, save_original_format=False)
+    attention = trainer.model.config._attn_implementation
     if arguments.use_cpu:  # at a few dozen tokens the backward pass of the fused attention takes a third of a step
         trainer.model.set_attn_implementation("eager")
     keep_freed_memory()
@@ -117,6 +118,7 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
     start, cpu_start = time.monotonic(), time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+    trainer.model.set_attn_implementation(attention)  # that of all who open the model
     best_checkpoint = trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and not (best_checkpoint and Path(best_checkpoint).is_dir()):
         raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train afresh without resuming")

@@ -23,7 +23,7 @@ from utils_classifier import load_trained_classifier
 from utils_cli import UserError
 from utils_int8 import Layers, find_layers
 from utils_lowbit import choose_scales, pack, round_matrix
-from utils_qat import LowBitGroups, convert, prepare, switch, to_integers
+from utils_qat import LowBitGroups, convert, prepare, round_all, switch, to_integers
 from utils_scheme import LEVELS, describe_scheme
 
 TEXTS = build_rows(90)["text"]
@@ -65,7 +65,7 @@ def test_a_fake_quantized_layer_computes_what_torchao_does():
     quantize_(real, Int8DynamicActivationInt8WeightConfig(reduce_range=True))
     real[0].weight.act_quant_kwargs.reduce_range = False
     prepare(model, Layers(["0"], []), {})
-    torch.testing.assert_close(model(values), real(values), atol=1e-4, rtol=1e-5)
+    assert torch.equal(model(values), real(values))  # to the last digit
     switch(model, enabled=False)
     assert (model(values) - real(values)).abs().mean() > 1e-3  # the control: floats answer differently
 
@@ -80,22 +80,41 @@ def test_below_8_bits_the_layer_multiplies_the_integers_of_the_file(bits):
     convert(model)
     assert type(model[0]) is torch.nn.Linear
     to_integers(model, Layers(["0"], []), scales)
-    integers = model[0].weight.qdata.int()
-    assert integers.abs().max() <= 64
+    integers = model[0].weight
+    assert integers.dtype == torch.int8 and integers.abs().max() <= 64
     multipliers = scales["0"].multiplier.int().repeat_interleave(32, dim=1)
     assert set((integers / multipliers).unique().tolist()) <= set(LEVELS[bits])
-    torch.testing.assert_close(fake, model(values), atol=1e-4, rtol=1e-5)
+    assert torch.equal(fake, model(values))  # to the last digit
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
+def test_activations_become_the_integers_of_onnx_runtime(shift):
+    values = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)) + shift
+    operator = onnx.helper.make_node("DynamicQuantizeLinear", ["values"], ["integers", "scale", "zero"])
+    ports = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in (
+        ("values", onnx.TensorProto.FLOAT, [20, 64]), ("integers", onnx.TensorProto.UINT8, [20, 64]),
+        ("scale", onnx.TensorProto.FLOAT, []), ("zero", onnx.TensorProto.UINT8, []))]  # fmt: skip
+    graph = onnx.helper.make_graph([operator], "one", ports[:1], ports[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    integers, scale, zero = session.run(None, {"values": values.numpy()})
+    found, worth = round_all(values)
+    assert worth.item() == scale
+    np.testing.assert_array_equal(found.numpy(), integers.astype(int) - int(zero))
 
 
 def test_gradients_pass_straight_through():
-    model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8))
     prepare(model, Layers(["0"], []), {"0": choose_scales(model[0].weight, 2, 32)})
-    values = torch.randn(5, 64, requires_grad=True)
+    values = torch.randn(3, 5, 64, requires_grad=True)
+    (integers, scale), (levels, row) = (
+        round_all(values.detach()),
+        model[0].weight_fake_quantizer.round(model[0].weight.detach()),
+    )
     model(values).sum().backward()
-    rounded = model[0].weight_fake_quantizer(model[0].weight)
-    torch.testing.assert_close(values.grad, rounded.sum(dim=0).expand(5, 64).detach())
-    inputs = model[0].activation_fake_quantizer(values)
-    torch.testing.assert_close(model[0].weight.grad, inputs.sum(dim=0).expand(8, 64).detach())
+    torch.testing.assert_close(values.grad, (levels * row).sum(dim=0).expand(3, 5, 64))
+    torch.testing.assert_close(model[0].weight.grad, (integers * scale).sum(dim=(0, 1)).expand(8, 64))
+    torch.testing.assert_close(model[0].bias.grad, torch.full((8,), 15.0))
 
 
 def test_scales_lose_less_than_the_largest_weight_would_make_them():
