@@ -60,7 +60,8 @@ def main(argv=None) -> None:
 def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
     """What a cell weighs and how it scores, seed by seed and in the mean."""
     folders = [results / "seeds" / str(one["seed"]) / "metrics" for one in runs]
-    record, baseline = (read_json(folders[0] / f"{name}.json") for name in (f"{variant}-onnx", "baseline-pytorch"))
+    records = [read_json(folder / f"{variant}-onnx.json") for folder in folders]
+    record, baseline = records[0], read_json(folders[0] / "baseline-pytorch.json")
     scores = [{"seed": one["seed"]} | one["formats"]["onnx"] for one in runs]
     return {
         "weights": record["scheme"]["weights"],
@@ -73,6 +74,7 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
         **{name: mean_and_deviation(scores, name) for name in ("macro_f1", "accuracy", "change", "flips")},
         "training": {name: record["made"]["training"].get(name) for name in ("seconds", "peak_memory_mb", "threads")}
         if variant.startswith("qat") else None,
+        "forms": [one["made"]["forms"] for one in records] if variant.startswith("qat") else None,
         "runs": scores,
     }  # fmt: skip
 

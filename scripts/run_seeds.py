@@ -156,6 +156,7 @@ def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
     if not made:
         return False
     wanted, recipe = dict(wanted), dict(made["recipe"])
+    wanted |= wanted.pop("per_bits", {}).get(wanted.get("bits"), {})
     if baseline:
         made_after = (artifact / RECIPE_FILE).stat().st_mtime > (baseline / RECIPE_FILE).stat().st_mtime
         for values in (wanted, recipe):  # there a folder, here what made that folder

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 from utils_record import markdown_table, read_json
 
+FORM_FIELDS = ("validation_macro_f1", "mean_logit_gap")
 WORTH_GIVING_BACK = 0.003  # of macro F1: below it the loss is noise, and a share of it says nothing
 
 
@@ -30,7 +32,7 @@ def render_bits(study: dict) -> str:
         "the mean over the seeds and, in brackets, their standard deviation. Given back: how much of what PTQ loses "
         "QAT gains; a dash where PTQ loses next to nothing. Settings were chosen on validation. Activations: "
         f"{first['activations']}.\n\n![](bits.png)\n\n{markdown_table(head, rows)}"
-        f"{_render_choices(study['choices'])}\n"
+        f"{_render_forms(study['cells'])}{_render_choices(study['choices'])}\n"
         f"{study['environment']['cpu']}; {study['date']}.\n"
     )
 
@@ -43,6 +45,22 @@ def _points(change: dict) -> str:
 def _given_back(ptq: dict, qat: dict) -> str:
     loss = -ptq["change"]["mean"]
     return f"{100 * (1 + qat['change']['mean'] / loss):.0f} %" if loss > WORTH_GIVING_BACK else "-"
+
+
+def _render_forms(cells: dict) -> str:
+    """Side by side: the model as it was trained, its integers, and each file."""
+    rows = []
+    for cell in sorted((cell for cell in cells.values() if cell["method"] == "qat"), key=lambda cell: -cell["bits"]):
+        for form in cell["forms"][0]:
+            scores, gaps = (np.array([one[form][name] for one in cell["forms"]]) for name in FORM_FIELDS)
+            fake = np.array([one["fake"][FORM_FIELDS[0]] for one in cell["forms"]])
+            rows.append([str(cell["bits"]), form, f"{100 * scores.mean():.2f}",
+                         f"{100 * np.abs(scores - fake).max():.2f}", f"{gaps.mean():.6f}"])  # fmt: skip
+    head = ["bits", "form", "macro F1 %", "furthest from fake, points", "mean logit gap"]
+    return (
+        "\nQAT as it was trained (fake-quantized), its integers, and its files, opened again: validation, the mean "
+        "over the seeds. The gap is that of the logits to the fake-quantized ones.\n\n" + markdown_table(head, rows)
+    )
 
 
 def _render_choices(choices: dict) -> str:

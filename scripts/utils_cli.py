@@ -111,8 +111,8 @@ class Recipe:
 def parse_recipe(classes, default: Path, argv=None) -> tuple:
     """Parses ``[recipe.yaml] [--flag value ...]`` into dataclasses; a flag beats the recipe.
 
-    The recipe may have a mapping ``per_model``: base model id -> values that replace the recipe's for that model,
-    since a learning rate that suits a small encoder ruins a large one.
+    The recipe may have mappings of values that replace its own: ``per_model`` by base model id, since a learning rate
+    that suits a small encoder ruins a large one, and ``per_bits`` by the bits of a weight.
 
     Args:
         classes: dataclasses whose fields are the flags, as `HfArgumentParser` reads them.
@@ -129,8 +129,8 @@ def parse_recipe(classes, default: Path, argv=None) -> tuple:
     values = read_recipe(path)
     parser = _parser(classes)
     known = {action.dest for action in parser._actions}
-    per_model = values.pop("per_model", None) or {}
-    for part in (values, *per_model.values()):
+    per_model, per_bits = (values.pop(name, None) or {} for name in ("per_model", "per_bits"))
+    for part in (values, *per_model.values(), *per_bits.values()):
         for key in part:
             if key not in known:
                 raise UserError(f"{path}: unknown key '{key}'.{_did_you_mean(key, known)}")
@@ -140,7 +140,9 @@ def parse_recipe(classes, default: Path, argv=None) -> tuple:
 
         model = find_base_model(parser.parse_known_args(flags)[0].model_name_or_path)
         values |= per_model.get(model.name, {})
-        parser.set_defaults(**_as_typed(values))
+    if per_bits:
+        values |= per_bits.get(parser.parse_known_args(flags)[0].bits, {})
+    parser.set_defaults(**_as_typed(values))
     parsed = _into_dataclasses(parser, flags)
     given = set(values) | {flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
     used = {name: value for part in parsed for name, value in vars(part).items() if name in given}
