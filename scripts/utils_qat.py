@@ -20,7 +20,6 @@ from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 from utils_int8 import Layers
 from utils_lowbit import Scales, integers_of, round_matrix
 
-INT7 = (-64, 63)  # of the weights at 8 bits; see quantize_torchao
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 
 
@@ -46,6 +45,9 @@ def round_all(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = ((highest - lowest) / 255).clamp(min=EPSILON)
     zero = (-lowest / scale).round()
     return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
+
+
+ROUND_INT7 = partial(round_rows, span=(-64, 63))  # the weights at 8 bits; see quantize_torchao
 
 
 class Rounding(FakeQuantizerBase):
@@ -163,6 +165,7 @@ class IntegerLinear(torch.nn.Module):
 def prepare(model, layers: Layers, scales: dict[str, Scales]) -> None:
     """Makes the layers fake-quantized, in place: INT8 for torchao, or with the scales given, for ONNX Runtime."""
     linear, embeddings = set(layers.linear), set(layers.embeddings)
+    # torchao asks for these and gives each layer quantizers of its own, in whose place come those of this file.
     activations = IntxFakeQuantizeConfig(torch.uint8 if scales else torch.int8, "per_token", is_symmetric=not scales)
     weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
     table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
@@ -172,10 +175,9 @@ def prepare(model, layers: Layers, scales: dict[str, Scales]) -> None:
         if isinstance(part, FakeQuantizedLinear):
             part.__class__ = RoundedLinear
             part.activation_fake_quantizer = Rounding(activations, round_all if scales else round_rows)
-            rounding = (
-                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, partial(round_rows, span=INT7))
+            part.weight_fake_quantizer = (
+                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, ROUND_INT7)
             )
-            part.weight_fake_quantizer = rounding
         elif isinstance(part, FakeQuantizedEmbedding):
             part.__class__ = RoundedEmbedding
             part.weight_fake_quantizer = LowBitGroups(table, scales[name]) if scales else Rounding(table, round_rows)

@@ -48,7 +48,9 @@ def test_what_was_trained_is_what_was_converted_and_what_reopens(trained):
         assert max(scores) - min(scores) <= 0.001 and scores[0] > 0.95
         spread = np.abs(answers(trained / str(bits), formats[0])).mean()
         assert forms["fake"]["mean_logit_gap"] == 0 < spread
-        assert forms["converted"]["mean_logit_gap"] < 0.005 * spread  # a value on the edge of two integers
+        assert (
+            forms["converted"]["mean_logit_gap"] < 1e-4 * spread
+        )  # nothing, or one value on the edge of two integers
         assert forms[f"{formats[0]}, reopened"]["mean_logit_gap"] < 0.02 * spread
     forms = read_recipe_of(trained / "8")["forms"]
     gaps = [forms[form]["mean_logit_gap"] for form in ("converted", "torchao, reopened")]
