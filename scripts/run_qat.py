@@ -73,7 +73,7 @@ def main(argv=None) -> None:
     model = load_trained_classifier(baseline)
     layers = find_layers(model, arguments.keep_float)
     kept = explain_float(model, layers, arguments)
-    prepare(model, layers, choose_all_scales(model, layers, arguments))
+    prepare(model, layers, choose_all_scales(model, layers, arguments), arguments.reduce_range)
     frozen = freeze(model, arguments.freeze)
     if arguments.distillation_weight:
         train_ids = train_ids.add_column("teacher_logits", ask(baseline, train_ids["input_ids"]))
@@ -182,7 +182,7 @@ def save(model, tokenizer, layers: Layers, folder: Path, scratch: Path, texts, l
     """
     encoder = TextEncoder(arguments.baseline)
     token_ids = {split: encoder(list(rows)) for split, rows in texts.items()}
-    model.float()
+    model.cpu().float()
     vars(model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
     switch(model, enabled=True)
     logits = {"fake": predict(ModelInMemory(model, encoder), token_ids["validation"])}
@@ -192,7 +192,11 @@ def save(model, tokenizer, layers: Layers, folder: Path, scratch: Path, texts, l
     plain = load_trained_classifier(scratch).eval()  # without what the Trainer wrapped around it
     export_onnx(plain, tokenizer, scratch / "onnx" / "model.onnx")
     seconds = save_formats(scratch, folder, plain, layers, scales, encoder, token_ids["calibration"], arguments)
-    converted = to_integers(plain, layers, scales) if scales else quantize_torchao(scratch, scratch / "int8", layers)
+    converted = (
+        to_integers(plain, layers, scales)
+        if scales
+        else quantize_torchao(scratch, scratch / "int8", layers, arguments.reduce_range)
+    )
     logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids["validation"])
     for format in find_formats(folder):
         reopened = open_artifact(folder, format, threads=torch.get_num_threads())

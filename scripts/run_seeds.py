@@ -80,6 +80,13 @@ def recipe_of(method: str) -> Path:
     return ROOT / "configs" / f"{method}.yaml"
 
 
+def values_of(recipe: Path, changes: dict) -> dict:
+    """What a recipe comes to with flags that change it."""
+    values = read_recipe(recipe)
+    per_bits = values.pop("per_bits", None) or {}
+    return values | per_bits.get(changes.get("bits", values.get("bits")), {}) | changes
+
+
 def split_variant(variant: str) -> tuple[str, dict]:
     """'qat-int4' -> 'qat' and what it changes in that recipe."""
     method, bits = re.fullmatch(r"(.*?)(?:-int(\d))?", variant).groups()
@@ -93,11 +100,12 @@ def make_and_score(seed: int, variant: str, weights: Path, results: Path) -> dic
     if not script.is_file():
         raise UserError(f"variant {variant}: no {script.name}")
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
-    values = read_recipe(recipe)
-    trained, starts_from_baseline = "num_train_epochs" in values, "baseline" in values
-    baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
+    trained = "num_train_epochs" in read_recipe(recipe)
     changes |= {"seed": seed} if trained else {}
-    if is_up_to_date(artifact, values | changes, baseline):
+    values = values_of(recipe, changes)
+    starts_from_baseline = "baseline" in values
+    baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
+    if is_up_to_date(artifact, values, baseline):
         print(f"seed {seed}: {artifact} stands")
     else:
         words = [word for name, value in changes.items() for word in (f"--{name}", value)]
@@ -156,7 +164,6 @@ def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
     if not made:
         return False
     wanted, recipe = dict(wanted), dict(made["recipe"])
-    wanted |= wanted.pop("per_bits", {}).get(wanted.get("bits"), {})
     if baseline:
         made_after = (artifact / RECIPE_FILE).stat().st_mtime > (baseline / RECIPE_FILE).stat().st_mtime
         for values in (wanted, recipe):  # there a folder, here what made that folder

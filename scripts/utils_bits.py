@@ -18,9 +18,9 @@ def render_pages(results: Path) -> dict[Path, str]:
 def render_bits(study: dict) -> str:
     cells = study["cells"].values()
     first, rows = next(iter(cells)), []
-    for bits in sorted({cell["bits"] for cell in cells}, reverse=True):
-        ptq, qat = (next(cell for cell in cells if (cell["method"], cell["bits"]) == (method, bits))
-                    for method in ("ptq", "qat"))  # fmt: skip
+    found = {(cell["method"], cell["bits"]): cell for cell in cells}
+    for bits in sorted((bits for method, bits in found if method == "qat"), reverse=True):  # PTQ's comes first
+        ptq, qat = found["ptq", bits], found["qat", bits]
         rows.append([str(bits), qat["weights"], qat["embeddings"], f"{qat['megabytes']:.1f}",
                      f"1/{1 / qat['share_of_fp32']:.1f}", _points(ptq["change"]), _points(qat["change"]),
                      _given_back(ptq, qat), ", ".join(str(one["seed"]) for one in qat["runs"])])  # fmt: skip

@@ -82,7 +82,7 @@ def _explain(error: BaseException) -> str | None:
 
 
 def read_recipe(path: Path) -> dict:
-    """Reads a recipe: flat YAML whose keys are the names of the flags."""
+    """Reads a recipe: YAML whose keys are the names of the flags, or one of PER."""
     import yaml
 
     if not path.is_file():
@@ -94,6 +94,9 @@ def read_recipe(path: Path) -> dict:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} must hold 'key: value' lines")
     return recipe
+
+
+PER = (("per_model", "model_name_or_path"), ("per_bits", "bits"))  # by the value of a flag, what replaces the rest
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def parse_recipe(classes, default: Path, argv=None) -> tuple:
     values = read_recipe(path)
     parser = _parser(classes)
     known = {action.dest for action in parser._actions}
-    per_model, per_bits = (values.pop(name, None) or {} for name in ("per_model", "per_bits"))
+    per_model, per_bits = (_mapping(path, values, *names, known) for names in PER)
     for part in (values, *per_model.values(), *per_bits.values()):
         for key in part:
             if key not in known:
@@ -148,6 +151,16 @@ def parse_recipe(classes, default: Path, argv=None) -> tuple:
     used = {name: value for part in parsed for name, value in vars(part).items() if name in given}
     used = {name: value.value if isinstance(value, Enum) else value for name, value in used.items()}
     return (*parsed, Recipe(path=path, values=used))
+
+
+def _mapping(path: Path, values: dict, name: str, flag: str, known: set[str]) -> dict:
+    """Takes ``per_<something>`` out of a recipe: a value of that flag -> values that replace the recipe's."""
+    mapping = values.pop(name, None) or {}
+    if mapping and flag not in known:
+        raise UserError(f"{path}: {name} needs the flag --{flag}, which this script does not have")
+    if not isinstance(mapping, dict) or not all(isinstance(part, dict) for part in mapping.values()):
+        raise UserError(f"{path}: {name} must hold lines such as 'value: {{learning_rate: 1.0e-4}}'")
+    return mapping
 
 
 def parse_flags(classes, positional: str, argv=None) -> tuple:

@@ -79,7 +79,7 @@ def nearest_levels(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch
 
 
 def round_groups(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    """The same, worth what the weights are."""
+    """Each weight as its level gives it back: the level times the step."""
     return nearest_levels(groups, step, bits).mul_(step)
 
 

@@ -40,14 +40,13 @@ def round_all(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         The integers without their zero point, floats from -255 to 255, and what 1 is worth: float32, one number.
     """
-    lowest, highest = torch.aminmax(values.float())
+    values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
+    lowest, highest = torch.aminmax(values)
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
-    scale = ((highest - lowest) / 255).clamp(min=EPSILON)
+    scale = (highest - lowest) / 255
+    scale = torch.where(scale == 0, 1.0, scale)
     zero = (-lowest / scale).round()
     return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
-
-
-ROUND_INT7 = partial(round_rows, span=(-64, 63))  # the weights at 8 bits; see quantize_torchao
 
 
 class Rounding(FakeQuantizerBase):
@@ -97,7 +96,7 @@ class IntegerProduct(torch.autograd.Function):
     """A linear layer of rounded values (..., columns) and a rounded weight (rows, columns).
 
     The sums are exact below 2^24: for more than 1,000 columns of the largest integers (255 x 64), and those cancel.
-    Under autocast to bfloat16 the integers are exact still, and the sums have bfloat16's eight digits.
+    Under autocast to bfloat16 the integers are exact still, and the sums keep eight binary digits.
     """
 
     @staticmethod
@@ -118,9 +117,10 @@ class IntegerProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_values = (gradient * row.to(gradient.dtype)) @ right
         if ctx.needs_input_grad[1]:
-            for_weight = (gradient * scale.to(gradient.dtype)).flatten(0, -2).T @ left.flatten(0, -2)
+            scaled = gradient * scale.to(gradient.dtype)
+            for_weight = scaled.reshape(-1, scaled.shape[-1]).T @ left.reshape(-1, left.shape[-1])
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            for_bias = gradient.flatten(0, -2).sum(dim=0)
+            for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0)
         return for_values, for_weight, for_bias, None, None
 
 
@@ -155,15 +155,20 @@ class IntegerLinear(torch.nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         integers, scale = round_all(values)
-        zero = integers.amin().clamp(max=0)  # what the zero point is, or less: it only has to make all fit into uint8
-        sums = torch._int_mm((integers - zero).to(torch.uint8).flatten(0, -2), self.weight.T)
-        sums += zero.int() * self.weight.sum(dim=1, dtype=torch.int32)
+        lowest = integers.amin().clamp(max=0)  # taken off, all fit into uint8
+        sums = torch._int_mm((integers - lowest).to(torch.uint8).flatten(0, -2), self.weight.T)
+        sums += lowest.int() * self.weight.sum(dim=1, dtype=torch.int32)
         product = (sums * scale).mul_(self.row).unflatten(0, values.shape[:-1])
         return product if self.bias is None else product.add_(self.bias)
 
 
-def prepare(model, layers: Layers, scales: dict[str, Scales]) -> None:
-    """Makes the layers fake-quantized, in place: INT8 for torchao, or with the scales given, for ONNX Runtime."""
+def prepare(model, layers: Layers, scales: dict[str, Scales], reduce_range: bool = True) -> None:
+    """Makes the layers fake-quantized, in place: INT8 for torchao, or with the scales given, for ONNX Runtime.
+
+    Args:
+        reduce_range: INT8 weights of 7 bits, as `quantize_torchao` makes them.
+    """
+    round_weight = partial(round_rows, span=(-64, 63)) if reduce_range else round_rows
     linear, embeddings = set(layers.linear), set(layers.embeddings)
     # torchao asks for these and gives each layer quantizers of its own, in whose place come those of this file.
     activations = IntxFakeQuantizeConfig(torch.uint8 if scales else torch.int8, "per_token", is_symmetric=not scales)
@@ -176,7 +181,7 @@ def prepare(model, layers: Layers, scales: dict[str, Scales]) -> None:
             part.__class__ = RoundedLinear
             part.activation_fake_quantizer = Rounding(activations, round_all if scales else round_rows)
             part.weight_fake_quantizer = (
-                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, ROUND_INT7)
+                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
             )
         elif isinstance(part, FakeQuantizedEmbedding):
             part.__class__ = RoundedEmbedding
@@ -206,7 +211,7 @@ def convert(model) -> dict[str, Scales]:
 
 
 def to_integers(model, layers: Layers, scales: dict[str, Scales]):
-    """The plain model with real integers below 8 bits, in place."""
+    """The plain model below 8 bits, in place: layers of real integers, and embeddings as the file gives them back."""
     for name in layers.linear:
         model.set_submodule(name, IntegerLinear(model.get_submodule(name), scales[name]))
     for name in layers.embeddings:

@@ -113,6 +113,9 @@ def train(trainer: Trainer, recipe: Recipe) -> dict:
     attention = trainer.model.config._attn_implementation
     if arguments.use_cpu:  # at a few dozen tokens the backward pass of the fused attention takes a third of a step
         trainer.model.set_attn_implementation("eager")
+    # The Trainer would have the model divide its loss by the labels of all processes, which BERT's does not do, and so
+    # count the label loss once a process.
+    trainer.model_accepts_loss_kwargs = False
     keep_freed_memory()
     reset_peak_memory()
     start, cpu_start = time.monotonic(), time.process_time()

@@ -56,6 +56,8 @@ def test_values_of_the_bits_replace_the_recipes_but_not_a_flag(tmp_path):
     [
         ({"learning_rat": 1e-3}, [], "unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"per_model": {"a/b": {"epochs": 3}}}, [], "unknown key 'epochs'"),
+        ({"per_model": {"a/b": None}}, [], "per_model must hold lines such as"),
+        ({"per_bits": {2: {"learning_rate": 1e-4}}}, [], "per_bits needs the flag --bits, which this script does not"),
         ({"num_train_epochs": "many"}, [], "invalid float value: 'many'"),
         ({}, ["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean learning_rate?"),
         ({}, ["weights/baseline"], "expected a recipe that ends in .yaml"),

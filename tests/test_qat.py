@@ -23,7 +23,7 @@ from utils_classifier import load_trained_classifier
 from utils_cli import UserError
 from utils_int8 import Layers, find_layers
 from utils_lowbit import choose_scales, pack, round_matrix
-from utils_qat import LowBitGroups, convert, prepare, round_all, switch, to_integers
+from utils_qat import LowBitGroups, convert, prepare, round_all, round_rows, switch, to_integers
 from utils_scheme import LEVELS, describe_scheme
 
 TEXTS = build_rows(90)["text"]
@@ -103,6 +103,8 @@ def test_activations_become_the_integers_of_onnx_runtime(shift):
     found, worth = round_all(values)
     assert worth.item() == scale
     np.testing.assert_array_equal(found.numpy(), integers.astype(int) - int(zero))
+    halves = values.bfloat16()  # what a training's activations are
+    assert torch.equal(round_all(halves)[0], round_all(halves.float())[0])
 
 
 def test_gradients_pass_straight_through():
@@ -117,6 +119,21 @@ def test_gradients_pass_straight_through():
     torch.testing.assert_close(values.grad, (levels * row).sum(dim=0).expand(3, 5, 64))
     torch.testing.assert_close(model[0].weight.grad, (integers * scale).sum(dim=(0, 1)).expand(8, 64))
     torch.testing.assert_close(model[0].bias.grad, torch.full((8,), 15.0))
+
+
+@pytest.mark.parametrize("reduce_range", [True, False])
+def test_gradients_pass_through_a_layer_of_8_bits(reduce_range):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    prepare(model, Layers(["0"], []), {}, reduce_range)
+    values = torch.randn(5, 64, requires_grad=True)
+    (integers, scale), (weights, row) = (
+        round_rows(values.detach()),
+        model[0].weight_fake_quantizer.round(model[0].weight.detach()),
+    )
+    assert weights.abs().max() in ((63, 64) if reduce_range else (127, 128))
+    model(values).sum().backward()
+    torch.testing.assert_close(values.grad, (weights * row).sum(dim=0).expand(5, 64))
+    torch.testing.assert_close(model[0].weight.grad, (integers * scale).sum(dim=0).expand(8, 64))
 
 
 def test_scales_lose_less_than_the_largest_weight_would_make_them():
