@@ -57,8 +57,7 @@ results: $(READY)
 	$(RUN) scripts/run_qlora_sweep.py --seed 44
 	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
-	$(RUN) scripts/run_bits_study.py --bits 8 4 2 --seeds $(SEEDS)
-	$(RUN) scripts/run_bits_study.py --bits 3 --seeds 42
+	$(RUN) scripts/run_bits_study.py --seeds $(SEEDS)
 	$(RUN) scripts/run_training_cost.py
 	$(call score,weights/baseline,pytorch bf16 onnx)
 	for variant in ptq qat; do $(call score,weights/$$variant,torchao onnx openvino); done
