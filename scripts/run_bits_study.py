@@ -15,8 +15,8 @@ from utils_cli import ROOT, parse_flags, run
 
 # isort: split
 from run_ptq import name_variant
-from run_seeds import SCRIPTS, call, is_up_to_date, make_and_score, mean_and_deviation, recipe_of, values_of
-from utils_artifact import choose_threads, read_recipe_of
+from run_seeds import make, make_and_score, mean_and_deviation
+from utils_artifact import choose_threads
 from utils_bits import plot_bits, plot_rounding, render_pages
 from utils_files import write_json, write_text
 from utils_record import read_json
@@ -83,17 +83,11 @@ def try_choices(seed: int, weights: Path, work: Path) -> dict:
     """What a setting of the recipe is worth at 2 bits: validation macro F1 of the file, with it and without."""
     found = {}
     for name, changes in CHOICES.items():
-        baseline, folder = (
-            weights / "seeds" / f"baseline-{seed}",
-            weights / "seeds" / f"{name_variant('qat', 2)}-{seed}",
-        )
+        folder = weights / "seeds" / f"{name_variant('qat', 2)}-{seed}"
         if changes:
             folder = work / "-".join(map(str, ["qat", seed, *sum(changes.items(), ())]))
-            flags = {"bits": 2, "seed": seed} | changes
-            if not is_up_to_date(folder, values_of(recipe_of("qat"), flags), baseline):
-                words = [word for key, value in flags.items() for word in (f"--{key}", value)]
-                call(SCRIPTS / "run_qat.py", recipe_of("qat"), *words, "--baseline", baseline, "--output_dir", folder)
-        found[name] = {"seed": seed} | read_recipe_of(folder)["forms"]["onnx, reopened"]
+        made = make(folder, "qat", {"bits": 2} | changes, seed, weights)
+        found[name] = {"seed": seed} | made["forms"]["onnx, reopened"]
     return found
 
 

@@ -80,13 +80,6 @@ def recipe_of(method: str) -> Path:
     return ROOT / "configs" / f"{method}.yaml"
 
 
-def values_of(recipe: Path, changes: dict) -> dict:
-    """What a recipe comes to with flags that change it."""
-    values = read_recipe(recipe)
-    per_bits = values.pop("per_bits", None) or {}
-    return values | per_bits.get(changes.get("bits", values.get("bits")), {}) | changes
-
-
 def split_variant(variant: str) -> tuple[str, dict]:
     """'qat-int4' -> 'qat' and what it changes in that recipe."""
     method, bits = re.fullmatch(r"(.*?)(?:-int(\d))?", variant).groups()
@@ -96,23 +89,8 @@ def split_variant(variant: str) -> tuple[str, dict]:
 def make_and_score(seed: int, variant: str, weights: Path, results: Path) -> dict:
     """One seed: made unless it stands already with this recipe, then scored on test in a fresh process a format."""
     method, changes = split_variant(variant)
-    script, recipe = SCRIPTS / f"run_{method}.py", recipe_of(method)
-    if not script.is_file():
-        raise UserError(f"variant {variant}: no {script.name}")
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
-    trained = "num_train_epochs" in read_recipe(recipe)
-    changes |= {"seed": seed} if trained else {}
-    values = values_of(recipe, changes)
-    starts_from_baseline = "baseline" in values
-    baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
-    if is_up_to_date(artifact, values, baseline):
-        print(f"seed {seed}: {artifact} stands")
-    else:
-        words = [word for name, value in changes.items() for word in (f"--{name}", value)]
-        words += ["--baseline", baseline] if baseline else []
-        words += ["--resume_from_checkpoint", "last"] if trained else []
-        call(script, recipe, *words, "--output_dir", artifact)
-    made = read_recipe_of(artifact)
+    made = make(artifact, method, changes, seed, weights)
     run = {
         "seed": seed,
         "validation_macro_f1": made["training"]["validation_macro_f1"],
@@ -123,6 +101,27 @@ def make_and_score(seed: int, variant: str, weights: Path, results: Path) -> dic
         return run | score_format(artifact, "pytorch", seed_results, variant)
     formats = {name: score_format(artifact, name, seed_results, variant) for name in find_formats(artifact)}
     return run | {"formats": formats}
+
+
+def make(artifact: Path, method: str, changes: dict, seed: int, weights: Path) -> dict:
+    """Runs a method's script with changes to its recipe, unless the artifact stands; returns its recipe.yaml."""
+    script, recipe = SCRIPTS / f"run_{method}.py", recipe_of(method)
+    if not script.is_file():
+        raise UserError(f"variant {method}: no {script.name}")
+    values = read_recipe(recipe)
+    trained, starts_from_baseline = "num_train_epochs" in values, "baseline" in values
+    baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
+    changes = changes | ({"seed": seed} if trained else {})
+    per_bits = values.pop("per_bits", None) or {}
+    values |= per_bits.get(changes.get("bits", values.get("bits")), {})
+    if is_up_to_date(artifact, values | changes, baseline):
+        print(f"seed {seed}: {artifact} stands")
+    else:
+        words = [word for name, value in changes.items() for word in (f"--{name}", value)]
+        words += ["--baseline", baseline] if baseline else []
+        words += ["--resume_from_checkpoint", "last"] if trained else []
+        call(script, recipe, *words, "--output_dir", artifact)
+    return read_recipe_of(artifact)
 
 
 def score_format(artifact: Path, format: str, results: Path, variant: str) -> dict:

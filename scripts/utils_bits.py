@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from utils_record import markdown_table, read_json
 
-FORM_FIELDS = ("validation_macro_f1", "mean_logit_gap")
 WORTH_GIVING_BACK = 0.003  # of macro F1: below it the loss is noise, and a share of it says nothing
 
 
@@ -16,12 +15,11 @@ def render_pages(results: Path) -> dict[Path, str]:
 
 
 def render_bits(study: dict) -> str:
-    cells = study["cells"].values()
-    first, rows = next(iter(cells)), []
-    found = {(cell["method"], cell["bits"]): cell for cell in cells}
-    for bits in sorted((bits for method, bits in found if method == "qat"), reverse=True):  # PTQ's comes first
-        ptq, qat = found["ptq", bits], found["qat", bits]
-        rows.append([str(bits), qat["weights"], qat["embeddings"], f"{qat['megabytes']:.1f}",
+    first, rows = next(iter(study["cells"].values())), []
+    without = {cell["bits"]: cell for cell in _cells(study, "ptq")}  # a study that was stopped may have one more
+    for qat in _cells(study, "qat"):
+        ptq = without[qat["bits"]]
+        rows.append([str(qat["bits"]), qat["weights"], qat["embeddings"], f"{qat['megabytes']:.1f}",
                      f"1/{1 / qat['share_of_fp32']:.1f}", _points(ptq["change"]), _points(qat["change"]),
                      _given_back(ptq, qat), ", ".join(str(one["seed"]) for one in qat["runs"])])  # fmt: skip
     head = ["bits", "linear layers", "embeddings", "MB", "of FP32", "PTQ, points", "QAT, points", "given back",
@@ -32,9 +30,15 @@ def render_bits(study: dict) -> str:
         "the mean over the seeds and, in brackets, their standard deviation. Given back: how much of what PTQ loses "
         "QAT gains; a dash where PTQ loses next to nothing. Settings were chosen on validation. Activations: "
         f"{first['activations']}.\n\n![](bits.png)\n\n{markdown_table(head, rows)}"
-        f"{_render_forms(study['cells'])}{_render_choices(study['choices'])}\n"
+        f"{_render_forms(study)}{_render_choices(study['choices'])}\n"
         f"{study['environment']['cpu']}; {study['date']}.\n"
     )
+
+
+def _cells(study: dict, method: str) -> list[dict]:
+    """The cells of a method, those of most bits first."""
+    cells = [cell for cell in study["cells"].values() if cell["method"] == method]
+    return sorted(cells, key=lambda cell: -cell["bits"])
 
 
 def _points(change: dict) -> str:
@@ -47,13 +51,13 @@ def _given_back(ptq: dict, qat: dict) -> str:
     return f"{100 * (1 + qat['change']['mean'] / loss):.0f} %" if loss > WORTH_GIVING_BACK else "-"
 
 
-def _render_forms(cells: dict) -> str:
+def _render_forms(study: dict) -> str:
     """Side by side: the model as it was trained, its integers, and each file."""
     rows = []
-    for cell in sorted((cell for cell in cells.values() if cell["method"] == "qat"), key=lambda cell: -cell["bits"]):
+    for cell in _cells(study, "qat"):
+        fake = _over_seeds(cell, "fake", "validation_macro_f1")
         for form in cell["forms"][0]:
-            scores, gaps = (np.array([one[form][name] for one in cell["forms"]]) for name in FORM_FIELDS)
-            fake = np.array([one["fake"][FORM_FIELDS[0]] for one in cell["forms"]])
+            scores, gaps = (_over_seeds(cell, form, name) for name in ("validation_macro_f1", "mean_logit_gap"))
             rows.append([str(cell["bits"]), form, f"{100 * scores.mean():.2f}",
                          f"{100 * np.abs(scores - fake).max():.2f}", f"{gaps.mean():.6f}"])  # fmt: skip
     head = ["bits", "form", "macro F1 %", "furthest from fake, points", "mean logit gap"]
@@ -61,6 +65,10 @@ def _render_forms(cells: dict) -> str:
         "\nQAT as it was trained (fake-quantized), its integers, and its files, opened again: validation, the mean "
         "over the seeds. The gap is that of the logits to the fake-quantized ones.\n\n" + markdown_table(head, rows)
     )
+
+
+def _over_seeds(cell: dict, form: str, name: str) -> np.ndarray:
+    return np.array([one[form][name] for one in cell["forms"]])
 
 
 def _render_choices(choices: dict) -> str:
@@ -107,9 +115,7 @@ def plot_bits(study: dict, path: Path) -> None:
         figure, axes = plt.subplots(figsize=(7, 4.2))
         colors = seaborn.color_palette(STYLE["palette"])
         for method, color in (("ptq", colors[1]), ("qat", colors[0])):
-            cells = sorted(
-                (cell for cell in study["cells"].values() if cell["method"] == method), key=lambda cell: cell["bits"]
-            )
+            cells = _cells(study, method)[::-1]  # the smallest first
             axes.errorbar(
                 [cell["megabytes"] for cell in cells], [100 * cell["change"]["mean"] for cell in cells],
                 yerr=[100 * (cell["change"]["standard_deviation"] or 0) for cell in cells], color=color, marker="o",

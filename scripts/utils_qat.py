@@ -54,7 +54,11 @@ class Rounding(FakeQuantizerBase):
 
     def __init__(self, config: IntxFakeQuantizeConfig, function):
         super().__init__()
-        self.config, self.enabled, self.round = config, True, function
+        self.config, self.enabled, self.function = config, True, function
+
+    def round(self, values: torch.Tensor, ids=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The values to integers, whichever ids looked them up; and their scale."""
+        return self.function(values)
 
 
 class LowBitGroups(FakeQuantizerBase):
@@ -139,10 +143,7 @@ class RoundedEmbedding(FakeQuantizedEmbedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows, quantizer = functional.embedding(ids, self.weight, self.padding_idx), self.weight_fake_quantizer
-        if not quantizer.enabled:
-            return rows
-        by_id = isinstance(quantizer, LowBitGroups)
-        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids) if by_id else quantizer.round)
+        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids)) if quantizer.enabled else rows
 
 
 class IntegerLinear(torch.nn.Module):
@@ -152,12 +153,13 @@ class IntegerLinear(torch.nn.Module):
         super().__init__()
         integers = integers_of(layer.weight.detach(), scales).to(torch.int8)
         self.weight, self.row, self.bias = integers, scales.row.flatten(), layer.bias
+        self.sums = integers.sum(dim=1, dtype=torch.int32)  # of each row: what an activation of 1 everywhere gives
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         integers, scale = round_all(values)
         lowest = integers.amin().clamp(max=0)  # taken off, all fit into uint8
         sums = torch._int_mm((integers - lowest).to(torch.uint8).flatten(0, -2), self.weight.T)
-        sums += lowest.int() * self.weight.sum(dim=1, dtype=torch.int32)
+        sums += lowest.int() * self.sums
         product = (sums * scale).mul_(self.row).unflatten(0, values.shape[:-1])
         return product if self.bias is None else product.add_(self.bias)
 
