@@ -14,7 +14,9 @@ import os
 import sys
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, run
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT
 
 BATCH = 32  # lines that are there already are answered together; no line waits for others
 
@@ -37,7 +39,9 @@ def main(argv=None) -> None:
         raise UserError("give sentences or --file, not both")
     batches = read_batches(arguments)  # a file that is not there is said before the model loads
 
-    from utils_artifact import choose_threads, find_formats, open_artifact
+    from emotion.common.machine import choose_threads
+    from emotion.model.artifact import find_formats
+    from emotion.model.classifier import open_artifact
 
     threads = choose_threads(arguments.threads)
     folder = find_model(arguments.model, arguments.format)
@@ -57,8 +61,8 @@ def find_model(name: str, format: str | None) -> Path:
     """The folder of that name, or what it takes of the Hub's repository of that name."""
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name)
-    from utils_artifact import WEIGHT_FILES
-    from utils_hub import fetch
+    from emotion.model.artifact import WEIGHT_FILES
+    from emotion.model.hub import fetch
 
     if format not in {None, *WEIGHT_FILES}:
         raise UserError(f"--format {format}: it takes one of {', '.join(WEIGHT_FILES)}")
@@ -91,7 +95,7 @@ def read_lines(descriptor: int):
 
 def answer(classifier, texts: list[str], arguments) -> int:
     """Prints a line for every text, in their order; returns how many were empty (their line says so)."""
-    from utils_classifier import softmax
+    from emotion.task.scores import softmax
 
     full = [text.strip() for text in texts if text.strip()]
     answers = iter(softmax(classifier.logits(classifier.encode(full))) if full else [])

@@ -12,23 +12,21 @@ import copy
 import shutil
 from dataclasses import dataclass, field
 
-from utils_cli import ROOT, parse_recipe, run
+from emotion.common.command import run
+from emotion.common.files import ROOT
+from emotion.common.flags import parse_recipe
+from emotion.model.artifact import describe_made, new_artifact
+from emotion.model.hub import score_and_publish
+from emotion.model.pretrained import build_classifier
+from emotion.model.training import RecipeTrainingArguments, compute_metrics, train
+from emotion.quantize.layers import find_stack
+from emotion.quantize.onnx_graph import export_onnx
+from emotion.task.dataset import TaskArguments, load_task
+from emotion.task.source import find_base_model
+from emotion.task.tokens import load_training_rows
 
-# isort: split
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
-from utils_artifact import new_artifact
-from utils_classifier import build_classifier
-from utils_hub import score_and_publish
-from utils_int8 import find_stack
-from utils_onnx import export_onnx
-from utils_task import (
-    TaskArguments,
-    find_base_model,
-    load_task,
-    load_training_rows,
-)
-from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
 
 RECIPE = ROOT / "configs" / "baseline.yaml"
 

@@ -12,20 +12,21 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, parse_flags, run
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT, read_json, write_bytes, write_text
+from emotion.common.flags import parse_flags
+from emotion.measure.record import read_records, record_name
+from emotion.report import pages
+from emotion.report.cards import render_cards
+from emotion.report.comparison import build_comparison
+from emotion.report.document import REPORT, compile_report
+from emotion.report.figures import list_pictures, same_picture
+from emotion.report.pages import render_study_pages
+from emotion.report.tables import render_caption, render_page, render_table
+from emotion.report.trace import render_trace_page
 
-# isort: split
-import utils_bits
 from tqdm import tqdm
-from utils_card import render_cards
-from utils_comparison import build_comparison
-from utils_files import write_bytes, write_text
-from utils_pages import render_study_pages
-from utils_pictures import list_pictures, same_picture
-from utils_record import read_json, read_records, record_name
-from utils_report import REPORT, compile_report
-from utils_tables import render_caption, render_page, render_table
-from utils_trace import render_trace_page
 
 START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
 
@@ -78,7 +79,7 @@ def render_pages(comparison, records, benchmarks, pictures, results: Path, readm
         **cards,
         **render_study_pages(results),
         **render_trace_page(results, records, readme.parent, cards),
-        **utils_bits.render_pages(results),
+        **pages.render_pages(results),
     }
 
 

@@ -12,38 +12,23 @@ import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, parse_flags, run
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT, relative, sha256
+from emotion.common.flags import parse_flags
+from emotion.common.machine import choose_threads, describe_environment
+from emotion.common.recipe import read_recipe_of
+from emotion.measure.inspection import describe_scheme
+from emotion.measure.record import describe_origin, explain, record_name, write_record
+from emotion.measure.ruler import measure_quality, measure_speed
+from emotion.model.artifact import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
+from emotion.model.classifier import open_artifact, predict
+from emotion.report.plots import plot_confusion_matrix
+from emotion.report.trace import measure_trace, write_trace
+from emotion.task.dataset import get_split, load_task_of
+from emotion.task.scores import softmax
 
-# isort: split
 import numpy as np
-from utils_artifact import (
-    WEIGHT_FILES,
-    adapter_bytes,
-    choose_threads,
-    files_to_serve,
-    find_formats,
-    open_artifact,
-    read_recipe_of,
-    weights_of,
-)
-from utils_classifier import softmax
-from utils_files import relative, sha256, without_path
-from utils_plots import plot_confusion_matrix
-from utils_record import record_name, write_record
-from utils_ruler import (
-    WARMUP_RUNS,
-    describe_environment,
-    expected_calibration_error,
-    macro_f1_interval,
-    predict,
-    score,
-    summarize_latency,
-    time_batches,
-    time_each,
-)
-from utils_scheme import describe_scheme
-from utils_task import Task, conflicting_texts, fingerprint, get_split, load_task_of
-from utils_trace import measure_trace, write_trace
 
 # Sentences of our own, one for each emotion of the default dataset: what model cards show
 EXAMPLES = (
@@ -162,45 +147,6 @@ def choose_format(folder: Path, format: str | None, dtype: str | None) -> str:
     return format
 
 
-def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
-    """Scores of all rows, and of those whose text stands nowhere in the dataset with another label."""
-    conflicting = conflicting_texts(*task.splits.values())
-    free = np.array([text not in conflicting for text in rows["text"]])
-    scores, free_scores = score(logits, labels), score(logits[free], labels[free])
-    return {
-        "split": split,
-        "examples": len(labels),
-        "macro_f1": scores["macro_f1"],
-        "accuracy": scores["accuracy"],
-        "per_class_f1": dict(zip(task.labels, scores["per_class_f1"], strict=True)),
-        "confusion_matrix": scores["confusion_matrix"],
-        "labels": task.labels,
-        "macro_f1_ci95": macro_f1_interval(logits, labels),
-        "expected_calibration_error": expected_calibration_error(logits, labels),
-        "conflict_free": {
-            "examples": int(free.sum()),
-            "macro_f1": free_scores["macro_f1"],
-            "accuracy": free_scores["accuracy"],
-        },
-    }
-
-
-def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
-    """Latency of seeded texts one by one, and throughput over all of them; null where it was not asked for."""
-    if not runs:
-        latency = dict.fromkeys(("p50", "p95", "p99", "mean"))
-        return {
-            "latency_ms": {"batch_size": 1, **latency, "runs": 0},
-            "throughput_per_s": {"batch_size": 32, "value": None},
-        }
-    chosen = np.random.default_rng(0).integers(len(token_ids), size=WARMUP_RUNS + runs)
-    times_ms = time_each(classifier, [token_ids[row] for row in chosen])[WARMUP_RUNS:]
-    return {
-        "latency_ms": summarize_latency(times_ms),
-        "throughput_per_s": {"batch_size": 32, "value": round(time_batches(classifier, token_ids, batch_size=32), 1)},
-    }
-
-
 def answer_examples(classifier) -> list[dict]:
     """The probabilities that the artifact gives our own sentences."""
     probabilities = softmax(predict(classifier, classifier.encode(list(EXAMPLES)))).tolist()
@@ -208,34 +154,6 @@ def answer_examples(classifier) -> list[dict]:
         {"text": text, "scores": dict(zip(classifier.labels, scores, strict=True))}
         for text, scores in zip(EXAMPLES, probabilities, strict=True)
     ]
-
-
-def explain(scheme: dict, made_by: dict) -> dict:
-    """Adds to each layer that was counted as float the reason that the artifact's recipe.yaml gives."""
-    reasons = made_by.get("kept_in_float", {})
-    return scheme | {"kept_in_float": {name: reasons.get(name) for name in scheme["kept_in_float"]}}
-
-
-def describe_origin(made_by: dict, task: Task, rows) -> dict:
-    """What made the artifact, as its recipe.yaml tells, and what it was scored on."""
-    made = made_by.get("made", {})
-    return {
-        "base_model": made.get("base_model"),
-        "base_model_source": made.get("base_model_source"),
-        "dataset": task.name,
-        "dataset_source": task.source,
-        "train_dataset_source": made.get("dataset_source"),
-        "dataset_fingerprint": fingerprint(rows),
-        "train_rows": made.get("train_rows"),
-        "train_fingerprint": made.get("train_fingerprint"),
-        "recipe": without_path(made_by["recipe"]) if made_by else None,
-        "training": made_by.get("training"),
-        "quantizing_seconds": made_by.get("seconds"),
-        "forms": made_by.get("forms"),  # QAT: validation macro F1 before and after it was converted, and saved
-        "merged": made_by.get("merged"),  # QLoRA: what joining base and adapter did to validation macro F1
-        "seed": made_by.get("seed"),
-        "git_commit": made.get("git_commit"),
-    }
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ that lies in the folder is sent. What is there already makes no second commit.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, parse_flags, run
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT, sha256, without_path
+from emotion.common.flags import parse_flags
+from emotion.common.recipe import RECIPE_FILE, read_recipe_of
+from emotion.measure.record import read_records, record_name
+from emotion.model.artifact import find_formats
+from emotion.model.hub import upload
+from emotion.report.cards import BASELINE, render_card
 
-# isort: split
 import yaml
-from utils_artifact import RECIPE_FILE, find_formats, read_recipe_of
-from utils_card import BASELINE, render_card
-from utils_files import sha256, without_path
-from utils_hub import upload
-from utils_record import read_records, record_name
 
 PAGE = "index.html"  # what makes a folder a Space
 PAGE_FILES = (PAGE, "README.md")

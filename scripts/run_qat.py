@@ -13,23 +13,30 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils_cli import ROOT, UserError, parse_recipe, run
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT
+from emotion.common.flags import parse_recipe
+from emotion.common.recipe import read_recipe_of
+from emotion.model.artifact import describe_made, find_formats, new_artifact
+from emotion.model.classifier import ModelInMemory, open_artifact, predict
+from emotion.model.hub import score_and_publish
+from emotion.model.pretrained import load_trained_classifier
+from emotion.model.training import RecipeTrainingArguments, compute_metrics, train
+from emotion.quantize.fake_quantizers import convert, prepare, switch, to_integers
+from emotion.quantize.int8_torchao import quantize_torchao
+from emotion.quantize.layers import Layers, explain_float, find_layers
+from emotion.quantize.onnx_graph import export_onnx
+from emotion.quantize.scheme import SchemeArguments, check, choose_all_scales, name_variant, save_formats
+from emotion.task.dataset import RowsArguments, get_split, load_task_of, stratified_sample
+from emotion.task.scores import score
+from emotion.task.source import BaseModel
+from emotion.task.tokens import TextEncoder, load_training_rows
 
-# isort: split
 import numpy as np
 import torch
-from run_ptq import SchemeArguments, check, choose_all_scales, explain_float, name_variant, save_formats
 from torch.nn import functional
 from transformers import DataCollatorWithPadding, Trainer, set_seed
-from utils_artifact import find_formats, new_artifact, open_artifact, read_recipe_of
-from utils_classifier import TextEncoder, TorchClassifier, load_trained_classifier
-from utils_hub import score_and_publish
-from utils_int8 import Layers, find_layers, quantize_torchao
-from utils_onnx import export_onnx
-from utils_qat import convert, prepare, switch, to_integers
-from utils_ruler import predict, score
-from utils_task import BaseModel, RowsArguments, get_split, load_task_of, load_training_rows, stratified_sample
-from utils_training import RecipeTrainingArguments, compute_metrics, describe_made, train
 
 RECIPE = ROOT / "configs" / "qat.yaml"
 
@@ -160,13 +167,6 @@ def freeze(model, beginnings: list[str]) -> int:
     for parameter in frozen:
         parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in frozen)
-
-
-class ModelInMemory(TorchClassifier):
-    """A model that lies in no folder yet, as something that answers."""
-
-    def __init__(self, model, encoder: TextEncoder):
-        self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
 
 
 def save(model, tokenizer, layers: Layers, folder: Path, scratch: Path, texts, labels, arguments) -> dict:

@@ -15,12 +15,15 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import datasets  # noqa: E402
-import pytest  # noqa: E402
 import run_baseline  # noqa: E402
 import run_ptq  # noqa: E402
 import run_qat  # noqa: E402
 import run_qlora  # noqa: E402
+from emotion.task.dataset import DEFAULT_DATASET, load_task  # noqa: E402
+from emotion.task.source import EMBEDDED_MODEL  # noqa: E402
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
@@ -31,7 +34,6 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     RobertaConfig,  # noqa: E402
 )
-from utils_task import DEFAULT_DATASET, EMBEDDED_MODEL, load_task  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}

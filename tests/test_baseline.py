@@ -9,20 +9,22 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import predict
-import pytest
 import run_baseline
 import run_evaluation
-import torch
-import utils_cli
-import yaml
 from conftest import ENCODERS, ROOT, build_encoder, train_flags
+from emotion.common import command
+from emotion.common.errors import UserError
+from emotion.model.classifier import open_artifact
+from emotion.model.pretrained import build_classifier
+from emotion.task.scores import softmax
+
+import numpy as np
+import pytest
+import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments, pipeline
-from utils_artifact import open_artifact
-from utils_classifier import build_classifier, softmax
-from utils_cli import UserError
 
 
 def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
@@ -158,7 +160,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
     monkeypatch.setattr(run_baseline, "save", save_on_a_full_disk)
     flags = train_flags(encoder, colors, out, num_train_epochs=1)
     with pytest.raises(SystemExit) as stopped:
-        utils_cli.run(lambda: run_baseline.main(flags))
+        command.run(lambda: run_baseline.main(flags))
     assert stopped.value.code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: cannot write") and "free some space" in message

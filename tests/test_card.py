@@ -3,12 +3,13 @@
 import copy
 import json
 
-import pytest
 from conftest import ROOT, read_json
+from emotion.common.errors import UserError
+from emotion.report.cards import check_metadata, render_card, render_cards
 from hub_server import validate_card
+
+import pytest
 from huggingface_hub import ModelCard
-from utils_card import check_metadata, render_card, render_cards
-from utils_cli import UserError
 
 
 @pytest.fixture

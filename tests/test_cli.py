@@ -1,13 +1,15 @@
 """Recipes and flags: what beats what, and what an error says."""
 
-import pytest
 import run_baseline
 import run_qat
-import yaml
 from conftest import run_script, train_flags
-from utils_cli import UserError, parse_recipe
-from utils_task import EMBEDDED_MODEL
-from utils_training import RecipeTrainingArguments
+from emotion.common.errors import UserError
+from emotion.common.flags import parse_recipe
+from emotion.model.training import RecipeTrainingArguments
+from emotion.task.source import EMBEDDED_MODEL
+
+import pytest
+import yaml
 
 CLASSES = (run_baseline.BaselineArguments, RecipeTrainingArguments)
 

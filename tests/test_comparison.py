@@ -5,20 +5,21 @@ import shutil
 import subprocess
 import sys
 
-import nbformat
-import numpy as np
-import pytest
 import run_comparison
 import run_evaluation
 from conftest import ROOT, read_json
+from emotion.common.errors import UserError
+from emotion.measure.paired_tests import MARGIN, compare_with, holm, mean_interval, resampled_macro_f1
+from emotion.model.classifier import open_artifact
+from emotion.report.document import compile_report
+from emotion.report.figures import same_picture
+from emotion.report.plots import plot_sensitivity
+
+import nbformat
+import numpy as np
+import pytest
 from nbclient import NotebookClient
 from sklearn.metrics import f1_score
-from utils_artifact import open_artifact
-from utils_cli import UserError
-from utils_pictures import same_picture
-from utils_plots import plot_sensitivity
-from utils_report import compile_report
-from utils_statistics import MARGIN, compare_with, holm, mean_interval, resampled_macro_f1
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.choice(3, size=2000, p=[0.6, 0.3, 0.1])

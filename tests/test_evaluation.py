@@ -3,17 +3,19 @@
 import json
 import shutil
 
-import numpy as np
-import pytest
 import run_evaluation
 from conftest import build_rows, color_features, read_json, run_script, save_dataset
+from emotion.common.errors import UserError
+from emotion.measure.record import check_record
+from emotion.measure.ruler import summarize_latency
+from emotion.task.scores import expected_calibration_error, macro_f1_interval, score
+
+import numpy as np
+import pytest
 from datasets import ClassLabel, Features, Value
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-from utils_cli import UserError
-from utils_record import check_record
-from utils_ruler import expected_calibration_error, macro_f1_interval, score, summarize_latency
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 
-import pytest
 from conftest import ROOT, run_script
+
+import pytest
 
 
 def test_sentences_of_the_command_line(artifact):

@@ -8,20 +8,12 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
-import onnx
-import pytest
 import run_baseline
 import run_evaluation
-import run_processors
 import run_ptq
-import run_ptq_study
-import run_shape_study
-import torch
-import utils_cli
-import utils_int8
-import utils_pages
-import yaml
+import study_processors
+import study_ptq
+import study_shape
 from conftest import (
     ENCODERS,
     ROOT,
@@ -33,16 +25,27 @@ from conftest import (
     realigned,
     train_flags,
 )
+from emotion.common import command
+from emotion.common.errors import UserError
+from emotion.measure.contenders import make_contender
+from emotion.measure.inspection import describe_scheme
+from emotion.model.artifact import files_to_serve, find_formats, weights_of
+from emotion.model.classifier import open_artifact
+from emotion.model.pretrained import load_trained_classifier
+from emotion.quantize import int8_torchao, layers
+from emotion.report import pages
+from emotion.task.dataset import stratified_sample
+from emotion.task.scores import softmax
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
 from datasets import Dataset
 from optimum.intel import OVModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
-from utils_artifact import files_to_serve, find_formats, open_artifact, weights_of
-from utils_classifier import load_trained_classifier, softmax
-from utils_cli import UserError
-from utils_contenders import make_contender
-from utils_scheme import describe_scheme
-from utils_task import stratified_sample
 
 FORMATS = ["torchao", "onnx", "openvino"]
 TEXTS = ["i see the red house today", "blue", "the sky is black and white and gray and very very black"]
@@ -87,8 +90,8 @@ def test_it_answers_nearly_as_the_baseline_does(format, quantized, artifact):
 
 
 def test_torchao_reopens_with_the_very_logits(artifact, tmp_path):
-    layers = utils_int8.find_layers(load_trained_classifier(artifact))
-    model = realigned(utils_int8.quantize_torchao(artifact, tmp_path / "out", layers))
+    layers = layers.find_layers(load_trained_classifier(artifact))
+    model = realigned(int8_torchao.quantize_torchao(artifact, tmp_path / "out", layers))
     reopened = realigned(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
     inputs = AutoTokenizer.from_pretrained(artifact)(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -254,7 +257,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
 
         monkeypatch.setattr(run_ptq, name, on_a_full_disk)
         with pytest.raises(SystemExit):
-            utils_cli.run(lambda: run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out)]))
+            command.run(lambda: run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out)]))
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: cannot write") and "free some space" in message, (name, message)
         monkeypatch.undo()
@@ -264,8 +267,8 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
 
 def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, dynamic, 8-bit weights")
-    monkeypatch.setattr(run_ptq_study, "CANDIDATES", {name: run_ptq_study.CANDIDATES[name] for name in few})
-    run_ptq_study.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
+    monkeypatch.setattr(study_ptq, "CANDIDATES", {name: study_ptq.CANDIDATES[name] for name in few})
+    study_ptq.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
     study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
     assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
     assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
@@ -277,14 +280,14 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
     assert kept["changes"]["keep_float"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
-    assert utils_pages.render_study_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
+    assert pages.render_study_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
         (tmp_path / "results" / "ptq_study.md").read_text())  # fmt: skip
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_processors_are_compared(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_processors, "LIMITS", ("AVX2",))
-    run_processors.main([f"{quantized}:torchao", "--results_dir", "results"])
+    monkeypatch.setattr(study_processors, "LIMITS", ("AVX2",))
+    study_processors.main([f"{quantized}:torchao", "--results_dir", "results"])
     (limits,) = read_json(tmp_path / "results" / "ptq_processors.json")["artifacts"].values()
     assert limits["AVX2"]["equal_labels"] > 0.95 and limits["AVX2"]["largest_logit_gap"] < 0.1
     page = (tmp_path / "results" / "ptq_processors.md").read_text()
@@ -306,7 +309,7 @@ def studied(change: float, speed: float, largest: int) -> dict:
     ],
 )
 def test_the_rule(candidates, winner):
-    chosen = run_ptq_study.choose(candidates)["onnx"]
+    chosen = study_ptq.choose(candidates)["onnx"]
     assert chosen["candidate"] == winner
     assert chosen["flags"]["marked"] == candidates[winner]["changes"]["marked"]
 
@@ -320,9 +323,9 @@ def test_the_recipe_is_what_won():
 
 
 def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_shape_study, "BertConfig", functools.partial(BertConfig, **SMALL))
+    monkeypatch.setattr(study_shape, "BertConfig", functools.partial(BertConfig, **SMALL))
     words = ["--rounds", "1", "--cold_starts", "0", "--work_dir", "work", "--output", "shape.json"]
-    run_shape_study.main([str(artifact), *words])
+    study_shape.main([str(artifact), *words])
     measured = read_json(tmp_path / "shape.json")["artifacts"]
     assert list(measured) == ["baseline:pytorch", "baseline:bf16", "baseline:onnx", "baseline:openvino-plain",
                               "ptq:torchao", "ptq:onnx", "ptq:openvino"]  # fmt: skip

@@ -8,21 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
 import run_evaluation
 import run_ptq
 import run_publish
-import utils_hub
-import yaml
 from conftest import ROOT, build_rows, run_script, train_flags
+from emotion.common.errors import UserError
+from emotion.measure.record import read_records
+from emotion.model.artifact import find_formats
+from emotion.model.classifier import open_artifact
+from emotion.model.training import RecipeTrainingArguments
+from emotion.task.scores import softmax
 from hub_server import READ, WRITE, Fault, Repository, running_hub
+
+import numpy as np
+import pytest
+import yaml
 from huggingface_hub import ModelCard, constants
-from utils_artifact import find_formats, open_artifact
-from utils_classifier import softmax
-from utils_cli import UserError
-from utils_record import read_records
-from utils_training import RecipeTrainingArguments
 
 VARIANTS = ["baseline", "ptq", "qat", "qlora"]
 TEXTS = build_rows(30)["text"]

@@ -2,29 +2,34 @@
 
 import shutil
 
-import numpy as np
-import onnx
-import onnxruntime
-import pytest
 import run_baseline
-import run_bits_study
 import run_evaluation
 import run_ptq
 import run_qat
 import run_seeds
-import torch
-import utils_bits
-import yaml
+import study_bits
 from conftest import ENCODERS, ROOT, build_encoder, build_rows, qat_flags, read_json, train_flags
+from emotion.common.errors import UserError
+from emotion.common.recipe import read_recipe_of
+from emotion.measure.inspection import describe_scheme
+from emotion.model.artifact import files_to_serve, find_formats, weights_of
+from emotion.model.classifier import open_artifact
+from emotion.model.pretrained import load_trained_classifier
+from emotion.quantize import scheme
+from emotion.quantize.fake_quantizers import LowBitGroups, convert, prepare, round_all, round_rows, switch, to_integers
+from emotion.quantize.layers import Layers, find_layers
+from emotion.quantize.levels import LEVELS
+from emotion.quantize.lowbit import choose_scales, pack, round_matrix
+from emotion.report import pages
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
 from safetensors.torch import load_file
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-from utils_artifact import files_to_serve, find_formats, open_artifact, read_recipe_of, weights_of
-from utils_classifier import load_trained_classifier
-from utils_cli import UserError
-from utils_int8 import Layers, find_layers
-from utils_lowbit import choose_scales, pack, round_matrix
-from utils_qat import LowBitGroups, convert, prepare, round_all, round_rows, switch, to_integers
-from utils_scheme import LEVELS, describe_scheme
 
 TEXTS = build_rows(90)["text"]
 
@@ -255,7 +260,7 @@ def interrupted(*words):
 def trainer_of(artifact, colors, **changes) -> run_qat.QatTrainer:
     model = load_trained_classifier(artifact)
     layers = find_layers(model)
-    prepare(model, layers, run_ptq.choose_all_scales(model, layers, run_ptq.SchemeArguments(bits=2)))
+    prepare(model, layers, scheme.choose_all_scales(model, layers, scheme.SchemeArguments(bits=2)))
     training = run_qat.RecipeTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
     trainer = run_qat.QatTrainer(arguments=run_qat.QatArguments(**changes), model=model, args=training)
     trainer.current_gradient_accumulation_steps = 1  # what a training sets when it starts
@@ -339,16 +344,16 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeyp
     shutil.copytree(artifact, weights / "seeds" / "baseline-7")
     run_evaluation.main([str(artifact), "--latency_runs", "0", "--results_dir", str(results / "seeds" / "7")])
     words = ["--bits", "4", "--seeds", "7", "--weights_dir", str(weights), "--results_dir", str(results)]
-    run_bits_study.main(words)
+    study_bits.main(words)
     study = read_json(results / "bits.json")
     record = read_json(results / "seeds" / "7" / "metrics" / "qat-int4-onnx.json")
     cell = study["cells"]["qat-int4"]
     assert cell["macro_f1"]["mean"] == record["quality"]["macro_f1"] and cell["weights"] == "int4 in groups of 32"
     assert cell["megabytes"] == record["size"]["megabytes"] and cell["training"]["peak_memory_mb"] > 0
     page = (results / "bits.md").read_text()
-    assert page == utils_bits.render_pages(results)[results / "bits.md"] and "int4 in groups of 32" in page
+    assert page == pages.render_pages(results)[results / "bits.md"] and "int4 in groups of 32" in page
     assert (results / "bits.png").read_bytes().startswith(b"\x89PNG")
     made = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
     before = made.stat().st_mtime_ns
-    run_bits_study.main(words)  # nothing is made again
+    study_bits.main(words)  # nothing is made again
     assert made.stat().st_mtime_ns == before

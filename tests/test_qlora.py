@@ -5,22 +5,25 @@ import shutil
 import subprocess
 import sys
 
+import run_qlora
+import study_qlora
+import study_training_cost
+from conftest import ENCODERS, ROOT, build_encoder, build_rows, qlora_flags, read_json
+from emotion.common.errors import UserError
+from emotion.measure.inspection import describe_scheme
+from emotion.model.artifact import adapter_bytes, find_formats, weights_of
+from emotion.model.classifier import open_artifact
+from emotion.model.pretrained import build_classifier, load_trained_classifier
+from emotion.quantize import adapter
+from emotion.quantize.nf4 import nf4_options, round_to_nf4
+
 import bitsandbytes
 import numpy as np
 import pytest
-import run_qlora
-import run_qlora_sweep
-import run_training_cost
 import torch
 import yaml
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, qlora_flags, read_json
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-from utils_artifact import adapter_bytes, find_formats, open_artifact, weights_of
-from utils_classifier import build_classifier, load_trained_classifier
-from utils_cli import UserError
-from utils_nf4 import nf4_options, round_to_nf4
-from utils_scheme import describe_scheme
 
 LABELS = ["warm", "cold", "none"]
 TEXTS = build_rows(90)["text"]
@@ -70,8 +73,8 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
 
 
 def test_only_the_adapter_and_the_head_learn(encoder, colors):
-    arguments = run_qlora.QloraArguments(lora_rank=4)
-    model = run_qlora.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+    arguments = adapter.QloraArguments(lora_rank=4)
+    model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "classifier" in name for name in learning)
     assert sum("lora_A" in name for name in learning) == 13  # twelve in the layers, and the pooler
@@ -84,7 +87,7 @@ def test_only_the_adapter_and_the_head_learn(encoder, colors):
      ({"init_lora_weights": "loftq"}, 13)],
 )  # fmt: skip
 def test_the_adapter_is_what_the_flags_say(changes, count, encoder):
-    model = run_qlora.build_qlora(str(encoder), LABELS, run_qlora.QloraArguments(**changes), bf16=False)
+    model = adapter.build_qlora(str(encoder), LABELS, adapter.QloraArguments(**changes), bf16=False)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == count
 
 
@@ -93,8 +96,8 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
     error = {}
     weight = build_classifier(str(encoder), LABELS, None).bert.encoder.layer[0].output.dense.weight.detach()
     for start in ("default", "loftq"):
-        arguments = run_qlora.QloraArguments(init_lora_weights=start)
-        model = run_qlora.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+        arguments = adapter.QloraArguments(init_lora_weights=start)
+        model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
         layer = model.base_model.model.bert.encoder.layer[0].output.dense
         rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         error[start] = float((rounded + layer.get_delta_weight("default") - weight).norm())
@@ -186,7 +189,7 @@ def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
 def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypatch):
     monkeypatch.setattr("transformers.integrations.bitsandbytes.get_available_devices", lambda: ["abacus"])
     with pytest.raises(UserError, match="cannot be opened: None of the available devices"):
-        run_qlora.build_qlora(str(encoder), LABELS, run_qlora.QloraArguments(), bf16=False)
+        adapter.build_qlora(str(encoder), LABELS, adapter.QloraArguments(), bf16=False)
 
 
 def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, colors, adapted, tmp_path):
@@ -210,27 +213,27 @@ def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(encoder
     recipe |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "bf16": False, "disable_tqdm": True}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     flags = ["centre", "rank 8", "--recipe", "tiny.yaml", "--work_dir", "work", "--results_dir", "results"]
-    run_qlora_sweep.main(flags)
+    study_qlora.main(flags)
     sweep = read_json(tmp_path / "results" / "qlora_sweep.json")
     assert sweep["chosen"] in {"centre", "rank 8"}
     assert sweep["candidates"]["rank 8"]["adapter_bytes"] < sweep["candidates"]["centre"]["adapter_bytes"]
     assert (tmp_path / "results" / "qlora_sweep.png").stat().st_size > 5000
     capfd.readouterr()
-    run_qlora_sweep.main(flags)
+    study_qlora.main(flags)
     assert "saved" not in capfd.readouterr().out  # both stand
 
 
 def test_a_candidate_of_one_class_never_wins():
     scores = {"validation_macro_f1": 0.9, "validation_loss": 0.2, "predicted_classes": 3}
     collapsed = scores | {"validation_loss": 0.1, "predicted_classes": 1}
-    assert run_qlora_sweep.choose({"good": scores, "collapsed": collapsed}) == "good"
+    assert study_qlora.choose({"good": scores, "collapsed": collapsed}) == "good"
     with pytest.raises(UserError, match="lower the learning rates"):
-        run_qlora_sweep.choose({"collapsed": collapsed})
+        study_qlora.choose({"collapsed": collapsed})
 
 
 def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
     flags = ["--dataset_name", str(colors), "--bert_base", "false", "--rounds", "2", "--steps", "1"]
-    run_training_cost.main([str(encoder), *flags, "--results_dir", str(tmp_path)])
+    study_training_cost.main([str(encoder), *flags, "--results_dir", str(tmp_path)])
     (methods,) = read_json(tmp_path / "training_cost.json")["shapes"].values()
     assert list(methods) == ["full fine-tuning", "QAT, 8 bits", "QAT, 2 bits", "LoRA", "QLoRA", "QLoRA, checkpointing"]
     assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]

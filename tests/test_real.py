@@ -1,13 +1,17 @@
 """The real thing, short: the embedded model learns from real rows, and all its forms answer alike on test rows."""
 
+from conftest import realigned
+from emotion.model.artifact import files_to_serve, weights_of
+from emotion.model.classifier import open_artifact, predict
+from emotion.model.pretrained import load_trained_classifier
+from emotion.quantize.int8_torchao import quantize_torchao
+from emotion.quantize.layers import find_layers
+from emotion.task.scores import score
+from emotion.task.tokens import TextEncoder
+
 import numpy as np
 import pytest
 import torch
-from conftest import realigned
-from utils_artifact import files_to_serve, open_artifact, weights_of
-from utils_classifier import TextEncoder, load_trained_classifier
-from utils_int8 import find_layers, quantize_torchao
-from utils_ruler import predict, score
 
 
 def test_it_learns_from_real_rows(real, test_rows):

@@ -4,20 +4,19 @@ import json
 import re
 import shutil
 
-import pytest
 import run_benchmark
 import run_comparison
 import run_evaluation
-import run_exploration
 import run_seeds
-import utils_contenders
-import utils_roofline
-import yaml
+import study_dataset
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
-from utils_cli import UserError
-from utils_comparison import seed_rows
-from utils_record import markdown_table
-from utils_tables import render_seeds
+from emotion.common.errors import UserError
+from emotion.measure import seeds
+from emotion.report.comparison import seed_rows
+from emotion.report.tables import markdown_table, render_seeds
+
+import pytest
+import yaml
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +168,10 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     assert chosen == (tmp_path / "weights" / "seeds" / f"baseline-{best['seed']}" / "model.safetensors").read_bytes()
     artifact = tmp_path / "weights" / "seeds" / "baseline-1"
     values = run_seeds.read_recipe(recipe)
-    assert run_seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
-    assert run_seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
-    assert not run_seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
-    assert not run_seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
+    assert seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
+    assert seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
+    assert not seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
+    assert not seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
 
     quantizing = tmp_path / "ptq.yaml"
     quantizing.write_text("baseline: weights/baseline\nformats: [onnx]\ncalibration_rows: 30\n")
@@ -193,7 +192,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
 def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
     scores = {"macro_f1": 0.9, "accuracy": 0.9, "conflict_free_macro_f1": 0.9, "change": 0.01, "flips": 2}
     runs = [{"seed": seed, "formats": {root: scores, "onnx": scores}} for seed, root in ((1, "nf4"), (2, "bf16"))]
-    rows = seed_rows({"variant": "qlora", "chosen_seed": 1, "runs": runs, **run_seeds.summarize(runs)})
+    rows = seed_rows({"variant": "qlora", "chosen_seed": 1, "runs": runs, **seeds.summarize(runs)})
     assert {row["format"]: row["seeds"] for row in rows} == {"nf4": [1], "onnx": [1, 2], "bf16": [2]}
     assert "bf16" in render_seeds(rows)
 
@@ -213,7 +212,7 @@ def test_the_dataset_is_described_by_counting(encoder, tmp_path):
     test["text"].append("elsewhere")
     test["label"].append(0)
     data = save_dataset(tmp_path / "data", {"train": train, "test": test}, color_features())
-    run_exploration.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
+    study_dataset.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
     text = (tmp_path / "dataset.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("| all")]
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["33", "10"]

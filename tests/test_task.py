@@ -1,21 +1,15 @@
 """Datasets and base models that are not as they must be, and where the default ones come from."""
 
+from conftest import COLORS, build_rows, color_features, save_dataset
+from emotion.common.errors import UserError
+from emotion.task import dataset, source
+from emotion.task.dataset import conflicting_texts, fingerprint, get_split, load_task
+from emotion.task.source import EMBEDDED_MODEL, find_base_model
+from emotion.task.tokens import load_tokenizer, tokenize
+
 import datasets
 import pytest
-import utils_task
-from conftest import COLORS, build_rows, color_features, save_dataset
 from pyarrow import parquet
-from utils_cli import UserError
-from utils_task import (
-    EMBEDDED_MODEL,
-    conflicting_texts,
-    find_base_model,
-    fingerprint,
-    get_split,
-    load_task,
-    load_tokenizer,
-    tokenize,
-)
 
 INTEGERS = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("int64")})
 NAMED = color_features()
@@ -88,11 +82,11 @@ def test_what_is_not_there_is_said():
 
 
 def test_without_the_hub_the_embedded_model_and_then_the_sample_stand_in(monkeypatch):
-    base = find_base_model(utils_task.DEFAULT_MODEL)
+    base = find_base_model(source.DEFAULT_MODEL)
     assert (base.name, base.source) == (EMBEDDED_MODEL, "package")
-    sample = [copy for copy in utils_task.LOCAL_COPIES if copy[0] == "sample"]
+    sample = [copy for copy in dataset.LOCAL_COPIES if copy[0] == "sample"]
     monkeypatch.setattr(utils_task, "LOCAL_COPIES", tuple(sample))
-    task = load_task(utils_task.DEFAULT_DATASET)
+    task = load_task(dataset.DEFAULT_DATASET)
     assert task.source == "sample" and "sample" in task.name
     assert task.labels == ["sadness", "joy", "love", "anger", "fear", "surprise"]
     assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 360, "validation": 90, "test": 90}

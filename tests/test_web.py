@@ -6,14 +6,14 @@ import re
 import shutil
 import subprocess
 
+from conftest import ROOT
+from emotion.model.classifier import open_artifact, predict
+from emotion.report.cards import TEMPLATE
+from emotion.task.scores import softmax
+from hub_server import Repository, running_hub
+
 import numpy as np
 import pytest
-from conftest import ROOT
-from hub_server import Repository, running_hub
-from utils_artifact import open_artifact
-from utils_card import TEMPLATE
-from utils_classifier import softmax
-from utils_ruler import predict
 
 pytestmark = pytest.mark.web
 WEB, REPOSITORY = ROOT / "tests" / "web", "user/bert-emotion-ptq"

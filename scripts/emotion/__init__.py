@@ -1,0 +1,1 @@
+"""What the commands share. A folder imports only those before it: common, task, model, quantize, measure, report."""

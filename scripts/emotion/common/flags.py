@@ -1,0 +1,117 @@
+"""The command line of every command: a recipe and flags into dataclasses; what is unknown is named."""
+
+import difflib
+import sys
+from enum import Enum
+from pathlib import Path
+
+from emotion.common.errors import UserError
+from emotion.common.recipe import PER, Recipe, read_recipe, resolve
+
+
+def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
+    """Parses ``[recipe.yaml] [--flag value ...]`` into dataclasses; a flag beats the recipe.
+
+    The recipe may have mappings of values that replace its own: ``per_model`` by base model id, since a learning rate
+    that suits a small encoder ruins a large one, and ``per_bits`` by the bits of a weight.
+
+    Args:
+        classes: dataclasses whose fields are the flags, as `HfArgumentParser` reads them.
+        default: the recipe that is read when the command line names none.
+        argv: the words of the command line, without the program's name; `sys.argv` if none are given.
+        find_model: a function from `model_name_or_path` to an object with the base model's `name`; a recipe with
+            ``per_model`` needs it, since a folder or a package may stand for the name.
+
+    Returns:
+        One instance of each class, then the `Recipe`.
+
+    Raises:
+        UserError: naming the key or the flag that is unknown, or the value that does not fit.
+    """
+    leading, flags = _split(argv)
+    if len(leading) > 1 or (leading and not leading[0].endswith((".yaml", ".yml"))):
+        raise UserError(f"expected a recipe that ends in .yaml, then flags; got: {' '.join(leading)}")
+    path = Path(leading[0]) if leading else default
+    values = read_recipe(path)
+    parser = _parser(classes)
+    _check_keys(path, values, {action.dest for action in parser._actions})
+
+    # The parser runs twice: what replaces the recipe's values depends on flags, which beat both.
+    own_values = {key: value for key, value in values.items() if key not in PER}
+    parser.set_defaults(**_as_typed(own_values))
+    first, _ = parser.parse_known_args(flags)
+    model = find_model(first.model_name_or_path).name if values.get("per_model") else None
+    values = resolve(values, model, getattr(first, "bits", None))
+    parser.set_defaults(**_as_typed(values))
+    parsed = _into_dataclasses(parser, flags)
+
+    given = set(values) | {flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    used = {}
+    for part in parsed:
+        for name, value in vars(part).items():
+            if name in given:
+                used[name] = value.value if isinstance(value, Enum) else value
+    return (*parsed, Recipe(path=path, values=used))
+
+
+def _check_keys(path: Path, values: dict, known: set[str]) -> None:
+    """Raises `UserError` for a key of the recipe, or of a mapping in it, that is no flag of this command."""
+    parts = [{key: value for key, value in values.items() if key not in PER}]
+    for name, flag in PER.items():
+        mapping = values.get(name) or {}
+        if mapping and flag not in known:
+            raise UserError(f"{path}: {name} needs the flag --{flag}, which this script does not have")
+        if not isinstance(mapping, dict) or not all(isinstance(part, dict) for part in mapping.values()):
+            raise UserError(f"{path}: {name} must hold lines such as 'value: {{learning_rate: 1.0e-4}}'")
+        parts += mapping.values()
+    for part in parts:
+        for key in part:
+            if key not in known:
+                raise UserError(f"{path}: unknown key '{key}'.{_did_you_mean(key, known)}")
+
+
+def parse_flags(classes, positional: str, argv=None) -> tuple:
+    """Parses ``WORD [WORD ...] [--flag value ...]`` into dataclasses; the leading words belong to ``positional``."""
+    leading, flags = _split(argv)
+    return _into_dataclasses(_parser(classes), [f"--{positional}", *leading, *flags] if leading else flags)
+
+
+def _as_typed(values: dict) -> dict:
+    """Numbers as words, so that a recipe's values are checked by the parser like those of the command line."""
+    return {key: str(value) if isinstance(value, int | float) else value for key, value in values.items()}
+
+
+def _split(argv) -> tuple[list[str], list[str]]:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first_flag = next((index for index, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return argv[:first_flag], argv[first_flag:]
+
+
+def _parser(classes):
+    from transformers import HfArgumentParser
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading and writing files; a training shows its own
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    parser.error = _raise_user_error
+    return parser
+
+
+def _into_dataclasses(parser, flags: list[str]) -> tuple:
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+    except (ValueError, ImportError) as error:  # what the dataclasses themselves refuse
+        raise UserError(str(error)) from error
+    if unknown:
+        known = [action.dest for action in parser._actions]
+        raise UserError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), known)}")
+    return tuple(parsed)
+
+
+def _did_you_mean(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _raise_user_error(message: str):
+    raise UserError(message)

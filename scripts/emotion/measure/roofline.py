@@ -1,0 +1,111 @@
+"""How far each artifact is from what the machine could do: Williams et al., "Roofline", CACM 2009.
+
+A text takes at least as long as its matrix products take at the processor's peak, and at least as long as the weights
+take to come from memory, once a batch. The share is that least time divided by the measured one. Weights that stay in
+the processor's caches can beat the second bound.
+"""
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+SIZE = 2048  # of the square matrices that find the peaks
+COPIED_BYTES = 2**29  # far more than any cache
+
+
+def add_roofline(result: dict, folder: Path, texts: list[str], threads: int) -> None:
+    """Adds `peaks` to the result of a benchmark, and `roofline` to each artifact; ``folder`` is any of them.
+
+    Their architecture must be the same: the operations of a text are counted once.
+    """
+    peaks = measure_peaks(threads)
+    operations, weights = count_work(folder, texts)
+    result["peaks"] = peaks
+    for one in result["artifacts"].values():
+        bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])
+        peak = peaks[f"{one['precision']}_gop_per_s"]
+        measured_ms = {1: one["latency_ms"]["mean"], 32: 1000 / one["throughput_per_s"]["median"]}
+        one["roofline"] = {}
+        for size, measured in measured_ms.items():
+            compute_ms = operations / peak / 1e6
+            memory_ms = weights * bits / 8 / size / peaks["memory_gb_per_s"] / 1e6
+            one["roofline"][f"batch_{size}"] = {
+                "least_ms": round(max(compute_ms, memory_ms), 4),
+                "bound_by": "compute" if compute_ms > memory_ms else "memory",
+                "share": round(max(compute_ms, memory_ms) / measured, 4),
+            }
+
+
+def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
+    """Operations (two a multiplication with its addition) of a text in the mean, and weights that are multiplied."""
+    from emotion.task.tokens import TextEncoder
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.quantization_config = None
+    lengths = np.unique([len(ids) for ids in TextEncoder(folder)(texts)], return_counts=True)
+    with torch.device("meta"):  # shapes are enough to count
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+        operations = []
+        for length in lengths[0].tolist():
+            with FlopCounterMode(display=False) as counter:
+                model(input_ids=torch.zeros(1, length, dtype=torch.long))
+            operations.append(counter.get_total_flops())
+    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    return float(np.average(operations, weights=lengths[1])), weights
+
+
+def measure_peaks(threads: int) -> dict:
+    """Billions of operations a second of square matrix products in each precision, and of bytes copied."""
+    import torch
+
+    torch.set_num_threads(threads)
+    operations = 2 * SIZE**3 / 1e9
+    peaks = {}
+    for name in ("float32", "bfloat16"):
+        left, right = (torch.rand(SIZE, SIZE, dtype=getattr(torch, name)) for _ in range(2))
+        peaks[f"{name}_gop_per_s"] = round(operations / least_seconds(lambda a=left, b=right: a @ b), 1)
+    peaks["int8_gop_per_s"] = round(operations / least_seconds(integer_product(threads)), 1)
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = least_seconds(lambda: target.copy_(source))
+    peaks["memory_gb_per_s"] = round(2 * COPIED_BYTES / 1e9 / seconds, 1)  # read and written, as STREAM counts
+    return peaks
+
+
+def integer_product(threads: int):
+    """A function that multiplies two INT8 matrices by ONNX Runtime, as its dynamic INT8 does."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    right = rng.integers(-64, 65, size=(SIZE, SIZE), dtype=np.int8)
+    node = helper.make_node("MatMulInteger", ["left", "right"], ["product"])
+    shape = {"shape": [SIZE, SIZE]}
+    graph = helper.make_graph(
+        [node], "product",
+        [helper.make_tensor_value_info("left", TensorProto.UINT8, **shape)],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, **shape)],
+        [numpy_helper.from_array(right, "right")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    left = rng.integers(0, 256, size=(SIZE, SIZE), dtype=np.uint8)
+    return lambda: session.run(None, {"left": left})
+
+
+def least_seconds(function, runs: int = 8) -> float:
+    """The shortest of several runs: a peak is what the machine can do when nothing disturbs it."""
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,1 @@
+"""The artifact folder, one class per runtime, training, the Hub."""

@@ -1,0 +1,1 @@
+"""Comparison, tables, pages, cards, figures, trace: what is written from records alone."""

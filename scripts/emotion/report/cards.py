@@ -1,0 +1,205 @@
+"""The model card of a variant, rendered from its records alone: no weights are needed, and no number is typed.
+
+The words stand in `model_cards/template.md`; a field that it names and a record lacks stops the rendering.
+"""
+
+import math
+from pathlib import Path
+
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT
+from emotion.measure.record import REQUIRED, check_record, record_name
+from emotion.model.artifact import WEIGHT_FILES
+from emotion.task.dataset import DEFAULT_DATASET
+from emotion.task.source import DEFAULT_MODEL, EMBEDDED_MODEL
+
+TEMPLATE = ROOT / "model_cards" / "template.md"
+BASELINE = "baseline"
+LICENSES = {DEFAULT_MODEL: "apache-2.0", EMBEDDED_MODEL: "apache-2.0"}  # of base models; any other's is not known here
+RELATIONS = {"finetune", "quantized", "adapter"}
+# Format -> how a card names it, the Hub's tags for it, and the packages that its users need
+RUNTIMES = {
+    "pytorch": ("PyTorch FP32", ("pytorch",), ("torch", "transformers")),
+    "bf16": ("PyTorch BF16", ("pytorch",), ("torch", "transformers")),
+    "torchao": ("torchao", ("torchao",), ("torch", "transformers", "torchao")),
+    "nf4": ("bitsandbytes NF4", ("bitsandbytes",), ("torch", "transformers", "bitsandbytes")),
+    "onnx": ("ONNX Runtime", ("onnx", "transformers.js"), ("transformers", "onnxruntime")),
+    "openvino": ("OpenVINO", ("openvino",), ("transformers", "optimum-intel", "openvino")),
+}
+NEEDED = ("examples", "sha256")  # fields of a record that a card needs besides those that every record has
+
+
+def render_cards(records: list[dict], folder: Path) -> dict[Path, str]:
+    """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant."""
+    variants = sorted({record["variant"] for record in records})
+    return {
+        folder / f"{variant}.md": render_card(records, variant, f"user/bert-emotion-{variant}", root="../")
+        for variant in variants
+    }
+
+
+def render_card(records: list[dict], variant: str, repo_id: str, root: str = "") -> str:
+    """The whole text of a card.
+
+    Args:
+        records: those of the variant and of the baseline that it is compared with; others are ignored.
+        root: where the card finds `results/`.
+
+    Raises:
+        UserError: if a record lacks a field, or the records cannot be compared.
+    """
+    import jinja2
+    from huggingface_hub import ModelCard
+
+    own, baseline = (order(records, name) for name in (variant, BASELINE))
+    for record in own + baseline:
+        check_record(record, record_name(record), (*REQUIRED, *NEEDED))
+        if record["quality"]["split"] != "test" or record["made"]["dataset_source"] == "sample":
+            raise UserError(f"{record_name(record)} was not scored on a real dataset's test split: not for a card")
+    if not own or not baseline:
+        missing = BASELINE if own else variant
+        raise UserError(f"no record of '{missing}' to write a card from; measure it with run_evaluation.py")
+    if len({record["made"]["dataset_fingerprint"] for record in own + baseline}) != 1:
+        raise UserError(f"{variant} and {BASELINE} were not scored on the same rows; measure them again")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        data = describe(own, repo_id)
+        facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
+        text = template.render(card_data=data.to_yaml(), **facts)
+    except (jinja2.UndefinedError, KeyError, TypeError) as error:  # a field is not there, or null for a number
+        raise UserError(f"the card of {variant} cannot be written: {error}; measure it again") from error
+    card = ModelCard(text)
+    check_metadata(card.data.to_dict(), variant)
+    return str(card).rstrip("\n") + "\n"
+
+
+def order(records: list[dict], variant: str) -> list[dict]:
+    """The records of a variant; first what `from_pretrained` opens."""
+    return sorted(
+        (record for record in records if record["variant"] == variant),
+        key=lambda record: list(WEIGHT_FILES).index(record["format"]),
+    )
+
+
+def describe(records: list[dict], repo_id: str):
+    """The metadata of a card, as `ModelCardData`."""
+    from huggingface_hub import ModelCardData
+
+    first = records[0]
+    made, formats = first["made"], [record["format"] for record in records]
+    tags = ["emotion"] + [tag for format in formats for tag in RUNTIMES[format][1]]
+    base = made["base_model"] if "/" in (made["base_model"] or "") else None  # a local model has no id to link to
+    optional = {"base_model": base, "base_model_relation": base and relation(records)}
+    if made["dataset"] == DEFAULT_DATASET:
+        optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}
+    return ModelCardData(
+        license=LICENSES.get(base, "other"),
+        library_name="onnx" if formats == ["onnx"] else "transformers",
+        pipeline_tag="text-classification",
+        metrics=["f1", "accuracy"],
+        tags=tags + (["peft", "lora"] if made.get("merged") else []),
+        widget=[{"text": example["text"], "output": ranking(example)} for example in first["examples"]],
+        model_name=repo_id.split("/")[-1],
+        eval_results=list_results(first),
+        **{key: value for key, value in optional.items() if value},
+    )
+
+
+def relation(records: list[dict]) -> str:
+    """How the variant came from its base model, in the Hub's words."""
+    if records[0]["made"].get("merged"):
+        return "adapter"
+    return "quantized" if any(record["scheme"]["quantized_layers"] for record in records) else "finetune"
+
+
+def list_results(record: dict) -> list:
+    """Macro F1, accuracy and the F1 of each class, for the card's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    made, quality = record["made"], record["quality"]
+    values = [("f1", "Macro F1", quality["macro_f1"]), ("accuracy", "Accuracy", quality["accuracy"])]
+    values += [("f1", f"F1 {label}", value) for label, value in quality["per_class_f1"].items()]
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Text Classification",
+            dataset_type=made["dataset"],
+            dataset_name=made["dataset"],
+            dataset_split=quality["split"],
+            dataset_args={"sha256_of_rows": made["dataset_fingerprint"]},
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for kind, name, value in values
+    ]
+
+
+def ranking(example: dict) -> list[dict]:
+    """The classes of an example, most probable first, as the Hub's widget shows them."""
+    scores = sorted(example["scores"].items(), key=lambda item: -item[1])
+    return [{"label": label, "score": score} for label, score in scores]
+
+
+def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
+    """What the template tells, by the names that it uses."""
+    first = own[0]
+    method = first["variant"].split("-")[0]
+    files = {record["format"]: [name for name in record["size"]["files"] if "tokenizer" not in name] for record in own}
+    weights = {format: next(name for name in names if "config" not in name) for format, names in files.items()}
+    packages = {name for record in own for name in RUNTIMES[record["format"]][2]}
+    packages |= {"peft"} if first["made"].get("merged") else set()
+    versions = first["environment"]["packages"]
+    machines = {f"{r['environment']['cpu']}, threads: {r['environment']['threads']}" for r in own + baseline}
+    return {
+        "title": f"BERT emotion classifier, {first['variant'].upper() if method != BASELINE else 'fine-tuned'}",
+        "method": method,
+        "records": own,
+        "baseline": baseline,
+        "compared": own if first["variant"] == BASELINE else baseline + own,
+        "weights": weights,
+        "runtimes": {format: words[0] for format, words in RUNTIMES.items()},
+        "made": first["made"],
+        "quality": first["quality"],
+        "labels": first["quality"]["labels"],
+        "quantized": any(record["scheme"]["quantized_layers"] for record in own),
+        "adapter": bool(first["made"].get("merged")),
+        "in_float": list(first["scheme"]["kept_in_float"]),
+        "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
+        "hyperparameters": flatten(first["made"]["recipe"] or {}),
+        "versions": {name: versions[name] for name in sorted(packages)},
+        "machines": sorted(machines),
+        "example": first["examples"][1],
+        "answer": lambda record: "{label} {score:.3f}".format(**ranking(record["examples"][1])[0]),
+        "percent": lambda share: format(100 * share, ".2f"),
+        "or_dash": lambda value: "-" if value is None else value,
+    }
+
+
+def flatten(recipe: dict, prefix: str = "") -> dict:
+    """A recipe in a recipe (a quantized artifact holds its baseline's) as names with dots."""
+    flat = {}
+    for key, value in recipe.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_metadata(data: dict, name: str) -> None:
+    """Raises `UserError` for metadata that the Hub refuses, or shows wrongly without a word."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    for key in ("license", "library_name", "pipeline_tag", "widget", "model-index"):
+        if not data.get(key):
+            raise UserError(f"the card of {name} has no '{key}'")
+    for repo_id in [*data.get("datasets", []), *([data["base_model"]] if "base_model" in data else [])]:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise UserError(f"the card of {name}: {repo_id} is no id of the Hub") from error
+    if "base_model" in data and data.get("base_model_relation") not in RELATIONS:
+        raise UserError(f"the card of {name}: base_model_relation must be one of {', '.join(sorted(RELATIONS))}")
+    scores = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    scores += [one["score"] for example in data["widget"] for one in example["output"]]
+    if not all(isinstance(score, float) and math.isfinite(score) and 0 <= score <= 1 for score in scores):
+        raise UserError(f"the card of {name}: a score is not between 0 and 1")

@@ -1,0 +1,159 @@
+"""All that the comparison shows, in one value made from the records: rows of the table, paired tests, seeds.
+
+It is written to `results/comparison.json`, so that the pages, the pictures and the report show the very same numbers.
+"""
+
+from pathlib import Path
+
+from emotion.common.errors import UserError
+from emotion.common.files import read_json
+from emotion.measure.contenders import TITLES, is_alternative
+from emotion.measure.paired_tests import LEVEL, MARGIN, POWER, RESAMPLES, compare_with, mean_interval
+from emotion.measure.record import read_predictions, record_name
+from emotion.model.artifact import WEIGHT_FILES
+
+import numpy as np
+
+REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
+MAIN_RUN, SHAPE_RUN = "all", "bert-base"  # files of results/benchmark
+NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
+RATIOS = ("times_smaller", "times_faster_at_batch_1", "times_faster_at_batch_32")
+
+
+def build_comparison(records: list[dict], results: Path) -> dict:
+    """Everything below the pages; see the keys. A number that was not measured is null.
+
+    Raises:
+        UserError: if the records are not of the same rows, or a file of predictions is not that of its record.
+    """
+    if len({record["made"]["dataset_fingerprint"] for record in records}) != 1:
+        raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
+    records = sorted(records, key=lambda one: (one["variant"], list(WEIGHT_FILES).index(one["format"])))
+    benchmarks = {path.stem: read_json(path) for path in sorted((results / "benchmark").glob("*.json"))}
+    run, shape = benchmarks.get(MAIN_RUN), benchmarks.get(SHAPE_RUN)
+    tests = compare_records(records, results)
+    timed = dict(run["artifacts"]) if run else {}
+    rows = [scored_row(record, timed.pop(artifact_name(record), None), run, tests) for record in records]
+    rows += [timed_row("alternative", *one, run) for one in timed.items() if is_alternative(format_of(one[0]))]
+    rows += [timed_row("shape", name, one, shape) for name, one in (shape or {"artifacts": {}})["artifacts"].items()]
+    found = [one["minimal_difference"] for one in tests.values() if one["flips"]]
+    return rounded({
+        "about": describe(records, run),
+        "tests": {"reference": REFERENCE, "comparisons": len(tests), "level": LEVEL, "power": POWER, "margin": MARGIN,
+                  "resamples": RESAMPLES, "minimal_difference": [min(found), max(found)] if found else None},
+        "rows": rows,
+        "seeds": [row for path in sorted((results / "seeds").glob("*.json")) for row in seed_rows(read_json(path))],
+    })  # fmt: skip
+
+
+def describe(records: list[dict], run: dict | None) -> dict:
+    """What was measured on what, for captions."""
+    environments = [run["environment"]] if run else [record["environment"] for record in records]
+    sets = {name for one in environments for name in one["instruction_sets"]} & NOTEWORTHY_SETS
+    return {
+        "dataset": records[0]["made"]["dataset"],
+        "examples": records[0]["quality"]["examples"],
+        "labels": records[0]["quality"]["labels"],
+        "base_models": sorted({str(record["made"]["base_model"]) for record in records}),
+        "machines": sorted({f"{one['cpu']}, {one['threads']} threads" for one in environments}),
+        "instruction_sets": sorted(sets),
+        "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
+        "compared_with": run["compared_with"] if run else None,
+        "rounds": run["rounds"] if run else None,
+    }
+
+
+def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
+    """Record -> what the paired tests find against the reference; see measure/paired_tests.py."""
+    logits, labels = {}, None
+    for record in records:
+        name, path = record_name(record), results / "predictions" / f"{record_name(record)}.parquet"
+        labels, logits[name] = read_predictions(path)
+        counted = np.zeros_like(record["quality"]["confusion_matrix"])
+        np.add.at(counted, (labels, logits[name].argmax(axis=-1)), 1)
+        if counted.tolist() != record["quality"]["confusion_matrix"]:
+            raise UserError(f"{path}: not the answers that its record counts; measure {name} again")
+    if REFERENCE not in logits:
+        raise UserError(f"no record {REFERENCE}, with which the others are compared; measure it first")
+    return compare_with(logits.pop(REFERENCE), logits, labels)
+
+
+def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) -> dict:
+    """A record's line. Its times are those of the interleaved run, where it is in that run."""
+    quality, name = record["quality"], record_name(record)
+    return {
+        "kind": "record",
+        "name": name,
+        "variant": record["variant"],
+        "format": record["format"],
+        **{key: quality[key] for key in ("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")},
+        "megabytes": record["size"]["megabytes"],
+        "p50_ms": record["latency_ms"]["p50"],
+        "p95_ms": record["latency_ms"]["p95"],
+        "texts_per_s": record["throughput_per_s"]["value"],
+        **(speed_of(timed, run) if timed else dict.fromkeys(RATIOS)),
+        "tests": tests.get(name),
+    }
+
+
+def timed_row(kind: str, name: str, timed: dict, run: dict) -> dict:
+    """A line without a score: a plain alternative, or a model whose weights are random."""
+    folder, format = name.rsplit(":", 1)
+    return {
+        "kind": kind,
+        "name": name,
+        "variant": Path(folder).name if kind == "alternative" else f"{Path(folder).parent.name}/{Path(folder).name}",
+        "format": TITLES.get(format, format) if is_alternative(format) else format,
+        **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
+        "megabytes": timed["bytes_to_serve"] / 1e6,
+        **speed_of(timed, run),
+        "tests": None,
+    }
+
+
+def speed_of(timed: dict, run: dict) -> dict:
+    """Times of one artifact in an interleaved run, and the ratios to the fastest FP32 of that run."""
+    return {
+        "p50_ms": timed["latency_ms"]["p50"],
+        "p95_ms": timed["latency_ms"]["p95"],
+        "texts_per_s": timed["throughput_per_s"]["median"],
+        "times_smaller": run["artifacts"][run["compared_with"]]["bytes_to_serve"] / timed["bytes_to_serve"],
+        "times_faster_at_batch_1": timed["times_faster_at_batch_1"],
+        "times_faster_at_batch_32": timed["times_faster_at_batch_32"],
+    }
+
+
+def seed_rows(summary: dict) -> list[dict]:
+    """One line a format: means over the seeds, and the change against the FP32 baseline of the same seed."""
+    rows = []
+    for format, one in summary.get("formats", {"pytorch": summary}).items():
+        of_format = [run for run in summary["runs"] if format in run.get("formats", [format])]
+        runs = [run["formats"][format] if "formats" in run else run for run in of_format]
+        rows.append({
+            "variant": summary["variant"],
+            "format": format,
+            "seeds": [run["seed"] for run in of_format],
+            "chosen_seed": summary["chosen_seed"],
+            **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
+            "conflict_free_macro_f1": sum(run["conflict_free_macro_f1"] for run in runs) / len(runs),
+            "change_ci95": mean_interval([run["change"] for run in runs]) if "change" in one else None,
+        })  # fmt: skip
+    return rows
+
+
+def artifact_name(record: dict) -> str:
+    """What run_benchmark.py calls the artifact of a record."""
+    return f"{record['artifact']}:{record['format']}"
+
+
+def format_of(name: str) -> str:
+    return name.rsplit(":", 1)[1]
+
+
+def rounded(value):
+    """Floats to nine digits: the last bits depend on the processor that added them."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value

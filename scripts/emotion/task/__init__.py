@@ -1,0 +1,1 @@
+"""Where model and data come from, rows, token ids, scores."""

@@ -1,0 +1,61 @@
+"""Scores of logits: macro F1, accuracy, per-class F1, confusion matrix, interval, calibration."""
+
+from functools import cache
+
+from emotion.common.files import ROOT
+
+import numpy as np
+
+CALIBRATION_BINS = 15
+
+
+@cache
+def load_scores():
+    """Opens the repository's `evaluate` module (metrics/metrics.py) by its path."""
+    import evaluate
+
+    return evaluate.load(str(ROOT / "metrics"), keep_in_memory=True)
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict:
+    """Macro F1, accuracy, per-class F1 (list) and confusion matrix (rows: true, columns: predicted).
+
+    Args:
+        logits: float array (rows, classes).
+        labels: int array (rows,).
+    """
+    classes = list(range(logits.shape[1]))
+    return load_scores().compute(predictions=logits.argmax(axis=-1), references=labels, labels=classes)
+
+
+def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0) -> list[float]:
+    """95 % percentile bootstrap interval of macro F1 over the rows.
+
+    Drawing rows with replacement is drawing the cells of their confusion matrix from a multinomial distribution.
+    """
+    rows, classes = logits.shape
+    cells = np.bincount(labels * classes + logits.argmax(axis=-1), minlength=classes**2)
+    drawn = np.random.default_rng(seed).multinomial(rows, cells / rows, size=resamples)
+    drawn = drawn.reshape(resamples, classes, classes)
+    right = np.diagonal(drawn, axis1=1, axis2=2)
+    either = drawn.sum(axis=1) + drawn.sum(axis=2)  # predicted plus present: F1 is 2 right / either
+    macro_f1 = (2 * right / np.maximum(either, 1)).mean(axis=1)
+    return np.percentile(macro_f1, [2.5, 97.5]).tolist()
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean gap between confidence and accuracy over 15 equally wide bins, weighted by rows.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    probabilities = softmax(logits)
+    confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
