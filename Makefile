@@ -51,20 +51,20 @@ run: $(READY)
 		"i am furious about this delay" "i am scared of the dark"
 
 results: $(READY)
-	$(RUN) scripts/run_exploration.py
+	$(RUN) scripts/study_dataset.py
 	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
-	$(RUN) scripts/run_ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
-	$(RUN) scripts/run_qlora_sweep.py --seed 44
+	$(RUN) scripts/study_ptq.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
+	$(RUN) scripts/study_qlora.py --seed 44
 	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
-	$(RUN) scripts/run_bits_study.py --seeds $(SEEDS)
-	$(RUN) scripts/run_training_cost.py
+	$(RUN) scripts/study_bits.py --seeds $(SEEDS)
+	$(RUN) scripts/study_training_cost.py
 	$(call score,weights/baseline,pytorch bf16 onnx)
 	for variant in ptq qat; do $(call score,weights/$$variant,torchao onnx openvino); done
 	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do $(call score,weights/$$variant,onnx); done
 	$(call score,weights/qlora,nf4 onnx)
-	$(RUN) scripts/run_evaluation.py weights/ptq --trace "i didnt feel humiliated"
-	$(RUN) scripts/run_processors.py weights/ptq:torchao weights/ptq:openvino \
+	$(RUN) scripts/run_trace.py "i didnt feel humiliated"
+	$(RUN) scripts/study_processors.py weights/ptq:torchao weights/ptq:openvino \
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
 	$(MAKE) benchmark
 	$(RUN) scripts/run_comparison.py
@@ -72,7 +72,7 @@ results: $(READY)
 benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
-	$(RUN) scripts/run_shape_study.py
+	$(RUN) scripts/study_shape.py
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py

@@ -1,6 +1,6 @@
-"""Tells the emotion of sentences: from the command line, a file or standard input (a line each, as they come).
+"""Tells the emotion of sentences from the command line, a file or standard input, one line per sentence.
 
-On a folder with an ONNX file neither torch nor transformers is imported, so that the first answer comes at once.
+If the folder has an ONNX file, neither torch nor transformers is imported, so that the first answer comes at once.
 
     python scripts/predict.py "i didnt feel humiliated"
     python scripts/predict.py --file texts.txt --top_k 3
@@ -18,27 +18,20 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 
-BATCH = 32  # lines that are there already are answered together; no line waits for others
+BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
+CHUNK = 1 << 14  # bytes read at once: some hundred lines
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="*", help="sentences; standard input, a line each, if there are none")
-    parser.add_argument(
-        "--model", default=str(ROOT / "weights" / "baseline"), help="model folder, or user/name on the Hub"
-    )
-    parser.add_argument("--format", help="format to open; ONNX if the folder has it")
-    parser.add_argument("--file", help="file with a text a line")
-    parser.add_argument("--top_k", type=int, default=1, help="how many classes to show, most probable first")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--threads", type=int, help="threads to compute with; all if not given")
-    arguments = parser.parse_args(argv)
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: it takes 1 or more")
-    if arguments.texts and arguments.file:
-        raise UserError("give sentences or --file, not both")
-    batches = read_batches(arguments)  # a file that is not there is said before the model loads
+    """Answers all sentences that the command line names.
 
+    Raises:
+        UserError: if a flag, the file or the model is wrong, or, after all answers, if some texts were empty.
+    """
+    arguments = parse_arguments(argv)
+    batches = read_batches(arguments)  # before the model loads, so that a missing file is named at once
+
+    # Imported here, so that --help and a wrong flag are answered without loading NumPy and the tokenizer.
     from emotion.common.machine import choose_threads
     from emotion.model.artifact import find_formats
     from emotion.model.classifier import open_artifact
@@ -46,21 +39,52 @@ def main(argv=None) -> None:
     threads = choose_threads(arguments.threads)
     folder = find_model(arguments.model, arguments.format)
     formats = find_formats(folder)
+    # "onnx" opens fastest; the first format of another folder is its `model.safetensors`.
     format = arguments.format or ("onnx" if "onnx" in formats else next(iter(formats)))
     classifier = open_artifact(folder, format, threads=threads)
+    # Batch by batch: the first answers are printed while the rest of a stream has not been written yet.
     empty = 0
     for texts in batches:
         empty += answer(classifier, texts, arguments)
     if classifier.encode.texts_cut:
         print(f"{classifier.encode.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
-    if empty:
+    if empty:  # an error only now, and a status that scripts can see: the other texts have their answers
         raise UserError(f"{empty} of the texts were empty and got no answer")
 
 
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The flags of the command line, checked; `HfArgumentParser`, which the other commands use, would load torch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
+    parser.add_argument(
+        "--model", default=str(ROOT / "weights" / "baseline"), help="model folder, or user/name on the Hub"
+    )
+    parser.add_argument("--format", help="format to open; ONNX if the folder has it")
+    parser.add_argument("--file", help="file with one text per line")
+    parser.add_argument("--top_k", type=int, default=1, help="how many classes to show, most probable first")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--threads", type=int, help="threads to compute with; all by default")
+    arguments = parser.parse_args(argv)
+    if arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k}: it takes 1 or more")
+    if arguments.texts and arguments.file:
+        raise UserError("give sentences or --file, not both")
+    return arguments
+
+
 def find_model(name: str, format: str | None) -> Path:
-    """The folder of that name, or what it takes of the Hub's repository of that name."""
+    """The folder of that name, or the downloaded files of the Hub's repository of that name.
+
+    Args:
+        format: the format to download; ONNX or else PyTorch if None.
+
+    Raises:
+        UserError: if there is neither, or the repository does not have the format.
+    """
+    # A word that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name)
+    # Imported here: a local folder needs no Hub.
     from emotion.model.artifact import WEIGHT_FILES
     from emotion.model.hub import fetch
 
@@ -73,31 +97,41 @@ def find_model(name: str, format: str | None) -> Path:
 
 
 def read_batches(arguments):
-    """Yields lists of texts; from a file or standard input a list holds the lines that could be read at once."""
+    """An iterator over lists of texts; from a file or a stream a list holds lines that could be read at once.
+
+    Raises:
+        UserError: if the file does not exist.
+    """
     if arguments.texts:
         return iter([arguments.texts])
     if arguments.file and not Path(arguments.file).is_file():
         raise UserError(f"--file {arguments.file}: no such file")
+    # A bare descriptor: Python's own files wait until a buffer is full, and a user at a terminal would wait too.
     descriptor = os.open(arguments.file, os.O_RDONLY) if arguments.file else sys.stdin.fileno()
     return read_lines(descriptor)
 
 
 def read_lines(descriptor: int):
-    """Reads what is there, without waiting for more; memory stays flat however long the input is."""
-    rest = b""
-    while chunk := os.read(descriptor, 1 << 14):
+    """Yields lists of at most `BATCH` lines, without waiting for more; memory stays flat however long the input is."""
+    rest = b""  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
+    while chunk := os.read(descriptor, CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
         for start in range(0, len(lines), BATCH):
             yield [line.decode("utf-8", errors="replace") for line in lines[start : start + BATCH]]
-    if rest:
+    if rest:  # a last line without a line end
         yield [rest.decode("utf-8", errors="replace")]
 
 
 def answer(classifier, texts: list[str], arguments) -> int:
-    """Prints a line for every text, in their order; returns how many were empty (their line says so)."""
+    """Prints one line for every text, in their order; the line of an empty text says that it is empty.
+
+    Returns:
+        How many of the texts were empty.
+    """
     from emotion.task.scores import softmax
 
     full = [text.strip() for text in texts if text.strip()]
+    # Probabilities (full texts, labels), taken one by one below: empty texts keep their place among the lines.
     answers = iter(softmax(classifier.logits(classifier.encode(full))) if full else [])
     lines = []
     for text in texts:
@@ -106,15 +140,17 @@ def answer(classifier, texts: list[str], arguments) -> int:
             continue
         probabilities = next(answers)
         best = probabilities.argsort()[::-1][: arguments.top_k]
-        classes = [
-            {"label": classifier.labels[index], "score": round(float(probabilities[index]), 6)} for index in best
-        ]
+        classes = []
+        for index in best:
+            score = round(float(probabilities[index]), 6)
+            classes.append({"label": classifier.labels[index], "score": score})
         if arguments.json:
+            # The best class stands at the top as well, for programs that want nothing else.
             lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=False))
         else:
             shown = "  ".join(f"{one['label']} {one['score']:.3f}" for one in classes)
             lines.append(f"{shown}\t{text.strip()}")
-    print("\n".join(lines), flush=True)
+    print("\n".join(lines), flush=True)  # a pipe would hold the lines back, and their reader waits for each
     return len(texts) - len(full)
 
 

@@ -1,24 +1,29 @@
 """Fine-tunes BERT to tell the emotion of a text: the FP32 baseline that the quantized variants start from.
 
-The artifact, `weights/baseline`, holds the best checkpoint by validation macro F1 in three forms: FP32
-(`model.safetensors`), BF16 (`model.bf16.safetensors`) and FP32 for ONNX Runtime (`onnx/model.onnx`). The test split is
-never looked at here; `run_evaluation.py` scores it.
+The artifact, `weights/baseline`, holds the checkpoint with the best macro F1 on validation, in three forms: FP32
+(`model.safetensors`), BF16 (`model.bf16.safetensors`) and FP32 for ONNX Runtime (`onnx/model.onnx`). This script never
+reads the test split; `run_evaluation.py` scores it.
 
     python scripts/run_baseline.py    # the recipe configs/baseline.yaml
     accelerate launch --config_file accelerate_config.yaml scripts/run_baseline.py --seed 43 --output_dir weights/other
 """
 
 import copy
-import shutil
 from dataclasses import dataclass, field
 
 from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
-from emotion.model.artifact import describe_made, new_artifact
-from emotion.model.hub import score_and_publish
+from emotion.model.artifact import describe_made, describe_origin, new_artifact
 from emotion.model.pretrained import build_classifier
-from emotion.model.training import RecipeTrainingArguments, compute_metrics, train
+from emotion.model.training import (
+    RecipeTrainingArguments,
+    compute_metrics,
+    find_checkpoint,
+    finish,
+    patched,
+    summarize_training,
+)
 from emotion.quantize.layers import find_stack
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.task.dataset import TaskArguments, load_task
@@ -26,23 +31,25 @@ from emotion.task.source import find_base_model
 from emotion.task.tokens import load_training_rows
 
 import torch
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, Trainer, set_seed
 
 RECIPE = ROOT / "configs" / "baseline.yaml"
 
 
 @dataclass
 class BaselineArguments(TaskArguments):
-    """What is particular to the baseline."""
+    """The flags of the baseline, beside those of the task and the training."""
 
     layer_decay: float = field(
-        default=1.0, metadata={"help": "How much slower each layer learns than the one above it; 1 for no difference."}
+        default=1.0,
+        metadata={"help": "Learning rate of a layer as a share of that of the layer above it."},
     )
 
 
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, training, recipe = parse_recipe((BaselineArguments, RecipeTrainingArguments), RECIPE, argv)
+    classes = (BaselineArguments, RecipeTrainingArguments)
+    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, find_base_model)
     set_seed(training.seed)
 
     # 2. Load the task
@@ -54,34 +61,35 @@ def main(argv=None) -> None:
     # 3. Build the variant
     model = build_classifier(base.path, task.labels, arguments.attention_dropout)
 
-    # 4. Train: what is left in `model` is the best checkpoint on validation
+    # 4. Train; afterwards the model has the weights of the best checkpoint on validation
     trainer = BaselineTrainer(
         layer_decay=arguments.layer_decay,
         model=model,
         args=training,
         train_dataset=train_ids,
         eval_dataset=validation_ids,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,  # pads each batch to its longest text
         compute_metrics=compute_metrics,
     )
-    summary = train(trainer, recipe)
+    checkpoint = find_checkpoint(trainer, recipe)
+    with patched(trainer) as clock:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    summary = summarize_training(trainer, clock, resumed=checkpoint is not None)
 
-    # 5. Save
+    # 5. Save, once: with `accelerate launch` several processes get here
     if trainer.is_world_process_zero():
-        made = describe_made("baseline", recipe, base, task, rows, training=summary, seed=training.seed)
+        made = describe_made("baseline", recipe, training.seed, describe_origin(base, task, rows), summary)
         with new_artifact(training.artifact, made) as folder:
-            made["onnx"] = save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
-        shutil.rmtree(training.output_dir)  # the checkpoints
-        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
-        score_and_publish(training.artifact, training.hub)
+            made["onnx"] = save_forms(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
+        finish(training, summary)
 
 
 class BaselineTrainer(Trainer):
     """The `Trainer` with layer-wise learning rates.
 
-    Each layer learns ``layer_decay`` times as fast as the one above it, since the lower ones hold what the pretraining
-    knows (Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018).
+    Each layer has ``layer_decay`` times the learning rate of the layer above it. The lower a layer, the more general
+    its knowledge from pretraining, and the less it should change (Howard and Ruder, "Universal Language Model
+    Fine-tuning for Text Classification", ACL 2018).
     """
 
     def __init__(self, layer_decay: float, **kwargs):
@@ -89,13 +97,16 @@ class BaselineTrainer(Trainer):
         self.layer_decay = layer_decay
 
     def create_optimizer(self, model=None):
+        """The optimizer of the recipe, with a group of parameters for each learning rate and weight decay."""
         model = model or self.model
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        decayed, depths = set(self.get_decay_parameter_names(model)), count_layers_above(model)
+        decayed = set(self.get_decay_parameter_names(model))  # all but biases and norms
+        depths = count_layers_above(model)
         groups = {}
         for name, parameter in model.named_parameters():
             weight_decay = self.args.weight_decay if name in decayed else 0.0
             rate = self.args.learning_rate * self.layer_decay ** depths[name]
+            # A scheduler multiplies the rate of each group, so the ratios between layers stay.
             group = groups.setdefault((rate, weight_decay), {"params": [], "lr": rate, "weight_decay": weight_decay})
             group["params"].append(parameter)
         self.optimizer = optimizer_class(list(groups.values()), **options)
@@ -103,25 +114,31 @@ class BaselineTrainer(Trainer):
 
 
 def count_layers_above(model) -> dict[str, int]:
-    """How many layers each parameter lies below the head: most for the embeddings, 0 for all outside the layers."""
-    stack = find_stack(model)
+    """Parameter name -> how many layers it lies below the head: 0 for pooler and head, the most for the embeddings."""
+    stack = find_stack(model)  # as "bert.encoder.layer"; names differ by architecture
+    layers = len(model.get_submodule(stack))
+    # The table of words lies in the module that holds all embeddings and their norm.
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.get_input_embeddings()].rpartition(".")[0]
-    layers, depths = len(model.get_submodule(stack)), {}
+    depths = {}
     for name, _ in model.named_parameters():
         if name.startswith(f"{stack}."):
-            depths[name] = layers - int(name.removeprefix(f"{stack}.").split(".")[0])
+            number = int(name.removeprefix(f"{stack}.").split(".")[0])  # 0 is the layer next to the embeddings
+            depths[name] = layers - number
+        elif name.startswith(f"{embeddings}."):
+            depths[name] = layers + 1
         else:
-            depths[name] = layers + 1 if name.startswith(f"{embeddings}.") else 0
+            depths[name] = 0
     return depths
 
 
-def save(model, tokenizer, folder) -> dict:
-    """Writes the tokenizer and the three forms of the model; returns what the ONNX export found."""
+def save_forms(model, tokenizer, folder) -> dict:
+    """Writes the tokenizer and the three forms of the model into a folder; returns the result of `export_onnx`."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, variant="bf16")
     model.float().save_pretrained(folder)  # after BF16, so that config.json is that of the FP32 model
     tokenizer.save_pretrained(folder)
-    saved = AutoModelForSequenceClassification.from_pretrained(folder)  # without what the Trainer wrapped around it
+    # The file is made from the saved folder, so both hold the very same weights.
+    saved = AutoModelForSequenceClassification.from_pretrained(folder)
     return export_onnx(saved, tokenizer, folder / "onnx" / "model.onnx")
 
 

@@ -1,9 +1,10 @@
-"""Reads all records and writes the comparison: the README's table, `results/comparison.md`, pictures, the report.
+"""Reads all records and studies and writes what shows them: the README's table, pages, cards, pictures, the report.
 
 No number is typed by hand, and rendering twice changes nothing. A record that lacks a field stops the rendering, and a
 result from the sample or from a short run never enters the README.
 
     python scripts/run_comparison.py
+    python scripts/run_comparison.py --check                                          # as `make check` does
     python scripts/run_comparison.py --results_dir build/run/results --print_only
 """
 
@@ -17,13 +18,12 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, read_json, write_bytes, write_text
 from emotion.common.flags import parse_flags
 from emotion.measure.record import read_records, record_name
-from emotion.report import pages
 from emotion.report.cards import render_cards
 from emotion.report.comparison import build_comparison
 from emotion.report.document import REPORT, compile_report
 from emotion.report.figures import list_pictures, same_picture
 from emotion.report.pages import render_study_pages
-from emotion.report.tables import render_caption, render_page, render_table
+from emotion.report.tables import render_block, render_page, render_table
 from emotion.report.trace import render_trace_page
 
 from tqdm import tqdm
@@ -33,7 +33,7 @@ START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end
 
 @dataclass
 class ComparisonArguments:
-    """Where from, where to."""
+    """Which results are shown, and where."""
 
     results_dir: str = field(
         default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, benchmark/."}
@@ -46,11 +46,12 @@ class ComparisonArguments:
 
 
 def main(argv=None) -> None:
+    """Writes, checks or prints, as the flags say."""
     (arguments,) = parse_flags((ComparisonArguments,), positional="results_dir", argv=argv)
     results, readme = Path(arguments.results_dir).resolve(), Path(arguments.readme).resolve()
     records = read_records(results)
     comparison = build_comparison(records, results)
-    if not arguments.print_only:
+    if not arguments.print_only:  # the table alone may show a short run, or the sample
         for record in records:
             check_publishable(record)
         benchmarks = {path.stem: read_json(path) for path in sorted((results / "benchmark").glob("*.json"))}
@@ -64,27 +65,30 @@ def main(argv=None) -> None:
 
 
 def render_pages(comparison, records, benchmarks, pictures, results: Path, readme: Path) -> dict[Path, str]:
-    """The files that show the records in words and numbers, and their whole text."""
+    """The files that show the records in words and numbers, and their whole text.
+
+    Raises:
+        UserError: if the README has no place for the table, or a record or a study lacks a field.
+    """
     text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
     before, after = text.split(START)[0], text.split(END)[1]
-    block = f"{render_table(comparison)}\n{render_caption(comparison)}"
-    figures = [path.with_name(f"{path.name}.png") for path in pictures if path.parent.name == "figures"]
+    figures = [path for path in pictures if path.parent.name == "figures"]
     cards = render_cards(records, readme.parent / "model_cards")
     return {
-        readme: f"{before}{START}\n\n{block}\n{END}{after}",
+        readme: f"{before}{START}\n\n{render_block(comparison)}\n{END}{after}",
         results / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         results / "comparison.md": render_page(comparison, records, benchmarks, figures),
         **cards,
         **render_study_pages(results),
+        # It quotes a line of a card: of the one above, not of the one on the disk.
         **render_trace_page(results, records, readme.parent, cards),
-        **pages.render_pages(results),
     }
 
 
 def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
-    """Everything, each file whole; the report last, since it reads the others."""
+    """Writes everything, each file whole; the report last, since it reads the others."""
     for path, text in pages.items():
         write_text(path, text)
     for path, draw in tqdm(pictures.items(), desc="pictures"):
@@ -100,8 +104,9 @@ def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
         for path, draw in tqdm(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
             draw(fresh)
-            stale += [path.with_name(f"{path.name}{ending}") for ending in (".png", ".svg")
-                      if not same_picture(fresh, path, ending)]  # fmt: skip
+            if not same_picture(fresh, path):
+                stale.append(path)
+    # It is set from the pictures and results on the disk, which were compared above.
     report = compile_report(root)
     if report and (not (root / REPORT).is_file() or (root / REPORT).read_bytes() != report):
         stale.append(root / REPORT)
@@ -112,13 +117,14 @@ def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
 
 
 def check_publishable(record: dict) -> None:
-    """Only a full training on the real data, scored on its test split, is shown to the world."""
+    """Raises `UserError` unless the record is of a full training on the real data, scored on its test split."""
     made, name = record["made"], record_name(record)
     if "sample" in {made["dataset_source"], made["train_dataset_source"]}:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
     if record["quality"]["split"] != "test":
         raise UserError(f"{name} was scored on {record['quality']['split']}, not on test: not for the README")
     recipe = made["recipe"] or {}
+    # A quantized artifact's recipe holds that of its baseline, whose training may have been the short one.
     short = {"max_train_rows", "max_steps"} & {**recipe, **recipe.get("baseline", {})}.keys()
     if short:
         raise UserError(f"{name} is a short run ({', '.join(sorted(short))} in its recipe): not for the README")

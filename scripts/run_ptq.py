@@ -1,8 +1,8 @@
-"""Quantizes the fine-tuned baseline to INT8 without training (PTQ), once for each runtime that people use.
+"""Quantizes the fine-tuned baseline to INT8 without training (PTQ), once for each runtime.
 
 The artifact, `weights/ptq`, holds the same layers in INT8 for Transformers (`model.safetensors`, torchao), for ONNX
-Runtime and transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`). Which layers, and how, was
-chosen on validation by study_ptq.py; the test split is never looked at here, run_evaluation.py scores it.
+Runtime and transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`). study_ptq.py has chosen the
+layers and methods on validation. This script never reads the test split; run_evaluation.py scores it.
 
     python scripts/run_ptq.py                                    # the recipe configs/ptq.yaml
     python scripts/run_ptq.py --baseline weights/mine --output_dir weights/mine-ptq --formats onnx
@@ -14,14 +14,19 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
-from emotion.common.machine import git_commit, package_versions
-from emotion.common.recipe import PLACES, Recipe, read_recipe_of
+from emotion.common.recipe import read_recipe_of
 from emotion.model.artifact import new_artifact
 from emotion.model.hub import HubArguments, score_and_publish
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.layers import explain_float, find_layers
-from emotion.quantize.scheme import SchemeArguments, check, choose_all_scales, name_variant, save_formats
-from emotion.task.dataset import get_split, load_task_of, stratified_sample
+from emotion.quantize.scheme import (
+    SchemeArguments,
+    check_scheme,
+    describe_quantized,
+    draw_calibration_rows,
+    make_plan,
+    save_formats,
+)
+from emotion.task.dataset import load_task_of
 from emotion.task.tokens import TextEncoder
 
 RECIPE = ROOT / "configs" / "ptq.yaml"
@@ -29,60 +34,40 @@ RECIPE = ROOT / "configs" / "ptq.yaml"
 
 @dataclass
 class PtqArguments(SchemeArguments):
-    """What is quantized, and where the result goes."""
+    """The flags of PTQ, beside those of the scheme."""
 
-    baseline: str = field(default="weights/baseline", metadata={"help": "The fine-tuned folder to quantize."})
-    output_dir: str = field(default="weights/ptq", metadata={"help": "Where the artifact is saved."})
+    baseline: str = field(default="weights/baseline", metadata={"help": "Folder of the fine-tuned model to quantize."})
+    output_dir: str = field(default="weights/ptq", metadata={"help": "Folder in which the artifact is saved."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Where those rows come from; the dataset that the baseline learnt by default."}
+        default=None, metadata={"help": "Dataset of the calibration rows; by default that of the baseline."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of that draw."})
+    seed: int = field(default=42, metadata={"help": "Seed by which the calibration rows are drawn."})
 
 
 def main(argv=None) -> None:
     # 1. Parse
     arguments, hub, recipe = parse_recipe((PtqArguments, HubArguments), RECIPE, argv)
-    check(arguments, arguments.output_dir)
-    baseline = Path(arguments.baseline)
+    check_scheme(arguments, arguments.output_dir)
+    baseline, artifact = Path(arguments.baseline), Path(arguments.output_dir)
+
+    # 2. Load the task; only its calibration rows are needed
     made_by = read_recipe_of(baseline)
-
-    # 2. Load the task: all that is needed of it are the calibration rows
     task = load_task_of(made_by, arguments.dataset_name)
-    rows = stratified_sample(get_split(task, "train"), arguments.calibration_rows, arguments.seed)
-    print(f"{baseline}   calibration: {len(rows)} rows of {task.name} ({task.source}), train")
+    print(f"{baseline}   calibration: {arguments.calibration_rows} rows of {task.name} ({task.source}), train")
 
-    # 3. Build the variant
-    model = load_trained_classifier(baseline)
-    layers = find_layers(model, arguments.keep_float)
-    scales = choose_all_scales(model, layers, arguments)
-    print(f"INT{arguments.bits}: {len(layers.linear)} linear layers, {len(layers.embeddings)} embeddings")
+    # 3. Build the variant: choose its layers, and below 8 bits the scales that round them
+    plan = make_plan(baseline, load_trained_classifier(baseline), arguments)
+    print(f"INT{arguments.bits}: {len(plan.layers.linear)} linear layers, {len(plan.layers.embeddings)} embeddings")
 
-    # 4. Calibrate: the rows, as word pieces, show what ranges the static forms need
-    encoder = TextEncoder(baseline)
-    token_ids = encoder(list(rows["text"]))
+    # 4. Calibrate: draw the rows by which OpenVINO, and ONNX Runtime if asked to, measure the activations' ranges
+    rows = draw_calibration_rows(task, TextEncoder(baseline), arguments.calibration_rows, arguments.seed)
 
     # 5. Save
-    made = describe_ptq(arguments, recipe, made_by, model, layers)
-    with new_artifact(Path(arguments.output_dir), made) as folder:
-        made["seconds"] = save_formats(baseline, folder, model, layers, scales, encoder, token_ids, arguments)
-    print(f"saved {arguments.output_dir}")
-    score_and_publish(Path(arguments.output_dir), hub)
-
-
-def describe_ptq(arguments: PtqArguments, recipe: Recipe, made_by: dict, model, layers) -> dict:
-    """What made the artifact, for its recipe.yaml and every record of it."""
-    return {
-        "variant": name_variant("ptq", arguments.bits),
-        "recipe": {key: value for key, value in recipe.values.items() if key not in PLACES}
-        | {"baseline": made_by.get("recipe", {})},
-        "recipe_sha256": recipe.sha256,
-        "seed": made_by.get("seed"),  # of the baseline; the draw of the calibration rows has its own, in the recipe
-        "made": {**made_by.get("made", {}), "git_commit": git_commit()},
-        "training": made_by.get("training"),
-        "kept_in_float": explain_float(model, layers, arguments),
-        "seconds": {},
-        "versions": package_versions(),
-    }
+    made = describe_quantized("ptq", recipe, made_by, plan, arguments)
+    with new_artifact(artifact, made) as folder:
+        made["seconds"] = save_formats(plan, folder, rows, arguments)  # which quantizes; recipe.yaml is written last
+    print(f"saved {artifact}")
+    score_and_publish(artifact, hub)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Publishes a folder on the Hub: an artifact with its card and its scores, or the demo page as a static Space.
 
-An artifact goes up only if its files are those that run_evaluation.py scored, in one commit: every format, the card
-(written from the records, see utils_card.py), the records and the pictures of the confusion matrices. Nothing else
-that lies in the folder is sent. What is there already makes no second commit.
+An artifact goes up only if its files are those that run_evaluation.py scored. One commit holds every format, the
+records, and the card with its picture, which are made from the records now. Nothing else in the folder is sent. If the
+repository already holds the same files, there is no second commit.
 
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --dry_run
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --private
     python scripts/run_publish.py docs/demo --repo_id user/emotions --model_id user/bert-emotion-ptq
 """
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from emotion.common.recipe import RECIPE_FILE, read_recipe_of
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
-from emotion.report.cards import BASELINE, render_card
+from emotion.report.cards import BASELINE, order, render_card
+from emotion.report.plots import plot_confusion_matrix
 
 import yaml
 
@@ -31,7 +33,7 @@ PAGE_MODEL = "user/bert-emotion-ptq"  # the repository that the page names until
 
 @dataclass
 class PublishArguments:
-    """What goes where."""
+    """Which folder goes to which repository."""
 
     artifact: str = field(metadata={"help": "The folder to publish; the one word that needs no flag."})
     repo_id: str = field(metadata={"help": "Where to: user/name."})
@@ -44,6 +46,7 @@ class PublishArguments:
 
 
 def main(argv=None) -> None:
+    """Lists the files, and sends them unless it is a dry run."""
     (arguments,) = parse_flags((PublishArguments,), positional="artifact", argv=argv)
     folder = Path(arguments.artifact)
     is_page = (folder / PAGE).is_file()
@@ -51,12 +54,7 @@ def main(argv=None) -> None:
         files = collect_page(folder, arguments.model_id)
     else:
         files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
-    sent = {folder / name for name in files}
-    left_out = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p not in sent)
-    sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in sorted(files.items())}
-    for name, size in sizes.items():
-        print(f"{size:>12,}  {name}")
-    print(f"{sum(sizes.values()):>12,}  bytes in {len(sizes)} files; left out: {', '.join(left_out) or 'nothing'}")
+    list_files(files, folder)
     if arguments.dry_run:
         print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {arguments.repo_id}")
         return
@@ -65,35 +63,69 @@ def main(argv=None) -> None:
     print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message)}")
 
 
+def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
+    """Prints each file with its bytes, and the names of those in the folder that are not sent."""
+    total = 0
+    for name, content in sorted(files.items()):
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{size:>12,}  {name}")
+        total += size
+    left_out = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files:
+            left_out.append(name)
+    print(f"{total:>12,}  bytes in {len(files)} files; left out: {', '.join(sorted(left_out)) or 'nothing'}")
+
+
 def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """The files of an artifact's repository: what was scored, what made it, the card and the scores."""
+    """The files of an artifact's repository: its name there -> a file that exists, or the content itself.
+
+    Raises:
+        UserError: if a format was not scored as it is now, or a file is missing.
+    """
     made_by, records = read_recipe_of(folder), read_records(results)
     variant = made_by.get("variant", folder.resolve().name)
     scored = find_scored(folder, [record for record in records if record["variant"] == variant])
-    others = [record for record in records if record["variant"] == BASELINE != variant]
-    files = {name: folder / name for record in scored for name in record["sha256"]}
-    files |= {f"adapter/{path.name}": path for path in sorted((folder / "adapter").glob("adapter_*"))}
-    for name in map(record_name, scored):
-        for path in (f"metrics/{name}.json", f"confusion_matrices/{name}.png"):
-            files[f"results/{path}"] = results / path
+    files = {}
+    for record in scored:
+        for name in record["sha256"]:  # formats share the configuration and the tokenizer: the same names again
+            files[name] = folder / name
+        name = f"metrics/{record_name(record)}.json"
+        files[f"results/{name}"] = results / name
+    for path in sorted((folder / "adapter").glob("adapter_*")):  # not PEFT's own card, which is a form to fill in
+        files[f"adapter/{path.name}"] = path
     if made_by:
+        # The recipe tells the folders that it read; others need not know where this user keeps them.
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
-    files["README.md"] = render_card(scored + others, variant, repo_id).encode()
-    if missing := [str(path) for path in files.values() if isinstance(path, Path) and not path.is_file()]:
-        raise UserError(f"no file {missing[0]}; measure {folder} again with run_evaluation.py")
+    baseline = [record for record in records if record["variant"] == BASELINE != variant]
+    files["README.md"] = render_card(scored + baseline, variant, repo_id).encode()
+    shown = order(scored, variant)[0]
+    files[f"results/confusion_matrices/{record_name(shown)}.png"] = draw_picture(shown)
+    for path in files.values():
+        if isinstance(path, Path) and not path.is_file():
+            raise UserError(f"no file {path}; measure {folder} again with run_evaluation.py")
     return files
 
 
+def draw_picture(record: dict) -> bytes:
+    """The confusion matrix that the card shows, as a PNG."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "matrix.png"
+        plot_confusion_matrix(record, path)
+        return path.read_bytes()
+
+
 def find_scored(folder: Path, records: list[dict]) -> list[dict]:
-    """The records of the very files that lie in the folder; each format must have one."""
-    scored = [
-        record
-        for record in records
-        if "sha256" in record
-        and all((folder / name).is_file() and sha256(folder / name) == was for name, was in record["sha256"].items())
-    ]
+    """The records of the very files that are in the folder.
+
+    Raises:
+        UserError: if a format has no such record: naming the command that measures it.
+    """
+    scored = [record for record in records if "sha256" in record and has_files(folder, record["sha256"])]
     for format, weights in find_formats(folder).items():
-        if not any(weights.relative_to(folder).as_posix() in record["sha256"] for record in scored):
+        name = weights.relative_to(folder).as_posix()
+        if not any(name in record["sha256"] for record in scored):
             raise UserError(
                 f"{weights} was not scored as it is now; run "
                 f"python scripts/run_evaluation.py {folder} --format {format}"
@@ -101,8 +133,17 @@ def find_scored(folder: Path, records: list[dict]) -> list[dict]:
     return scored
 
 
+def has_files(folder: Path, checksums: dict[str, str]) -> bool:
+    """Whether the folder has these files with these SHA-256."""
+    return all((folder / name).is_file() and sha256(folder / name) == was for name, was in checksums.items())
+
+
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
-    """The files of the demo page, with the repository that it is to load."""
+    """The files of the demo page, with the repository that it will load.
+
+    Raises:
+        UserError: if a file does not name the repository that ``model_id`` replaces.
+    """
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in PAGE_FILES}
     for name, text in texts.items():
         if PAGE_MODEL not in text:

@@ -1,16 +1,15 @@
-"""Trains the fine-tuned baseline on with rounded weights and activations (QAT), then converts it to real integers.
+"""Trains the fine-tuned baseline further with rounded weights and activations (QAT), then converts it to integers.
 
-The artifact, `weights/qat`, holds the same formats as that of run_ptq.py, and is quantized by the same functions; with
-fewer bits than 8 it is one packed ONNX file (utils_lowbit.py). What was trained, the fake-quantized model, and what is
-shipped are scored side by side on validation; the test split is never looked at here.
+The artifact, `weights/qat`, holds the same formats as that of run_ptq.py, quantized by the same functions. Below 8
+bits it holds one packed ONNX file (emotion/quantize/lowbit.py). The fake-quantized model that was trained and the
+saved files are scored side by side on validation. This script never reads the test split; run_evaluation.py scores it.
 
     python scripts/run_qat.py                                    # the recipe configs/qat.yaml: INT8
     python scripts/run_qat.py --bits 4 --output_dir weights/qat-int4
 """
 
-import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from emotion.common.command import run
@@ -18,17 +17,31 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.recipe import read_recipe_of
-from emotion.model.artifact import describe_made, find_formats, new_artifact
+from emotion.model.artifact import describe_origin, find_formats, new_artifact
 from emotion.model.classifier import ModelInMemory, open_artifact, predict
-from emotion.model.hub import score_and_publish
 from emotion.model.pretrained import load_trained_classifier
-from emotion.model.training import RecipeTrainingArguments, compute_metrics, train
+from emotion.model.training import (
+    RecipeTrainingArguments,
+    compute_metrics,
+    find_checkpoint,
+    finish,
+    freeze,
+    patched,
+    summarize_training,
+)
 from emotion.quantize.fake_quantizers import convert, prepare, switch, to_integers
 from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import Layers, explain_float, find_layers
+from emotion.quantize.layers import Plan
 from emotion.quantize.onnx_graph import export_onnx
-from emotion.quantize.scheme import SchemeArguments, check, choose_all_scales, name_variant, save_formats
-from emotion.task.dataset import RowsArguments, get_split, load_task_of, stratified_sample
+from emotion.quantize.scheme import (
+    SchemeArguments,
+    check_scheme,
+    describe_quantized,
+    draw_calibration_rows,
+    make_plan,
+    save_formats,
+)
+from emotion.task.dataset import RowsArguments, Task, get_split, load_task_of
 from emotion.task.scores import score
 from emotion.task.source import BaseModel
 from emotion.task.tokens import TextEncoder, load_training_rows
@@ -36,87 +49,91 @@ from emotion.task.tokens import TextEncoder, load_training_rows
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import DataCollatorWithPadding, Trainer, set_seed
+from transformers import Trainer, set_seed
 
 RECIPE = ROOT / "configs" / "qat.yaml"
 
 
 @dataclass
 class QatArguments(SchemeArguments, RowsArguments):
-    """What is trained on, and how it learns to be rounded."""
+    """The flags of QAT, beside those of the scheme, the rows and the training."""
 
-    baseline: str = field(default="weights/baseline", metadata={"help": "The fine-tuned folder to start from."})
-    quantize_after: int = field(default=0, metadata={"help": "Train so many steps in floats before rounding starts."})
+    baseline: str = field(default="weights/baseline", metadata={"help": "Folder of the fine-tuned model."})
+    quantize_after: int = field(default=0, metadata={"help": "Steps of training in floats before rounding starts."})
     distillation_weight: float = field(
-        default=0.0, metadata={"help": "Share of the loss that asks for the baseline's answers; the rest, the labels."}
+        default=0.0,
+        metadata={"help": "Share of the loss for the baseline's answers; the rest is for the labels."},
     )
     distillation_temperature: float = field(
-        default=2.0, metadata={"help": "Divides the logits of both before they are compared."}
+        default=2.0, metadata={"help": "Divides the logits of model and baseline before they are compared."}
     )
     freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parts that are not trained: what their names begin with."}
+        default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows to train on; the dataset that the baseline learnt by default."}
+        default=None, metadata={"help": "Dataset to train on; by default that of the baseline."}
     )
 
 
 def main(argv=None) -> None:
     # 1. Parse
     arguments, training, recipe = parse_recipe((QatArguments, RecipeTrainingArguments), RECIPE, argv)
-    check(arguments, training.artifact)
+    check_scheme(arguments, training.artifact)
     set_seed(training.seed)
 
     # 2. Load the task
-    baseline = Path(arguments.baseline)
-    made_by = read_recipe_of(baseline)
-    task = load_task_of(made_by, arguments.dataset_name)
-    origin = made_by.get("made", {})
-    base = BaseModel(origin.get("base_model", baseline.name), str(baseline), origin.get("base_model_source", "folder"))
-    print(f"{baseline}   dataset: {task.name} ({task.source})")
+    base, task, made_by = load_origin(Path(arguments.baseline), arguments.dataset_name)
     rows, tokenizer, train_ids, validation_ids = load_training_rows(task, base, arguments, seed=training.seed)
 
-    # 3. Build the variant
-    model = load_trained_classifier(baseline)
-    layers = find_layers(model, arguments.keep_float)
-    kept = explain_float(model, layers, arguments)
-    prepare(model, layers, choose_all_scales(model, layers, arguments), arguments.reduce_range)
-    frozen = freeze(model, arguments.freeze)
+    # 3. Build the variant: the baseline with fake quantizers in its layers
+    plan = make_plan(base.path, load_trained_classifier(base.path), arguments)
+    made = describe_quantized("qat", recipe, made_by, plan, arguments)
+    prepare(plan.model, plan.layers, plan.scales, arguments.reduce_range)
+    frozen = freeze(plan.model, arguments.freeze)
     if arguments.distillation_weight:
-        train_ids = train_ids.add_column("teacher_logits", ask(baseline, train_ids["input_ids"]))
-        training.remove_unused_columns = False
+        train_ids = add_teacher(base.path, train_ids, training)
 
-    # 4. Train: what is left in `model` is the best checkpoint on validation, scored fake-quantized
+    # 4. Train; afterwards the model has the weights of the best checkpoint on validation, scored with fake quantizers
     trainer = QatTrainer(
         arguments=arguments,
-        model=model,
+        model=plan.model,
         args=training,
         train_dataset=train_ids,
         eval_dataset=validation_ids,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,  # pads each batch to its longest text
         compute_metrics=compute_metrics,
     )
-    summary = train(trainer, recipe) | {"frozen_parameters": frozen}
+    checkpoint = find_checkpoint(trainer, recipe)
+    with patched(trainer) as clock:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    summary = summarize_training(trainer, clock, resumed=checkpoint is not None) | {"frozen_parameters": frozen}
 
-    # 5. Save
+    # 5. Save, once: with `accelerate launch` several processes get here
     if trainer.is_world_process_zero():
-        variant = name_variant("qat", arguments.bits)
-        made = describe_made(variant, recipe, base, task, rows, training=summary, seed=training.seed)
-        made["recipe"]["baseline"] = made_by.get("recipe", {})
-        made["kept_in_float"] = kept
-        with new_artifact(training.artifact, made) as folder, tempfile.TemporaryDirectory() as scratch:
-            calibration = stratified_sample(get_split(task, "train"), arguments.calibration_rows, training.seed)
-            texts = {"calibration": calibration["text"], "validation": get_split(task, "validation")["text"]}
-            made |= save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, layers, folder, Path(scratch),
-                         texts, np.asarray(get_split(task, "validation")["label"]), arguments)  # fmt: skip
-        shutil.rmtree(training.output_dir)  # the checkpoints
-        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
-        score_and_publish(training.artifact, training.hub)
+        made |= {"seed": training.seed, "made": made["made"] | describe_origin(base, task, rows), "training": summary}
+        with new_artifact(training.artifact, made) as folder:
+            made |= save_converted(trainer, plan, folder, task)
+        finish(training, summary)
+
+
+def load_origin(baseline: Path, dataset_name: str | None) -> tuple[BaseModel, Task, dict]:
+    """The model to start from, the dataset, and the baseline's recipe.yaml; prints where they come from.
+
+    Args:
+        dataset_name: None for the dataset of the baseline.
+    """
+    made_by = read_recipe_of(baseline)
+    # The weights are the baseline's, and the name is that of the base model which the baseline was made from.
+    origin = made_by.get("made", {})
+    # Without a recipe the folder was made by another program, and its own name is all that is known.
+    name, source = origin.get("base_model", baseline.name), origin.get("base_model_source", "folder")
+    task = load_task_of(made_by, dataset_name)
+    print(f"{baseline}   dataset: {task.name} ({task.source})")
+    return BaseModel(name, str(baseline), source), task, made_by
 
 
 class QatTrainer(Trainer):
-    """The `Trainer` with fake quantizers that start when told, and the baseline's answers as a second target.
+    """The `Trainer` with fake quantizers that start after some steps, and the baseline's answers as a second target.
 
     Distillation: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015.
     """
@@ -126,8 +143,12 @@ class QatTrainer(Trainer):
         self.arguments = arguments
 
     def training_step(self, model, inputs, *words, **options):
+        """One step, in floats for the first ``quantize_after``; raises `UserError` if the loss is no longer finite."""
+        # Rounding may start late, when the training no longer changes much (Jacob et al., "Quantization and Training
+        # of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
         switch(model, enabled=self.state.global_step >= self.arguments.quantize_after)
         loss = super().training_step(model, inputs, *words, **options)
+        # A loss of NaN would train on to the end, and every later checkpoint would be worthless.
         if not torch.isfinite(loss):
             checkpoints = Path(self.args.output_dir).glob("checkpoint-*")
             last = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
@@ -136,79 +157,100 @@ class QatTrainer(Trainer):
         return loss
 
     def evaluation_loop(self, *words, **options):
-        switch(self.model, enabled=True)  # the best checkpoint is that of the rounded model
+        """Scores the model with its fake quantizers on, so that the best checkpoint is that of the rounded model."""
+        switch(self.model, enabled=True)
         return super().evaluation_loop(*words, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
-        teacher = inputs.pop("teacher_logits", None)
+        """The loss of the labels, mixed with the divergence from the baseline's answers where there are any."""
+        teacher = inputs.pop("teacher_logits", None)  # (texts, classes); rows of validation have none
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
         if teacher is not None:
+            # A higher temperature makes small differences between unlikely classes count more.
             share, temperature = self.arguments.distillation_weight, self.arguments.distillation_temperature
             wanted = functional.softmax(teacher / temperature, dim=-1)
             found = functional.log_softmax(outputs["logits"].float() / temperature, dim=-1)
+            # Dividing by the temperature makes the gradients smaller by its square (Hinton et al., section 2).
             gap = functional.kl_div(found, wanted, reduction="batchmean") * temperature**2
             loss = (1 - share) * loss + share * gap
         return (loss, outputs) if return_outputs else loss
 
 
-def ask(baseline: Path, token_ids) -> list[list[float]]:
-    """The baseline's logits of all rows, once: a step then costs nothing more."""
+def add_teacher(baseline: str, rows, training: RecipeTrainingArguments):
+    """Adds the baseline's answers to the rows, as a column `teacher_logits`; makes ``training`` keep that column.
+
+    The answers are computed once, so that no step has to run a second model.
+    """
     classifier = open_artifact(baseline, "onnx", threads=torch.get_num_threads())
-    return predict(classifier, list(token_ids)).tolist()
+    logits = predict(classifier, list(rows["input_ids"]))
+    training.remove_unused_columns = False  # the Trainer would drop the column, since no model takes it
+    return rows.add_column("teacher_logits", logits.tolist())
 
 
-def freeze(model, beginnings: list[str]) -> int:
-    """Keeps the parameters whose names begin so from being trained; returns how many numbers that are."""
-    for beginning in beginnings:
-        if not any(name.startswith(beginning) for name, _ in model.named_parameters()):
-            names = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
-            raise UserError(f"--freeze {beginning}: no parameter's name begins so; they begin with {', '.join(names)}")
-    frozen = [part for name, part in model.named_parameters() if beginnings and name.startswith(tuple(beginnings))]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return sum(parameter.numel() for parameter in frozen)
+def save_converted(trainer: QatTrainer, plan: Plan, folder: Path, task: Task) -> dict:
+    """Converts the trained model, writes all formats, and scores them beside the fake-quantized model on validation.
 
-
-def save(model, tokenizer, layers: Layers, folder: Path, scratch: Path, texts, labels, arguments) -> dict:
-    """Converts the fake-quantized model and writes all formats, by the functions of run_ptq.py.
+    The functions that write the files are those of run_ptq.py.
 
     Args:
-        scratch: an empty folder for the float model in between.
-        texts: of `calibration` and `validation`; ``labels`` belong to the latter.
+        trainer: its model has fake quantizers, and loses them here.
 
     Returns:
-        `seconds` a format, and `forms`: validation macro F1 of what was trained, of the integers that it was
-        converted to, and of each file, reopened; with the mean gap of their logits to the first.
+        `seconds` per format, and `forms`, of `score_forms`.
     """
-    encoder = TextEncoder(arguments.baseline)
-    token_ids = {split: encoder(list(rows)) for split, rows in texts.items()}
-    model.cpu().float()
-    vars(model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
-    switch(model, enabled=True)
-    logits = {"fake": predict(ModelInMemory(model, encoder), token_ids["validation"])}
-    scales = convert(model)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    plain = load_trained_classifier(scratch).eval()  # without what the Trainer wrapped around it
-    export_onnx(plain, tokenizer, scratch / "onnx" / "model.onnx")
-    seconds = save_formats(scratch, folder, plain, layers, scales, encoder, token_ids["calibration"], arguments)
-    converted = (
-        to_integers(plain, layers, scales)
-        if scales
-        else quantize_torchao(scratch, scratch / "int8", layers, arguments.reduce_range)
-    )
-    logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids["validation"])
+    arguments, seed = trainer.arguments, trainer.args.seed
+    plan = replace(plan, model=trainer.accelerator.unwrap_model(trainer.model))
+    calibration = draw_calibration_rows(task, TextEncoder(plan.folder), arguments.calibration_rows, seed)
+    encoder, validation = calibration.encoder, get_split(task, "validation")
+    token_ids, labels = encoder(list(validation["text"])), np.asarray(validation["label"])
+    # Back to the form in which the files answer: on the processor, in FP32.
+    plan.model.cpu().float()
+    vars(plan.model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
+    switch(plan.model, enabled=True)
+    logits = {"fake": predict(ModelInMemory(plan.model, encoder), token_ids)}
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = convert_to_float(plan, trainer.processing_class, Path(scratch))
+        seconds = save_formats(plan, folder, calibration, arguments)
+        # The integers once more as a model in memory: a gap to "fake" is then the conversion's fault, and a gap of a
+        # reopened file to these is the fault of saving, or of the runtime.
+        if plan.scales:
+            converted = to_integers(plan.model, plan.layers, plan.scales)
+        else:
+            converted = quantize_torchao(plan, plan.folder / "int8", arguments.reduce_range)
+        logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids)
+    # As a user opens them: saving and reopening has its own mistakes to make.
     for format in find_formats(folder):
         reopened = open_artifact(folder, format, threads=torch.get_num_threads())
-        logits[f"{format}, reopened"] = predict(reopened, token_ids["validation"])
-    forms = {
-        form: {"validation_macro_f1": score(found, labels)["macro_f1"],
-               "mean_logit_gap": float(np.abs(found - logits["fake"]).mean())}
-        for form, found in logits.items()
-    }  # fmt: skip
-    for form, one in forms.items():
-        print(f"  {form:20} macro F1 {one['validation_macro_f1']:.4f}   logits differ by {one['mean_logit_gap']:.5f}")
-    return {"seconds": seconds, "forms": forms}
+        logits[f"{format}, reopened"] = predict(reopened, token_ids)
+    return {"seconds": seconds, "forms": score_forms(logits, labels)}
+
+
+def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
+    """Saves the trained float weights in plain layers, in PyTorch and ONNX; returns a plan to quantize that folder."""
+    scales = convert(plan.model)  # those in the checkpoint, which a resumed training has brought along
+    plan.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    plain = load_trained_classifier(folder).eval()  # opened anew, without the Trainer's wrappers
+    export_onnx(plain, tokenizer, folder / "onnx" / "model.onnx")
+    return Plan(folder, plain, plan.layers, scales)
+
+
+def score_forms(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:
+    """Scores the trained model, its integers, and each reopened file on the same rows.
+
+    Args:
+        logits: form -> float32 (rows, classes); the first form is the trained model.
+        labels: int (rows,).
+
+    Returns:
+        Form -> `validation_macro_f1`, and `mean_logit_gap`, the mean absolute difference to the first form.
+    """
+    forms, first = {}, next(iter(logits.values()))
+    for form, found in logits.items():
+        macro_f1, gap = score(found, labels)["macro_f1"], float(np.abs(found - first).mean())
+        forms[form] = {"validation_macro_f1": macro_f1, "mean_logit_gap": gap}
+        print(f"  {form:20} macro F1 {macro_f1:.4f}   logits differ by {gap:.5f}")
+    return forms
 
 
 if __name__ == "__main__":

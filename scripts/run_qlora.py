@@ -1,19 +1,18 @@
 """Trains a low-rank adapter on a base of 4 bits (QLoRA), on a GPU or on a plain CPU.
 
-The base's linear layers are rounded to NF4 and never change; what is learnt are two thin matrices beside each of them,
-and the head (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023; Hu et al., "LoRA:
-Low-Rank Adaptation of Large Language Models", ICLR 2022). The artifact, `weights/qlora`, opens without knowing this:
+The base's linear layers are rounded to NF4 and never change. The training learns two thin matrices beside each of
+them, and the head (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023; Hu et al., "LoRA:
+Low-Rank Adaptation of Large Language Models", ICLR 2022). The artifact, `weights/qlora`, can be opened without PEFT:
 
-    model.safetensors            base and adapter in one, in 4 bits if validation allows (bitsandbytes)
+    model.safetensors            base and adapter as one model, in 4 bits if validation allows (bitsandbytes)
     onnx/model_quantized.onnx    the same in INT8 for ONNX Runtime
     adapter/                     the adapter alone, for the base that it names
 
-The same command grows to several GPUs and machines: accelerate_config.yaml says how.
+The same command trains on several GPUs and machines: accelerate_config.yaml says how.
 
     accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
 """
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,111 +20,147 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
-from emotion.model.artifact import describe_made, find_formats, new_artifact, quantized_by
+from emotion.model.artifact import describe_made, describe_origin, find_formats, new_artifact, quantized_by
 from emotion.model.classifier import open_artifact, predict
-from emotion.model.hub import score_and_publish
 from emotion.model.pretrained import load_trained_classifier
-from emotion.model.training import RecipeTrainingArguments, compute_metrics, train
+from emotion.model.training import (
+    RecipeTrainingArguments,
+    compute_metrics,
+    find_checkpoint,
+    finish,
+    patched,
+    summarize_training,
+)
 from emotion.quantize.adapter import QloraArguments, build_qlora, merge
 from emotion.quantize.int8_onnx import quantize_onnx
-from emotion.quantize.layers import find_layers
+from emotion.quantize.layers import Plan, find_layers
 from emotion.quantize.nf4 import nf4_options, round_to_nf4
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.task.dataset import Task, get_split, load_task, stratified_sample
-from emotion.task.scores import score
-from emotion.task.source import find_base_model
+from emotion.task.scores import VALIDATION_NOISE, score
+from emotion.task.source import BaseModel, find_base_model
 from emotion.task.tokens import load_training_rows
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, Trainer, set_seed
+from transformers import Trainer, set_seed
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
-MARGIN = 0.002  # of validation macro F1 that a smaller form of the merged model may lose
-CALIBRATION_ROWS = 300  # of train, by which the merged model is rounded
+CALIBRATION_ROWS = 300  # rows of train, on which rounding the merged model should change its answers least
 
 
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, training, recipe = parse_recipe((QloraArguments, RecipeTrainingArguments), RECIPE, argv)
+    classes = (QloraArguments, RecipeTrainingArguments)
+    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, find_base_model)
     set_seed(training.seed)
 
     # 2. Load the task
     base = find_base_model(arguments.model_name_or_path)
-    if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
-        raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
+    check_is_float(base)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
     rows, tokenizer, train_ids, validation_ids = load_training_rows(task, base, arguments, seed=training.seed)
 
-    # 3. Build the variant
+    # 3. Build the variant: the base in NF4, and an adapter beside each of its layers
     model = build_qlora(base.path, task.labels, arguments, bf16=training.bf16)
-    trained, total = model.get_nb_trainable_parameters()
-    print(f"trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
+    parameters = count_parameters(model)
 
-    # 4. Train: what is left in `model` is the best checkpoint on validation
+    # 4. Train; afterwards the model has the weights of the best checkpoint on validation
     trainer = Trainer(
         model=model,
         args=training,
         train_dataset=train_ids,
         eval_dataset=validation_ids,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,  # pads each batch to its longest text
         compute_metrics=compute_metrics,
     )
-    summary = train(trainer, recipe)
-    summary |= {"trained_parameters": trained, "parameters": total}
+    checkpoint = find_checkpoint(trainer, recipe)
+    with patched(trainer) as clock:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    summary = summarize_training(trainer, clock, resumed=checkpoint is not None) | parameters
 
-    # 5. Save
+    # 5. Save, once: with `accelerate launch` several processes get here
     if trainer.is_world_process_zero():
-        made = describe_made("qlora", recipe, base, task, rows, training=summary, seed=training.seed)
+        made = describe_made("qlora", recipe, training.seed, describe_origin(base, task, rows), summary)
         with new_artifact(training.artifact, made) as folder:
             learnt = trainer.accelerator.unwrap_model(trainer.model)
             merged = merge(learnt, base, task.labels, folder, arguments, training)
-            made["merged"] = save(merged, tokenizer, folder, task, arguments.formats, training)
-        shutil.rmtree(training.output_dir)  # the checkpoints
-        print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
-        score_and_publish(training.artifact, training.hub)
+            made["merged"] = save_merged(merged, tokenizer, folder, task, arguments.formats, training)
+        finish(training, summary)
 
 
-def save(merged, tokenizer, folder: Path, task: Task, formats: list[str], training) -> dict:
-    """Writes the merged model for Transformers, in the smallest form that keeps its score, and for ONNX Runtime.
+def check_is_float(base: BaseModel) -> None:
+    """Raises `UserError` if the base is a quantized folder: its weights would be rounded twice."""
+    if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
+        raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
+
+
+def count_parameters(model) -> dict[str, int]:
+    """The numbers of `trained_parameters` and of all `parameters`; prints them too."""
+    trained, total = model.get_nb_trainable_parameters()  # PEFT's, which counts two 4-bit weights per byte
+    print(f"trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
+    return {"trained_parameters": trained, "parameters": total}
+
+
+def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str], training) -> dict:
+    """Writes the merged model into ``folder``: `model.safetensors` for Transformers, and INT8 for ONNX Runtime.
+
+    Args:
+        merged: base and adapter as one float model.
+        formats: 'nf4' for `model.safetensors`, 'onnx' for the ONNX file.
+        training: `TrainingArguments`.
 
     Returns:
-        Validation macro F1 of each form of `model.safetensors` that was tried, FP32 first; the last one was kept.
+        Validation macro F1 of each form of `model.safetensors` that was tried; the last one was kept.
     """
-    tried = {}
+    # The adapter alone was asked for, and it is saved already.
     if not {"nf4", "onnx"} & set(formats):
-        return tried
+        return {}
     tokenizer.save_pretrained(folder)
     merged.config.save_pretrained(folder)
     with tempfile.TemporaryDirectory() as temporary:
+        # Both forms are made from a float folder, as they would be from a baseline.
         whole = Path(temporary) / "merged"
         merged.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         if "onnx" in formats:
-            float_graph = whole / "onnx" / "model.onnx"
-            export_onnx(merged, tokenizer, float_graph)
-            quantize_onnx(merged, float_graph, folder / "onnx" / "model_quantized.onnx", find_layers(merged))
-        if "nf4" not in formats:
-            return tried
-        train_rows, validation = get_split(task, "train"), get_split(task, "validation")
-        calibration = stratified_sample(train_rows, min(CALIBRATION_ROWS, len(train_rows)), training.seed)
-        tried["fp32"] = validation_macro_f1(whole, "pytorch", validation)
-        for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
-            if form == "nf4":
-                options = nf4_options(str(whole), task.labels, training.bf16)
-                smaller = round_to_nf4(whole, tokenizer, list(calibration["text"]), dtype, options)
-            else:
-                smaller = load_trained_classifier(whole, dtype=dtype)
-            smaller.save_pretrained(folder)
-            tried[form] = validation_macro_f1(folder, next(iter(find_formats(folder))), validation)
-            if tried[form] >= tried["fp32"] - MARGIN:
-                break
+            export_onnx(merged, tokenizer, whole / "onnx" / "model.onnx")
+            plan = Plan(whole, merged, find_layers(merged))
+            quantize_onnx(plan, folder / "onnx" / "model_quantized.onnx")
+        return save_smallest(whole, tokenizer, folder, task, training) if "nf4" in formats else {}
+
+
+def save_smallest(whole: Path, tokenizer, folder: Path, task: Task, training) -> dict[str, float]:
+    """Writes `model.safetensors` in the smallest form that scores on validation as the float model does.
+
+    Args:
+        whole: folder of the merged float model.
+
+    Returns:
+        Validation macro F1 of each form that was tried, FP32 first; the last one was kept.
+    """
+    train_rows, validation = get_split(task, "train"), get_split(task, "validation")
+    calibration = stratified_sample(train_rows, min(CALIBRATION_ROWS, len(train_rows)), training.seed)
+    tried = {"fp32": validation_macro_f1(whole, "pytorch", validation)}
+    # The adapter has made up for rounding to NF4, but its sum with the base must be rounded again. On some encoders
+    # this costs too much: then BF16 has half the bytes of FP32, and FP32 is what is left.
+    for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
+        if form == "nf4":
+            options = nf4_options(str(whole), task.labels, training.bf16)
+            smaller = round_to_nf4(whole, tokenizer, list(calibration["text"]), dtype, options)
+        else:
+            smaller = load_trained_classifier(whole, dtype=dtype)
+        smaller.save_pretrained(folder)  # over the form before it
+        tried[form] = validation_macro_f1(folder, next(iter(find_formats(folder))), validation)
+        if tried[form] >= tried["fp32"] - VALIDATION_NOISE:
+            break
     return tried
 
 
 def validation_macro_f1(folder: Path, format: str, validation) -> float:
+    """Macro F1 of a saved model on the rows of validation."""
+    # Opened from disk, as a user opens it.
     classifier = open_artifact(folder, format, threads=torch.get_num_threads())
     logits = predict(classifier, classifier.encode(list(validation["text"])))
     return score(logits, np.asarray(validation["label"]))["macro_f1"]

@@ -1,9 +1,10 @@
 """Makes one variant with several seeds, scores each, and keeps the seed that is best on validation.
 
 One seed's score says little: the spread over seeds is part of the result. The chosen artifact becomes
-`weights/<variant>`, the summary `results/seeds/<variant>.json`. A seed that is trained already is not trained again
-unless the recipe has changed, or the baseline it started from; one that was interrupted goes on where it stopped. A
-variant that starts from the baseline starts from that of the same seed, and is compared with it row by row.
+`weights/<variant>`, and the summary is written to `results/seeds/<variant>.json`. A seed that is trained already is
+trained again only if the recipe has changed, or the baseline that it started from. A training that was interrupted
+goes on where it stopped. A variant that starts from a baseline takes the baseline of the same seed, and is compared
+with it row by row.
 
     python scripts/run_seeds.py baseline --seeds 42 43 44 45 46
     python scripts/run_seeds.py ptq
@@ -23,36 +24,41 @@ from emotion.measure.seeds import choose_seed, make_and_score, summarize
 
 @dataclass
 class SeedsArguments:
-    """Which variant, which seeds."""
+    """Which variant is made, and with which seeds."""
 
     variant: str = field(
         metadata={
             "help": "baseline, ptq, qat, ...: run_<variant>.py with configs/<variant>.yaml; -int4 adds --bits 4."
         }
     )
+    # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
+    """Makes, scores and summarizes; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
+    # One seed is made and scored before the next begins: an interrupted run keeps all that was finished.
     runs = [make_and_score(seed, arguments.variant, weights, results) for seed in arguments.seeds]
     chosen, chosen_by = choose_seed(arguments.variant, runs, results)
+    # A copy: the artifacts of all seeds stay where they are, for the variants that start from them.
     with whole_folder(weights / arguments.variant, marker=RECIPE_FILE) as folder:
         shutil.copytree(weights / "seeds" / f"{arguments.variant}-{chosen}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,
         "chosen_seed": chosen,
         "chosen_by": chosen_by,
-        **summarize(runs),
+        **summarize(runs),  # of all seeds, and not of the chosen one: tables show the mean and its spread
         "runs": runs,
     }
     write_json(results / "seeds" / f"{arguments.variant}.json", summary)
     print(f"{len(runs)} seeds, test; seed {chosen}, chosen by {chosen_by} -> {weights / arguments.variant}")
+    # The baseline's summary has no formats: its one score was taken in PyTorch.
     for name, one in summary.get("formats", {"pytorch": summary}).items():
-        deviation = one["macro_f1"]["standard_deviation"] or 0
+        deviation = one["macro_f1"]["standard_deviation"] or 0  # null for a single seed
         change = f"   change {100 * one['change']['mean']:+.2f} points" if "change" in one else ""
         print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} (standard deviation {deviation:.4f}){change}")
 

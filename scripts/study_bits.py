@@ -1,8 +1,8 @@
-"""Draws the ladder: 8, 4, 3 and 2 bits a weight, rounded after the training (PTQ) and trained for it (QAT).
+"""Draws the ladder: 8, 4, 3 and 2 bits per weight, rounded after the training (PTQ) or trained for it (QAT).
 
 Both methods round alike at the same bits and groups. Each cell is a real file for ONNX Runtime, scored on test against
-the FP32 baseline of the same seed; what the recipes hold was chosen on validation. A cell that stands is not made
-again, and cells of other bits stay in `results/bits.json`, so that the ladder can be drawn step by step.
+the FP32 baseline of the same seed; the recipes were chosen on validation. A cell that stands is not made again. Cells
+of other bits stay in `results/bits.json`, so that the ladder can be drawn step by step.
 
     python scripts/study_bits.py
     python scripts/study_bits.py --bits 3 --seeds 42
@@ -15,19 +15,21 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, read_json, write_json, write_text
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
-from emotion.measure.seeds import make, make_and_score, mean_and_deviation
+from emotion.measure.seeds import make, make_and_score, summarize_scores
 from emotion.quantize.scheme import name_variant
 from emotion.report.pages import render_pages
 from emotion.report.plots import plot_bits, plot_rounding
 
+# A setting of the recipe whose worth is measured -> the flags that undo it.
 CHOICES = {"as in the recipe": {}, "without distillation": {"distillation_weight": 0}}
+SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")
 
 
 @dataclass
 class BitsArguments:
-    """Which cells of the ladder."""
+    """Which cells of the ladder are drawn, and where they go."""
 
-    bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits of a weight."})
+    bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight."})
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     work_dir: str = field(default=str(ROOT / "build" / "bits_study"), metadata={"help": "Where choices are saved."})
@@ -35,19 +37,22 @@ class BitsArguments:
 
 
 def main(argv=None) -> None:
+    """Makes the cells and draws the ladder; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((BitsArguments,), positional="bits", argv=argv)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     path = results / "bits.json"
+    # Cells of other bits, measured before, stay in the study.
     study = read_json(path) if path.is_file() else {"cells": {}, "choices": {}}
     for bits in arguments.bits:
         for method in ("ptq", "qat"):
             variant = name_variant(method, bits)
             runs = [make_and_score(seed, variant, weights, results) for seed in arguments.seeds]
             study["cells"][variant] = {"method": method, "bits": bits} | describe_cell(variant, runs, results)
-            save(study, path)
+            write_study(study, path)  # after each cell: the ladder takes hours, and may be interrupted
+    # At 2 bits alone: the more that rounding loses, the more a setting has to win back.
     if 2 in arguments.bits:
         study["choices"] = try_choices(arguments.seeds[0], weights, Path(arguments.work_dir))
-        save(study, path)
+        write_study(study, path)
     for page, text in render_pages(results).items():
         write_text(page, text)
     plot_bits(study, results / "bits")
@@ -56,11 +61,24 @@ def main(argv=None) -> None:
 
 
 def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
-    """What a cell weighs and how it scores, seed by seed and in the mean."""
-    folders = [results / "seeds" / str(one["seed"]) / "metrics" for one in runs]
-    records = [read_json(folder / f"{variant}-onnx.json") for folder in folders]
-    record, baseline = records[0], read_json(folders[0] / "baseline-pytorch.json")
-    scores = [{"seed": one["seed"]} | one["formats"]["onnx"] for one in runs]
+    """The size and the scores of a cell, seed by seed and in the mean.
+
+    `training` and `forms` are null for PTQ, which does not train.
+    """
+    records, scores = [], []
+    for one in runs:
+        metrics = results / "seeds" / str(one["seed"]) / "metrics"
+        # ONNX alone, though INT8 has other formats: below 8 bits there is no other, and one ladder needs one runtime.
+        records.append(read_json(metrics / f"{variant}-onnx.json"))
+        scores.append({"seed": one["seed"]} | one["formats"]["onnx"])
+    # Bytes, scheme and cost hardly depend on the seed: they are shown of the first one.
+    record = records[0]
+    baseline = read_json(results / "seeds" / str(runs[0]["seed"]) / "metrics" / "baseline-pytorch.json")
+    training, forms = None, None
+    if variant.startswith("qat"):
+        cost = record["made"]["training"]
+        training = {name: cost.get(name) for name in ("seconds", "peak_memory_mb", "threads")}
+        forms = [one["made"]["forms"] for one in records]  # what converting and saving did, for each seed
     return {
         "weights": record["scheme"]["weights"],
         "embeddings": record["scheme"]["embeddings"],
@@ -69,27 +87,31 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
         "share_of_fp32": record["size"]["bytes_to_serve"] / baseline["size"]["bytes_to_serve"],
         "dataset": record["made"]["dataset"],
         "examples": record["quality"]["examples"],
-        **{name: mean_and_deviation(scores, name) for name in ("macro_f1", "accuracy", "change", "flips")},
-        "training": {name: record["made"]["training"].get(name) for name in ("seconds", "peak_memory_mb", "threads")}
-        if variant.startswith("qat") else None,
-        "forms": [one["made"]["forms"] for one in records] if variant.startswith("qat") else None,
+        **summarize_scores(scores, SUMMARIZED),
+        "training": training,
+        "forms": forms,
         "runs": scores,
-    }  # fmt: skip
+    }
 
 
 def try_choices(seed: int, weights: Path, work: Path) -> dict:
-    """What a setting of the recipe is worth at 2 bits: validation macro F1 of the file, with it and without."""
+    """The worth of each setting of the recipe at 2 bits: validation macro F1 of the file with it and without."""
     found = {}
     for name, changes in CHOICES.items():
-        folder = weights / "seeds" / f"{name_variant('qat', 2)}-{seed}"
         if changes:
-            folder = work / "-".join(map(str, ["qat", seed, *sum(changes.items(), ())]))
+            folder = work / f"qat-{seed}"
+            for flag, value in changes.items():  # build/bits_study/qat-42-distillation_weight-0
+                folder = folder.with_name(f"{folder.name}-{flag}-{value}")
+        else:  # the cell of the ladder itself, which stands already
+            folder = weights / "seeds" / f"{name_variant('qat', 2)}-{seed}"
+        # The same seed and baseline for both, so that the setting is all that differs.
         made = make(folder, "qat", {"bits": 2} | changes, seed, weights)
         found[name] = {"seed": seed} | made["forms"]["onnx, reopened"]
     return found
 
 
-def save(study: dict, path: Path) -> None:
+def write_study(study: dict, path: Path) -> None:
+    """Writes the study so far, with the date, the commit and the machine of this run."""
     write_json(path, study | describe_run(choose_threads(None)))
 
 

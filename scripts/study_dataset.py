@@ -1,6 +1,7 @@
 """Looks at the dataset before anything is trained: class balance, lengths, repeated and contradicting texts.
 
-Writes `results/dataset.md` and `results/dataset.png`.
+Writes `results/dataset.json`, which holds counts and row numbers but no text: the texts belong to their authors. The
+page `results/dataset.md` and the picture `results/dataset.png` are rendered from it.
 
     python scripts/study_dataset.py
     python scripts/study_dataset.py --dataset_name ../my_dataset --results_dir build/my_dataset
@@ -11,93 +12,91 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import ROOT, write_text
+from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
+from emotion.report.pages import render_dataset
 from emotion.report.plots import plot_dataset
-from emotion.report.tables import markdown_table
 from emotion.task.dataset import TaskArguments, conflicting_texts, load_task
 from emotion.task.source import find_base_model
 from emotion.task.tokens import load_tokenizer
 
 import numpy as np
 
+QUANTILES = (5, 50, 95, 99)  # percent, of the lengths
+
 
 @dataclass
 class ExplorationArguments(TaskArguments):
-    """Which dataset, counted in whose word pieces."""
+    """Which dataset, counted in the word pieces of which model."""
 
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the report is written."})
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
+    """Counts, and writes the numbers, the page and the picture."""
     (arguments,) = parse_flags((ExplorationArguments,), positional="dataset_name", argv=argv)
     base = find_base_model(arguments.model_name_or_path)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
     tokenizer = load_tokenizer(base.path, arguments.max_length)
-    lengths = {
-        split: np.array([len(ids) for ids in tokenizer(list(rows["text"]), verbose=False)["input_ids"]])
-        for split, rows in task.splits.items()
+    study = {
+        "dataset": task.name,
+        "dataset_source": task.source,
+        "base_model": base.name,
+        "cut_at": tokenizer.model_max_length,
+        "labels": task.labels,
+        "splits": {split: describe_split(rows, task.labels, tokenizer) for split, rows in task.splits.items()},
+        "conflicts_across_splits": find_conflicts(task.splits, task.labels),
     }
-    counts = {split: np.bincount(rows["label"], minlength=len(task.labels)) for split, rows in task.splits.items()}
     results = Path(arguments.results_dir)
-    plot_dataset(counts, lengths, task.labels, results / "dataset")
-    title = f"# The dataset: {task.name}\n\nSource: {task.source}. Lengths are in word pieces of {base.name}.\n"
-    parts = [
-        title,
-        "![Classes and lengths](dataset.png)\n",
-        f"## Classes\n\n{describe_classes(counts, task.labels)}",
-        f"## Lengths\n\n{describe_lengths(lengths, tokenizer.model_max_length)}",
-        f"## Repeated texts\n\n{describe_repeats(task.splits)}",
-        f"## Texts with two labels\n\n{describe_conflicts(task.splits, task.labels)}",
-    ]
-    write_text(results / "dataset.md", "\n".join(parts))
+    write_json(results / "dataset.json", study)
+    write_text(results / "dataset.md", render_dataset(study))
+    plot_dataset(study, results / "dataset")
     print(f"wrote {results / 'dataset.md'}")
 
 
-def describe_classes(counts: dict[str, np.ndarray], labels: list[str]) -> str:
-    rows = []
-    for index, label in enumerate(labels):
-        rows.append([label, *(f"{c[index]} ({100 * c[index] / c.sum():.1f} %)" for c in counts.values())])
-    rows.append(["all", *(str(c.sum()) for c in counts.values())])
-    return markdown_table(["class", *counts], rows)
+def describe_split(rows, labels: list[str], tokenizer) -> dict:
+    """The counts of one split.
+
+    Returns:
+        Lengths are in word pieces, marks at both ends included, before anything is cut. `length_counts` has at place n
+        the number of texts that are n word pieces long; `class_counts` is in the order of the labels.
+    """
+    ids = tokenizer(list(rows["text"]), verbose=False)["input_ids"]  # not verbose: it warns of each long text
+    lengths = np.array(list(map(len, ids)))
+    quantiles = np.percentile(lengths, QUANTILES).astype(int).tolist()
+    more_than_once = [count for count in Counter(rows["text"]).values() if count > 1]
+    return {
+        "rows": len(lengths),
+        "class_counts": np.bincount(rows["label"], minlength=len(labels)).tolist(),
+        "length_counts": np.bincount(lengths).tolist(),
+        # As words: the keys of JSON are, and the page must be the same from the file as from here.
+        "length_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
+        "longest": int(lengths.max()),
+        "mean_length": float(lengths.mean()),
+        "texts_cut": int((lengths > tokenizer.model_max_length).sum()),
+        "repeated_texts": len(more_than_once),
+        "rows_too_many": sum(more_than_once) - len(more_than_once),  # one row of each is enough
+        "texts_with_two_labels": len(conflicting_texts(rows)),
+    }
 
 
-def describe_lengths(lengths: dict[str, np.ndarray], longest: int) -> str:
-    rows = []
-    for split, values in lengths.items():
-        quantiles = np.percentile(values, [5, 50, 95, 99]).astype(int)
-        cut = int((values > longest).sum())
-        rows.append([split, *map(str, quantiles), str(values.max()), f"{values.mean():.1f}", str(cut)])
-    return markdown_table(["split", "5 %", "median", "95 %", "99 %", "longest", "mean", f"cut at {longest}"], rows)
+def find_conflicts(splits: dict, labels: list[str]) -> list[dict]:
+    """The texts that stand in two splits with different labels: no model can get both right.
 
-
-def describe_repeats(splits: dict) -> str:
-    rows = []
-    for split, columns in splits.items():
-        repeats = Counter(columns["text"])
-        more_than_once = [text for text, count in repeats.items() if count > 1]
-        extra = sum(repeats[text] - 1 for text in more_than_once)
-        rows.append([split, str(len(more_than_once)), str(extra), str(len(conflicting_texts(columns)))])
-    head = ["split", "texts that stand more than once", "rows too many", "of the texts, with two labels"]
-    return markdown_table(head, rows)
-
-
-def describe_conflicts(splits: dict, labels: list[str]) -> str:
-    """Where a text stands in two splits with different labels, by row: no model can get both right.
-
-    The texts themselves are not written: the dataset's terms are its authors'.
+    Returns:
+        For each text: split -> its labels and rows there; sorted by the texts themselves, which are not told.
     """
     conflicting = conflicting_texts(*splits.values())
     places = {text: {split: [] for split in splits} for text in sorted(conflicting)}
     for split, columns in splits.items():
         for row, (text, label) in enumerate(zip(columns["text"], columns["label"], strict=True)):
             if text in conflicting:
-                places[text][split].append(f"{labels[label]} (row {row})")
-    across = [found for found in places.values() if sum(bool(rows) for rows in found.values()) > 1]
-    rows = [[", ".join(found[split]) for split in splits] for found in across]
-    inside = [f"{len(conflicting_texts(columns))} in {split}" for split, columns in splits.items()]
-    text = f"Inside one split: {', '.join(inside)}. Across splits: {len(rows)}.\n\n"
-    return text + markdown_table(list(splits), rows)
+                places[text][split].append({"label": labels[label], "row": row})
+    across = []
+    for found in places.values():
+        if sum(map(bool, found.values())) > 1:  # the others contradict themselves inside one split, see above
+            across.append(found)
+    return across
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Chooses the recipe of QLoRA: rank, learning rate, layers and start of the adapter, one change at a time.
 
-Each candidate trains the whole recipe, since half an epoch tells nothing apart yet, and is scored on validation; the
-test split is not touched. The rule: of the candidates whose macro F1 lies within 0.2 points of the best, the one with
-the lowest validation loss, which is less noisy; one that predicts a single class never wins. A candidate that stands
-already is not trained again.
+Each candidate trains with the whole recipe, since half an epoch does not tell candidates apart yet. It is scored on
+validation, and the test split is not touched. The rule: of the candidates whose macro F1 lies within 0.2 points of the
+best, the one with the lowest validation loss wins, since the loss is less noisy. A candidate that predicts a single
+class never wins. A candidate that stands already is not trained again.
 
     python scripts/study_qlora.py                       # the winner stands in configs/qlora.yaml
     python scripts/study_qlora.py --candidates centre "rank 8"
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,47 +16,72 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads, describe_run
+from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.recipe import comparable, read_recipe_of
 from emotion.model.artifact import adapter_bytes
-from emotion.report.pages import MARGIN, render_sweep
+from emotion.report.pages import render_sweep
 from emotion.report.plots import plot_sweep
+from emotion.task.scores import VALIDATION_NOISE
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
-CENTRE = {"lora_rank": 16, "lora_alpha": 32, "learning_rate": 1e-3, "lora_dropout": 0.0, "use_rslora": False,
-          "use_dora": False, "init_lora_weights": "default"}  # fmt: skip
+# All that the candidates may change is named here, so that a change of the recipe does not move the study's centre.
+CENTRE = {
+    "lora_rank": 16,
+    "lora_alpha": 32,
+    "learning_rate": 1e-3,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": "default",
+}
 CANDIDATES = {
     "centre": {},
     "rate 5e-4": {"learning_rate": 5e-4},
-    "rank 8": {"lora_rank": 8, "lora_alpha": 16},
-    "query and value only": {"target_modules": ["query", "value"]},
-    "LoftQ": {"init_lora_weights": "loftq"},
+    "rank 8": {"lora_rank": 8, "lora_alpha": 16},  # alpha goes along: the adapter is scaled by alpha / rank
+    "query and value only": {"target_modules": ["query", "value"]},  # as in Hu et al., "LoRA", ICLR 2022
+    "LoftQ": {"init_lora_weights": "loftq"},  # Li et al., ICLR 2024: the adapter starts from NF4's rounding error
 }
+# The fields of a candidate's training that the sweep keeps.
+KEPT_OF_TRAINING = (
+    "validation_macro_f1",
+    "validation_accuracy",
+    "validation_loss",
+    "predicted_classes",
+    "seconds",
+    "cpu_seconds",
+    "threads",
+    "trained_parameters",
+    "parameters",
+)
 
 
 @dataclass
 class SweepArguments:
-    """What is trained, and where the results go."""
+    """Which candidates are trained, and where the results go."""
 
     candidates: list[str] = field(
         default_factory=lambda: list(CANDIDATES), metadata={"help": f"Some of {', '.join(CANDIDATES)}."}
     )
     recipe: str = field(default=str(RECIPE), metadata={"help": "The recipe that the candidates change."})
-    epochs: float = field(default=3.0, metadata={"help": "Epochs that each candidate learns."})
+    # As many as the recipe has: the learning rate falls over all of them, so fewer would be another recipe.
+    epochs: float = field(default=3.0, metadata={"help": "Epochs that each candidate is trained for."})
     seed: int = field(default=42, metadata={"help": "Seed of each training."})
     work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
+    """Trains the candidates, chooses one and writes the page; ``argv``: the flags, the command line's if not given."""
     (arguments,) = parse_flags((SweepArguments,), positional="candidates", argv=argv)
     unknown = set(arguments.candidates) - set(CANDIDATES)
     if unknown:
         raise UserError(f"--candidates {' '.join(unknown)}: there are {', '.join(CANDIDATES)}")
     learnt = {name: learn(name, arguments) for name in arguments.candidates}
-    made = next(iter(learnt.values()))["made"]
+    made = next(iter(learnt.values()))["made"]  # of any candidate: all have the same base model and dataset
     sweep = describe_run(choose_threads(None)) | {
-        **{name: made[name] for name in ("base_model", "dataset", "dataset_source")},
+        "base_model": made["base_model"],
+        "dataset": made["dataset"],
+        "dataset_source": made["dataset_source"],
         "epochs": arguments.epochs,
         "seed": arguments.seed,
         "centre": CENTRE,
@@ -73,48 +96,53 @@ def main(argv=None) -> None:
 
 
 def learn(name: str, arguments: SweepArguments) -> dict:
-    """Trains a candidate unless it stands with these flags; returns what its recipe.yaml tells."""
+    """Trains a candidate, unless it stands with these flags; returns its recipe.yaml.
+
+    Raises:
+        SystemExit: if the training fails; run_qlora.py has said why.
+    """
     folder = folder_of(name, arguments)
     changes = CENTRE | CANDIDATES[name] | {"num_train_epochs": arguments.epochs, "seed": arguments.seed}
-    made = read_recipe_of(folder)
+    made = read_recipe_of(folder)  # empty if it was never trained
+    # The recipe holds more flags than a candidate changes: those that are equal everywhere are not compared.
     stands = made and comparable(made["recipe"]).items() >= comparable(changes).items()
     if not stands:
-        words = [sys.executable, str(ROOT / "scripts" / "run_qlora.py"), arguments.recipe, "--formats", "adapter"]
+        # An interrupted candidate goes on where it stopped.
+        resume = ["--resume_from_checkpoint", "last"]
+        words = ["--formats", "adapter"]  # the score is taken after the training; no other format is needed
         for key, value in changes.items():
-            words += [f"--{key}", *(value if isinstance(value, list) else [str(value)])]
-        done = subprocess.run([*words, "--output_dir", str(folder), "--resume_from_checkpoint", "last"])
-        if done.returncode:
-            sys.exit(done.returncode)  # the script has said why
+            # A list is a flag with several words: --target_modules query value
+            words += [f"--{key}", *(value if isinstance(value, list) else [value])]
+        run_script("run_qlora.py", arguments.recipe, *words, "--output_dir", folder, *resume, check=True)
     return read_recipe_of(folder)
 
 
 def folder_of(name: str, arguments: SweepArguments) -> Path:
+    """The folder of a candidate; in its name each blank and sign becomes a hyphen."""
     return Path(arguments.work_dir) / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def summarize(name: str, made: dict, arguments: SweepArguments) -> dict:
-    """What the candidate changes, and what came of it on validation."""
-    training = made["training"]
-    told = ("validation_macro_f1", "validation_accuracy", "validation_loss", "predicted_classes", "seconds",
-            "cpu_seconds", "threads", "trained_parameters", "parameters")  # fmt: skip
+    """The flags that the candidate changes, its scores on validation, and its costs."""
     return {
         "changes": CANDIDATES[name],
-        **{key: training[key] for key in told},
+        **{key: made["training"][key] for key in KEPT_OF_TRAINING},
         "adapter_bytes": adapter_bytes(folder_of(name, arguments)),
     }
 
 
 def choose(candidates: dict) -> str:
-    """The name of the winner, by the rule above."""
+    """The name of the winner, by the rule above; raises `UserError` if every good candidate predicts one class."""
+    # Of all candidates: one that collapsed has a low score and cannot be the best, unless all have.
     best = max(one["validation_macro_f1"] for one in candidates.values())
-    close = {
-        name: one["validation_loss"]
-        for name, one in candidates.items()
-        if one["validation_macro_f1"] >= best - MARGIN and one["predicted_classes"] > 1
-    }
-    if not close:
+    losses = {}
+    for name, one in candidates.items():
+        # A model that always answers the same class has learnt nothing, and yet may have a low loss.
+        if one["validation_macro_f1"] >= best - VALIDATION_NOISE and one["predicted_classes"] > 1:
+            losses[name] = one["validation_loss"]
+    if not losses:
         raise UserError("every candidate predicts a single class; lower the learning rates")
-    return min(close, key=close.get)
+    return min(losses, key=losses.get)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ times both interleaved. Its answers mean nothing and are not scored.
     python scripts/study_shape.py
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +14,10 @@ import run_ptq
 from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_flags
+from emotion.common.machine import run_script
 from emotion.common.recipe import read_recipe_of
 from emotion.model.artifact import new_artifact
-from emotion.quantize import scheme
+from emotion.quantize.scheme import FORMATS
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -47,14 +46,14 @@ def main(argv=None) -> None:
     )
     torch.manual_seed(0)
     with new_artifact(work / "baseline", made_by) as folder:
-        run_baseline.save(BertForSequenceClassification(config), tokenizer, folder)
+        run_baseline.save_forms(BertForSequenceClassification(config), tokenizer, folder)
     run_ptq.main(["--baseline", str(work / "baseline"), "--output_dir", str(work / "ptq")])
     named = [f"{work / 'baseline'}:{format}" for format in ("pytorch", "bf16", "onnx", "openvino-plain")]
-    named += [f"{work / 'ptq'}:{format}" for format in scheme.FORMATS]
+    named += [f"{work / 'ptq'}:{format}" for format in FORMATS]
     flags = {name: getattr(arguments, name) for name in ("rounds", "cold_starts", "output")} | {"batches": 4}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     # In a process of its own, or each of its workers would load again what this one has loaded.
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "run_benchmark.py"), *named, *words], check=True)
+    run_script("run_benchmark.py", *named, *words, check=True)
 
 
 if __name__ == "__main__":

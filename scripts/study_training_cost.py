@@ -1,11 +1,11 @@
-"""What a step of each way to train costs: memory and time, on the same batches, interleaved in one run (A B C A B C).
+"""Measures the memory and the time that a training step costs with each method, interleaved in one run (A B C A B C).
 
-Full fine-tuning, training with fake quantization (QAT), LoRA on a float base, and QLoRA each live in a process of
-their own; a turn is a few steps on the same batches of real texts, the longest first, as a training begins. Peak
-memory is that of the steps alone, and what the process held before it loaded a model (libraries) is told apart. With
-gradient checkpointing a layer's inner values are computed again on the way back instead of kept (Chen et al.,
-"Training Deep Nets with Sublinear Memory Cost", 2016). BERT-base's shape gets random weights: its cost does not depend
-on them.
+The methods are full fine-tuning, training with fake quantizers (QAT), LoRA on a float base, and QLoRA. Each has a
+process of its own. A turn is a few steps on the same batches of real texts, the longest batch first. Peak memory is
+that of the steps. The memory of the libraries, before a model is loaded, is recorded too. With gradient checkpointing
+the backward pass computes a layer's inner values again instead of keeping them (Chen et al., "Training Deep Nets with
+Sublinear Memory Cost", 2016). A model in the shape of BERT-base has random weights, since the cost does not depend on
+them.
 
     python scripts/study_training_cost.py
 """
@@ -31,10 +31,9 @@ from emotion.measure.benchmark import spread
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.adapter import QloraArguments, build_qlora
 from emotion.quantize.fake_quantizers import prepare
-from emotion.quantize.layers import find_layers
-from emotion.quantize.scheme import SchemeArguments, choose_all_scales
+from emotion.quantize.scheme import SchemeArguments, make_plan
 from emotion.report.pages import render_cost
-from emotion.task.dataset import DEFAULT_DATASET, load_task
+from emotion.task.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.task.source import EMBEDDED_MODEL, find_base_model
 from emotion.task.tokens import load_tokenizer, tokenize
 from run_qlora import RECIPE
@@ -46,22 +45,27 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 BATCH_SIZE = 32
-WARMUP_STEPS = 3
+WARMUP_STEPS = 3  # not counted: the optimizer makes its state in the first step, and buffers find their sizes
 BITS = {"QAT, 8 bits": 8, "QAT, 2 bits": 2}
+# The first one is the reference of all ratios.
 METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA", "QLoRA, checkpointing")
 
 
 @dataclass
 class CostArguments:
-    """What is measured, and how long."""
+    """The models to measure, and for how long."""
 
     model_name_or_path: str = field(default=EMBEDDED_MODEL, metadata={"help": "Base model: a Hub id or a folder."})
-    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Where the texts come from."})
+    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Dataset of the texts."})
     rounds: int = field(default=6, metadata={"help": "Turns that each method gets; the spread is over these."})
-    steps: int = field(default=5, metadata={"help": "Steps a turn."})
-    bert_base: bool = field(default=True, metadata={"help": "Measure BERT-base's shape, with random weights, too."})
+    steps: int = field(default=5, metadata={"help": "Steps per turn."})
+    bert_base: bool = field(
+        default=True, metadata={"help": "Measure a model in BERT-base's shape, with random weights, too."}
+    )
     threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
-    work_dir: str = field(default=str(ROOT / "build" / "training_cost"), metadata={"help": "Where that is saved."})
+    work_dir: str = field(
+        default=str(ROOT / "build" / "training_cost"), metadata={"help": "Where the random model is saved."}
+    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
@@ -71,18 +75,13 @@ def main(argv=None) -> None:
     tokenizer = load_tokenizer(base.path, max_length=128)
     shapes = {base.name: base.path}
     if arguments.bert_base:
-        torch.manual_seed(0)
-        path = Path(arguments.work_dir) / "bert-base"
-        BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer))).base_model.save_pretrained(path)
-        shapes["BERT-base's shape, random weights"] = str(path)
-    rows = task.splits["train"].select(range(BATCH_SIZE * arguments.steps))
-    collate, ids = DataCollatorWithPadding(tokenizer), tokenize(rows, tokenizer, "train")
-    batches = [
-        {name: tensor.numpy() for name, tensor in collate([ids[row] for row in range(at, at + BATCH_SIZE)]).items()}
-        for at in range(0, len(rows), BATCH_SIZE)
-    ]
-    batches.sort(key=lambda batch: -batch["input_ids"].shape[1])
+        random_model = save_random_model(Path(arguments.work_dir) / "bert-base", len(tokenizer))
+        shapes["BERT-base's shape, random weights"] = str(random_model)
+    batches = make_batches(task, tokenizer, arguments.steps)
     threads = choose_threads(arguments.threads)
+    measured = {}
+    for name, path in shapes.items():
+        measured[name] = measure(path, task.labels, batches, arguments.rounds, threads)
     cost = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
@@ -90,7 +89,7 @@ def main(argv=None) -> None:
         "rounds": arguments.rounds,
         "steps_a_round": arguments.steps,
         "compared_with": METHODS[0],
-        "shapes": {name: measure(path, task.labels, batches, arguments, threads) for name, path in shapes.items()},
+        "shapes": measured,
     }
     results = Path(arguments.results_dir)
     write_json(results / "training_cost.json", cost)
@@ -98,87 +97,128 @@ def main(argv=None) -> None:
     print((results / "training_cost.md").read_text(encoding="utf-8"))
 
 
-def measure(path: str, labels: list[str], batches: list[dict], arguments: CostArguments, threads: int) -> dict:
-    """Method -> trained parameters, peak memory, seconds a step, and both against the first method."""
-    spawn = multiprocessing.get_context("spawn")
-    pools = {name: spawn.Pool(1, start, (name, path, labels, threads)) for name in METHODS}
-    turns = {name: [] for name in METHODS}
-    for _ in tqdm(range(arguments.rounds), desc="interleaved rounds"):
-        for name, pool in pools.items():
-            turns[name].append(pool.apply(take_steps, (batches,)))
-    about = {name: pool.apply(describe) for name, pool in pools.items()}
-    for pool in pools.values():
+def save_random_model(folder: Path, vocabulary: int) -> Path:
+    """Saves an encoder in BERT-base's shape with random weights; returns the folder."""
+    torch.manual_seed(0)
+    # The encoder alone, as a base model comes: each method gives it a head of its own.
+    BertForSequenceClassification(BertConfig(vocab_size=vocabulary)).base_model.save_pretrained(folder)
+    return folder
+
+
+def make_batches(task: Task, tokenizer, count: int) -> list[dict[str, np.ndarray]]:
+    """The first rows of train as ``count`` padded batches, the longest first; int64 (32, tokens) under each name."""
+    # No rows are left out and none are shuffled: every run of the study has the same batches.
+    rows = task.splits["train"].select(range(BATCH_SIZE * count))
+    ids, collate = tokenize(rows, tokenizer, "train"), DataCollatorWithPadding(tokenizer)
+    batches = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = collate([ids[row] for row in range(start, start + BATCH_SIZE)])
+        # NumPy: PyTorch would hand tensors to another process in shared memory, and memory is measured here.
+        batches.append({name: tensor.numpy() for name, tensor in batch.items()})
+    # As a training with group_by_length begins: memory that does not suffice shows at once.
+    return sorted(batches, key=lambda batch: -batch["input_ids"].shape[1])
+
+
+def measure(path: str, labels: list[str], batches: list[dict], rounds: int, threads: int) -> dict:
+    """Method -> trained parameters, peak memory, seconds per step, and ratios of both to the first method."""
+    spawn = multiprocessing.get_context("spawn")  # a forked process would begin with the memory of this one
+    pools = {method: spawn.Pool(1, start, (method, path, labels, threads)) for method in METHODS}
+    turns = {method: [] for method in METHODS}
+    for _ in tqdm(range(rounds), desc="interleaved rounds"):
+        for method, pool in pools.items():
+            turns[method].append(pool.apply(take_steps, (batches,)))
+    first, measured = METHODS[0], {}
+    for method, pool in pools.items():
+        measured[method] = pool.apply(describe)
         pool.terminate()
-    first = METHODS[0]
-    return {
-        name: about[name]
-        | {
-            "peak_memory_ratio": round(about[name]["peak_memory_mb"] / about[first]["peak_memory_mb"], 3),
-            "seconds_a_step": spread(turns[name]),
-            "times_slower": spread(np.divide(turns[name], turns[first])),
+        peak_memory_ratio = measured[method]["peak_memory_mb"] / measured[first]["peak_memory_mb"]
+        measured[method] |= {
+            "peak_memory_ratio": round(peak_memory_ratio, 3),
+            "seconds_a_step": spread(turns[method]),
+            "times_slower": spread(np.divide(turns[method], turns[first])),  # round by round
         }
-        for name in METHODS
-    }
+    return measured
+
+
+@dataclass
+class Training:
+    """A method's model, ready to train."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    device: str
+    bf16: bool
+    before: int  # bytes that the process held before it loaded the model
+    warm: bool = False
+
+
+# The training of this process. A pool calls plain functions and keeps no object between two calls; its initializer,
+# `start`, can hand the model to `take_steps` by a global name only. In the main process it stays None.
+training: Training | None = None
 
 
 def start(method: str, path: str, labels: list[str], threads: int) -> None:
-    """The process of one method: builds its model and optimizer as its script would, and warms up."""
-    global state
+    """Initializes the process of one method: builds model and optimizer as the method's script does."""
+    global training
     torch.set_num_threads(threads)
-    bf16 = has_bf16(use_cpu=not torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    device, bf16 = "cuda" if on_gpu else "cpu", has_bf16(use_cpu=not on_gpu)
     before = psutil.Process().memory_info().rss
-    recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
-    if method == METHODS[0] or method in BITS:
-        model = build_classifier(path, labels, recipe["attention_dropout"])  # the same for all
-        if method in BITS:
-            layers = find_layers(model)
-            prepare(model, layers, choose_all_scales(model, layers, SchemeArguments(bits=BITS[method])))
-    else:
-        recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}
-        model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
-        if "checkpointing" in method:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        model.set_attn_implementation("eager")  # as `train` does
-    model.to(device).train()
+    model = build_model(method, path, labels, bf16)
+    if not on_gpu:
+        model.set_attn_implementation("eager")  # as `emotion.model.training.patched` does
+    model.to(device).train()  # with dropout, whose masks take memory
     keep_freed_memory()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = {
-        "model": model,
-        "optimizer": torch.optim.AdamW(trained, lr=1e-5, fused=True),
-        "precision": torch.autocast(device, torch.bfloat16, enabled=bf16),
-        "device": device,
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "before": before,
-        "fresh": True,
-    }
+    training = Training(model, torch.optim.AdamW(trained, lr=1e-5, fused=True), device, bf16, before)
+
+
+def build_model(method: str, path: str, labels: list[str], bf16: bool):
+    """The model of one of `METHODS`, with the settings of configs/qlora.yaml where they matter."""
+    recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
+    if method == METHODS[0] or method in BITS:
+        model = build_classifier(path, labels, recipe["attention_dropout"])  # the same dropout for all methods
+        if method in BITS:
+            # As run_qat.py does it.
+            plan = make_plan(path, model, SchemeArguments(bits=BITS[method]))
+            prepare(model, plan.layers, plan.scales)
+        return model
+    # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
+    recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}
+    model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
+    if "checkpointing" in method:
+        # The other way of PyTorch, the reentrant one, needs an input with a gradient: token ids have none.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def take_steps(batches: list[dict]) -> float:
-    """Seconds a step over the batches; the first turn warms up."""
-    if state["fresh"]:
-        state["fresh"] = False
+    """Trains one step on each batch; returns seconds per step. The first call warms up before it counts."""
+    if not training.warm:
+        training.warm = True
         take_steps(batches[:WARMUP_STEPS])
         reset_peak_memory()
     begin = time.perf_counter()
     for batch in batches:
-        inputs = {name: torch.from_numpy(array).to(state["device"]) for name, array in batch.items()}
-        with state["precision"]:
-            loss = state["model"](**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(state["model"].parameters(), 1.0)
-        state["optimizer"].step()
-        state["optimizer"].zero_grad()
-    float(loss)  # waits for a GPU
+        inputs = {name: torch.from_numpy(array).to(training.device) for name, array in batch.items()}
+        with torch.autocast(training.device, torch.bfloat16, enabled=training.bf16):
+            loss = training.model(**inputs).loss
+        loss.backward()  # outside autocast, as PyTorch recommends
+        # Clipping at 1, as the Trainer does by default.
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+    float(loss)  # waits for a GPU, which may still be computing
     return (time.perf_counter() - begin) / len(batches)
 
 
 def describe() -> dict:
+    """Trained parameters of this process's model, and its memory in megabytes: the peak, and before loading."""
+    trained = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
     return {
-        "trained_parameters": state["trained_parameters"],
+        "trained_parameters": trained,
         "peak_memory_mb": peak_memory_mb(),
-        "before_loading_mb": round(state["before"] / 1e6),
+        "before_loading_mb": round(training.before / 1e6),
     }
 
 

@@ -32,7 +32,9 @@ from emotion.measure.inspection import describe_scheme
 from emotion.model.artifact import files_to_serve, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize import int8_torchao, layers
+from emotion.quantize import scheme
+from emotion.quantize.int8_torchao import quantize_torchao
+from emotion.quantize.layers import Plan, find_layers
 from emotion.report import pages
 from emotion.task.dataset import stratified_sample
 from emotion.task.scores import softmax
@@ -90,8 +92,9 @@ def test_it_answers_nearly_as_the_baseline_does(format, quantized, artifact):
 
 
 def test_torchao_reopens_with_the_very_logits(artifact, tmp_path):
-    layers = layers.find_layers(load_trained_classifier(artifact))
-    model = realigned(int8_torchao.quantize_torchao(artifact, tmp_path / "out", layers))
+    float_model = load_trained_classifier(artifact)
+    plan = Plan(artifact, float_model, find_layers(float_model))
+    model = realigned(quantize_torchao(plan, tmp_path / "out"))
     reopened = realigned(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"))
     inputs = AutoTokenizer.from_pretrained(artifact)(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -244,7 +247,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
     shutil.copytree(quantized, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for name in ("quantize_torchao", "quantize_onnx", "quantize_openvino"):
-        quantize = getattr(run_ptq, name)
+        quantize = getattr(scheme, name)
 
         def on_a_full_disk(*words, quantize=quantize, **options):
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -255,7 +258,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        monkeypatch.setattr(run_ptq, name, on_a_full_disk)
+        monkeypatch.setattr(scheme, name, on_a_full_disk)
         with pytest.raises(SystemExit):
             command.run(lambda: run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out)]))
         message = capsys.readouterr().err.strip().splitlines()[-1]

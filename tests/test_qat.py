@@ -15,11 +15,11 @@ from emotion.measure.inspection import describe_scheme
 from emotion.model.artifact import files_to_serve, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize import scheme
 from emotion.quantize.fake_quantizers import LowBitGroups, convert, prepare, round_all, round_rows, switch, to_integers
 from emotion.quantize.layers import Layers, find_layers
 from emotion.quantize.levels import LEVELS
 from emotion.quantize.lowbit import choose_scales, pack, round_matrix
+from emotion.quantize.scheme import SchemeArguments, make_plan
 from emotion.report import pages
 
 import numpy as np
@@ -260,7 +260,7 @@ def interrupted(*words):
 def trainer_of(artifact, colors, **changes) -> run_qat.QatTrainer:
     model = load_trained_classifier(artifact)
     layers = find_layers(model)
-    prepare(model, layers, scheme.choose_all_scales(model, layers, scheme.SchemeArguments(bits=2)))
+    prepare(model, layers, make_plan(artifact, model, SchemeArguments(bits=2)).scales)
     training = run_qat.RecipeTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
     trainer = run_qat.QatTrainer(arguments=run_qat.QatArguments(**changes), model=model, args=training)
     trainer.current_gradient_accumulation_steps = 1  # what a training sets when it starts
@@ -312,7 +312,6 @@ def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
     [
         ({"bits": 5}, "--bits 5: it takes 8, 4, 3 or 2"),
         ({"bits": 4, "formats": "torchao"}, "--formats torchao: it cannot hold 4 bits; take onnx"),
-        ({"bits": 8, "embedding_bits": 4}, "--embedding_bits 4: it takes 4, 3 or 2, where --bits is below 8"),
         ({"bits": 4, "group_size": 24}, "--group_size 24: bert.encoder.layer.0.* has rows of 64 weights"),
         ({"bits": 4, "group_size": 4}, "--group_size 4: it takes a multiple of 8"),
         ({"freeze": "roberta"}, "--freeze roberta: no parameter's name begins so; they begin with bert.embeddings"),

@@ -5,7 +5,7 @@ from emotion.model.artifact import files_to_serve, weights_of
 from emotion.model.classifier import open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import find_layers
+from emotion.quantize.layers import Plan, find_layers
 from emotion.task.scores import score
 from emotion.task.tokens import TextEncoder
 
@@ -53,7 +53,8 @@ def test_int8_is_a_quarter_and_answers_nearly_alike(format, real, real_int8, tes
 
 
 def test_torchao_gives_before_and_after_saving_the_very_logits(real, test_rows, tmp_path):
-    model = quantize_torchao(real, tmp_path, find_layers(load_trained_classifier(real)))
+    float_model = load_trained_classifier(real)
+    model = quantize_torchao(Plan(real, float_model, find_layers(float_model)), tmp_path)
     reopened = load_trained_classifier(tmp_path)
     encoder = TextEncoder(real)
     inputs = {name: torch.from_numpy(array) for name, array in encoder.pad(encoder(test_rows["text"][:32])).items()}

@@ -11,9 +11,10 @@ import run_seeds
 import study_dataset
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from emotion.common.errors import UserError
-from emotion.measure import seeds
+from emotion.measure import contenders, roofline, seeds
 from emotion.report.comparison import seed_rows
-from emotion.report.tables import markdown_table, render_seeds
+from emotion.report.pages import render_dataset, render_study_pages
+from emotion.report.tables import markdown_table, seeds_table
 
 import pytest
 import yaml
@@ -27,8 +28,8 @@ def measured(artifact, tmp_path_factory):
         run_evaluation.main([str(artifact), "--format", format, "--results_dir", str(folder), "--latency_runs", "200"])
     named = [f"{artifact}:{one}" for one in ("pytorch", "onnx", "onnx-dynamic", "openvino-plain", "pytorch-compiled")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils_roofline, "SIZE", 256)
-        patch.setattr(utils_roofline, "COPIED_BYTES", 2**24)
+        patch.setattr(roofline, "SIZE", 256)
+        patch.setattr(roofline, "COPIED_BYTES", 2**24)
         run_benchmark.main([*named, "--rounds", "3", "--texts", "20", "--batches", "2", "--threads", "1",
                             "--cold_starts", "1", "--output", str(folder / "benchmark" / "all.json")])  # fmt: skip
     return folder
@@ -141,7 +142,7 @@ def test_the_benchmark_names_what_is_not_there(artifact):
 
 
 def test_compiling_needs_a_compiler(artifact, monkeypatch):
-    monkeypatch.setattr(utils_contenders.shutil, "which", lambda name: None)
+    monkeypatch.setattr(contenders.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler; install g.."):
         run_benchmark.main([f"{artifact}:pytorch-compiled"])
 
@@ -186,7 +187,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     (row,) = seed_rows(summary_of_ptq)
     low, high = row["change_ci95"]
     assert low <= row["change"]["mean"] <= high
-    assert f"{100 * row['change']['mean']:+.2f}" in render_seeds([row])
+    assert f"{100 * row['change']['mean']:+.2f}" in seeds_table([row])
 
 
 def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
@@ -194,7 +195,7 @@ def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
     runs = [{"seed": seed, "formats": {root: scores, "onnx": scores}} for seed, root in ((1, "nf4"), (2, "bf16"))]
     rows = seed_rows({"variant": "qlora", "chosen_seed": 1, "runs": runs, **seeds.summarize(runs)})
     assert {row["format"]: row["seeds"] for row in rows} == {"nf4": [1], "onnx": [1, 2], "bf16": [2]}
-    assert "bf16" in render_seeds(rows)
+    assert "bf16" in seeds_table(rows)
 
 
 def run_baseline_recipe(folder, encoder, colors):
@@ -218,8 +219,48 @@ def test_the_dataset_is_described_by_counting(encoder, tmp_path):
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["33", "10"]
     assert "Inside one split: 1 in train, 0 in test. Across splits: 1" in text
     assert "| none (row 32) | warm (row 9) |" in text
-    assert "elsewhere" not in text  # the texts are the dataset's
+    study = read_json(tmp_path / "dataset.json")
+    assert "elsewhere" not in text + json.dumps(study)  # the texts are the dataset's
+    assert study["splits"]["test"]["class_counts"] == [4, 3, 3] and render_dataset(study) == text
+    lengths = study["splits"]["train"]["length_counts"]
+    assert sum(lengths) == 33 and len(lengths) - 1 == study["splits"]["train"]["longest"]
     assert (tmp_path / "dataset.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
+    results = tmp_path / "results"
+    for study in ("dataset", "bits"):
+        shutil.copy(ROOT / "results" / f"{study}.json", results)
+    run_comparison.main(page)
+    run_comparison.main([*page, "--check"])
+    (results / "dataset.md").write_text((results / "dataset.md").read_text().replace("4666", "4667"))
+    for name in ("dataset.png", "rounding.png", "bits.png"):
+        shutil.copy(results / "figures" / "pareto.png", results / name)
+    with pytest.raises(UserError, match="not what the records say") as error:
+        run_comparison.main([*page, "--check"])
+    named = re.findall(r"(\w+\.\w+)[,;]", str(error.value))
+    assert sorted(named) == ["bits.png", "dataset.md", "dataset.png", "rounding.png"]
+
+
+@pytest.mark.parametrize(
+    ("study", "field"),
+    [
+        ("dataset", "base_model"),
+        ("dataset", "splits"),
+        ("ptq_study", "date"),
+        ("ptq_sensitivity", "examples"),
+        ("ptq_processors", "reference"),
+        ("qlora_sweep", "seed"),
+        ("training_cost", "rounds"),
+        ("bits", "environment"),
+    ],
+)
+def test_a_study_without_a_field_stops_the_renderer(study, field, tmp_path):
+    values = read_json(ROOT / "results" / f"{study}.json")
+    del values[field]
+    (tmp_path / f"{study}.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"cannot be written: .*'{field}'"):
+        render_study_pages(tmp_path)
 
 
 def test_tables_line_up():

@@ -85,7 +85,7 @@ def test_without_the_hub_the_embedded_model_and_then_the_sample_stand_in(monkeyp
     base = find_base_model(source.DEFAULT_MODEL)
     assert (base.name, base.source) == (EMBEDDED_MODEL, "package")
     sample = [copy for copy in dataset.LOCAL_COPIES if copy[0] == "sample"]
-    monkeypatch.setattr(utils_task, "LOCAL_COPIES", tuple(sample))
+    monkeypatch.setattr(dataset, "LOCAL_COPIES", tuple(sample))
     task = load_task(dataset.DEFAULT_DATASET)
     assert task.source == "sample" and "sample" in task.name
     assert task.labels == ["sadness", "joy", "love", "anger", "fear", "surprise"]

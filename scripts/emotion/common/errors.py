@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""The error that a user can mend; `emotion.common.command` prints it as one line, without a traceback."""
 
 
 class UserError(Exception):

@@ -1,4 +1,7 @@
-"""Files that are whole or not there: write under a temporary name, then rename."""
+"""Files and folders that are whole or not there: written under a temporary name, then renamed.
+
+A rename inside one folder happens at once or not at all, so that a killed program leaves the old file or the new one.
+"""
 
 import contextlib
 import hashlib
@@ -10,24 +13,25 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository: <root>/scripts/emotion/common/
 
 
 def relative(path: Path) -> str:
-    """A path in the repository is named from its root, any other by its last part: no home folder is recorded."""
+    """The name of a path for records: from the repository's root if it lies there, else its last part alone."""
     path = Path(path).resolve()
+    # Records are published: the folders above may hold the user's name, and no reader needs them.
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def without_path(value):
-    """The value, or the mapping of values, with each local folder named by its last part alone."""
+    """A recipe's value with each absolute path replaced by its last part; a mapping is searched through."""
     if isinstance(value, dict):
         return {key: without_path(one) for key, one in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -38,35 +42,45 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`, for what is not text."""
+    """Writes a file of bytes in one step, as `write_text` does with text."""
     with whole_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_json(path: Path, value) -> None:
-    """Writes indented JSON; a number that is not finite is an error, since JSON has none."""
+    """Writes indented JSON.
+
+    Raises:
+        ValueError: if a number is not finite. JSON has no such number, and other programs could not read the file.
+    """
+    # Texts and labels stay readable (no \u escapes). One space: more would mostly indent the numbers of matrices.
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds."""
+    """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds, and is removed if not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, since a rename to another disk would be a copy; with the process's number, since two programs may
+    # write the same file at once.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)  # after the rename it is gone already
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, marker: str):
     """Yields an empty temporary folder beside ``folder``; it takes that place when the block succeeds.
 
-    What stood there before stays untouched until then, and is replaced only if it holds ``marker``, the file that
+    An older folder of that name stays untouched until then. It is replaced only if it holds ``marker``, the file that
     this project leaves in its own folders.
+
+    Raises:
+        UserError: if ``folder`` cannot be written, or holds something else.
     """
     folder = Path(folder)
     check_replaceable(folder, marker)
@@ -74,34 +88,43 @@ def whole_folder(folder: Path, marker: str):
     if old.exists() and not folder.exists():  # a run was killed between the two renames below
         old.rename(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
     try:
         yield partial
+        # A folder that is not empty cannot be renamed over. The old one steps aside, so that it can be brought back.
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # a failure hurts nobody: the new folder is in its place
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_replaceable(folder: Path, marker: str) -> None:
-    """Raises `UserError` now rather than after the training, if ``folder`` cannot be written or is not ours."""
+    """Raises `UserError` if ``folder`` cannot be written, or holds something that this project did not make.
+
+    Commands call this first, so that the error comes before the training and not after it.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder")
+    # An empty folder is free to take: users make one first, and so do the programs that run this one.
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise UserError(f"{folder} holds something else (no {marker} in it); name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
+        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()  # permissions alone do not tell: a disk can be full
     except OSError as error:
         raise UserError(f"cannot write in {folder.parent}: {error.strerror}; choose another folder") from error
 
 
 def read_json(path: Path) -> dict:
-    """Reads a results file, or says which one is missing or broken."""
+    """Reads a file of results.
+
+    Raises:
+        UserError: if the file is missing or is not JSON; it names the file.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -14,40 +14,63 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 
-SCRIPTS = ROOT / "scripts"
-PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy", "scikit-learn",
-            "onnx", "onnxruntime", "torchao", "optimum-intel", "openvino", "nncf", "peft", "bitsandbytes")  # fmt: skip
+SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
+# Packages whose version a result may depend on, by their names on PyPI; each record lists them.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "evaluate",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "scikit-learn",
+    "onnx",
+    "onnxruntime",
+    "torchao",
+    "optimum-intel",
+    "openvino",
+    "nncf",
+    "peft",
+    "bitsandbytes",
+)
 
 
 def choose_threads(threads: int | None) -> int:
-    """The threads asked for, or all that this process may use."""
+    """The number of threads asked for, or of all processors that this process may use.
+
+    Raises:
+        UserError: if fewer than one is asked for.
+    """
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: it takes 1 or more")
+    # A container or `taskset` may grant fewer processors than the machine has. macOS cannot tell.
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return threads or available
 
 
 def has_bf16(use_cpu: bool) -> bool:
     """Whether the device that will train multiplies in bfloat16; where it does not, bfloat16 is emulated and slow."""
-    import torch
+    import torch  # here as below, since answering a text imports this file and must not wait for torch
 
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    # PyTorch lists many instruction sets; these are the bfloat16 products of x86 and ARM.
     names = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
     return any(torch.cpu.get_capabilities().get(name) is True for name in names)
 
 
 def describe_environment(threads: int, device: str = "cpu") -> dict:
-    """What the figures were measured on: the processor and its instruction sets, Python and the packages."""
+    """The environment of a measurement, for its record: processor, instruction sets, threads, Python, packages."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()
+    # Of a long list, the instruction sets that decide how fast matrices are multiplied, by the beginnings of names.
     vector = ("avx", "amx", "sve", "neon", "asimd", "i8mm", "dotprod", "bf16")
+    instruction_sets = [name for name, has in capabilities.items() if has is True and name.startswith(vector)]
     return {
         "cpu": capabilities.get("cpu_name") or platform.processor() or platform.machine(),
-        "instruction_sets": sorted(
-            name for name, has in capabilities.items() if has is True and name.startswith(vector)
-        ),
+        "instruction_sets": sorted(instruction_sets),
         "threads": threads,
         "device": device,
         "python": platform.python_version(),
@@ -56,7 +79,7 @@ def describe_environment(threads: int, device: str = "cpu") -> dict:
 
 
 def describe_run(threads: int) -> dict:
-    """When, from which commit and on what a study was measured: what each of them begins with."""
+    """The fields that every study's results begin with: the date, the commit and the environment."""
     return {
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
@@ -65,7 +88,7 @@ def describe_run(threads: int) -> dict:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of the packages that a result depends on."""
+    """Name -> installed version, of each of `PACKAGES`."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
@@ -78,21 +101,24 @@ def git_commit() -> str | None:
         ).stdout.strip()
 
     try:
+        # Only files that decide a result: a results file that was just written makes no commit dirty.
         changed = git("status", "--porcelain", "--", "scripts", "configs", "metrics", "requirements.txt")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no repository
         return None
 
 
 def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
-    """Runs a command of this project in a fresh process, with this Python.
+    """Runs a command of this project in a fresh process, with the same Python.
 
     Args:
         name: its file in scripts/.
         words: its flags and their values, of any type.
-        options: those of `subprocess.run`; with ``check=True`` a failure, which has said why, ends this process too.
+        options: passed on to `subprocess.run`, except ``check=True``: then a failure ends this process with the same
+            status, and without a word of its own, since the command has said why.
     """
     check = options.pop("check", False)
+    # sys.executable: `python` alone may be another one than that of the virtual environment.
     done = subprocess.run([sys.executable, str(SCRIPTS / name), *map(str, words)], **options)
     if check and done.returncode:
         sys.exit(done.returncode)
@@ -105,27 +131,28 @@ def reset_peak_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    # Linux: writing 5 sets the peak of this process's memory back to what it holds now.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_mb() -> int:
-    """Most memory that was in use at once, in megabytes (1e6 bytes): the GPU's, or the process's on a CPU."""
+    """The most memory that was in use at once, in megabytes (1e6 bytes): the GPU's, or the process's on a CPU."""
     import torch
 
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6)
-    unit = 1 if platform.system() == "Darwin" else 1024
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux blocks of 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 
 
 def keep_freed_memory() -> None:
     """Tells glibc to reuse large buffers instead of returning them to the system after every step.
 
-    The gradient of the word embeddings alone is 47 MB for MiniLM: fetching such pages anew cost a quarter of a step.
+    The gradient of the word embeddings alone is 47 MB for MiniLM. Fetching its pages anew took a quarter of a step.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)  # what loading the model has left over
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)  # gives back what loading the model has left over, before nothing is given back any more
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: buffers below 1 GB come from the heap, not from fresh pages
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the end of the heap is never given back

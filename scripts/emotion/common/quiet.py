@@ -1,10 +1,11 @@
-"""Keeps the libraries from talking where they would bury what a command says."""
+"""Keeps progress bars and warnings of the libraries away, which would bury the lines that a command prints."""
 
 import contextlib
 import logging
 import os
 import warnings
 
+# Loggers that report every layer, operator or process that they pass
 NOISY = (
     "torch.utils._pytree",
     "torch.utils.cpp_extension",
@@ -17,7 +18,7 @@ NOISY = (
 
 @contextlib.contextmanager
 def quiet_logging():
-    """The quantizers report each layer that they pass; what was quantized is counted afterwards."""
+    """Silences all logging below errors for a block: quantizers report each layer, and it is counted afterwards."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -26,12 +27,14 @@ def quiet_logging():
 
 
 def quiet_libraries() -> None:
-    """Sets what keeps progress bars and warnings of the libraries off the screen; some read it while they load."""
+    """Sets the libraries' own switches for fewer messages; to be called before they load."""
+    # As defaults: a user who has set one of these keeps the choice.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # `tokenizers` warns of its threads whenever a process is forked after it was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "PYTHONWARNINGS" in os.environ:  # someone who sets it wants to see the libraries' warnings
         return

@@ -7,16 +7,20 @@ from pathlib import Path
 from emotion.common.errors import UserError
 
 RECIPE_FILE = "recipe.yaml"
-# What a script was called with that is no part of its recipe
+# Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
 PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
 
-# A mapping in a recipe -> the flag by whose value it replaces the rest
+# A mapping in a recipe -> the flag that chooses one of its entries. The values of that entry replace the recipe's own.
 PER = {"per_model": "model_name_or_path", "per_bits": "bits"}
 
 
 def read_recipe(path: Path) -> dict:
-    """Reads a recipe: YAML whose keys are the names of the flags, or of `PER`."""
-    import yaml
+    """Reads a recipe: YAML whose keys are the names of the flags, or of `PER`.
+
+    Raises:
+        UserError: if there is no such file, or it is not YAML, or not a mapping.
+    """
+    import yaml  # a Python that only answers texts does not have it
 
     if not path.is_file():
         raise UserError(f"no recipe at {path}")
@@ -30,36 +34,49 @@ def read_recipe(path: Path) -> dict:
 
 
 def resolve(values: dict, model: str | None, bits: int | None) -> dict:
-    """The values of a recipe for one base model and so many bits a weight, without the mappings of `PER`."""
+    """The values of a recipe for one base model and one number of bits per weight, without the mappings of `PER`."""
     chosen = {key: value for key, value in values.items() if key not in PER}
+    # `or {}`: a mapping whose entries are all commented out is None in YAML.
     chosen |= (values.get("per_model") or {}).get(model, {})
     return chosen | (values.get("per_bits") or {}).get(bits, {})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe file of a run and every value that the file or a flag set."""
+    """The recipe of a run.
+
+    Attributes:
+        path: the file that was read.
+        values: flag -> value, for every flag that the file or the command line has set.
+    """
 
     path: Path
     values: dict
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 def read_recipe_of(folder: Path) -> dict:
-    """What made this folder; empty for a folder that another program made."""
+    """The recipe.yaml of an artifact; empty for a folder that another program made."""
     path = Path(folder) / RECIPE_FILE
     if not path.is_file():
         return {}
     import yaml
 
+    # Written by this project, and held to be whole: `new_artifact` puts it into place with its folder.
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def comparable(values: dict) -> dict:
-    """What of a recipe's values decides the result; `bf16` is what the machine made of it."""
+def comparable(values: dict) -> dict[str, str]:
+    """The values of a recipe that decide its result, as words, so that two runs can be compared."""
+    # None of these decides it. `bf16` is left out since the machine may have turned it off.
     free = PLACES | {"report_to", "disable_tqdm", "bf16"}
-    numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
-    return {key: str(value) for key, value in {**values, **numbers}.items() if key not in free}
+    compared = {}
+    for key, value in values.items():
+        if key not in free:
+            # A recipe's 3 and a flag's 3.0 are the same number.
+            compared[key] = str(float(value) if isinstance(value, int | float) else value)
+    return compared

@@ -1,9 +1,10 @@
-"""Several artifacts timed in one run, interleaved, each in a process of its own."""
+"""Times several artifacts in one run, interleaved, each in a process of its own."""
 
 import multiprocessing
 import os
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
@@ -17,85 +18,115 @@ from emotion.model.classifier import open_artifact, predict
 import numpy as np
 from tqdm import tqdm
 
-SETTLE_RUNS = 5  # after another artifact had the processor: its caches are gone
-ANSWERED = 256  # texts whose labels tell whether two contenders answer alike
+BATCH_SIZE = 32
+SETTLE_RUNS = 5  # not counted: the artifact before has filled the processor's caches with its own weights
+ANSWERED = 256  # texts that each contender labels once, to see whether two of them answer alike
 
 
-def interleave(
-    contenders: dict[str, tuple[Path, str]],
-    texts: list[str],
-    threads: int,
-    rounds: int,
-    texts_a_round: int,
-    batches: int,
-    cold_starts: int = 0,
-) -> dict[str, dict]:
-    """Times each contender (its folder and format) in turn, round after round.
+@dataclass(frozen=True)
+class Protocol:
+    """How long a run measures, and with how many threads."""
+
+    threads: int
+    rounds: int  # turns that each contender gets and that count
+    texts_per_round: int = 50  # timed one at a time
+    batches_per_round: int = 8  # of 32 texts
+    cold_starts: int = 0  # processes that are timed from their start to the first answer
+
+
+def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protocol: Protocol) -> dict[str, dict]:
+    """Times each contender in turn, round after round, so that a slow minute of the machine slows all of them.
+
+    Args:
+        contenders: name -> folder and format.
+        texts: what they answer; each round draws from these, the same for all contenders.
 
     Returns:
-        For each its bytes, scheme, latency, throughput, how many times faster it was than the fastest FP32, and the
-        share of texts that got that one's label.
+        Name -> its bytes, scheme, latency and throughput, how many times faster it was than the fastest FP32
+        contender, and the share of texts that both give the same label.
+
+    Raises:
+        UserError: if a contender cannot be opened, or its process ends.
     """
-    workers = {
-        name: Worker(name, folder, format, threads, texts[:ANSWERED], cold_starts)
-        for name, (folder, format) in tqdm(contenders.items(), desc="started")
-    }
+    # All processes are started before the first round and wait for their turns: a round holds no start.
+    workers = {}
+    for name, (folder, format) in tqdm(contenders.items(), desc="started"):
+        workers[name] = Worker(name, folder, format, texts[:ANSWERED], protocol)
     rng = np.random.default_rng(0)
-    for turn in tqdm(range(1 + rounds), desc="interleaved rounds"):
-        one_by_one = [texts[row] for row in rng.integers(len(texts), size=SETTLE_RUNS + texts_a_round)]
-        batched = [texts[row] for row in rng.integers(len(texts), size=32 * batches)]
+    for turn in tqdm(range(1 + protocol.rounds), desc="interleaved rounds"):
+        one_by_one = _draw(texts, SETTLE_RUNS + protocol.texts_per_round, rng)
+        batched = _draw(texts, BATCH_SIZE * protocol.batches_per_round, rng)
         for worker in workers.values():
-            worker.take_turn(one_by_one, batched, counted=turn > 0)  # the first one warms what length and batch need
+            # The first turn is not counted: a runtime prepares itself for each new length and batch size.
+            worker.take_turn(one_by_one, batched, counted=turn > 0)
     for worker in workers.values():
         worker.close()
-    reference = workers[fastest_fp32({name: worker.summary() for name, worker in workers.items()})]
-    return {name: worker.summary() | worker.compared_with(reference) for name, worker in workers.items()}
+    summaries = {name: worker.summary() for name, worker in workers.items()}
+    reference = workers[fastest_fp32(summaries)]
+    return {name: summaries[name] | worker.compared_with(reference) for name, worker in workers.items()}
+
+
+def _draw(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Texts drawn with replacement."""
+    return [texts[row] for row in rng.integers(len(texts), size=count)]
 
 
 def fastest_fp32(measured: dict[str, dict]) -> str:
-    """The one that the others are compared with: the fastest at batch 1 that computes in FP32, else the first."""
-    fp32 = [name for name, one in measured.items() if one["scheme"]["weights"] == one["precision"] == "float32"]
-    return min(fp32, key=lambda name: measured[name]["latency_ms"]["p50"]) if fp32 else next(iter(measured))
+    """The name of the reference: the fastest contender at batch 1 that computes in FP32, else the first."""
+    fp32 = {}
+    for name, one in measured.items():
+        # Both must be FP32: OpenVINO multiplies float32 weights in bfloat16 where the processor can.
+        if one["scheme"]["weights"] == one["precision"] == "float32":
+            fp32[name] = one["latency_ms"]["p50"]
+    return min(fp32, key=fp32.get) if fp32 else next(iter(measured))
 
 
 def split_name(name: str) -> tuple[Path, str]:
-    """'weights/baseline:onnx' -> the folder and the format; without a format the first that the folder has."""
+    """'weights/baseline:onnx' -> the folder and the format; without a format, the first that the folder has."""
     folder, _, format = name.partition(":")
     return Path(folder), format or next(iter(find_formats(Path(folder))))
 
 
 def name_of(folder: Path, format: str) -> str:
-    """What results call an artifact: `split_name` backwards, without a path of this machine."""
+    """The name of an artifact in the results: `split_name` backwards, without a path of this machine."""
     return f"{relative(folder)}:{format}"
 
 
 class Worker:
-    """One contender in its own process, idle while the others have their turn."""
+    """One contender in a process of its own, idle while the others have their turn.
 
-    def __init__(self, name: str, folder: Path, format: str, threads: int, texts: list[str], cold_starts: int):
+    No runtime's threads disturb another's, and none shares memory or settings with another.
+    """
+
+    def __init__(self, name: str, folder: Path, format: str, texts: list[str], protocol: Protocol):
+        """Starts the process; ``texts`` are labelled once. Raises `UserError` if the contender cannot be opened."""
         self.name = name
         self._bytes_to_serve = sum(files_to_serve(folder, format.removesuffix(COMPILED)).values())
-        self._times_ms, self._texts_per_s, self._cold_start_ms = [], [], []
-        for left in reversed(range(max(cold_starts, 1))):
-            start = time.perf_counter()
-            self._start(folder, format, threads, texts)
-            self._cold_start_ms += [1000 * (time.perf_counter() - start)] if cold_starts else []
-            if left:
-                self._process.kill()
-                self._process.join()
+        self._times_ms, self._texts_per_s = [], []  # an entry for each counted turn
+        started_ms = [self._start(folder, format, protocol.threads, texts)]
+        for _ in range(protocol.cold_starts - 1):
+            self._process.kill()
+            self._process.join()
+            started_ms.append(self._start(folder, format, protocol.threads, texts))
+        self._cold_start_ms = started_ms[: protocol.cold_starts]  # the one start that is always needed may not count
         self._about = self._receive()
 
-    def _start(self, *what) -> None:
-        """Starts the process and waits for its first answer; what torch.compile cached before does not count."""
+    def _start(self, *arguments) -> float:
+        """Starts the process, and returns the milliseconds until its first answer."""
+        start = time.perf_counter()
+        # "spawn" starts a bare Python; a forked process would inherit the libraries that are loaded here already.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, *what), daemon=True)
+        self._process = context.Process(target=serve, args=(other, *arguments), daemon=True)
+        # A fresh folder for each start: code that torch.compile has kept from another run would make it look fast.
         self._cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
         self._process.start()
         self._receive()
+        return 1000 * (time.perf_counter() - start)
 
     def _receive(self):
+        # A process that was killed, say for its memory, answers nothing; `recv` alone would wait for it.
         while not self._pipe.poll(1):
             if not self._process.is_alive():
                 raise UserError(f"{self.name} ended while it was measured")
@@ -105,6 +136,7 @@ class Worker:
         return answer
 
     def take_turn(self, one_by_one: list[str], batched: list[str], counted: bool) -> None:
+        """Times these texts, one at a time and in batches, and keeps the times if the turn counts."""
         self._pipe.send((one_by_one, batched))
         times_ms, texts_per_s = self._receive()
         if counted:
@@ -112,61 +144,72 @@ class Worker:
             self._texts_per_s.append(texts_per_s)
 
     def summary(self) -> dict:
-        """What it is, latency and throughput over all rounds, and the time from a process's start to an answer."""
+        """Bytes and scheme, latency and throughput over all rounds, and the time from a start to an answer."""
         return {
             "bytes_to_serve": self._bytes_to_serve,
             "scheme": self._about["scheme"],
             "precision": self._about["precision"],
             "latency_ms": summarize_latency(np.concatenate(self._times_ms)),
-            "throughput_per_s": {"batch_size": 32, **spread(self._texts_per_s)},
+            "throughput_per_s": {"batch_size": BATCH_SIZE, **spread(self._texts_per_s)},
             "cold_start_ms": spread(self._cold_start_ms) if self._cold_start_ms else None,
         }
 
     def compared_with(self, reference: "Worker") -> dict:
         """How many times faster than another contender, round by round, and how often the labels are equal."""
-        p50, other_p50 = (np.median(one._times_ms, axis=1) for one in (self, reference))
+        p50 = np.median(self._times_ms, axis=1)  # of each round, so that only neighbours in time are divided
+        reference_p50 = np.median(reference._times_ms, axis=1)
         return {
-            "times_faster_at_batch_1": spread(other_p50 / p50),
+            "times_faster_at_batch_1": spread(reference_p50 / p50),
             "times_faster_at_batch_32": spread(np.divide(self._texts_per_s, reference._texts_per_s)),
+            # Of the texts that each labelled when it was opened; the turns keep times only.
             "equal_labels": float(np.mean(self._about["answers"] == reference._about["answers"])),
         }
 
     def close(self) -> None:
+        """Ends the process."""
         self._pipe.send(None)
         self._process.join()
 
 
 def serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> None:
-    """The worker's process: opens and warms the contender, then times what it is sent until it is sent None."""
+    """Runs in the worker's process: opens and warms the contender, then times each turn until None is sent.
+
+    It sends the word "answered" after the first answer, then a dict with `scheme`, `precision` and `answers`, then for
+    each turn the milliseconds of its texts and the texts per second. A `UserError` is sent, and raised by the parent.
+    """
     try:
         plain_format = format.removesuffix(COMPILED)
         classifier = open_artifact(folder, plain_format, threads=threads)
         if format.endswith(COMPILED):
             classifier.compile()
         classifier.logits(classifier.encode(texts[:1]))
-        pipe.send("answered")
+        pipe.send("answered")  # a cold start ends here
         scheme = describe_scheme(classifier, weights_of(folder, plain_format), plain_format)
         answers = predict(classifier, classifier.encode(texts)).argmax(axis=-1)
     except UserError as error:
-        pipe.send(error)
+        pipe.send(error)  # sent, since a raised one would end this process and never reach the parent
         return
     time_each(classifier, classifier.encode(texts[:WARMUP_RUNS]))
     pipe.send({"scheme": scheme, "precision": precision_of(scheme, classifier), "answers": answers})
-    while turn := pipe.recv():
+    while turn := pipe.recv():  # waiting takes no processor time from the others
         one_by_one, batched = turn
         times_ms = time_each(classifier, classifier.encode(one_by_one))[SETTLE_RUNS:]
-        pipe.send((times_ms, time_batches(classifier, classifier.encode(batched), batch_size=32)))
+        pipe.send((times_ms, time_batches(classifier, classifier.encode(batched), batch_size=BATCH_SIZE)))
 
 
 def precision_of(scheme: dict, classifier) -> str:
-    """In what the matrix products are computed: int8, bfloat16 or float32."""
+    """The type in which the matrix products are computed: int8, bfloat16 or float32."""
     if scheme["activations"].startswith("int8"):
         return "int8"
-    computes_in = getattr(classifier, "float_precision", scheme["activations"])  # OpenVINO decides by the processor
+    # OpenVINO decides when it opens a file, by the processor; the other runtimes compute in the activations' type.
+    computes_in = getattr(classifier, "float_precision", scheme["activations"])
     return "bfloat16" if computes_in in {"bf16", "bfloat16"} else "float32"
 
 
 def spread(values) -> dict:
-    """Median, least and most over the rounds."""
-    return {name: round(float(function(values)), 3) for name, function in
-            (("median", np.median), ("min", np.min), ("max", np.max))}  # fmt: skip
+    """Median, minimum and maximum over the rounds, to three digits."""
+    return {
+        "median": round(float(np.median(values)), 3),
+        "min": round(float(np.min(values)), 3),
+        "max": round(float(np.max(values)), 3),
+    }

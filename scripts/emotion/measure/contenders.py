@@ -1,6 +1,6 @@
-"""What is timed beside our own files: the plain alternatives that a user would pick, made on the fly from an artifact.
+"""The plain alternatives that a user would try first, made from an artifact and timed beside our own files.
 
-A contender is named 'folder:format' like an artifact; these formats exist only while they are timed.
+A contender is named 'folder:format' like an artifact. The formats below exist only while they are timed.
 """
 
 import shutil
@@ -10,19 +10,16 @@ from emotion.common.errors import UserError
 from emotion.model.artifact import SHARED_FILES, weights_of
 
 COMPILED = "-compiled"  # ending of a format whose model goes through torch.compile
-PLAIN = {  # what another library makes of the FP32 folder when it is left to its defaults
+# Made by another library, with its defaults, from the FP32 folder -> the format in which the result is opened.
+PLAIN = {
     "onnx-plain": "onnx",
     "onnx-dynamic": "onnx",
     "openvino-plain": "openvino",
 }
-TITLES = {
-    "pytorch": "PyTorch, FP32",
-    "bf16": "PyTorch, BF16",
+TITLES = {  # how tables call them
     "pytorch-compiled": "torch.compile, FP32",
     "bf16-compiled": "torch.compile, BF16",
     "torchao-compiled": "torch.compile, torchao",
-    "onnx": "ONNX Runtime",
-    "openvino": "OpenVINO",
     "onnx-plain": "ONNX Runtime, plain FP32",
     "onnx-dynamic": "ONNX Runtime, plain INT8",
     "openvino-plain": "OpenVINO, plain",
@@ -30,39 +27,42 @@ TITLES = {
 
 
 def is_alternative(format: str) -> bool:
+    """Whether the format is made here, so that no artifact holds it."""
     return format in PLAIN or format.endswith(COMPILED)
 
 
 def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
-    """Makes what the format needs, in the folder ``work``.
+    """Makes the files that the format needs, in the folder ``work``; a format of the artifact needs none.
 
     Returns:
-        The folder and the format to open; the format of a compiled one keeps its ending.
+        The folder and the format to open. A compiled format keeps its ending: it is compiled when it is opened.
 
     Raises:
-        UserError: if the folder does not have what it is made from, or there is no compiler.
+        UserError: if the folder lacks the format that it is made from, or the machine has no compiler.
     """
     if format.endswith(COMPILED):
-        weights_of(folder, format.removesuffix(COMPILED))
+        weights_of(folder, format.removesuffix(COMPILED))  # raises here, before anything is timed
+        # Found out now: torch.compile itself fails late, inside a worker, and with a trace of many pages.
         if not (shutil.which("g++") or shutil.which("clang++")):
             raise UserError(f"{folder}:{format}: torch.compile needs a C++ compiler; install g++ or leave it out")
         return folder, format
     weights_of(folder, "pytorch" if format in PLAIN else format)
     if format not in PLAIN:
         return folder, format
+    # The folder above is part of the name: several folders called `baseline` may be timed in one run.
     made = work / f"{folder.resolve().parent.name}-{folder.name}-{format}"
     made.mkdir(parents=True, exist_ok=True)
     for name in SHARED_FILES:
         shutil.copy(folder / name, made / name)
     if format == "openvino-plain":
-        _export_openvino(folder, made / "openvino")
+        _export_openvino(folder, made / "openvino")  # which it opens in bfloat16 where it can
     else:
         _export_onnx(folder, made / "onnx", quantized=format == "onnx-dynamic")
     return made, PLAIN[format]
 
 
 def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
-    """The exporter's own graph, and ONNX Runtime's dynamic INT8 of it with no option given."""
+    """The exporter's own graph, or ONNX Runtime's dynamic INT8 of it with no option given."""
     from emotion.common.quiet import quiet_logging
     from emotion.model.pretrained import load_trained_classifier
     from emotion.quantize.onnx_graph import export_onnx
@@ -71,14 +71,16 @@ def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
     from transformers import AutoTokenizer
 
     path = target / "model.onnx"
+    # Neither fused nor packed: both are our own work on the graph, which a plain export does not have.
     export_onnx(load_trained_classifier(folder), AutoTokenizer.from_pretrained(folder), path, pack=False, fuse=False)
     if quantized:
         with quiet_logging():
             quantize_dynamic(path, target / "model_quantized.onnx")
-        path.unlink()
+        path.unlink()  # the FP32 graph, which nobody opens here
 
 
 def _export_openvino(folder: Path, target: Path) -> None:
+    """The file that optimum-intel makes of the folder."""
     from emotion.common.quiet import quiet_logging
 
     from optimum.intel import OVModelForSequenceClassification

@@ -1,4 +1,4 @@
-"""What is quantized in an artifact, counted in the saved files and not taken from an intention."""
+"""Which layers of an artifact are quantized, and how: counted in the saved files, whatever the recipe says."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,12 +9,21 @@ from emotion.quantize.levels import LEVELS
 import numpy as np
 
 FLOATS = {"float32", "float16", "bfloat16"}
-DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4}  # ONNX Runtime's, and their input with an entry a scale
+# ONNX Runtime's operators for dynamic INT8 -> the input that has one entry per scale of the weights. MatMulInteger
+# itself takes no scales, but its zero points have their shape.
+DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4}
 FLOAT_OPERATORS = {"MatMul", "Gemm", "Attention"}
 RESTORING = {"Convert", "Multiply", "Subtract", "Reshape", "Transpose"}  # OpenVINO's, from integers to a weight
 MOVING = {"Reshape", "Transpose", "Gather"}  # what may stand between a rounded activation and the layer
-OPENVINO_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8", "i4": "int4",
-                   "u4": "uint4"}  # fmt: skip
+OPENVINO_DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i8": "int8",
+    "u8": "uint8",
+    "i4": "int4",
+    "u4": "uint4",
+}
 
 
 @dataclass(frozen=True)
@@ -24,20 +33,32 @@ class Matrix:
     name: str
     dtype: str
     granularity: str = "per-tensor"
-    activations: str = "float32"  # what the layer's input becomes
-    largest: int | None = None  # of the integers, without their sign
+    activations: str = "float32"  # the type that the layer's input is rounded to before it is multiplied
+    largest: int | None = None  # largest absolute value of the integers; None for floats and NF4
 
     @property
     def quantized(self) -> bool:
+        """Whether the file holds integers, or NF4's codes, in the place of floats."""
         return self.dtype not in FLOATS
 
     @property
     def weights(self) -> str:
+        """The type, and for quantized weights what shares a scale: 'int8 per-channel'."""
         return f"{self.dtype} {self.granularity}" if self.quantized else self.dtype
 
 
 def describe_scheme(classifier, weights: Path, format: str) -> dict:
-    """Counts the linear layers and embeddings of an opened artifact, and how many of them hold quantized weights."""
+    """Counts the linear layers and embeddings of an opened artifact, and how many of them hold quantized weights.
+
+    Args:
+        classifier: the opened artifact; the formats of PyTorch are counted in its model.
+        weights: the artifact's file; the other formats are counted in it.
+        format: the format's name, as in `find_formats`.
+
+    Returns:
+        The field `scheme` of a record. Where any layer is quantized, `weights` and `activations` describe the
+        quantized layers alone, and `kept_in_float` names all other layers and embeddings.
+    """
     if format == "onnx":
         linear, embeddings = _onnx_matrices(weights)
     elif format == "openvino":
@@ -46,113 +67,183 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
         linear, embeddings = _torch_matrices(classifier.model)
     quantized = [matrix for matrix in linear if matrix.quantized]
     tables = [table for table in embeddings if table.quantized]
-    both = linear + embeddings
-
-    def joined(words) -> str:
-        return " and ".join(sorted(set(words)))
-
+    kept_in_float, largest = [], None
+    for matrix in linear + embeddings:
+        # A file that quantizes nothing keeps nothing back: the list is empty for FP32 and BF16.
+        if not matrix.quantized and (quantized or tables):
+            kept_in_float.append(matrix.name)
+    for matrix in quantized:
+        if matrix.largest:
+            largest = max(matrix.largest, largest or 0)
     return {
-        "weights": joined(matrix.weights for matrix in quantized or linear),
-        "activations": "bfloat16"
-        if format == "bf16"
-        else joined(matrix.activations for matrix in quantized or linear),
+        "weights": _join("weights", quantized or linear),
+        # Float weights do not tell in which type they are multiplied; the format bf16 does.
+        "activations": "bfloat16" if format == "bf16" else _join("activations", quantized or linear),
         "quantized_layers": len(quantized),
         "linear_layers": len(linear),
-        "largest_weight": max((matrix.largest for matrix in quantized if matrix.largest), default=None),
-        "embeddings": joined(table.weights for table in tables or embeddings),
-        "kept_in_float": [matrix.name for matrix in both if not matrix.quantized] if quantized or tables else [],
+        "largest_weight": largest,
+        "embeddings": _join("weights", tables or embeddings),
+        "kept_in_float": kept_in_float,
     }
 
 
 def granularity(*scales) -> str:
-    """By the shapes of the scales: one for the whole tensor, or one a channel."""
+    """'per-channel' if any of the shapes of the scales has several entries, else 'per-tensor'."""
     return "per-channel" if any(math.prod(shape) > 1 for shape in scales) else "per-tensor"
 
 
+def _join(attribute: str, matrices: list[Matrix]) -> str:
+    """The values that an attribute takes, each once: 'int8 per-channel', or 'float16 and float32'."""
+    return " and ".join(sorted({getattr(matrix, attribute) for matrix in matrices}))
+
+
+def _largest(integers: np.ndarray) -> int:
+    """The largest absolute value; widened first, since -128 has no absolute value in 8 bits."""
+    return int(np.abs(integers.astype(int)).max())
+
+
 def _torch_matrices(model) -> tuple[list[Matrix], list[Matrix]]:
+    """The linear layers and the embeddings of a PyTorch model."""
     from torch import nn
 
-    def matrix(name, part) -> Matrix:
-        weight = part.weight
-        state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself holds packed bytes
-        if state is not None:
-            activations = str(part.compute_dtype).removeprefix("torch.")
-            return Matrix(name, state.quant_type, f"in blocks of {state.blocksize}", activations)
-        integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself goes on saying float32
-        if integers is None:
-            return Matrix(name, str(weight.dtype).removeprefix("torch."))
-        dtype = str(integers.dtype).removeprefix("torch.")
-        dynamic = getattr(weight, "act_quant_kwargs", None) is not None
-        activations = "int8 dynamic per-token" if dynamic else "float32"
-        return Matrix(name, dtype, granularity(weight.scale.shape), activations, int(integers.int().abs().max()))
+    linear, embeddings = [], []
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            linear.append(_torch_matrix(name, part))
+        elif isinstance(part, nn.Embedding):
+            embeddings.append(_torch_matrix(name, part))
+    return linear, embeddings
 
-    def matrices(kind) -> list[Matrix]:
-        return [matrix(name, part) for name, part in model.named_modules() if isinstance(part, kind)]
 
-    return matrices(nn.Linear), matrices(nn.Embedding)
+def _torch_matrix(name: str, part) -> Matrix:
+    """The weight of one module: bitsandbytes' NF4, torchao's INT8 or a plain tensor."""
+    weight = part.weight
+    state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself holds packed bytes
+    if state is not None:
+        # bitsandbytes restores the weights for each product, and multiplies in this float type.
+        activations = str(part.compute_dtype).removeprefix("torch.")
+        return Matrix(name, state.quant_type, f"in blocks of {state.blocksize}", activations)
+    integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself goes on saying float32
+    if integers is None:
+        return Matrix(name, str(weight.dtype).removeprefix("torch."))
+    dtype = str(integers.dtype).removeprefix("torch.")
+    # With these options torchao rounds the activations too, each token by its own range; without, the weights alone.
+    dynamic = getattr(weight, "act_quant_kwargs", None) is not None
+    activations = "int8 dynamic per-token" if dynamic else "float32"
+    return Matrix(name, dtype, granularity(weight.scale.shape), activations, _largest(integers.numpy()))
 
 
 def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
-    """A linear layer multiplies with a constant matrix, an embedding looks rows up in one."""
+    """The linear layers, which multiply with a constant matrix, and the embeddings, which look rows up in one.
+
+    Quantized weights lie in a file in one of three forms. Dynamic INT8 has operators of its own, which take the
+    integers. Static INT8 keeps the float operators, and restores floats before them. Below 8 bits the weights are
+    packed, and a few operators unpack them to what dynamic INT8 takes.
+    """
     import onnx
 
     graph = onnx.load(weights).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    # The static form restores floats before each operator: from a constant, or from a rounded activation.
-    restored = {node.output[0]: node.input for node in graph.node if node.op_type == "DequantizeLinear"}
-    packed = _packed_matrices(constants)  # below 8 bits: by the tensor that a layer's weights unpack to
+    restored = {}  # static form: the float tensor -> the names of the integers and of the scales that restore it
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            restored[node.output[0]] = node.input[0], node.input[1]
+    packed = _packed_matrices(constants)
     linear, embeddings = [], []
     for node in graph.node:
-        name = node.name.removesuffix("_quant").removesuffix("_MatMul")
-        below_int8 = next((packed.pop(source) for source in node.input if source in packed), None)
-        if below_int8:
-            matrix = replace(below_int8, name=name, activations="int8 dynamic per-tensor")
-        elif "/unpack" in name or node.op_type not in {"Gather", *FLOAT_OPERATORS, *DYNAMIC_OPERATORS}:
+        matrix = _take_packed(node, packed) or _stored_matrix(node, constants, restored)
+        if matrix is None:
             continue
-        else:
-            sources = [restored.get(source, [source]) for source in node.input]
-            matrices = [one for one in sources if one[0] in constants and len(constants[one[0]].dims) == 2]
-            if not matrices:
-                continue
-            tensor, scale, activations = constants[matrices[0][0]], matrices[0][1:2], "float32"
-            if node.op_type in DYNAMIC_OPERATORS:
-                scale, activations = [node.input[DYNAMIC_OPERATORS[node.op_type]]], "int8 dynamic per-tensor"
-            elif scale and node.input[0] in restored:
-                activations = "int8 static per-tensor"
-            array = onnx.numpy_helper.to_array(tensor)
-            matrix = Matrix(
-                name=name,
-                dtype=array.dtype.name,
-                granularity=granularity(constants[scale[0]].dims) if scale else "per-tensor",
-                activations=activations,
-                largest=int(np.abs(array.astype(int)).max()) if array.dtype == np.int8 else None,
-            )
         if node.op_type == "Gather":
             embeddings.append(matrix)
-        elif "Attention" in node.op_type:  # query, key and value in one
-            names = matrix.name.split() if matrix.name.count(" ") == 2 else [matrix.name] * 3
-            linear += [replace(matrix, name=name) for name in names]
         else:
-            linear.append(matrix)
-    return linear, embeddings + [replace(matrix, name=name) for name, matrix in packed.items()]
+            linear += _split_attention(node, matrix)
+    # No layer multiplies with the remaining ones. They are embeddings: the file unpacks only the rows of a text.
+    for name, table in packed.items():
+        embeddings.append(replace(table, name=name))
+    return linear, embeddings
+
+
+def _name_of(node) -> str:
+    """The module's name, without the endings that ONNX Runtime's quantizer appends."""
+    return node.name.removesuffix("_quant").removesuffix("_MatMul")
+
+
+def _take_packed(node, packed: dict[str, Matrix]) -> Matrix | None:
+    """Removes from ``packed`` the matrix that the node multiplies with, and returns it; None if there is none."""
+    for source in node.input:
+        if source in packed:
+            return replace(packed.pop(source), name=_name_of(node), activations="int8 dynamic per-tensor")
+    return None
+
+
+def _stored_matrix(node, constants: dict, restored: dict) -> Matrix | None:
+    """The matrix of a node that takes it as it is stored, or restored by DequantizeLinear; None for other nodes."""
+    from onnx import numpy_helper
+
+    if node.op_type not in {"Gather", *FLOAT_OPERATORS, *DYNAMIC_OPERATORS}:
+        return None
+    if "/unpack" in node.name:  # it looks bytes up in a table of levels, which is no embedding
+        return None
+    stored, scales = _matrix_input(node, constants, restored)
+    if stored is None:
+        return None
+    activations = "float32"
+    if node.op_type in DYNAMIC_OPERATORS:
+        scales, activations = node.input[DYNAMIC_OPERATORS[node.op_type]], "int8 dynamic per-tensor"
+    elif scales and node.input[0] in restored:  # its input was rounded too, by a range that the file fixes
+        activations = "int8 static per-tensor"
+    array = numpy_helper.to_array(constants[stored])
+    return Matrix(
+        name=_name_of(node),
+        dtype=array.dtype.name,
+        granularity=granularity(constants[scales].dims) if scales else "per-tensor",
+        activations=activations,
+        largest=_largest(array) if array.dtype == np.int8 else None,
+    )
+
+
+def _matrix_input(node, constants: dict, restored: dict) -> tuple[str | None, str | None]:
+    """The names of the constant matrix that a node takes and of the scales that restore it; None where it has none."""
+    for source in node.input:
+        stored, scales = restored.get(source, (source, None))
+        # Biases have one dimension, and the constants that only shape tensors have at most that.
+        if stored in constants and len(constants[stored].dims) == 2:
+            return stored, scales
+    return None, None
+
+
+def _split_attention(node, matrix: Matrix) -> list[Matrix]:
+    """One matrix per linear layer: the attention operator multiplies query, key and value in one product."""
+    if "Attention" not in node.op_type:
+        return [matrix]
+    names = matrix.name.split()  # the three modules, where quantize/int8_onnx.py has named the node
+    if len(names) != 3:
+        names = [matrix.name] * 3  # another exporter's graph: three layers all the same, without their names
+    return [replace(matrix, name=name) for name in names]
 
 
 def _packed_matrices(constants: dict) -> dict[str, Matrix]:
-    """The matrices that quantize/lowbit.py packed, by name; bits and groups follow from how large their arrays are."""
-    import onnx
+    """The matrices that quantize/lowbit.py packed, each by the name of the tensor that it unpacks to.
+
+    A file does not name its bits and groups. Both follow from the shapes of the arrays.
+    """
+    from onnx import numpy_helper
 
     found = {}
     for full, tensor in constants.items():
         name, _, kind = full.rpartition("/")
         if kind != "multipliers":
             continue
-        planes = [one for other, one in constants.items() if other.startswith(f"{name}/codes")]
+        planes = [one for other, one in constants.items() if other.startswith(f"{name}/codes")]  # two at 3 bits
         rows, pairs, pair, eighths, _ = planes[0].dims  # groups are rows x pairs x pair, of 8 x eighths weights each
         weights = 8 * rows * pairs * pair * eighths
         bits = 8 * sum(math.prod(plane.dims) for plane in planes) // weights
-        codes = onnx.numpy_helper.to_array(tensor)
-        multiplier = 1 + int(max((codes & 15).max(), (codes >> 4).max()) if pair == 2 else codes.max())
-        largest = multiplier * max(map(abs, LEVELS[bits]))
+        # A multiplier is stored less one, in 4 bits where two share a byte and in 8 where a row has odd groups.
+        stored = numpy_helper.to_array(tensor)
+        halves = (stored & 15, stored >> 4) if pair == 2 else (stored,)
+        multiplier = 1 + int(np.max(halves))
+        largest = multiplier * abs(LEVELS[bits][0])  # no level lies farther from zero than the lowest
         found[name] = Matrix(name, f"int{bits}", f"in groups of {8 * eighths}", largest=largest)
     return found
 
@@ -163,21 +254,25 @@ def _openvino_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
 
     linear, embeddings = [], []
     for node in openvino.Core().read_model(weights).get_ordered_ops():
-        kind, name = node.get_type_name(), node.get_friendly_name().removeprefix("__module.").split("/")[0]
+        kind = node.get_type_name()
+        # '__module.bert.pooler.dense/aten::linear/MatMul' -> 'bert.pooler.dense'
+        name = node.get_friendly_name().removeprefix("__module.").split("/")[0]
         if kind == "MatMul":
             chain = _chain_to_constant(node.input_value(1).get_node(), RESTORING)
+            # A FakeQuantize before a layer tells the compiler to round the layer's input to INT8, and by which range.
             static = _chain_to_constant(node.input_value(0).get_node(), MOVING)[-1].get_type_name() == "FakeQuantize"
         elif kind == "Gather":
             chain, static = _chain_to_constant(node.input_value(0).get_node(), RESTORING), False
         else:
             continue
         *restoring, constant = chain
+        # Attention multiplies two activations; and indices, of type i64, are looked up too. Neither is a layer.
         dtype = constant.get_element_type().get_type_name() if constant.get_type_name() == "Constant" else ""
         if dtype not in OPENVINO_DTYPES:
             continue
         scales = [step.input_value(1).get_shape() for step in restoring if step.get_type_name() == "Multiply"]
         activations = "int8 static per-tensor" if static else "float32"
-        largest = int(np.abs(constant.get_data().astype(int)).max()) if dtype == "i8" else None
+        largest = _largest(constant.get_data()) if dtype == "i8" else None
         matrix = Matrix(name, OPENVINO_DTYPES[dtype], granularity(*scales), activations, largest)
         (linear if kind == "MatMul" else embeddings).append(matrix)
     return linear, embeddings

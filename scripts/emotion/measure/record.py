@@ -1,4 +1,4 @@
-"""The record of a measured artifact: what it must hold, how it is written and read, where its files lie."""
+"""The record of a measured artifact: which fields it has, how it is written and read, where its files lie."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import read_json, whole_file, without_path, write_json
 from emotion.task.dataset import Task, fingerprint
 
-# A record without one of these is not a record. A value that is not known is null, never a made-up number.
+# A record has all of these fields, and may have more. An unknown value is null, never a made-up number.
 REQUIRED = """
 variant format artifact date
 scheme.weights scheme.activations scheme.quantized_layers scheme.linear_layers scheme.embeddings scheme.kept_in_float
@@ -26,8 +26,9 @@ environment.packages
 def check_record(record: dict, name, fields=REQUIRED) -> dict:
     """Returns the record, or raises `UserError` naming the first of the fields that is missing."""
     for dotted in fields:
-        value = record
+        value = record  # then one level down for each key
         for key in dotted.split("."):
+            # A null is a value: only a field that does not exist is missing.
             if not isinstance(value, dict) or key not in value:
                 raise UserError(f"{name}: the record has no field '{dotted}'; measure it again with run_evaluation.py")
             value = value[key]
@@ -35,7 +36,8 @@ def check_record(record: dict, name, fields=REQUIRED) -> dict:
 
 
 def read_records(results_dir: Path) -> list[dict]:
-    """All records of a results folder, sorted by file name."""
+    """All records of a results folder, sorted by file name; raises `UserError` if there are none, or one is broken."""
+    # Sorted: what is written from the records must not depend on the order of a file system.
     paths = sorted((Path(results_dir) / "metrics").glob("*.json"))
     if not paths:
         raise UserError(
@@ -50,8 +52,11 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     Args:
         logits: float32 array (rows, classes).
         labels: int array (rows,).
+
+    Returns:
+        The record's file.
     """
-    import pyarrow
+    import pyarrow  # imported here: commands that only read or name records start faster without it
     from pyarrow import parquet
 
     name = record_name(record)
@@ -60,9 +65,11 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
         {
             "row": pyarrow.array(range(len(labels)), pyarrow.int64()),
             "label": pyarrow.array(labels, pyarrow.int64()),
+            # A list per row, and not a column per class: the schema is then the same for every dataset.
             "logits": pyarrow.array(list(logits), pyarrow.list_(pyarrow.float32())),
         }
     )
+    # Logits first: if writing stops in between, there is no record without the rows that it was computed from.
     with whole_file(Path(results_dir) / "predictions" / f"{name}.parquet") as partial:
         parquet.write_table(table, partial)
     path = Path(results_dir) / "metrics" / f"{name}.json"
@@ -71,13 +78,18 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
 
 
 def read_predictions(path: Path) -> tuple:
-    """The labels, int64 (rows,), and the logits, float32 (rows, classes), of a predictions file."""
+    """The labels, int64 (rows,), and the logits, float32 (rows, classes), of a predictions file.
+
+    Raises:
+        UserError: if there is no such file.
+    """
     import numpy as np
     from pyarrow import parquet
 
     if not Path(path).is_file():
         raise UserError(f"no file {path}; measure with python scripts/run_evaluation.py")
     table = parquet.read_table(path)
+    # A column of lists has no NumPy array of two dimensions; it becomes one by way of Python lists.
     return table["label"].to_numpy(), np.array(table["logits"].to_pylist(), dtype=np.float32)
 
 
@@ -87,28 +99,35 @@ def read_logits(path: Path):
 
 
 def record_name(record: dict) -> str:
+    """The stem of the record's files: 'ptq-onnx'."""
     return f"{record['variant']}-{record['format']}"
 
 
 def explain(scheme: dict, made_by: dict) -> dict:
     """Adds to each layer that was counted as float the reason that the artifact's recipe.yaml gives."""
     reasons = made_by.get("kept_in_float", {})
+    # Null for a layer without a reason: it was found in the file and not planned, which a reader should see.
     return scheme | {"kept_in_float": {name: reasons.get(name) for name in scheme["kept_in_float"]}}
 
 
 def describe_scored(made_by: dict, task: Task, rows) -> dict:
-    """What made the artifact, as its recipe.yaml tells, and what it was scored on."""
+    """The field `made` of a record: how the artifact was made, and the data that it was scored on.
+
+    Args:
+        made_by: the artifact's recipe.yaml; empty for a folder without one, whose values are then null.
+        rows: the scored rows.
+    """
     made = made_by.get("made", {})
     return {
         "base_model": made.get("base_model"),
         "base_model_source": made.get("base_model_source"),
         "dataset": task.name,
-        "dataset_source": task.source,
+        "dataset_source": task.source,  # of the scored rows; the rows it was trained on may come from elsewhere
         "train_dataset_source": made.get("dataset_source"),
         "dataset_fingerprint": fingerprint(rows),
         "train_rows": made.get("train_rows"),
         "train_fingerprint": made.get("train_fingerprint"),
-        "recipe": without_path(made_by["recipe"]) if made_by else None,
+        "recipe": without_path(made_by["recipe"]) if made_by else None,  # records are published: no path of a machine
         "training": made_by.get("training"),
         "quantizing_seconds": made_by.get("seconds"),
         "forms": made_by.get("forms"),  # QAT: validation macro F1 before and after it was converted, and saved

@@ -1,8 +1,8 @@
-"""How far each artifact is from what the machine could do: Williams et al., "Roofline", CACM 2009.
+"""How close each artifact comes to the machine's peak: Williams et al., "Roofline", CACM 2009.
 
-A text takes at least as long as its matrix products take at the processor's peak, and at least as long as the weights
-take to come from memory, once a batch. The share is that least time divided by the measured one. Weights that stay in
-the processor's caches can beat the second bound.
+A text takes at least as long as its matrix products take at the processor's peak. It also takes at least as long as
+the weights take to come from memory, once per batch. The larger of both is the least time, and the share is that least
+time divided by the measured one. Weights that stay in the processor's caches can beat the second bound.
 """
 
 import re
@@ -11,25 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-SIZE = 2048  # of the square matrices that find the peaks
+SIZE = 2048  # of the square matrices that find the peaks: large enough that a product's start costs nothing
 COPIED_BYTES = 2**29  # far more than any cache
 
 
 def add_roofline(result: dict, folder: Path, texts: list[str], threads: int) -> None:
-    """Adds `peaks` to the result of a benchmark, and `roofline` to each artifact; ``folder`` is any of them.
+    """Adds `peaks` to the result of a benchmark, and `roofline` to each of its artifacts.
 
-    Their architecture must be the same: the operations of a text are counted once.
+    Args:
+        result: as run_benchmark.py builds it; changed in place.
+        folder: any of the artifacts. All must have the same architecture: operations are counted in this one.
+        texts: what the artifacts answered.
+        threads: as many as the artifacts computed with.
     """
     peaks = measure_peaks(threads)
     operations, weights = count_work(folder, texts)
     result["peaks"] = peaks
     for one in result["artifacts"].values():
-        bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])
+        bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
         peak = peaks[f"{one['precision']}_gop_per_s"]
+        # Milliseconds per text, by batch size; throughput is texts per second.
         measured_ms = {1: one["latency_ms"]["mean"], 32: 1000 / one["throughput_per_s"]["median"]}
         one["roofline"] = {}
         for size, measured in measured_ms.items():
             compute_ms = operations / peak / 1e6
+            # Each weight is fetched once for the whole batch, and its texts share that time.
             memory_ms = weights * bits / 8 / size / peaks["memory_gb_per_s"] / 1e6
             one["roofline"][f"batch_{size}"] = {
                 "least_ms": round(max(compute_ms, memory_ms), 4),
@@ -39,7 +45,10 @@ def add_roofline(result: dict, folder: Path, texts: list[str], threads: int) -> 
 
 
 def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
-    """Operations (two a multiplication with its addition) of a text in the mean, and weights that are multiplied."""
+    """The mean number of operations per text, and the number of weights in linear layers.
+
+    A multiplication with its addition counts as two operations.
+    """
     from emotion.task.tokens import TextEncoder
 
     import torch
@@ -47,29 +56,30 @@ def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config.quantization_config = None
-    lengths = np.unique([len(ids) for ids in TextEncoder(folder)(texts)], return_counts=True)
-    with torch.device("meta"):  # shapes are enough to count
+    config.quantization_config = None  # the float model has the same products, and needs no library to be built
+    # Texts of the same length take the same operations, so that each length is run once.
+    lengths, counts = np.unique([len(ids) for ids in TextEncoder(folder)(texts)], return_counts=True)
+    with torch.device("meta"):  # tensors without memory: shapes are enough to count
+        # Eager: the counter misses products inside some fused attention kernels, and counts all plain ones.
         model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
         operations = []
-        for length in lengths[0].tolist():
+        for length in lengths.tolist():
             with FlopCounterMode(display=False) as counter:
                 model(input_ids=torch.zeros(1, length, dtype=torch.long))
             operations.append(counter.get_total_flops())
     weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
-    return float(np.average(operations, weights=lengths[1])), weights
+    return float(np.average(operations, weights=counts)), weights
 
 
 def measure_peaks(threads: int) -> dict:
-    """Billions of operations a second of square matrix products in each precision, and of bytes copied."""
+    """The machine's peaks: 1e9 operations per second of square matrix products, by type, and 1e9 bytes per second."""
     import torch
 
     torch.set_num_threads(threads)
     operations = 2 * SIZE**3 / 1e9
     peaks = {}
     for name in ("float32", "bfloat16"):
-        left, right = (torch.rand(SIZE, SIZE, dtype=getattr(torch, name)) for _ in range(2))
-        peaks[f"{name}_gop_per_s"] = round(operations / least_seconds(lambda a=left, b=right: a @ b), 1)
+        peaks[f"{name}_gop_per_s"] = round(operations / least_seconds(float_product(getattr(torch, name))), 1)
     peaks["int8_gop_per_s"] = round(operations / least_seconds(integer_product(threads)), 1)
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -78,21 +88,28 @@ def measure_peaks(threads: int) -> dict:
     return peaks
 
 
+def float_product(dtype):
+    """A function that multiplies two matrices of a float type by PyTorch."""
+    import torch
+
+    left, right = torch.rand(SIZE, SIZE, dtype=dtype), torch.rand(SIZE, SIZE, dtype=dtype)
+    return lambda: left @ right
+
+
 def integer_product(threads: int):
     """A function that multiplies two INT8 matrices by ONNX Runtime, as its dynamic INT8 does."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     rng = np.random.default_rng(0)
+    # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see quantize/levels.py).
     right = rng.integers(-64, 65, size=(SIZE, SIZE), dtype=np.int8)
     node = helper.make_node("MatMulInteger", ["left", "right"], ["product"])
-    shape = {"shape": [SIZE, SIZE]}
-    graph = helper.make_graph(
-        [node], "product",
-        [helper.make_tensor_value_info("left", TensorProto.UINT8, **shape)],
-        [helper.make_tensor_value_info("product", TensorProto.INT32, **shape)],
-        [numpy_helper.from_array(right, "right")],
-    )  # fmt: skip
+    left_info = helper.make_tensor_value_info("left", TensorProto.UINT8, [SIZE, SIZE])
+    product_info = helper.make_tensor_value_info("product", TensorProto.INT32, [SIZE, SIZE])
+    # The right matrix is a constant like a layer's weights, so that the session may pack it once.
+    weights = numpy_helper.from_array(right, "right")
+    graph = helper.make_graph([node], "product", [left_info], [product_info], [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -102,7 +119,7 @@ def integer_product(threads: int):
 
 
 def least_seconds(function, runs: int = 8) -> float:
-    """The shortest of several runs: a peak is what the machine can do when nothing disturbs it."""
+    """The shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()

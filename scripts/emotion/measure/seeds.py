@@ -1,4 +1,4 @@
-"""One variant with several seeds: made, scored, summed up."""
+"""Makes and scores one variant with several seeds, and summarizes the scores."""
 
 import re
 import statistics
@@ -13,115 +13,171 @@ from emotion.model.artifact import find_formats
 from emotion.task.dataset import source_of
 from emotion.task.source import find_base_model
 
+# What a run keeps of an artifact's training; null for a method that does not train.
+TRAINING_COSTS = ("seconds", "cpu_seconds", "threads", "resumed")
+# What is summarized of runs that have no formats: the baseline's.
+BASELINE_SCORES = ("macro_f1", "accuracy", "validation_macro_f1", "seconds")
+
 
 def recipe_of(method: str) -> Path:
+    """The recipe of a method: 'qat' -> configs/qat.yaml."""
     return ROOT / "configs" / f"{method}.yaml"
 
 
 def split_variant(variant: str) -> tuple[str, dict]:
-    """'qat-int4' -> 'qat' and what it changes in that recipe."""
+    """'qat-int4' -> 'qat' and {'bits': 4}, the change to that method's recipe; no change for 'qat'."""
+    # The first group is lazy, or it would swallow '-int4' and leave nothing for the second.
     method, bits = re.fullmatch(r"(.*?)(?:-int(\d))?", variant).groups()
     return method, {"bits": int(bits)} if bits else {}
 
 
 def make_and_score(seed: int, variant: str, weights: Path, results: Path) -> dict:
-    """One seed: made unless it stands already with this recipe, then scored on test in a fresh process a format."""
+    """Makes the artifact of one seed, unless it stands already, and scores each of its formats on test.
+
+    Args:
+        weights: the artifact becomes `seeds/<variant>-<seed>` in this folder.
+        results: the records go to `seeds/<seed>` in this folder.
+
+    Returns:
+        The seed, the scores on validation and the costs of the training; and the scores on test, per format in
+        `formats`, or for the baseline beside the rest.
+    """
     method, changes = split_variant(variant)
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
-    made = make(artifact, method, changes, seed, weights)
+    training = make(artifact, method, changes, seed, weights)["training"]
     run = {
         "seed": seed,
-        "validation_macro_f1": made["training"]["validation_macro_f1"],
-        "validation_accuracy": made["training"]["validation_accuracy"],
-        **{name: made["training"].get(name) for name in ("seconds", "cpu_seconds", "threads", "resumed")},
+        "validation_macro_f1": training["validation_macro_f1"],
+        "validation_accuracy": training["validation_accuracy"],
     }
-    if variant == "baseline":  # its forms answer alike
+    for name in TRAINING_COSTS:
+        run[name] = training.get(name)
+    # The baseline's formats hold the same floats and answer alike, so that one is enough.
+    if variant == "baseline":
         return run | score_format(artifact, "pytorch", seed_results, variant)
     formats = {name: score_format(artifact, name, seed_results, variant) for name in find_formats(artifact)}
     return run | {"formats": formats}
 
 
 def make(artifact: Path, method: str, changes: dict, seed: int, weights: Path) -> dict:
-    """Runs a method's script with changes to its recipe, unless the artifact stands; returns its recipe.yaml."""
+    """Runs a method's script with changes to its recipe, unless the artifact stands; returns its recipe.yaml.
+
+    Raises:
+        UserError: if the method has no script.
+        SystemExit: if the script fails; it has said why.
+    """
     script, recipe = SCRIPTS / f"run_{method}.py", recipe_of(method)
+    # The method is part of a word that the user gave: it may name no script.
     if not script.is_file():
         raise UserError(f"variant {method}: no {script.name}")
     values = read_recipe(recipe)
     trained, starts_from_baseline = "num_train_epochs" in values, "baseline" in values
+    # The baseline of the same seed, so that the two can be compared row by row.
     baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
-    changes = changes | ({"seed": seed} if trained else {})
+    # A method without training draws its calibration rows alike for all baselines, by the seed of its recipe.
+    if trained:
+        changes = changes | {"seed": seed}
+    # A recipe may differ by base model and by bits; only what holds for this one is compared with what was made.
     model = None if starts_from_baseline else find_base_model(values["model_name_or_path"]).name
     values = resolve(values, model, changes.get("bits", values.get("bits")))
     if is_up_to_date(artifact, values | changes, baseline):
         print(f"seed {seed}: {artifact} stands")
     else:
-        words = [word for name, value in changes.items() for word in (f"--{name}", value)]
-        words += ["--baseline", baseline] if baseline else []
-        words += ["--resume_from_checkpoint", "last"] if trained else []
+        words = []
+        for name, value in changes.items():
+            words += [f"--{name}", value]
+        if baseline:
+            words += ["--baseline", baseline]
+        if trained:  # a training that was interrupted goes on where it stopped
+            words += ["--resume_from_checkpoint", "last"]
         run_script(script.name, recipe, *words, "--output_dir", artifact, check=True)
     return read_recipe_of(artifact)
 
 
 def score_format(artifact: Path, format: str, results: Path, variant: str) -> dict:
-    """Scores one format on test; against the baseline of the same seed where that is another variant."""
+    """Scores one format on test, in a fresh process, unless its record is newer than the artifact.
+
+    Returns:
+        `macro_f1`, `accuracy` and `conflict_free_macro_f1`; and for a variant other than the baseline `change` (of
+        macro F1) and `flips` (rows with another label) against the baseline of the same seed.
+    """
     path = results / "metrics" / f"{variant}-{format}.json"
+    # Latency is not measured here: a seed changes no speed, and several artifacts are timed by run_benchmark.py alone.
     if not path.is_file() or path.stat().st_mtime < (artifact / RECIPE_FILE).stat().st_mtime:
         words = ["--format", format, "--latency_runs", 0, "--results_dir", results]
         run_script("run_evaluation.py", artifact, *words, check=True)
     quality = read_json(path)["quality"]
-    scores = {"macro_f1": quality["macro_f1"], "accuracy": quality["accuracy"],
-              "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"]}  # fmt: skip
+    scores = {
+        "macro_f1": quality["macro_f1"],
+        "accuracy": quality["accuracy"],
+        "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"],
+    }
     if variant == "baseline":
         return scores
     before = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["macro_f1"]
-    labels = [
-        read_logits(results / "predictions" / f"{name}.parquet").argmax(axis=-1)
-        for name in ("baseline-pytorch", f"{variant}-{format}")
-    ]
-    return scores | {"change": quality["macro_f1"] - before, "flips": int((labels[0] != labels[1]).sum())}
+    labels = read_logits(results / "predictions" / f"{variant}-{format}.parquet").argmax(axis=-1)
+    labels_before = read_logits(results / "predictions" / "baseline-pytorch.parquet").argmax(axis=-1)
+    return scores | {"change": quality["macro_f1"] - before, "flips": int((labels != labels_before).sum())}
 
 
 def summarize(runs: list[dict]) -> dict:
-    """Mean and deviation over the seeds, format by format where there are several."""
+    """Mean and deviation over the seeds: of the baseline's scores, or per format in `formats`."""
     if "formats" not in runs[0]:
-        names = ("macro_f1", "accuracy", "validation_macro_f1", "seconds")
-        return {name: mean_and_deviation(runs, name) for name in names}
+        return summarize_scores(runs, BASELINE_SCORES)
+    # QLoRA's merged model is NF4, or floats where 4 bits cost too much: the seeds may differ in their formats.
+    scores_of = {}
+    for one in runs:
+        for format, scores in one["formats"].items():
+            scores_of.setdefault(format, []).append(scores)
     formats = {}
-    for format in dict.fromkeys(format for one in runs for format in one["formats"]):
-        # a root that 4 bits cost too much has another format than those of other seeds
-        scores = [one["formats"][format] for one in runs if format in one["formats"]]
-        formats[format] = {name: mean_and_deviation(scores, name) for name in scores[0]}
+    for format, scores in scores_of.items():
+        formats[format] = summarize_scores(scores, scores[0])  # all that a seed's scores name
     return {"formats": formats}
 
 
+def summarize_scores(runs: list[dict], names) -> dict[str, dict]:
+    """Name of a score -> its `mean` and sample `standard_deviation` over the runs; the latter is null for one run."""
+    summary = {}
+    for name in names:
+        values = [one[name] for one in runs]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        summary[name] = {"mean": statistics.fmean(values), "standard_deviation": deviation}
+    return summary
+
+
 def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
-    """Whether the artifact is what this recipe would make, from the baseline that stands or on what can be reached."""
+    """Whether making the artifact anew would give the same.
+
+    Args:
+        wanted: the values of the recipe that it would be made by.
+        baseline: the folder that it would start from; None if it starts from a base model, whose name and whose
+            dataset's source are then compared too.
+    """
     made = read_recipe_of(artifact)
-    if not made:
+    if not made:  # no folder yet, or one that another program wrote
         return False
     wanted, recipe = dict(wanted), dict(made["recipe"])
     if baseline:
+        # By the time of the file: a baseline that was made again is another one, whatever its recipe says.
         made_after = (artifact / RECIPE_FILE).stat().st_mtime > (baseline / RECIPE_FILE).stat().st_mtime
-        for values in (wanted, recipe):  # there a folder, here what made that folder
-            values.pop("baseline")
+        for values in (wanted, recipe):
+            values.pop("baseline")  # in one the name of a folder, in the other the recipe of that folder
         return made_after and comparable(recipe) == comparable(wanted)
+    # The same recipe gives another model where the Hub cannot be reached and a substitute stands in.
     base = find_base_model(wanted["model_name_or_path"])
     source = source_of(wanted["dataset_name"], wanted.get("dataset_config_name"))
     origin = made["made"]["base_model"], made["made"]["dataset_source"]
     return comparable(recipe) == comparable(wanted) and origin == (base.name, source)
 
 
-def mean_and_deviation(runs: list[dict], name: str) -> dict:
-    """Mean and sample standard deviation over the seeds (null for a single one)."""
-    values = [one[name] for one in runs]
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "standard_deviation": deviation}
-
-
 def choose_seed(variant: str, runs: list[dict], results: Path) -> tuple[int, str]:
-    """The seed that is shown, and what chose it: the baseline's, so that variants are compared in pairs."""
+    """The seed that is published, and the score that chose it.
+
+    It is the baseline's seed wherever a variant has it, so that variants are compared in pairs.
+    """
     path = results / "seeds" / "baseline.json"
     seeds = [one["seed"] for one in runs]
     if variant != "baseline" and path.is_file() and (seed := read_json(path)["chosen_seed"]) in seeds:
         return seed, "validation macro F1 of the baseline"
+    # On validation, never on test: the best of five on test would be a score that no new text gets.
     return max(runs, key=lambda one: one["validation_macro_f1"])["seed"], "validation macro F1"

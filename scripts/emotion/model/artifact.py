@@ -1,6 +1,7 @@
 """An artifact: a folder that `from_pretrained` opens, with the same model in other runtimes' formats beside it.
 
-Says which formats a folder holds, which files each needs and what made it, and saves a new folder whole or not at all.
+This file tells which formats a folder holds, which files each format needs and what made the folder. It saves a new
+folder whole or not at all.
 """
 
 import contextlib
@@ -14,33 +15,44 @@ from emotion.common.recipe import PLACES, RECIPE_FILE, Recipe
 from emotion.task.dataset import Task, fingerprint
 from emotion.task.source import BaseModel
 
+# What every format needs beside its weights
 SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-# Format -> its file of weights; of several names, the first that the folder has. The first format is the default.
+# Format -> names of its weights file, of which the first that the folder has is taken. Where no format is asked for,
+# the first one in this order that the folder holds is opened.
 WEIGHT_FILES = {
     "pytorch": ("model.safetensors",),
+    # A baseline has a file of its own for this; another float model is rounded to bfloat16 as it is opened.
     "bf16": ("model.bf16.safetensors", "model.safetensors"),
     "torchao": ("model.safetensors",),
     "nf4": ("model.safetensors",),
     "onnx": ("onnx/model_quantized.onnx", "onnx/model.onnx"),
     "openvino": ("openvino/openvino_model.xml",),
 }
-# Who quantized `model.safetensors`, as config.json tells -> the formats which that file then is
+# Three formats share the name `model.safetensors`; config.json tells which of them it is. Library that quantized the
+# file, None for none -> the formats that it can then be opened as
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
-    """Maps each format that the folder holds to its file of weights; raises `UserError` if it holds none."""
+    """Each format that the folder holds -> its weights file.
+
+    Raises:
+        UserError: if there is no such folder, or it is no model folder, or it holds none of the formats.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; make it first, for instance with python scripts/run_baseline.py")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
-    of_root, of_any_root = FORMATS_OF_ROOT.get(quantized_by(folder), ()), sum(FORMATS_OF_ROOT.values(), ())
+    of_root = FORMATS_OF_ROOT.get(quantized_by(folder), ())  # none for a library that this project does not know
+    of_any_root = sum(FORMATS_OF_ROOT.values(), ())
     found = {}
-    for name, files in WEIGHT_FILES.items():
-        path = next((folder / file for file in files if (folder / file).is_file()), None)
-        if path and (name in of_root or name not in of_any_root):
-            found[name] = path
+    for format, names in WEIGHT_FILES.items():
+        if format in of_any_root and format not in of_root:
+            continue
+        for name in names:
+            if format not in found and (folder / name).is_file():
+                found[format] = folder / name
     if not found:
         raise UserError(f"{folder} has none of the formats {', '.join(WEIGHT_FILES)}")
     return found
@@ -52,7 +64,11 @@ def quantized_by(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict:
-    """The folder's config.json."""
+    """The folder's config.json.
+
+    Raises:
+        UserError: if it is not valid JSON.
+    """
     path = Path(folder) / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +77,11 @@ def read_config(folder: Path) -> dict:
 
 
 def weights_of(folder: Path, format: str) -> Path:
-    """Returns the file of weights for the format, or says which formats there are."""
+    """The weights file of one format.
+
+    Raises:
+        UserError: naming the formats that there are, if the folder has no such format.
+    """
     formats = find_formats(folder)
     if format not in formats:
         raise UserError(f"{folder} has no format '{format}'; it has {', '.join(formats)}")
@@ -69,67 +89,100 @@ def weights_of(folder: Path, format: str) -> Path:
 
 
 def files_to_serve(folder: Path, format: str) -> dict[str, int]:
-    """All files that must be on disk to answer a text in this format, and the bytes of each."""
+    """Name -> bytes of every file that must be on disk to answer a text in this format.
+
+    Raises:
+        UserError: if the folder has no such format.
+    """
     folder = Path(folder)
     weights = weights_of(folder, format)
-    paths = [folder / name for name in SHARED_FILES] + [weights, *files_beside(weights, format)]
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    sizes = {}
+    for path in [*(folder / name for name in SHARED_FILES), weights, *files_beside(weights, format)]:
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return sizes
 
 
 def adapter_bytes(folder: Path) -> int | None:
-    """Size of the weights of the adapter that lies beside the merged model; None where there is none."""
+    """Bytes of the adapter's weights, which lie beside the merged model (QLoRA); None where there is no adapter."""
     path = Path(folder) / "adapter" / "adapter_model.safetensors"
     return path.stat().st_size if path.is_file() else None
 
 
 def files_beside(weights: Path, format: str) -> list[Path]:
-    """What a file of weights needs beside it: OpenVINO's graph the weights, and what optimum-intel reads."""
+    """The files that a weights file cannot do without."""
+    # OpenVINO's .xml is the graph alone: the weights lie in the .bin. optimum-intel reads the config.json.
     return [weights.with_suffix(".bin"), weights.with_name("config.json")] if format == "openvino" else []
 
 
 @contextlib.contextmanager
 def new_artifact(folder: Path, made: dict):
-    """Yields a temporary folder to save into; it becomes the artifact, recipe.yaml included, if all goes well."""
+    """Yields a temporary folder to save into; if the block succeeds, it becomes the artifact with its recipe.yaml.
+
+    Args:
+        folder: the artifact's place. One that stands there stays untouched until the new one is whole.
+        made: the content of recipe.yaml, of `describe_made`. The block may still add to it: it is written at the end.
+
+    Raises:
+        UserError: if the folder cannot be written, or holds something else than an artifact.
+    """
     import yaml
 
+    # The recipe is also the marker by which a later run knows that it may replace the folder.
     with whole_folder(folder, marker=RECIPE_FILE) as partial:
         yield partial
         write_text(partial / RECIPE_FILE, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
 
 
 def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
-    """The label names of a model folder, in the order of its logits; ``width`` is how many of those there are."""
+    """The label names of a model folder, in the order of its logits.
+
+    Args:
+        weights: the file that was opened, for the message.
+        width: the number of logits that it gives per text.
+
+    Raises:
+        UserError: if config.json names another number of labels.
+    """
     names = read_config(folder).get("id2label") or {}
     if width != len(names):
         raise UserError(f"{weights} gives {width} logits and config.json names {len(names)} labels")
-    return [names[key] for key in sorted(names, key=int)]
+    return [names[key] for key in sorted(names, key=int)]  # JSON's keys are words: "10" would come before "2"
 
 
 def describe_made(variant: str, recipe: Recipe, seed: int | None, origin: dict, training: dict | None) -> dict:
-    """What made an artifact, for its recipe.yaml and for every record of it.
+    """The content of an artifact's recipe.yaml, from which every record of the artifact takes what made it.
 
     Args:
-        origin: what `describe_origin` tells, or what a baseline's recipe.yaml told of it.
-        training: what `summarize_training` tells; null for a folder that another program trained.
+        seed: of the training; None for a folder that another program trained.
+        origin: of `describe_origin`, or from a baseline's recipe.yaml.
+        training: of `summarize_training`, or from a baseline's recipe.yaml; None as for the seed.
     """
+    # Without output folders and the like: the same recipe in another place gives the same artifact.
+    recipe_values = {key: value for key, value in recipe.values.items() if key not in PLACES}
     return {
         "variant": variant,
-        "recipe": {key: value for key, value in recipe.values.items() if key not in PLACES},
+        "recipe": recipe_values,
         "recipe_sha256": recipe.sha256,
         "seed": seed,
         "made": origin | {"git_commit": git_commit()},
         "training": training,
+        # Of the packages: another release may train or quantize otherwise.
         "versions": package_versions(),
     }
 
 
 def describe_origin(base: BaseModel, task: Task, rows) -> dict:
-    """Where the base model and the data came from; ``rows`` are those of train that are learnt from."""
+    """Where the base model and the data came from.
+
+    Args:
+        rows: the rows of train that are learnt from; their number and fingerprint are recorded.
+    """
     return {
         "base_model": base.name,
         "base_model_source": base.source,
         "dataset": task.name,
         "dataset_source": task.source,
+        # After rows have been left out or drawn: the dataset's name alone does not tell which were learnt from.
         "train_rows": len(rows),
         "train_fingerprint": fingerprint(rows),
     }

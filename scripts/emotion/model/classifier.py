@@ -1,7 +1,10 @@
-"""What answers: one class a runtime, all with `labels`, `encode(texts)` and `logits(token_ids)`.
+"""One class per runtime, all with the same three members: `labels`, `encode(texts)` and `logits(token_ids)`.
 
-Token ids are made with `tokenizers` and NumPy alone, the same for every runtime, and each runtime is imported when it
-is opened: with ONNX Runtime neither torch nor transformers is loaded, and the first answer comes at once.
+`labels` are the names of the classes, in the order of the logits. `encode` gives the token ids of texts, the same for
+every runtime. `logits` gives float32 (texts, labels).
+
+A runtime is imported when one of its files is opened. ONNX Runtime needs neither torch nor transformers, so that the
+first answer comes at once.
 """
 
 from pathlib import Path
@@ -18,16 +21,18 @@ class OnnxClassifier:
     """Token ids to logits with ONNX Runtime on the CPU."""
 
     def __init__(self, folder: Path, weights: Path, threads: int):
+        """Opens ``weights``, an ONNX file in ``folder``; raises `UserError` if it cannot be opened."""
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(3)  # errors only
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options.inter_op_num_threads = 1  # the graph is a chain: there are no two operators to run side by side
         try:
             self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has no public class for it
+        except Exception as error:  # ONNX Runtime has no public class for its errors
             raise UserError(f"{weights} cannot be opened by ONNX Runtime: {str(error).splitlines()[0]}") from error
+        # Not every encoder takes token types: DistilBERT's file has two inputs, BERT's three.
         self._inputs = [value.name for value in self._session.get_inputs()]
         self.labels = read_labels(folder, weights, width=self._session.get_outputs()[0].shape[-1])
         self.encode = TextEncoder(folder)
@@ -39,18 +44,25 @@ class OnnxClassifier:
 
 
 class OpenVinoClassifier:
-    """Token ids to logits with OpenVINO on the CPU, tuned for latency as its users are told to."""
+    """Token ids to logits with OpenVINO on the CPU, with its own setting for low latency.
+
+    Attributes:
+        float_precision: `f32` or `bf16`, the precision of the operators that are not quantized.
+    """
 
     def __init__(self, folder: Path, weights: Path, threads: int):
+        """Opens ``weights``, an .xml file in ``folder``; raises `UserError` if it cannot be opened."""
         import openvino
 
         core = openvino.Core()
+        # LATENCY gives all threads to one text; its opposite would answer several texts side by side.
         core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
         try:
             model = core.compile_model(core.read_model(weights), "CPU")
         except RuntimeError as error:
             raise UserError(f"{weights} cannot be opened by OpenVINO: {str(error).splitlines()[0]}") from error
-        self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()  # f32, or bf16
+        # OpenVINO chooses by the processor, without a word, so that it must be asked and recorded.
+        self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self._request = model.create_infer_request()
         self._inputs = [port.any_name for port in model.inputs]
         self.labels = read_labels(folder, weights, width=model.output(0).get_partial_shape()[1].get_length())
@@ -59,27 +71,34 @@ class OpenVinoClassifier:
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 logits (texts, labels)."""
         arrays = self.encode.pad(token_ids)
+        # A copy, since the next request writes into the same memory.
         return self._request.infer({name: arrays[name] for name in self._inputs})["logits"].copy()
 
 
 class TorchClassifier:
-    """Token ids to logits with PyTorch, eager, opened as any user would: with `from_pretrained`."""
+    """Token ids to logits with PyTorch, eager, opened as any user would: with `from_pretrained`.
+
+    Attributes:
+        model: the opened model.
+    """
 
     def __init__(self, folder: Path, weights: Path, threads: int, dtype: str = "auto"):
+        """Opens ``weights``, a safetensors file in ``folder``; sets the threads of the whole process."""
         import torch
 
         torch.set_num_threads(threads)
-        variant = "bf16" if ".bf16." in weights.name else None
+        variant = "bf16" if ".bf16." in weights.name else None  # Transformers' word for the middle of the file's name
         self.model = load_trained_classifier(folder, variant=variant, dtype=dtype).eval()
         self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
         self.encode = TextEncoder(folder)
 
     def compile(self) -> None:
-        """From now on the model's forward pass is compiled code, for any number and length of texts."""
+        """Compiles the model's forward pass, for any number and length of texts; the first call is slow."""
         import torch
         import torch._inductor.config
 
         torch._inductor.config.freezing = True  # the weights become constants, packed once
+        # Without `dynamic` each new length would be compiled anew, in the middle of a measurement.
         self.model.forward = torch.compile(self.model.forward, dynamic=True)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
@@ -88,21 +107,29 @@ class TorchClassifier:
 
         arrays = self.encode.pad(token_ids)
         with torch.inference_mode():
-            inputs = {name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask")}
-            return self.model(**inputs).logits.float().numpy()
+            # No token types: every model fills in zeros, which is what they are.
+            ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
+            return self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()  # NumPy has no bfloat16
 
 
 class ModelInMemory(TorchClassifier):
-    """A model that lies in no folder yet, as something that answers."""
+    """A classifier of a model that is not saved yet."""
 
     def __init__(self, model, encoder: TextEncoder):
+        """Takes the model as it is, and the number of threads that the process has."""
         self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
 
 
 def open_artifact(folder: Path, format: str, threads: int):
-    """Opens one format of a folder as a classifier."""
-    from emotion.model.classifier import OnnxClassifier, OpenVinoClassifier, TorchClassifier
+    """Opens one format of a folder as a classifier.
 
+    Args:
+        format: one of `WEIGHT_FILES`.
+        threads: how many the runtime may compute with.
+
+    Raises:
+        UserError: if the folder does not have this format, or the file cannot be opened.
+    """
     weights = weights_of(folder, format)
     if format == "onnx":
         return OnnxClassifier(folder, weights, threads=threads)
@@ -113,13 +140,17 @@ def open_artifact(folder: Path, format: str, threads: int):
 
 
 def predict(classifier, token_ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
-    """Logits of all texts, float32 (texts, labels) in their order; batches are sorted by length to save padding."""
+    """Logits of all texts, in batches: float32 (texts, labels), in the order of the texts."""
     logits = np.empty((len(token_ids), len(classifier.labels)), dtype=np.float32)
-    for batch in _batches_by_length(token_ids, batch_size):
+    for batch in batches_by_length(token_ids, batch_size):
         logits[batch] = classifier.logits([token_ids[row] for row in batch])
     return logits
 
 
-def _batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.ndarray]:
-    order = np.argsort([len(ids) for ids in token_ids], kind="stable")
+def batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.ndarray]:
+    """The numbers of the texts in batches of similar length, int64 arrays (batch_size,); the last may be smaller.
+
+    A batch is padded to its longest text: sorted by length, little of the work is spent on padding.
+    """
+    order = np.argsort(list(map(len, token_ids)), kind="stable")  # stable: the same batches on every machine
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

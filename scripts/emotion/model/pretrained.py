@@ -8,44 +8,79 @@ from emotion.common.errors import UserError
 def open_classifier(folder, **options):
     """`AutoModelForSequenceClassification.from_pretrained`, from safetensors and without remote code.
 
+    Args:
+        folder: a local folder or a Hub id.
+        options: more options of `from_pretrained`; those on trust cannot be overridden.
+
     Returns:
         The model and the loading report, which names the weights that were missing or did not fit.
+
+    Raises:
+        UserError: if the files cannot be read, in one line.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
+    # A pickle or a file of Python code from a stranger's repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     try:
         return AutoModelForSequenceClassification.from_pretrained(folder, **options)
+    # Transformers raises these for: no file, a wrong config.json, a library that is missing, shapes that do not fit.
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
 def build_config(path: str, labels: list[str], attention_dropout: float | None):
-    """The configuration of a base model as a classifier of these labels."""
+    """The configuration of a base model as a classifier of these labels.
+
+    Args:
+        path: a local folder or a Hub id.
+        labels: the names of the classes, in the order of the logits.
+        attention_dropout: dropout of the attention weights; None keeps the base model's own.
+
+    Raises:
+        UserError: if the model is a trained classifier already, of another number of classes.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    # A trained head of another size would be thrown away without a word, and a random one trained in its place.
     trained = any("SequenceClassification" in name for name in config.architectures or [])
     if trained and config.num_labels != len(labels):
         raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
     config.num_labels = len(labels)
+    # These two are saved with the model: a client that knows nothing of the dataset answers with names.
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     if attention_dropout is not None:
-        for name in {"attention_probs_dropout_prob", "attention_dropout"} & vars(
-            config
-        ).keys():  # BERT's, DistilBERT's
-            setattr(config, name, attention_dropout)
+        for name in ("attention_probs_dropout_prob", "attention_dropout"):  # BERT's and its descendants', DistilBERT's
+            if name in vars(config):
+                setattr(config, name, attention_dropout)
     return config
 
 
 def build_classifier(path: str, labels: list[str], attention_dropout: float | None, **options):
-    """The encoder with a fresh classification head, or with its own where it was trained for as many classes."""
+    """The encoder with a fresh classification head, or with its own if it was trained for as many classes.
+
+    Args:
+        options: more options of `from_pretrained`, for instance those of `nf4_options`.
+
+    Returns:
+        The model; its float weights are float32.
+
+    Raises:
+        UserError: if it cannot be opened, or its encoder has no pretrained weights.
+    """
     config = build_config(path, labels, attention_dropout)
+    # In float32 even if the file holds half precision: a small learning rate would vanish in its rounding.
     model, report = open_classifier(path, config=config, dtype="float32", **options)
     encoder = f"{model.base_model_prefix}."
-    absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
+    # Missing weights of the encoder would be random numbers, and only Transformers' own warning would say so. The head
+    # is always missing, and encoders trained without a pooler get a fresh one: both are trained.
+    absent = []
+    for key in sorted(report["missing_keys"]):
+        if key.startswith(encoder) and "pooler" not in key:
+            absent.append(key)
     if absent:
         raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
     return model
@@ -54,11 +89,15 @@ def build_classifier(path: str, labels: list[str], attention_dropout: float | No
 def load_trained_classifier(folder: Path, **options):
     """Opens a classifier and refuses a folder without a trained head.
 
+    Args:
+        options: more options of `from_pretrained`.
+
     Raises:
         UserError: if weights are missing, do not fit the configuration, or cannot be read.
     """
-    model, report = open_classifier(folder, ignore_mismatched_sizes=True, **options)  # what does not fit is named here
-    if report["mismatched_keys"]:
+    # Transformers would stop at sizes that do not fit, with a page of text; the line below names the first of them.
+    model, report = open_classifier(folder, ignore_mismatched_sizes=True, **options)
+    if report["mismatched_keys"]:  # (name, shape in the file, shape by config.json)
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise UserError(f"{folder}: {name} is {list(found)} in the weights and {list(expected)} by config.json")
     if report["missing_keys"]:

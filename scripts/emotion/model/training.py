@@ -1,4 +1,4 @@
-"""What every training shares around the `Trainer`: its arguments, patches, checkpoints to resume from, its summary."""
+"""The parts around the `Trainer` that every training shares: arguments, patches, resuming, and a summary."""
 
 import contextlib
 import json
@@ -14,25 +14,30 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, write_json
 from emotion.common.machine import choose_threads, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
 from emotion.common.recipe import RECIPE_FILE, Recipe, comparable
-from emotion.model.hub import HubArguments
+from emotion.model.hub import HubArguments, score_and_publish
 from emotion.task.scores import score
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-RECIPE_OF_RUN = "recipe.json"  # beside the checkpoints: what they are checkpoints of
+RECIPE_OF_RUN = "recipe.json"  # beside the checkpoints: only a run with the same recipe may resume from them
 
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
     """`TrainingArguments` that fit themselves to the machine: no GPU means CPU, no bfloat16 means FP32.
 
-    Checkpoints go to ``checkpoints/`` beside the artifact, so that the artifact holds nothing but what it needs to
-    answer. An output folder that cannot be written is an error now, not after the training.
+    Checkpoints go to ``checkpoints/`` beside the artifact, so that the artifact holds only the files that answering
+    needs. An output folder that cannot be written is an error before the training, not after it.
+
+    Attributes:
+        artifact: the folder to save into; `output_dir` is that of the checkpoints.
+        hub: the `HubArguments`.
     """
 
+    # Every trained parameter gets a gradient here. To look for others in each step would only take time.
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether several processes look for parameters that got no gradient."}
+        default=False, metadata={"help": "Several processes look for parameters that got no gradient."}
     )
 
     results_dir: str = field(
@@ -42,6 +47,7 @@ class RecipeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.hub_token:
             raise ValueError("--hub_token: others can read a command line; run `hf auth login`, or set HF_TOKEN")
+        # An object beside the fields: run_ptq.py has the same flags without a training.
         self.hub = HubArguments(self.push_to_hub, self.hub_model_id, self.hub_private_repo, self.results_dir)
         self.push_to_hub = False  # the Trainer would push checkpoints, and a card without these scores
         if not self.output_dir:
@@ -51,28 +57,56 @@ class RecipeTrainingArguments(TrainingArguments):
         self.output_dir = str(self.artifact.parent / "checkpoints" / self.artifact.name)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
-        if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:  # the launcher gives each process one thread
+        # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
+        if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
             torch.set_num_threads(max(1, choose_threads(None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / self.artifact.name))
         super().__post_init__()
 
 
 def compute_metrics(prediction) -> dict:
-    """Scores of the evaluation split, for the `Trainer`."""
+    """Scores of the evaluation split, for the `Trainer`, which puts ``eval_`` before each name.
+
+    Args:
+        prediction: the Trainer's `EvalPrediction`; ``predictions`` are float logits (rows, classes).
+    """
     scores = score(prediction.predictions, prediction.label_ids)
     predicted = len(set(prediction.predictions.argmax(axis=-1)))
     return {
         "macro_f1": scores["macro_f1"],
         "accuracy": scores["accuracy"],
-        "predicted_classes": predicted,
+        "predicted_classes": predicted,  # 1 tells a training that has collapsed, whatever its accuracy
         "rows": len(prediction.label_ids),  # of all processes together
     }
+
+
+def freeze(model, beginnings: list[str]) -> int:
+    """Keeps the parameters whose names begin with one of ``beginnings`` from being trained, in place.
+
+    Returns:
+        How many numbers these parameters hold.
+
+    Raises:
+        UserError: if a beginning fits no parameter.
+    """
+    parameters = dict(model.named_parameters())
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in parameters):
+            names = sorted({".".join(name.split(".")[:2]) for name in parameters})  # two levels say enough
+            raise UserError(f"--freeze {beginning}: no parameter's name begins so; they begin with {', '.join(names)}")
+    frozen = 0
+    for name, parameter in parameters.items():
+        if name.startswith(tuple(beginnings)):
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    return frozen
 
 
 class ProgressLines(ProgressCallback):
     """The progress bar, with one short line per evaluation instead of dictionaries."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Writes the scores above the bar; losses between evaluations go to the log alone."""
         if state.is_world_process_zero and "eval_macro_f1" in logs and self.training_bar is not None:
             self.training_bar.write(
                 f"epoch {logs['epoch']:.2f}  validation macro F1 {logs['eval_macro_f1']:.4f}  "
@@ -81,15 +115,14 @@ class ProgressLines(ProgressCallback):
 
 
 def find_checkpoint(trainer: Trainer, recipe: Recipe) -> str | None:
-    """The checkpoint to resume from, if asked to; otherwise clears the folder, so that no other run's steps remain.
-
-    The `Trainer` writes trainer_state.json last: a checkpoint without a readable one was cut off and is passed over.
+    """The checkpoint to resume from, if asked to; None to start afresh, in an empty folder of checkpoints.
 
     Raises:
         UserError: if the checkpoints are those of another recipe.
     """
     folder = Path(trainer.args.output_dir)
     checkpoint = _newest_checkpoint(trainer.args, recipe) if trainer.args.resume_from_checkpoint else None
+    # Another run's checkpoints must go: the best one of them could be taken for this run's.
     if trainer.is_world_process_zero() and not checkpoint:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / RECIPE_OF_RUN, comparable(recipe.values))
@@ -99,17 +132,20 @@ def find_checkpoint(trainer: Trainer, recipe: Recipe) -> str | None:
 
 @dataclass
 class Clock:
-    """Seconds that a training took: by the wall, and of the processor over all threads."""
+    """The time that a training took, both in seconds."""
 
     seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the processor, summed over all threads
 
 
 @contextlib.contextmanager
 def patched(trainer: Trainer):
-    """Trains faster, and loads checkpoints back whole; yields a `Clock` that tells afterwards how long it took.
+    """Makes the changes to `Trainer`, model and C library that training needs, each with its reason; times the block.
 
-    Every change to the `Trainer`, the model or the C library that training needs stands here with its reason.
+    With them training is faster, and checkpoints are loaded back whole.
+
+    Yields:
+        A `Clock` that holds the time after the block.
     """
     model, on_cpu = trainer.model, trainer.args.use_cpu
     # The Trainer's own bar prints a dictionary for each evaluation; ProgressLines prints one short line.
@@ -120,8 +156,8 @@ def patched(trainer: Trainer):
     # The Trainer loads a checkpoint back by the names of the modules, while save_pretrained writes LayerNorm's legacy
     # names by default: the best checkpoint, or the one to resume from, would lose every LayerNorm without a word.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    # The Trainer would have the model divide its loss by the labels of all processes, which BERT's does not do, and so
-    # count the label loss once a process.
+    # BERT takes any keyword, so the Trainer believes that it divides its loss by the labels of all processes, and
+    # multiplies the loss by the number of processes in return. BERT does not divide.
     trainer.model_accepts_loss_kwargs = False
     # At a few dozen tokens the backward pass of the fused attention takes a third of a step on a CPU.
     attention = model.config._attn_implementation
@@ -130,14 +166,18 @@ def patched(trainer: Trainer):
     # glibc would give the large gradients' pages back to the system after every step, and fetch them anew.
     keep_freed_memory()
     reset_peak_memory()
+    # The clock starts after all preparation, and stops before the model is put back as it was.
     clock, start, cpu_start = Clock(), time.monotonic(), time.process_time()
     yield clock
     clock.seconds, clock.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
-    model.set_attn_implementation(attention)  # that of all who open the model
+    model.set_attn_implementation(attention)  # the saved config.json names none but the usual one
 
 
 def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
-    """What the artifact tells of its training: validation scores, seconds, precision, processes, peak memory.
+    """The part of the artifact's recipe.yaml on its training: validation scores of the best epoch, time, peak memory.
+
+    Args:
+        resumed: whether the training went on from a checkpoint; then the seconds count from there on.
 
     Raises:
         UserError: if the best checkpoint, whose weights `trainer.model` should hold by now, is gone.
@@ -145,6 +185,7 @@ def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
     arguments, best_checkpoint = trainer.args, trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and not (best_checkpoint and Path(best_checkpoint).is_dir()):
         raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train afresh without resuming")
+    # With `load_best_model_at_end` the Trainer keeps the same one; see metric_for_best_model in the recipe.
     logs = [log for log in trainer.state.log_history if "eval_macro_f1" in log]
     best = max(logs, key=lambda log: log["eval_macro_f1"], default={})
     if best.get("eval_predicted_classes") == 1:
@@ -161,7 +202,7 @@ def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
         "steps": trainer.state.global_step,
         "seconds": round(clock.seconds, 1),
         "cpu_seconds": round(clock.cpu_seconds, 1),  # not stretched by what else the machine did
-        "resumed": resumed,  # then the seconds count from there on
+        "resumed": resumed,
         "precision": "bf16" if arguments.bf16 else "fp32",
         "processes": arguments.world_size,
         "threads": torch.get_num_threads(),
@@ -169,8 +210,19 @@ def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
     }
 
 
+def finish(training: RecipeTrainingArguments, summary: dict) -> None:
+    """Ends a run whose artifact is saved: removes its checkpoints, prints its score, and publishes it if asked to."""
+    shutil.rmtree(training.output_dir)
+    print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
+    score_and_publish(training.artifact, training.hub)
+
+
 def _newest_checkpoint(arguments: TrainingArguments, recipe: Recipe) -> str | None:
-    """The newest checkpoint that was written whole, of a run with the same recipe; None to start afresh."""
+    """The newest checkpoint that was written whole; None to start afresh.
+
+    Raises:
+        UserError: if the checkpoints are those of another recipe.
+    """
     if arguments.resume_from_checkpoint != "last":
         raise UserError(f"--resume_from_checkpoint {arguments.resume_from_checkpoint}: it takes 'last'")
     folder = Path(arguments.output_dir)
@@ -184,8 +236,10 @@ def _newest_checkpoint(arguments: TrainingArguments, recipe: Recipe) -> str | No
             f"cannot resume {folder}: {', '.join(changed)} changed since it started; set back what changed, or delete "
             "that folder to start afresh"
         )
+    # By the number of their steps: as words, checkpoint-900 would come after checkpoint-1000.
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
+        # The `Trainer` writes this file last: if it cannot be read, the checkpoint was cut off.
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):

@@ -1,4 +1,9 @@
-"""QLoRA's adapter: which layers of a 4-bit base get one, and how both become one model again."""
+"""QLoRA's adapter: which layers of a 4-bit base get one, and how base and adapter become one model again.
+
+The base's weights are NF4 and never change; two thin matrices beside each layer are trained (Dettmers et al., "QLoRA:
+Efficient Finetuning of Quantized LLMs", NeurIPS 2023; Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+ICLR 2022).
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -14,6 +19,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 
+# What the artifact can hold: the adapter alone, for PEFT; base and adapter as one model, in 4 bits for Transformers
+# and in INT8 for ONNX Runtime.
 FORMATS = ("adapter", "nf4", "onnx")
 
 
@@ -22,24 +29,26 @@ class QloraArguments(TaskArguments):
     """The adapter; the base is always NF4 with double quantization."""
 
     lora_rank: int = field(default=16, metadata={"help": "Rank of the two matrices beside each layer."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter counts alpha / rank times."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of what enters the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is multiplied by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's inputs."})
     target_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Ends of names of the layers that get an adapter; all of the encoder's if none are given."},
+        metadata={"help": "Layers that get an adapter, by the ends of their names; all of the encoder's by default."},
     )
     trained_whole: list[str] = field(
         default_factory=list,
-        metadata={"help": "Ends of names of the layers outside the encoder that are trained whole; the head if none."},
+        metadata={"help": "Layers without an adapter to train whole besides the head, by the ends of their names."},
     )
     use_rslora: bool = field(
-        default=False, metadata={"help": "Count alpha / sqrt(rank) times instead (Kalajdzievski, 2023)."}
+        default=False, metadata={"help": "Multiply by alpha / sqrt(rank) instead (Kalajdzievski, 2023)."}
     )
     use_dora: bool = field(
-        default=False, metadata={"help": "Learn length and direction of the weights apart (Liu et al., ICML 2024)."}
+        default=False,
+        metadata={"help": "Learn length and direction of the weights separately (Liu et al., ICML 2024)."},
     )
     init_lora_weights: str = field(
-        default="default", metadata={"help": "default, gaussian, or loftq (Li et al., ICLR 2024)."}
+        default="default",
+        metadata={"help": "How the adapter starts: default, gaussian, or loftq (Li et al., ICLR 2024)."},
     )
     load_in_4bit: bool = field(default=True, metadata={"help": "False for LoRA on a float base, to compare with."})
     formats: list[str] = field(
@@ -48,6 +57,7 @@ class QloraArguments(TaskArguments):
     )
 
     def __post_init__(self):
+        # ValueError, as the dataclasses of Transformers raise it: the command line makes one line of either.
         if not set(self.formats) <= set(FORMATS):
             raise ValueError(f"--formats {' '.join(self.formats)}: it takes some of {', '.join(FORMATS)}")
         if self.init_lora_weights not in {"default", "gaussian", "loftq"}:
@@ -59,54 +69,97 @@ class QloraArguments(TaskArguments):
 
 
 def build_qlora(base: str, labels: list[str], arguments: QloraArguments, bf16: bool) -> PeftModel:
-    """The base in NF4, an adapter on each of its layers, and the head to be trained whole."""
+    """The base in NF4, an adapter on each chosen layer, and the head to be trained whole.
+
+    Args:
+        base: Hub id or folder of the base model.
+        bf16: whether the training computes in bfloat16.
+
+    Raises:
+        UserError: if the base cannot be opened, or a flag names a layer that it does not have.
+    """
     options = nf4_options(base, labels, bf16) if arguments.load_in_4bit else {}
     model = build_classifier(base, labels, arguments.attention_dropout, **options)
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False  # evaluating would repack its weights, which ends the training
-            if bf16:  # it answers in its input's FP32, and what follows would keep that for the way back
-                layer.register_forward_hook(lambda layer, inputs, output: output.to(torch.bfloat16))
-    encoder, head = model.base_model_prefix, [name for name, part in model.named_children() if list(part.parameters())]
-    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
-    inside = [name for name in linear if name.startswith(f"{encoder}.")]
-    targets = named(arguments.target_modules, inside, "--target_modules") or inside
-    whole = named(arguments.trained_whole, [name for name in linear if name not in targets], "--trained_whole")
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=targets,
-        modules_to_save=[name for name in head if name != encoder] + whole,
-        use_rslora=arguments.use_rslora,
-        use_dora=arguments.use_dora,
-        init_lora_weights="gaussian" if arguments.init_lora_weights == "gaussian" else True,
-    )
-    model = get_peft_model(model, config)
+    _prepare_4bit_layers(model, bf16)
+    model = get_peft_model(model, _configure_adapter(model, arguments))
     if arguments.init_lora_weights == "loftq":
         start_from_rounding_error(model, build_classifier(base, labels, None))
     return model
 
 
+def _prepare_4bit_layers(model, bf16: bool) -> None:
+    """Makes bitsandbytes' layers fit for training on a processor, in place; a float base has none of them."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # evaluating would repack its weights, which ends the training
+            if bf16:
+                # The layer answers in FP32, as its inputs come, and all that follows would be kept for the backward
+                # pass at twice the size.
+                layer.register_forward_hook(lambda layer, inputs, output: output.to(torch.bfloat16))
+
+
+def _configure_adapter(model, arguments: QloraArguments) -> LoraConfig:
+    """PEFT's configuration: which layers get an adapter, and which are trained whole."""
+    encoder, linear, inside = model.base_model_prefix, [], []
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            linear.append(name)
+            if name.startswith(f"{encoder}."):
+                inside.append(name)
+    targets = named(arguments.target_modules, inside, "--target_modules") or inside
+    whole = named(arguments.trained_whole, [name for name in linear if name not in targets], "--trained_whole")
+    # The head is all that lies beside the encoder and has weights, whatever it is called; it starts at random, and
+    # an adapter on it would leave most of it random.
+    head = []
+    for name, part in model.named_children():
+        if name != encoder and list(part.parameters()):
+            head.append(name)
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=targets,
+        modules_to_save=head + whole,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        # True is PEFT's default: A at random and B zero. LoftQ's start is written over it, by our own function.
+        init_lora_weights="gaussian" if arguments.init_lora_weights == "gaussian" else True,
+    )
+
+
 def named(endings: list[str], layers: list[str], flag: str) -> list[str]:
-    """The layers whose names end so; an ending that fits none is an error that names what there is."""
+    """The layers whose names end in one of ``endings``, in the order of the model.
+
+    Raises:
+        UserError: if an ending fits no layer; it names the kinds of layers that there are.
+    """
     for ending in endings:
         if not any(f".{name}".endswith(f".{ending}") for name in layers):
+            # "bert.encoder.layer.3.output.dense" -> "output.dense": once, not once per layer of the encoder.
             kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in layers})
             raise UserError(f"{flag} {ending}: no layer's name ends so; there are {', '.join(kinds)}")
-    return [name for name in layers if any(f".{name}".endswith(f".{ending}") for ending in endings)]
+    # The dots make an ending fit whole parts of a name: "dense" is no ending of "predense".
+    suffixes = tuple(f".{ending}" for ending in endings)
+    return [name for name in layers if f".{name}".endswith(suffixes)]
 
 
 def merge(model: PeftModel, base: BaseModel, labels: list[str], folder: Path, arguments, training):
-    """Saves the adapter, and returns base and adapter in one, in FP32.
+    """Saves the adapter in the folder `adapter`, and returns base and adapter as one model, in FP32.
 
-    The adapter learnt beside the rounded weights: it is added to those, not to the base as it was before.
+    The adapter learnt beside the rounded weights, so it is added to those, not to the base as it was before.
+
+    Args:
+        model: the trained model.
+        folder: the artifact's.
+        arguments: `QloraArguments`.
+        training: `TrainingArguments`.
     """
     model.peft_config["default"].base_model_name_or_path = base.name  # the Hub's name, not a path of this machine
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)  # no embedding was trained
     (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's, with gaps to fill in
     options = nf4_options(base.path, labels, training.bf16) if arguments.load_in_4bit else {}
+    # Opened anew with the saved adapter, as its users do: the merged model is then the one that they get.
     rounded = build_classifier(base.path, labels, None, **options)
     rounded = rounded.dequantize() if options else rounded
     return PeftModel.from_pretrained(rounded, folder / "adapter").merge_and_unload().float()

@@ -1,18 +1,20 @@
 """Quantization-aware training in torchao's three moves: prepare, train, convert.
 
-Preparing puts a fake quantizer before and into each layer. It rounds as the shipped form does, and the layer
-multiplies the whole numbers that come out of it: in floats, which hold them exactly, so that the sums are those of the
-integers to the last digit. Rounding has no useful slope, so its gradient passes straight through (Bengio, Léonard and
-Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013).
+Preparing gives each layer a fake quantizer for its activations and one for its weights. They round as the shipped
+file does. The layer then multiplies the whole numbers that come out: in floats, which hold them exactly, so that the
+sums are those of the integers to the last digit. The slope of rounding is zero almost everywhere, so the gradient
+passes straight through (Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
+for Conditional Computation", 2013).
 
 Each runtime measures activations in its own way, and so does its fake quantizer: torchao token by token (8 bits), ONNX
-Runtime with one range for all tokens of a batch (below 8 bits). torchao's own fake quantizers have neither these two
-nor the levels of lowbit.py, and multiply what they have scaled back; hence those below.
+Runtime with one range for all tokens of a batch (below 8 bits). torchao's own fake quantizers have neither of the two
+nor the levels of lowbit.py, and they multiply values that are scaled back already. Hence those below.
 """
 
 from functools import partial
 
 from emotion.quantize.layers import Layers
+from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
 from emotion.quantize.lowbit import Scales, integers_of, round_matrix
 
 import torch
@@ -22,107 +24,145 @@ from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
+FULL_SPAN = (-128, 127)  # smallest and largest integer of 8 bits
+SAFE_SPAN = (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT - 1)  # of 7 bits, with which no processor's sums overflow
 
 
-def round_rows(values: torch.Tensor, span: tuple[int, int] = (-128, 127)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row (the last dimension) to symmetric integers, as torchao does it for INT8.
+def round_rows(values: torch.Tensor, span: tuple[int, int] = FULL_SPAN) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds each row (the last dimension) to symmetric integers, as torchao does it for INT8.
+
+    Args:
+        values: float (..., columns).
+        span: the smallest and the largest integer.
 
     Returns:
-        The integers, as floats, and what 1 is worth: float32 (..., 1).
+        The integers as floats, (..., columns), and their scale (the value of the integer 1): float32 (..., 1).
     """
+    # Half the span is 127.5 at 8 bits, not 127. This is torchao's choice; a largest value above zero is clamped.
     scale = values.abs().amax(dim=-1, keepdim=True).float() / ((span[1] - span[0]) / 2)
-    scale = scale.clamp_(min=EPSILON)
+    scale = scale.clamp_(min=EPSILON)  # a row of zeros has no range of its own
+    # Times the reciprocal, as torchao: a division would round some values on an edge to the other integer.
     return (values * (1.0 / scale)).round_().clamp_(*span), scale
 
 
 def round_all(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All values to the 256 integers of one range around zero, as ONNX Runtime's DynamicQuantizeLinear does it.
+    """Rounds all values to the 256 integers of one range, as ONNX Runtime's operator DynamicQuantizeLinear does it.
+
+    Args:
+        values: float, of any shape.
 
     Returns:
-        The integers without their zero point, floats from -255 to 255, and what 1 is worth: float32, one number.
+        The integers less their zero point, as floats from -255 to 255, in the shape of the values; and their scale
+        (the value of the integer 1): float32, one number.
     """
     values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
     lowest, highest = torch.aminmax(values)
-    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # ONNX wants a range that holds 0
     scale = (highest - lowest) / 255
-    scale = torch.where(scale == 0, 1.0, scale)
+    scale = torch.where(scale == 0, 1.0, scale)  # all values are 0
     zero = (-lowest / scale).round()
     return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
 
 
 class Rounding(FakeQuantizerBase):
-    """One of the functions above, which measures the values anew each time."""
+    """A fake quantizer that measures the values anew each time, with one of the two functions above."""
 
     def __init__(self, config: IntxFakeQuantizeConfig, function):
         super().__init__()
         self.config, self.enabled, self.function = config, True, function
 
     def round(self, values: torch.Tensor, ids=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The values to integers, whichever ids looked them up; and their scale."""
+        """Returns the integers, as floats, and their scale.
+
+        ``ids`` is not used: a row is rounded by its own range, so it does not matter where in a table it stands.
+        """
         return self.function(values)
 
 
 class LowBitGroups(FakeQuantizerBase):
-    """2 to 4 bits with the two-level scales of lowbit.py, which stay as they were chosen before the training.
+    """A fake quantizer of 2 to 4 bits, with the two-level scales of lowbit.py.
 
-    The scales are buffers, so that a checkpoint holds them.
+    The scales stay as they were chosen before the training.
     """
 
     def __init__(self, config: IntxFakeQuantizeConfig, scales: Scales):
         super().__init__()
         self.config, self.enabled, self.bits = config, True, scales.bits
+        # Buffers: a checkpoint holds them, and they move to the GPU with the model.
         self.register_buffer("row", scales.row)
         self.register_buffer("multiplier", scales.multiplier)
 
     @property
     def scales(self) -> Scales:
+        """The scales of the whole weight."""
         return Scales(self.bits, self.row, self.multiplier)
 
     def round(self, weight: torch.Tensor, ids=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows of a weight, or those that ``ids`` looked up, (..., columns), to integers; and their scales."""
+        """Returns the integers of the rows, as floats (..., columns), and the scales of the rows, float32 (..., 1).
+
+        Args:
+            weight: the whole matrix, or the rows of it that ``ids`` looked up, float (..., columns).
+            ids: int64 (...), the number of each of these rows.
+        """
         scales = Scales(self.bits, self.row[ids], self.multiplier[ids])
         return integers_of(weight, scales), scales.row
 
 
 class StraightThrough(torch.autograd.Function):
-    """Integers times their scale; the gradient passes as if nothing had been rounded."""
+    """Rounds values and scales them back; the gradient passes as if nothing had been rounded."""
 
     @staticmethod
     def forward(ctx, values, rounding):
+        """Returns the rounded values, in the shape of ``values``; ``rounding`` gives integers and their scale."""
         integers, scale = rounding(values)
-        return integers.mul_(scale)
+        return integers.mul_(scale)  # in place: the integers are a new tensor, which nobody else holds
 
     @staticmethod
     def backward(ctx, gradient):
+        """Returns one gradient per argument of `forward`; a function has none."""
         return gradient, None
 
 
 class IntegerProduct(torch.autograd.Function):
     """A linear layer of rounded values (..., columns) and a rounded weight (rows, columns).
 
-    The sums are exact below 2^24: for more than 1,000 columns of the largest integers (255 x 64), and those cancel.
-    Under autocast to bfloat16 the integers are exact still, and the sums keep eight binary digits.
+    The sums are exact up to 2^24. A float32 sum reaches that with 1,028 columns of the largest integers (255 x 64) at
+    the earliest; real ones have both signs and cancel. Under autocast to bfloat16 the integers are still exact, and
+    the sums keep eight binary digits.
+
+    A plain linear layer would sum values that are scaled back already, and differ in the last digits. This one scales
+    after summing, as the runtimes do. Autograd would find the slope of rounding, zero, so the backward pass is written
+    out: that of a linear layer of the rounded values and the rounded weight.
     """
 
     @staticmethod
     def forward(ctx, values, weight, bias, round_values, round_weight):
+        """Returns float (..., rows). The last two arguments give the integers of a tensor and their scale."""
         (left, scale), (right, row) = round_values(values), round_weight(weight)
         device = values.device.type
+        # The cast of autocast, done by hand: the tensors kept for the backward pass are then half as large.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
-        left, right, row = left.to(dtype), right.to(dtype), row.flatten()
+        left, right, row = left.to(dtype), right.to(dtype), row.flatten()  # one scale per output: (rows,)
         ctx.save_for_backward(left, scale, right, row)
         ctx.has_bias = bias is not None
-        product = functional.linear(left, right).mul_(scale).mul_(row)  # in torchao's order
+        product = functional.linear(left, right).mul_(scale).mul_(row)  # in torchao's order, for the last digit
         return product.add_(bias) if ctx.has_bias else product
 
     @staticmethod
     def backward(ctx, gradient):
+        """Returns one gradient per argument of `forward`; None where none is needed.
+
+        The layer is y = (scale x left) (row x right)^T + bias. With "straight through", the gradient of a rounded
+        tensor counts as that of the tensor before it was rounded.
+        """
         left, scale, right, row = ctx.saved_tensors
         for_values = for_weight = for_bias = None
         if ctx.needs_input_grad[0]:
+            # The gradient is scaled, not the weight: no float copy of all scaled weights is made.
             for_values = (gradient * row.to(gradient.dtype)) @ right
         if ctx.needs_input_grad[1]:
             scaled = gradient * scale.to(gradient.dtype)
+            # All texts and tokens become one dimension, over which the product sums: (rows, columns).
             for_weight = scaled.reshape(-1, scaled.shape[-1]).T @ left.reshape(-1, left.shape[-1])
         if ctx.has_bias and ctx.needs_input_grad[2]:
             for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0)
@@ -130,9 +170,10 @@ class IntegerProduct(torch.autograd.Function):
 
 
 class RoundedLinear(FakeQuantizedLinear):
-    """A linear layer that multiplies integers where torchao's multiplies what they are worth."""
+    """A linear layer that multiplies integers and scales the sums; torchao's multiplies values scaled back already."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns float (..., outputs) for ``values`` (..., inputs)."""
         if not self.weight_fake_quantizer.enabled:
             return functional.linear(values, self.weight, self.bias)
         rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
@@ -140,25 +181,32 @@ class RoundedLinear(FakeQuantizedLinear):
 
 
 class RoundedEmbedding(FakeQuantizedEmbedding):
-    """An embedding that rounds the rows it looks up, not its whole table: the result is the same."""
+    """An embedding that rounds only the rows it looks up; rounding its whole table would give the same result."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns float (..., columns) for ``ids`` (...)."""
         rows, quantizer = functional.embedding(ids, self.weight, self.padding_idx), self.weight_fake_quantizer
-        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids)) if quantizer.enabled else rows
+        if not quantizer.enabled:
+            return rows
+        # With the ids, since below 8 bits each row of the table has scales of its own.
+        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids))
 
 
 class IntegerLinear(torch.nn.Module):
-    """What ONNX Runtime makes of a layer below 8 bits: uint8 activations times int8 weights, summed in int32."""
+    """A layer below 8 bits as ONNX Runtime computes it: uint8 activations times int8 weights, summed in int32."""
 
     def __init__(self, layer: torch.nn.Linear, scales: Scales):
         super().__init__()
         integers = integers_of(layer.weight.detach(), scales).to(torch.int8)
         self.weight, self.row, self.bias = integers, scales.row.flatten(), layer.bias
-        self.sums = integers.sum(dim=1, dtype=torch.int32)  # of each row: what an activation of 1 everywhere gives
+        self.sums = integers.sum(dim=1, dtype=torch.int32)  # of each row: the output where every activation is 1
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns float32 (..., rows) for ``values`` (..., columns)."""
         integers, scale = round_all(values)
-        lowest = integers.amin().clamp(max=0)  # taken off, all fit into uint8
+        # uint8 holds no negative integers. All are shifted up by the lowest, and the shift's share of the sums, the
+        # same for every text, is taken off after the product: (x - lowest) w = x w - lowest w.
+        lowest = integers.amin().clamp(max=0)
         sums = torch._int_mm((integers - lowest).to(torch.uint8).flatten(0, -2), self.weight.T)
         sums += lowest.int() * self.sums
         product = (sums * scale).mul_(self.row).unflatten(0, values.shape[:-1])
@@ -166,20 +214,24 @@ class IntegerLinear(torch.nn.Module):
 
 
 def prepare(model, layers: Layers, scales: dict[str, Scales], reduce_range: bool = True) -> None:
-    """Makes the layers fake-quantized, in place: INT8 for torchao, or with the scales given, for ONNX Runtime.
+    """Makes the layers fake-quantized, in place: as INT8 for torchao, or with the given scales for ONNX Runtime.
 
     Args:
-        reduce_range: INT8 weights of 7 bits, as `quantize_torchao` makes them.
+        scales: name of a layer -> its scales below 8 bits; empty for INT8.
+        reduce_range: whether INT8 weights have 7 bits, as `quantize_torchao` makes them; see levels.py.
     """
-    round_weight = partial(round_rows, span=(-64, 63)) if reduce_range else round_rows
+    round_weight = partial(round_rows, span=SAFE_SPAN) if reduce_range else round_rows
     linear, embeddings = set(layers.linear), set(layers.embeddings)
-    # torchao asks for these and gives each layer quantizers of its own, in whose place come those of this file.
+    # torchao asks for these when it swaps the layers, and gives each one quantizers of its own, which are replaced
+    # below. From then on the configurations compute nothing; torchao's conversion still looks at them.
     activations = IntxFakeQuantizeConfig(torch.uint8 if scales else torch.int8, "per_token", is_symmetric=not scales)
     weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
     table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in linear)
     quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in embeddings)
     for name, part in model.named_modules():
+        # torchao has no way to name another class for its layer. Giving the finished layer a subclass changes its
+        # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
             part.__class__ = RoundedLinear
             part.activation_fake_quantizer = Rounding(activations, round_all if scales else round_rows)
@@ -187,34 +239,37 @@ def prepare(model, layers: Layers, scales: dict[str, Scales], reduce_range: bool
                 LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
             )
         elif isinstance(part, FakeQuantizedEmbedding):
+            # A look-up multiplies nothing that could overflow: all 8 bits are used.
             part.__class__ = RoundedEmbedding
             part.weight_fake_quantizer = LowBitGroups(table, scales[name]) if scales else Rounding(table, round_rows)
 
 
 def switch(model, enabled: bool) -> None:
-    """Turns all fake quantizers on or off; off, the model computes in floats."""
+    """Turns all fake quantizers of the model on or off; while they are off, the model computes in floats."""
     for part in model.modules():
         if isinstance(part, FakeQuantizerBase):
             part.enabled = enabled
 
 
 def convert(model) -> dict[str, Scales]:
-    """Gives the layers back as plain ones, in place, with the float weights that were trained.
+    """Turns the fake-quantized layers back into plain ones, in place, with the float weights that were trained.
 
     Returns:
-        The scales to round them with; none at 8 bits.
+        Name of a layer -> the scales to round it with; empty at 8 bits.
     """
-    scales = {
-        name.removesuffix(".weight_fake_quantizer"): part.scales
-        for name, part in model.named_modules()
-        if isinstance(part, LowBitGroups)
-    }
+    scales = {}  # read first: the conversion drops the quantizers that hold them
+    for name, part in model.named_modules():
+        if isinstance(part, LowBitGroups):
+            scales[name.removesuffix(".weight_fake_quantizer")] = part.scales
     quantize_(model, QATConfig(step="convert"), lambda part, _: isinstance(part, torch.nn.Linear | torch.nn.Embedding))
     return scales
 
 
 def to_integers(model, layers: Layers, scales: dict[str, Scales]):
-    """The plain model below 8 bits, in place: layers of real integers, and embeddings as the file gives them back."""
+    """Turns a plain model into its form below 8 bits, in place, and returns it.
+
+    Its linear layers hold real integers, and its embeddings the values that the file unpacks to.
+    """
     for name in layers.linear:
         model.set_submodule(name, IntegerLinear(model.get_submodule(name), scales[name]))
     for name in layers.embeddings:

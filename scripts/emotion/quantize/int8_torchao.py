@@ -1,20 +1,19 @@
-"""INT8 for Transformers, by torchao."""
+"""INT8 for Transformers, by torchao: weights per channel, activations scaled token by token as they come."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.layers import Layers
+from emotion.quantize.layers import Plan
 
 import torch
 
 
-def quantize_torchao(baseline: Path, folder: Path, layers: Layers, reduce_range: bool = True) -> torch.nn.Module:
-    """Writes `model.safetensors` and `config.json` with INT8 weights, and INT8 activations scaled token by token.
+def quantize_torchao(plan: Plan, folder: Path, reduce_range: bool = True) -> torch.nn.Module:
+    """Writes `model.safetensors` and `config.json`.
 
     Args:
-        reduce_range: weights of 7 bits. A processor without VNNI adds two products of 8 bits in 16 bits, where
-            full-range weights overflow (2 x 255 x 127 > 32767); with 7 bits every processor gives the same answer.
+        reduce_range: weights of 7 bits, with which every processor gives the same answer; see levels.py.
 
     Returns:
         The quantized model, as it was before it was saved.
@@ -29,12 +28,14 @@ def quantize_torchao(baseline: Path, folder: Path, layers: Layers, reduce_range:
 
     linear = Int8DynamicActivationInt8WeightConfig(reduce_range=reduce_range)
     table = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
-    schemes = {f"{name}.weight": linear for name in layers.linear}
-    schemes |= {f"{name}.weight": table for name in layers.embeddings}
+    # Keys that name a module would quantize its bias too; these name weights.
+    schemes = {f"{name}.weight": linear for name in plan.layers.linear}
+    schemes |= {f"{name}.weight": table for name in plan.layers.embeddings}
     config = TorchAoConfig(FqnToConfig(schemes), include_input_output_embeddings=True)
     # It must be quantized while it is loaded: a model quantized in place cannot be saved.
-    model = load_trained_classifier(baseline, quantization_config=config, dtype=torch.float32)
-    for name in layers.linear:  # torchao reduces the activations too, which halves their precision and is not needed
+    model = load_trained_classifier(plan.folder, quantization_config=config, dtype=torch.float32)
+    # torchao reduces the range of the activations too, which halves their precision and is not needed.
+    for name in plan.layers.linear:
         weight = model.get_submodule(name).weight
         weight.act_quant_kwargs = replace(weight.act_quant_kwargs, reduce_range=False)
     model.save_pretrained(folder)

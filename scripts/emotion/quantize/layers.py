@@ -1,27 +1,61 @@
-"""Which layers are quantized: the linear layers of the encoder, by type, and the embeddings."""
+"""Which layers are quantized: the encoder's linear layers, found by type, and its embeddings; the rows to calibrate.
 
-from dataclasses import dataclass
+Pooler and head lie outside the encoder's layers and stay in float: they are small, and their errors reach the logits
+at once.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.quantize.scheme import SchemeArguments
+from emotion.task.tokens import TextEncoder
 
 import torch
 
 
-def find_stack(model) -> str:
-    """The name of the module list that holds the encoder's layers: the longest one."""
-    stacks = {name: len(part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
-    if not stacks:
-        raise UserError(f"{type(model).__name__} has no list of layers")
-    return max(stacks, key=stacks.get)
-
-
 @dataclass(frozen=True)
 class Layers:
-    """Names of the modules that become INT8."""
+    """Names of the modules that are quantized."""
 
     linear: list[str]
     embeddings: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fine-tuned float model, and which of its layers become integers.
+
+    Attributes:
+        folder: where it is saved, with its FP32 file for ONNX Runtime.
+        model: the same, opened in PyTorch.
+        scales: below 8 bits, the `Scales` of each layer; at 8 bits each runtime chooses its own.
+    """
+
+    folder: Path
+    model: torch.nn.Module
+    layers: Layers
+    scales: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Rows of train that calibrate static activation ranges: their token ids, and the encoder that pads them."""
+
+    encoder: TextEncoder
+    token_ids: list[list[int]]
+
+
+def find_stack(model) -> str:
+    """The name of the module list that holds the encoder's layers.
+
+    Raises:
+        UserError: if the model has no such list.
+    """
+    stacks = {name: len(part) for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    if not stacks:
+        raise UserError(f"{type(model).__name__} has no list of layers")
+    # The longest list: a layer may hold lists of its own, but none has as many members as the encoder has layers.
+    return max(stacks, key=stacks.get)
 
 
 def find_layers(model, keep_float: list[str] = ()) -> Layers:
@@ -30,33 +64,37 @@ def find_layers(model, keep_float: list[str] = ()) -> Layers:
     Raises:
         UserError: if a name of `keep_float` fits no layer.
     """
-    stack = f"{find_stack(model)}."
-    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and stack in name]
-    width = model.get_input_embeddings().embedding_dim
-    embeddings = [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, torch.nn.Embedding) and part.embedding_dim == width and part.num_embeddings > 2
-    ]
+    stack, width = f"{find_stack(model)}.", model.get_input_embeddings().embedding_dim
+    linear, embeddings = [], []
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear) and stack in name:
+            linear.append(name)
+        # Token types have two rows, and relative positions (MPNet) one number per head: nothing to save there.
+        elif isinstance(part, torch.nn.Embedding) and part.embedding_dim == width and part.num_embeddings > 2:
+            embeddings.append(name)
     for prefix in keep_float:
         if not any(name.startswith(prefix) for name in linear + embeddings):
             raise UserError(f"--keep_float {prefix}: no layer has such a name; they are {', '.join(linear[:6])}, ...")
-    kept = tuple(keep_float)
-    return Layers(*([name for name in names if not name.startswith(kept)] if kept else names
-                    for names in (linear, embeddings)))  # fmt: skip
+    kept = tuple(keep_float)  # startswith takes several beginnings, and none of them fits where there are none
+    return Layers(
+        linear=[name for name in linear if not name.startswith(kept)],
+        embeddings=[name for name in embeddings if not name.startswith(kept)],
+    )
 
 
 def names_in_float(model, layers: Layers) -> list[str]:
-    """The linear layers and embeddings of the model that do not become INT8."""
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    int8 = {*layers.linear, *layers.embeddings}
-    return [name for name, part in model.named_modules() if isinstance(part, kinds) and name not in int8]
+    """The linear layers and embeddings of the model that stay in float."""
+    quantized, found = {*layers.linear, *layers.embeddings}, []
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Embedding) and name not in quantized:
+            found.append(name)
+    return found
 
 
-def explain_float(model, layers: Layers, arguments: SchemeArguments) -> dict[str, str]:
+def explain_float(model, layers: Layers, keep_float: list[str]) -> dict[str, str]:
     """Each layer that stays in float, and why."""
-    kept = tuple(arguments.keep_float)
-    return {
-        name: "named in keep_float" if name.startswith(kept) and kept else "outside the encoder's layers"
-        for name in names_in_float(model, layers)
-    }
+    reasons = {}
+    for name in names_in_float(model, layers):
+        named = name.startswith(tuple(keep_float))
+        reasons[name] = "named in keep_float" if named else "outside the encoder's layers"
+    return reasons

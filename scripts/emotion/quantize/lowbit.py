@@ -1,36 +1,50 @@
 """Weights of 2, 3 or 4 bits in one ONNX file that answers at the speed of INT8.
 
-A row of weights shares a scale and a group of the row a small integer (two-level scales: Dai et al., "VS-Quant:
-Per-vector Scaled Quantization for Accurate Low-Precision Neural Network Inference", MLSys 2021):
+Each row of a matrix has a scale, and each group of weights in the row has a small integer, its multiplier (two-level
+scales: Dai et al., "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Neural Network Inference",
+MLSys 2021):
 
     weight = scale of the row x multiplier of the group x level        levels at 2 bits: -3, -1, 1, 3
 
-Multiplier times level is an integer of 7 bits, so that the layer multiplies in INT8 like any other. The file holds the
-levels' codes, packed, and the few operators that unpack them. ONNX Runtime runs those once, while it opens the file
-(constant folding); of the embeddings it unpacks the rows that a text looks up.
+Multiplier times level is an integer of 7 bits, so the layer multiplies in INT8 like any other. The file stores each
+level as its number, the code, with several codes packed into a byte, and it holds the operators that unpack them.
+
+- The weights of linear layers are unpacked once, while ONNX Runtime opens the file. Their operators depend on
+  constants alone, and ONNX Runtime computes such operators in advance (constant folding).
+- Embeddings stay packed in memory. Their operators depend on the token ids, so they run for every text, on the few
+  rows that the text looks up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.quantize.int8_onnx import quantize_onnx
-from emotion.quantize.layers import Layers
-from emotion.quantize.levels import LEVELS
+from emotion.quantize.layers import Layers, Plan
+from emotion.quantize.levels import LARGEST_SAFE_WEIGHT, LEVELS
 
 import numpy as np
 import torch
 
-PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),)}  # bits -> (bits of a code, from which one on) in one array
-LARGEST_WEIGHT, LARGEST_MULTIPLIER = 64, 16  # of 7 bits; of what 4 bits count
-CLIPPING = torch.linspace(0.4, 1.1, 15)  # shares of a group's largest weight at which its range may end
+# Bits of a code -> its planes, as (bits of the plane, its lowest bit in the code). Each plane is an array of its own.
+# Three bits do not divide a byte, and some codes would lie in two bytes: so the lower two bits are stored four to a
+# byte, and the third bits eight to a byte.
+PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),)}
+LARGEST_MULTIPLIER = 16  # multipliers from 1 to 16 are stored less one, as 0 to 15: 4 bits, two in a byte
+# Shares of a group's largest weight at which its range may end. Below 1 the largest weights are cut off, and all
+# others are rounded more finely.
+CLIPPING = torch.linspace(0.4, 1.1, 15)
+ROWS_AT_ONCE = 1024  # a part of a matrix that stays in the processor's cache while all of `CLIPPING` is tried
 
 
 @dataclass(frozen=True)
 class Scales:
-    """How a matrix (rows, columns) is rounded, or some of its rows; the columns are cut into groups.
+    """How a matrix (rows, columns), or some of its rows, is rounded; each row is cut into groups of equal size.
 
-    ``row``: float32 (..., 1); ``multiplier``: float32 (..., groups), whole numbers from 1 on.
+    Attributes:
+        bits: of a level.
+        row: float32 (..., 1), one scale per row.
+        multiplier: float32 (..., groups), whole numbers from 1 on.
     """
 
     bits: int
@@ -39,12 +53,13 @@ class Scales:
 
     @property
     def step(self) -> torch.Tensor:
-        """What a level of 1 is worth, (..., groups, 1)."""
+        """The weight that a level of 1 stands for: float32 (..., groups, 1)."""
         return (self.row * self.multiplier).unsqueeze(-1)
 
 
 def check_group_size(name: str, columns: int, group_size: int) -> None:
     """Raises `UserError` if a row cannot be cut into such groups, or a group into whole bytes."""
+    # Eight codes fill whole bytes at each number of bits.
     if group_size < 8 or group_size % 8:
         raise UserError(f"--group_size {group_size}: it takes a multiple of 8")
     if columns % group_size:
@@ -52,79 +67,117 @@ def check_group_size(name: str, columns: int, group_size: int) -> None:
 
 
 def choose_scales(weight: torch.Tensor, bits: int, group_size: int) -> Scales:
-    """The scales that change the weights least, in squares: for each group the best end of its range, then the row's.
+    """The scales that change a matrix least, by the sum of squared differences.
+
+    Each group gets its best step on its own. The row's scale is then chosen so that the largest of these steps has
+    the largest multiplier, and the other steps are rounded to multiples of the scale.
 
     Args:
         weight: float (rows, columns).
+        group_size: weights of a row that share a multiplier; it divides the columns (`check_group_size`).
     """
-    levels, rows = LEVELS[bits], []
-    largest_multiplier = min(LARGEST_MULTIPLIER, LARGEST_WEIGHT // -levels[0])
-    for part in weight.detach().float().split(1024):  # of a size that stays in the processor's cache
-        groups = part.unflatten(1, (-1, group_size))
-        largest = groups.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
-        best, least = torch.empty_like(largest), torch.full_like(largest, float("inf"))
-        for share in CLIPPING.tolist():
-            step = largest * (share / -levels[0])
-            error = (round_groups(groups, step, bits) - groups).square().sum(dim=-1, keepdim=True)
-            best, least = torch.where(error < least, step, best), torch.minimum(error, least)
-        row = best.amax(dim=1) / largest_multiplier
-        rows.append((row, (best.squeeze(-1) / row).round().clamp(1, largest_multiplier)))
-    return Scales(bits, *(torch.cat(parts) for parts in zip(*rows, strict=True)))
+    # The product of multiplier and level must not leave the seven bits of a safe INT8 weight.
+    largest_multiplier = min(LARGEST_MULTIPLIER, LARGEST_SAFE_WEIGHT // -LEVELS[bits][0])
+    row_scales, multipliers = [], []
+    for part in weight.detach().float().split(ROWS_AT_ONCE):
+        step = _best_steps(part.unflatten(1, (-1, group_size)), bits)
+        row = step.amax(dim=1) / largest_multiplier  # (rows, 1)
+        multiplier = (step.squeeze(-1) / row).round()  # (rows, groups)
+        row_scales.append(row)
+        multipliers.append(multiplier.clamp(1, largest_multiplier))
+    return Scales(bits, torch.cat(row_scales), torch.cat(multipliers))
+
+
+def _best_steps(groups: torch.Tensor, bits: int) -> torch.Tensor:
+    """The step of each group that rounds it best, of those in `CLIPPING`: float32 (rows, groups, 1)."""
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    largest = largest.clamp(min=torch.finfo(torch.float32).eps)  # a group of zeros must not lead to a division by zero
+    best, least_error = torch.empty_like(largest), torch.full_like(largest, float("inf"))
+    for share in CLIPPING.tolist():
+        step = largest * (share / -LEVELS[bits][0])
+        error = (round_groups(groups, step, bits) - groups).square().sum(dim=-1, keepdim=True)
+        best = torch.where(error < least_error, step, best)
+        least_error = torch.minimum(error, least_error)
+    return best
 
 
 def nearest_levels(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    """The level of each weight, a float; ``groups`` (..., groups, size), ``step`` (..., groups, 1)."""
+    """The level nearest to each weight, as a float; ``groups`` is (..., groups, size), ``step`` (..., groups, 1)."""
     levels = LEVELS[bits]
-    nearest = groups / (step * levels.step)  # then in place: this is run in each step of a training
-    nearest = nearest.sub_(levels[0] / levels.step).round_().clamp_(0, len(levels) - 1)
+    # Levels are evenly spaced: the nearest one follows from rounding, without a search. All but the first operation
+    # change the array in place, since training with fake quantizers runs this in every step.
+    nearest = groups / (step * levels.step)
+    nearest = nearest.sub_(levels[0] / levels.step).round_().clamp_(0, len(levels) - 1)  # now the codes
     return nearest.mul_(levels.step).add_(levels[0])
 
 
 def round_groups(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    """Each weight as its level gives it back: the level times the step."""
+    """Each weight rounded: its level times the step, in the shape of ``groups``, (..., groups, size)."""
     return nearest_levels(groups, step, bits).mul_(step)
 
 
 def integers_of(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """The integers that stand for a matrix, or for rows of it (..., columns): multiplier times level, as floats."""
+    """The integers of a matrix, or of rows of it: multiplier times level, as floats of the shape (..., columns)."""
     groups = weight.unflatten(-1, (scales.multiplier.shape[-1], -1))
     levels = nearest_levels(groups, scales.step, scales.bits)
     return levels.mul_(scales.multiplier.unsqueeze(-1)).flatten(-2)
 
 
 def round_matrix(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-    """The matrix as the file will give it back."""
+    """The matrix with the weights that the file will give back, float32 (..., columns)."""
     return integers_of(weight, scales).mul_(scales.row)
 
 
 def codes_of(weight: torch.Tensor, scales: Scales) -> np.ndarray:
-    """The number of each weight's level, uint8 (rows, groups, size)."""
-    levels, groups = LEVELS[scales.bits], weight.detach().unflatten(1, (scales.multiplier.shape[1], -1))
-    numbers = nearest_levels(groups, scales.step, scales.bits).sub_(levels[0]).div_(levels.step)
-    return numbers.to(torch.uint8).numpy()
+    """The code of each weight, its level's number counted from the lowest one: uint8 (rows, groups, size)."""
+    levels = LEVELS[scales.bits]
+    groups = weight.detach().unflatten(1, (scales.multiplier.shape[1], -1))
+    codes = nearest_levels(groups, scales.step, scales.bits).sub_(levels[0]).div_(levels.step)
+    return codes.to(torch.uint8).numpy()
 
 
-def write_lowbit_onnx(model, float_graph: Path, path: Path, layers: Layers, scales: dict[str, Scales]) -> None:
-    """Writes the file: INT8 as `quantize_onnx` makes it, with packed weights in the place of its own.
+def pack(codes: np.ndarray, width: int) -> np.ndarray:
+    """Packs codes of ``width`` bits, uint8 of any shape, into bytes, uint8 (n,); the first code takes the lowest bits.
 
     Args:
-        model: the classifier in PyTorch; its weights are rounded here.
-        float_graph: the FP32 file of `export_onnx`.
-        scales: of each layer in ``layers``.
+        width: 1, 2, 4 or 8; the number of codes fills whole bytes.
+    """
+    per_byte = codes.reshape(-1, 8 // width)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    return (per_byte << shifts).sum(axis=1).astype(np.uint8)
+
+
+def byte_table(values: np.ndarray, width: int) -> np.ndarray:
+    """The values of the codes in each possible byte: float32 (256, codes in a byte). It undoes `pack`.
+
+    Args:
+        values: the value of each code, (2**width,).
+    """
+    shifts = np.arange(0, 8, width)
+    codes = (np.arange(256)[:, None] >> shifts) & (2**width - 1)
+    return values[codes].astype(np.float32)
+
+
+def write_lowbit_onnx(plan: Plan, path: Path) -> None:
+    """Writes the ONNX file of a plan below 8 bits, with packed linear layers and embeddings, to ``path``.
+
+    The file is the INT8 file of `quantize_onnx`, with packed weights in place of its INT8 constants.
     """
     import onnx
 
-    quantize_onnx(model, float_graph, path, Layers(layers.linear, []))
+    layers, scales = plan.layers, plan.scales
+    # The INT8 file keeps the embeddings in float. Nothing multiplies them, so the INT8 form would be of no use here.
+    quantize_onnx(replace(plan, layers=Layers(layers.linear, [])), path)
     graph = onnx.load(path)
     packer = Packer(graph.graph)
-    weights = {name: model.get_submodule(name).weight for name in scales}
-    codes = {name: codes_of(weights[name], scales[name]) for name in scales}
+    codes = {name: codes_of(plan.model.get_submodule(name).weight, scales[name]) for name in scales}
     constants = {tensor.name for tensor in graph.graph.initializer}
-    for node in list(graph.graph.node):
-        names = node.name.removesuffix("_quant").split()  # three where attention takes query, key and value at once
-        old = [name for name in node.input if name in constants and name.endswith("_quantized")]
-        if names and old and set(names) <= set(layers.linear):
-            packer.replace_weight(old[0], [codes[name] for name in names], [scales[name] for name in names])
+    for node in list(graph.graph.node):  # a copy of the list, since the packer changes the graph's own
+        # `name_nodes` has named the nodes: the attention operator has three names, of query, key and value.
+        names = node.name.removesuffix("_quant").split()
+        int8_weights = [name for name in node.input if name in constants and name.endswith("_quantized")]
+        if names and int8_weights and set(names) <= set(layers.linear):
+            packer.replace_weight(int8_weights[0], [codes[name] for name in names], [scales[name] for name in names])
         elif node.op_type == "Gather" and node.name in layers.embeddings:
             packer.replace_look_up(node, codes[node.name], scales[node.name])
     packer.finish()
@@ -133,106 +186,162 @@ def write_lowbit_onnx(model, float_graph: Path, path: Path, layers: Layers, scal
 
 
 class Packer:
-    """Puts packed weights into an ONNX graph. A table of 256 rows turns each byte into its levels."""
+    """Puts packed weights into an ONNX graph, and the operators that unpack them.
+
+    A byte has 256 values. A table of 256 rows therefore lists the levels of every byte, and one look-up (`Gather`)
+    does the shifting, the masking and the step from codes to levels.
+
+    Names are read elsewhere: `measure/inspection.py` finds packed matrices by ``<name>/codes...`` and
+    ``<name>/multipliers``, and passes over nodes named ``<name>/unpack...``.
+
+    Args:
+        graph: an `onnx.GraphProto`, changed in place.
+    """
 
     def __init__(self, graph):
-        self.graph, self.before, self.tables = graph, [], {}
+        self.graph = graph
+        self.pending = []  # nodes that are made but not in the graph yet
+        self.tables = {}  # content of a table -> its name, so that layers share their tables
 
-    def replace_weight(self, old: str, codes: list[np.ndarray], scales: list[Scales]) -> None:
-        """The INT8 constant ``old`` (columns, rows) becomes what its packed form unpacks to; so do its scales."""
+    def replace_weight(self, int8_name: str, codes: list[np.ndarray], scales: list[Scales]) -> None:
+        """Replaces an INT8 constant by nodes that compute it from packed codes, and its scales by the rows' scales.
+
+        Args:
+            int8_name: name of the constant, int8 (columns, rows): ONNX stores a weight transposed.
+            codes: `codes_of` each layer that the constant holds; attention holds query, key and value.
+        """
         from onnx import TensorProto, numpy_helper
 
-        packed, row = np.concatenate(codes), np.concatenate([one.row.squeeze(1).numpy() for one in scales])
-        multiplier = np.concatenate([one.multiplier.numpy() for one in scales])
-        levels = self._levels(old, packed, multiplier, scales[0].bits)
-        flat = self._node("Reshape", [levels, self._constant(old, "shape", np.array([len(row), -1]))], old)
-        integers = self._node("Cast", [flat], old, to=TensorProto.INT8)
-        self._node("Transpose", [integers], old, output=old, perm=[1, 0])
-        scale = old.removesuffix("_quantized") + "_scale"
-        for tensor in list(self.graph.initializer):
-            if tensor.name == old:
-                self.graph.initializer.remove(tensor)
-            elif tensor.name == scale:
-                tensor.CopyFrom(numpy_helper.from_array(row.astype(np.float32), scale))
+        # In PyTorch's order the layers lie below each other.
+        joined = Scales(
+            bits=scales[0].bits,
+            row=torch.cat([one.row for one in scales]),
+            multiplier=torch.cat([one.multiplier for one in scales]),
+        )
+        row_scales = joined.row.squeeze(1).numpy().astype(np.float32)
+        integers = self._unpack(int8_name, np.concatenate(codes), joined)
+        shape = self._constant(f"{int8_name}/shape", np.array([len(row_scales), -1]))
+        matrix = self._node("Reshape", [integers, shape], int8_name)  # (rows, columns)
+        matrix = self._node("Cast", [matrix], int8_name, to=TensorProto.INT8)
+        # The last node takes over the constant's name, so the layer that multiplies with it needs no change. The
+        # constant's zero points need none either: they are 0, as for all symmetric weights.
+        self._node("Transpose", [matrix], int8_name, output=int8_name, perm=[1, 0])
+        self._remove_constant(int8_name)
+        scale_name = int8_name.removesuffix("_quantized") + "_scale"
+        for tensor in self.graph.initializer:
+            if tensor.name == scale_name:
+                tensor.CopyFrom(numpy_helper.from_array(row_scales, scale_name))
 
     def replace_look_up(self, gather, codes: np.ndarray, scales: Scales) -> None:
-        """The rows that ``gather`` takes from a float table are unpacked one by one, whatever the shape of the ids."""
+        """Replaces a look-up in a float table by nodes that look up packed rows and unpack only those.
+
+        Args:
+            gather: the node; its ids may have any shape.
+            codes: `codes_of` the table, uint8 (rows, groups, size).
+        """
         table, ids = gather.input
-        name, output = gather.name, gather.output[0]
-        start = len(self.before)
-        levels = self._levels(name, codes, scales.multiplier.numpy(), scales.bits, ids)
-        row = scales.row.numpy().reshape(-1, 1, 1, 1, 1, 1)
-        row = self._node("Gather", [self._constant(name, "scales", row), ids], name)
-        values = self._node("Mul", [levels, row], name)
-        width = self._constant(name, "width", np.array([codes.shape[1] * codes.shape[2]]))
-        shape = self._node("Concat", [self._node("Shape", [ids], name), width], name, axis=0)
-        self._node("Reshape", [values, shape], name, output=output)
-        place = list(self.graph.node).index(gather)
+        name, start = gather.name, len(self.pending)
+        levels = self._unpack(name, codes, scales, ids)  # (ids..., and five dimensions)
+        row_scales = self._constant(f"{name}/scales", scales.row.numpy().reshape(-1, 1, 1, 1, 1, 1))
+        row_scales = self._node("Gather", [row_scales, ids], name)
+        values = self._node("Mul", [levels, row_scales], name)
+        # The five dimensions become one again: the shape is that of the ids, then the columns.
+        columns = self._constant(f"{name}/width", np.array([codes.shape[1] * codes.shape[2]]))
+        shape = self._node("Concat", [self._node("Shape", [ids], name), columns], name, axis=0)
+        self._node("Reshape", [values, shape], name, output=gather.output[0])
+
+        # These nodes stand where the old one stood: behind the nodes that compute the ids, before those that read the
+        # result. ONNX demands that order.
+        position = list(self.graph.node).index(gather)
         self.graph.node.remove(gather)
-        for node in reversed(self.before[start:]):
-            self.graph.node.insert(place, node)
-        del self.before[start:]
-        if not any(table in node.input for node in self.graph.node):
-            for tensor in [tensor for tensor in self.graph.initializer if tensor.name == table]:
-                self.graph.initializer.remove(tensor)
+        self._insert(position, self.pending[start:])
+        del self.pending[start:]
+        if not any(table in node.input for node in self.graph.node):  # two look-ups may share a table
+            self._remove_constant(table)
 
     def finish(self) -> None:
-        """What unpacks weights comes first, since a graph lists its nodes in the order in which they run."""
-        for node in reversed(self.before):
-            self.graph.node.insert(0, node)
+        """Puts the nodes that unpack weights into the graph.
 
-    def _levels(self, name: str, codes: np.ndarray, multiplier: np.ndarray, bits: int, ids: str | None = None) -> str:
-        """Levels times multipliers, float32 (..., groups / 2, 2, size / 8, n, 8 / n)."""
+        A graph lists its nodes in the order in which they run. These depend on constants alone, and a layer needs each
+        result: so they come first.
+        """
+        self._insert(0, self.pending)
+
+    def _unpack(self, name: str, codes: np.ndarray, scales: Scales, ids: str | None = None) -> str:
+        """Makes the nodes that compute multiplier times level from packed bytes.
+
+        Args:
+            codes: uint8 (rows, groups, size).
+            ids: name of the ids of the rows to unpack; all rows if not given.
+
+        Returns:
+            The name of a float32 tensor. Its six dimensions, in the order of the weights, are (rows, groups / pair,
+            pair, size / 8, n, 8 / n), with n bytes for eight codes; the shape of ``ids`` takes the place of the rows.
+        """
         rows, groups, size = codes.shape
-        pair = 2 - groups % 2  # two multipliers a byte
+        # A byte holds the multipliers of a pair of groups. It must not hold those of two rows, since rows are looked
+        # up one by one: with an odd number of groups a row has one multiplier per byte.
+        pair = 2 - groups % 2
         parts = []
-        for width, shift in PLANES[bits]:
-            plane = pack((codes >> shift) & (2**width - 1), width).reshape(
-                rows, groups // pair, pair, size // 8, width
-            )
-            first = LEVELS[bits][0] if shift == 0 else 0
-            values = first + LEVELS[bits].step * (np.arange(2**width) << shift)
-            if width == 1:  # its table gives the eight levels in the same two dimensions as the other plane does
-                plane = plane.squeeze(-1)
-            parts.append(self._look_up(name, f"codes{shift}", plane, values, width, ids, (2, 4) if width == 1 else ()))
+        for width, shift in PLANES[scales.bits]:
+            plane = (codes >> shift) & (2**width - 1)
+            # Eight codes of so many bits fill as many bytes.
+            packed = pack(plane, width).reshape(rows, groups // pair, pair, size // 8, width)
+            # A level is its lowest one plus the spacing times the code. It is a sum over the planes' bits, in which
+            # the lowest level must be counted once.
+            lowest = LEVELS[scales.bits][0] if shift == 0 else 0
+            table = byte_table(lowest + LEVELS[scales.bits].step * (np.arange(2**width) << shift), width)
+            if width == 1:
+                # One byte for eight codes, where the other plane of 3 bits has two bytes for four each: the table
+                # gives the eight levels as 2 x 4, and the byte's own dimension goes.
+                packed, table = packed.squeeze(-1), table.reshape(256, 2, 4)
+            source = self._bytes(name, f"codes{shift}", packed, ids)
+            parts.append(self._look_up(name, source, table))  # (rows, groups / pair, pair, size / 8, n, 8 / n)
         levels = parts[0] if len(parts) == 1 else self._node("Add", parts, name)
-        packed = pack(multiplier.astype(np.uint8) - 1, 8 // pair).reshape(rows, groups // pair)
-        values = np.arange(1, 2 ** (8 // pair) + 1)
-        factors = self._look_up(name, "multipliers", packed, values, 8 // pair, ids)
-        axes = self._constant("unpack", "axes", np.array([-3, -2, -1]))
-        return self._node("Mul", [levels, self._node("Unsqueeze", [factors, axes], name)], name)
 
-    def _look_up(self, name: str, kind: str, packed: np.ndarray, values: np.ndarray, width: int, ids, shape=()) -> str:
-        """Turns packed bytes, or those of the rows ``ids``, into ``values`` by a table that equal uses share."""
+        packed = pack(scales.multiplier.numpy().astype(np.uint8) - 1, 8 // pair).reshape(rows, groups // pair)
+        table = byte_table(np.arange(1, 2 ** (8 // pair) + 1), 8 // pair)
+        source = self._bytes(name, "multipliers", packed, ids)
+        factors = self._look_up(name, source, table)  # (rows, groups / pair, pair)
+        last_three = self._constant("unpack/axes", np.array([-3, -2, -1]))
+        factors = self._node("Unsqueeze", [factors, last_three], name)  # (rows, groups / pair, pair, 1, 1, 1)
+        return self._node("Mul", [levels, factors], name)
+
+    def _bytes(self, name: str, kind: str, packed: np.ndarray, ids: str | None) -> str:
+        """Stores packed bytes, uint8 (rows, ...); returns the tensor of all of them, or of the rows ``ids``, int32."""
         from onnx import TensorProto
 
-        shifts = np.arange(0, 8, width)
-        table = values[(np.arange(256)[:, None] >> shifts) & (2**width - 1)].astype(np.float32)
-        table = table.reshape(256, *(shape or (-1,)))
-        key = self.tables.setdefault(table.tobytes(), f"unpack/table{len(self.tables)}")
-        source = self._constant(name, kind, packed)
-        source = self._node("Gather", [source, ids], name) if ids else source
-        index = self._node("Cast", [source], name, to=TensorProto.INT32)
-        return self._node("Gather", [self._constant("", key, table), index], name)
+        source = self._constant(f"{name}/{kind}", packed)
+        if ids is not None:
+            source = self._node("Gather", [source, ids], name)
+        return self._node("Cast", [source], name, to=TensorProto.INT32)  # Gather takes no smaller integers as indices
 
-    def _constant(self, name: str, kind: str, array: np.ndarray) -> str:
+    def _look_up(self, name: str, source: str, table: np.ndarray) -> str:
+        """Looks up each byte of the tensor ``source`` in a table; the table's dimensions come last in the result."""
+        table_name = self.tables.setdefault(table.tobytes(), f"unpack/table{len(self.tables)}")
+        return self._node("Gather", [self._constant(table_name, table), source], name)
+
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        """Stores a constant, unless one of that name is there; returns the name."""
         from onnx import numpy_helper
 
-        full = f"{name}/{kind}" if name else kind
-        if full not in {tensor.name for tensor in self.graph.initializer}:
-            self.graph.initializer.append(numpy_helper.from_array(array, full))
-        return full
+        if name not in {tensor.name for tensor in self.graph.initializer}:
+            self.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def _remove_constant(self, name: str) -> None:
+        for tensor in list(self.graph.initializer):
+            if tensor.name == name:
+                self.graph.initializer.remove(tensor)
 
     def _node(self, kind: str, inputs: list[str], name: str, output: str | None = None, **attributes) -> str:
+        """Makes an operator for the matrix ``name``, to be put into the graph later; returns its output's name."""
         from onnx import helper
 
-        unique = f"{name}/unpack{len(self.before)}"
-        output = output or unique
-        self.before.append(helper.make_node(kind, inputs, [output], name=unique, **attributes))
-        return output
+        unique = f"{name}/unpack{len(self.pending)}"
+        self.pending.append(helper.make_node(kind, inputs, [output or unique], name=unique, **attributes))
+        return output or unique
 
-
-def pack(codes: np.ndarray, width: int) -> np.ndarray:
-    """Codes of so many bits, uint8 of any shape, into bytes (n,); the first lies in the lowest bits."""
-    parts = codes.reshape(-1, 8 // width)
-    return (parts << np.arange(0, 8, width, dtype=np.uint8)).sum(axis=1).astype(np.uint8)
+    def _insert(self, position: int, nodes: list) -> None:
+        for node in reversed(nodes):  # each is put before the one that came last
+            self.graph.node.insert(position, node)

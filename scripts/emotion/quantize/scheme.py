@@ -1,72 +1,71 @@
-"""The scheme of a quantization: its arguments, their check, the scales, and the files of all runtimes."""
+"""The scheme of a quantization, which PTQ and QAT share: its arguments, their check, the plan, the files it makes."""
 
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import check_replaceable
-from emotion.common.recipe import RECIPE_FILE
-from emotion.model.artifact import SHARED_FILES, find_formats, quantized_by, weights_of
+from emotion.common.recipe import RECIPE_FILE, Recipe
+from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
 from emotion.quantize.int8_onnx import quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import Layers
+from emotion.quantize.layers import CalibrationRows, Plan, explain_float, find_layers
 from emotion.quantize.levels import LEVELS
-from emotion.quantize.lowbit import Scales, check_group_size, choose_scales, write_lowbit_onnx
-from emotion.quantize.onnx_graph import export_onnx
+from emotion.quantize.lowbit import check_group_size, choose_scales, write_lowbit_onnx
+from emotion.task.dataset import Task, get_split, stratified_sample
 from emotion.task.tokens import TextEncoder
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 FORMATS = ("torchao", "onnx", "openvino")
 
 
 @dataclass
 class SchemeArguments:
-    """How a model is quantized, trained for it or not."""
+    """How a model is quantized: the flags of run_ptq.py and run_qat.py alike."""
 
-    bits: int = field(default=8, metadata={"help": "Bits of a weight: 8, 4, 3 or 2; activations have 8."})
-    embedding_bits: int | None = field(
-        default=None, metadata={"help": "Bits of the embeddings' weights if they are others: 4, 3 or 2."}
-    )
+    # The weights
+    bits: int = field(default=8, metadata={"help": "Bits of a weight: 8, 4, 3 or 2. Activations always have 8."})
     group_size: int = field(
-        default=32, metadata={"help": "Below 8 bits: so many weights of a row share a multiplier."}
+        default=32, metadata={"help": "Below 8 bits: how many weights of a row share a multiplier."}
     )
     formats: list[str] | None = field(
         default=None,
-        metadata={"help": f"Which of {', '.join(FORMATS)} to make; all that can hold so few bits if none."},
+        metadata={"help": f"Formats to make, of {', '.join(FORMATS)}; all that can hold the bits if not given."},
     )
     keep_float: list[str] = field(
-        default_factory=list, metadata={"help": "Layers that stay in float: what their names begin with."}
+        default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
     )
+    # Each runtime's own choices: how activations are rounded, and what keeps the sums right
     onnx_calibration: str = field(
         default="none",
-        metadata={"help": "ONNX activations: 'none' (dynamic), or static ranges by 'minmax' or 'entropy'."},
+        metadata={"help": "ONNX activation ranges: 'none' (dynamic), or static by 'minmax' or 'entropy'."},
     )
     reduce_range: bool = field(
         default=True,
-        metadata={"help": "Weights of 7 bits, which no processor adds up wrongly; see quantize/int8_torchao.py."},
+        metadata={"help": "Use 7 of the 8 bits of a weight, so that the sums are right on every processor."},
     )
     smooth_quant: bool = field(
         default=False,
-        metadata={"help": "OpenVINO: move outliers of the activations into the weights (Xiao et al., ICML 2023)."},
+        metadata={"help": "OpenVINO: move outliers of activations into the weights (SmoothQuant, ICML 2023)."},
     )
     calibration_rows: int = field(
-        default=300, metadata={"help": "Rows of train, drawn class by class, that fix what is static."}
+        default=300, metadata={"help": "Rows of train, drawn class by class, that calibrate static activation ranges."}
     )
 
 
-def check(arguments: SchemeArguments, output_dir: str) -> None:
-    """Raises `UserError` for what can be known before anything is loaded."""
+def check_scheme(arguments: SchemeArguments, output_dir: str) -> None:
+    """Raises `UserError` for a wrong argument, a baseline that cannot be quantized, or an output folder in use.
+
+    Nothing is loaded for that, so a command fails at once and not after minutes.
+    """
     baseline, formats = Path(arguments.baseline), arguments.formats
     if arguments.bits not in {8, *LEVELS}:
         raise UserError(f"--bits {arguments.bits}: it takes 8, 4, 3 or 2")
-    if arguments.embedding_bits not in {None, *LEVELS} or (arguments.embedding_bits and arguments.bits == 8):
-        raise UserError(f"--embedding_bits {arguments.embedding_bits}: it takes 4, 3 or 2, where --bits is below 8")
+    # None stands for all that can hold the bits. An empty list would make an artifact without weights.
     if formats is not None and (not formats or not set(formats) <= set(FORMATS)):
         raise UserError(f"--formats {' '.join(formats)}: it takes some of {', '.join(FORMATS)}")
     for format in formats or ():
@@ -74,77 +73,106 @@ def check(arguments: SchemeArguments, output_dir: str) -> None:
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
     if arguments.onnx_calibration not in {"none", "minmax", "entropy"}:
         raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: it takes none, minmax or entropy")
+    # The packed file has dynamic activation ranges alone.
     if arguments.bits < 8 and arguments.onnx_calibration != "none":
         raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: with {arguments.bits} bits it takes none")
-    find_formats(baseline)
+    find_formats(baseline)  # raises if this is no model folder
+    # Quantizing integers again would round twice; what makes an artifact small starts from the float weights.
     if quantizer := quantized_by(baseline):
         raise UserError(f"{baseline} is quantized already (by {quantizer}); name the folder it was made from")
-    weights_of(baseline, "pytorch")
+    weights_of(baseline, "pytorch")  # raises if the folder has none
     check_replaceable(Path(output_dir), marker=RECIPE_FILE)
 
 
 def name_variant(method: str, bits: int) -> str:
+    """The name of a variant in records and folders: 'ptq' for INT8, 'ptq-int4' with fewer bits."""
     return method if bits == 8 else f"{method}-int{bits}"
 
 
 def formats_of(bits: int) -> tuple[str, ...]:
-    """The formats that can hold weights of so many bits, truly packed."""
+    """The formats that can hold weights of so many bits."""
+    # Below 8 bits only the file of lowbit.py packs the weights; the other formats would give each a byte of its own.
     return FORMATS if bits == 8 else ("onnx",)
 
 
-def choose_all_scales(model, layers: Layers, arguments: SchemeArguments) -> dict[str, Scales]:
-    """Below 8 bits, the scales of each layer that is quantized; none at 8, where each runtime chooses its own."""
-    if arguments.bits == 8:
-        return {}
-    bits = dict.fromkeys(layers.linear, arguments.bits)
-    bits |= dict.fromkeys(layers.embeddings, arguments.embedding_bits or arguments.bits)
-    for name in bits:
-        check_group_size(name, model.get_submodule(name).weight.shape[1], arguments.group_size)
-    return {
-        name: choose_scales(model.get_submodule(name).weight, bits[name], arguments.group_size) for name in tqdm(bits)
-    }
+def make_plan(folder: Path, model, arguments: SchemeArguments) -> Plan:
+    """Chooses the layers of a fine-tuned model that are quantized, and below 8 bits the scales of each.
+
+    Args:
+        folder: where the model is saved, with its FP32 file for ONNX Runtime.
+        model: the same model, opened in PyTorch.
+
+    Raises:
+        UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
+    """
+    layers = find_layers(model, arguments.keep_float)
+    scales = {}  # stays empty at 8 bits, where each runtime chooses its own
+    if arguments.bits < 8:
+        names = [*layers.linear, *layers.embeddings]
+        for name in names:  # all of them before the first is rounded, which takes a while
+            check_group_size(name, model.get_submodule(name).weight.shape[1], arguments.group_size)
+        for name in tqdm(names, desc="scales"):
+            scales[name] = choose_scales(model.get_submodule(name).weight, arguments.bits, arguments.group_size)
+    return Plan(Path(folder), model, layers, scales)
 
 
-def save_formats(
-    baseline: Path,
-    folder: Path,
-    model,
-    layers: Layers,
-    scales: dict[str, Scales],
-    encoder: TextEncoder,
-    token_ids: list[list[int]],
-    arguments: SchemeArguments,
-) -> dict[str, float]:
-    """Writes the float model of the folder ``baseline`` in each format; returns the seconds that each took."""
+def describe_quantized(method: str, recipe: Recipe, made_by: dict, plan: Plan, arguments: SchemeArguments) -> dict:
+    """The content of a quantized artifact's recipe.yaml: its own recipe, and the recipe of its baseline.
+
+    Args:
+        method: 'ptq' or 'qat'.
+        made_by: recipe.yaml of the baseline; empty if another program trained it.
+    """
+    # The seed is the baseline's: comparisons over seeds pair an artifact with its baseline by it. The recipe holds the
+    # other seed, which draws the calibration rows.
+    # The baseline's own recipe goes into the new one, so that no reader needs the baseline's folder.
+    variant, origin = name_variant(method, arguments.bits), made_by.get("made", {})
+    made = describe_made(variant, recipe, made_by.get("seed"), origin, made_by.get("training"))
+    made["recipe"]["baseline"] = made_by.get("recipe", {})
+    return made | {"kept_in_float": explain_float(plan.model, plan.layers, arguments.keep_float)}
+
+
+def draw_calibration_rows(task: Task, encoder: TextEncoder, count: int, seed: int) -> CalibrationRows:
+    """A seeded sample of train, drawn class by class, as token ids.
+
+    Raises:
+        UserError: if train has fewer rows than that.
+    """
+    rows = stratified_sample(get_split(task, "train"), count, seed)
+    return CalibrationRows(encoder, encoder(list(rows["text"])))
+
+
+def save_formats(plan: Plan, folder: Path, rows: CalibrationRows, arguments: SchemeArguments) -> dict[str, float]:
+    """Writes the model of the plan into ``folder``, in each format asked for, with the files that all formats share.
+
+    Returns:
+        Format -> the seconds that it took.
+    """
     seconds = {}
+    # Each function starts from the float weights of the plan; none reads what another has written.
     for format in arguments.formats or formats_of(arguments.bits):
         start = time.monotonic()
         if format == "torchao":
-            quantize_torchao(baseline, folder, layers, arguments.reduce_range)
+            quantize_torchao(plan, folder, arguments.reduce_range)
         elif format == "onnx":
-            save_onnx(baseline, folder / "onnx", model, layers, scales, encoder, token_ids, arguments)
+            # The name that transformers.js looks for.
+            _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", rows, arguments)
         else:
-            switches = {"reduce_range": arguments.reduce_range, "smooth_quant": arguments.smooth_quant}
-            quantize_openvino(baseline, folder / "openvino", model, layers, encoder, token_ids, **switches)
+            quantize_openvino(plan, folder / "openvino", rows, arguments.reduce_range, arguments.smooth_quant)
         seconds[format] = round(time.monotonic() - start, 1)
         print(f"{format}: {seconds[format]} s")
     for name in SHARED_FILES:
-        if not (folder / name).exists():  # torchao has written a config.json of its own
-            shutil.copy(baseline / name, folder / name)
+        # torchao has written a config.json of its own, which says how to open its weights.
+        if not (folder / name).exists():
+            shutil.copy(plan.folder / name, folder / name)
     return seconds
 
 
-def save_onnx(baseline: Path, folder: Path, model, layers, scales, encoder, token_ids, arguments) -> None:
-    """`model_quantized.onnx`, the name that transformers.js looks for; dynamic or static, INT8 or packed."""
-    path = folder / "model_quantized.onnx"
-    if scales:
-        write_lowbit_onnx(model, weights_of(baseline, "onnx"), path, layers, scales)
-        return
-    if arguments.onnx_calibration == "none":
-        quantize_onnx(model, weights_of(baseline, "onnx"), path, layers, arguments.reduce_range)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        unpacked = Path(temporary) / "model.onnx"
-        export_onnx(model, AutoTokenizer.from_pretrained(baseline), unpacked, pack=False)
-        method = arguments.onnx_calibration
-        quantize_onnx_static(model, unpacked, path, layers, encoder, token_ids, method, arguments.reduce_range)
+def _save_onnx(plan: Plan, path: Path, rows: CalibrationRows, arguments: SchemeArguments) -> None:
+    """Writes the ONNX file: packed below 8 bits, else in INT8 with dynamic or static activation ranges."""
+    if plan.scales:
+        write_lowbit_onnx(plan, path)
+    elif arguments.onnx_calibration == "none":
+        quantize_onnx(plan, path, arguments.reduce_range)
+    else:
+        quantize_onnx_static(plan, path, rows, arguments.onnx_calibration, arguments.reduce_range)

@@ -10,6 +10,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.measure.record import REQUIRED, check_record, record_name
 from emotion.model.artifact import WEIGHT_FILES
+from emotion.report.render import complete, render
 from emotion.task.dataset import DEFAULT_DATASET
 from emotion.task.source import DEFAULT_MODEL, EMBEDDED_MODEL
 
@@ -31,11 +32,11 @@ NEEDED = ("examples", "sha256")  # fields of a record that a card needs besides 
 
 def render_cards(records: list[dict], folder: Path) -> dict[Path, str]:
     """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant."""
-    variants = sorted({record["variant"] for record in records})
-    return {
-        folder / f"{variant}.md": render_card(records, variant, f"user/bert-emotion-{variant}", root="../")
-        for variant in variants
-    }
+    cards = {}
+    for variant in sorted({record["variant"] for record in records}):
+        # On the Hub `results/` lies beside the card, in this repository one folder higher.
+        cards[folder / f"{variant}.md"] = render_card(records, variant, f"user/bert-emotion-{variant}", root="../")
+    return cards
 
 
 def render_card(records: list[dict], variant: str, repo_id: str, root: str = "") -> str:
@@ -48,10 +49,21 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "")
     Raises:
         UserError: if a record lacks a field, or the records cannot be compared.
     """
-    import jinja2
     from huggingface_hub import ModelCard
 
-    own, baseline = (order(records, name) for name in (variant, BASELINE))
+    own, baseline = order(records, variant), order(records, BASELINE)
+    check_comparable(own, baseline, variant)
+    with complete(f"the card of {variant}"):
+        data = describe(own, repo_id)
+        facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
+        text = render(TEMPLATE, card_data=data.to_yaml(), **facts)
+    card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
+    check_metadata(card.data.to_dict(), variant)
+    return str(card).rstrip("\n") + "\n"
+
+
+def check_comparable(own: list[dict], baseline: list[dict], variant: str) -> None:
+    """Raises `UserError` unless there are records of both, whole, of real test rows, and of the same ones."""
     for record in own + baseline:
         check_record(record, record_name(record), (*REQUIRED, *NEEDED))
         if record["quality"]["split"] != "test" or record["made"]["dataset_source"] == "sample":
@@ -61,25 +73,12 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "")
         raise UserError(f"no record of '{missing}' to write a card from; measure it with run_evaluation.py")
     if len({record["made"]["dataset_fingerprint"] for record in own + baseline}) != 1:
         raise UserError(f"{variant} and {BASELINE} were not scored on the same rows; measure them again")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    try:
-        data = describe(own, repo_id)
-        facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
-        text = template.render(card_data=data.to_yaml(), **facts)
-    except (jinja2.UndefinedError, KeyError, TypeError) as error:  # a field is not there, or null for a number
-        raise UserError(f"the card of {variant} cannot be written: {error}; measure it again") from error
-    card = ModelCard(text)
-    check_metadata(card.data.to_dict(), variant)
-    return str(card).rstrip("\n") + "\n"
 
 
 def order(records: list[dict], variant: str) -> list[dict]:
-    """The records of a variant; first what `from_pretrained` opens."""
-    return sorted(
-        (record for record in records if record["variant"] == variant),
-        key=lambda record: list(WEIGHT_FILES).index(record["format"]),
-    )
+    """The records of a variant; the first is the card's main one, of the format that `from_pretrained` opens."""
+    own = [record for record in records if record["variant"] == variant]
+    return sorted(own, key=lambda record: list(WEIGHT_FILES).index(record["format"]))
 
 
 def describe(records: list[dict], repo_id: str):
@@ -88,17 +87,21 @@ def describe(records: list[dict], repo_id: str):
 
     first = records[0]
     made, formats = first["made"], [record["format"] for record in records]
-    tags = ["emotion"] + [tag for format in formats for tag in RUNTIMES[format][1]]
+    tags = ["emotion"]
+    for format in formats:
+        tags += RUNTIMES[format][1]
+    if made.get("merged"):  # the Hub finds adapters by these
+        tags += ["peft", "lora"]
     base = made["base_model"] if "/" in (made["base_model"] or "") else None  # a local model has no id to link to
     optional = {"base_model": base, "base_model_relation": base and relation(records)}
     if made["dataset"] == DEFAULT_DATASET:
-        optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}
+        optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}  # of another dataset neither is known
     return ModelCardData(
         license=LICENSES.get(base, "other"),
         library_name="onnx" if formats == ["onnx"] else "transformers",
         pipeline_tag="text-classification",
         metrics=["f1", "accuracy"],
-        tags=tags + (["peft", "lora"] if made.get("merged") else []),
+        tags=tags,
         widget=[{"text": example["text"], "output": ranking(example)} for example in first["examples"]],
         model_name=repo_id.split("/")[-1],
         eval_results=list_results(first),
@@ -119,21 +122,20 @@ def list_results(record: dict) -> list:
 
     made, quality = record["made"], record["quality"]
     values = [("f1", "Macro F1", quality["macro_f1"]), ("accuracy", "Accuracy", quality["accuracy"])]
-    values += [("f1", f"F1 {label}", value) for label, value in quality["per_class_f1"].items()]
-    return [
-        EvalResult(
-            task_type="text-classification",
-            task_name="Text Classification",
-            dataset_type=made["dataset"],
-            dataset_name=made["dataset"],
-            dataset_split=quality["split"],
-            dataset_args={"sha256_of_rows": made["dataset_fingerprint"]},
-            metric_type=kind,
-            metric_name=name,
-            metric_value=value,
-        )
-        for kind, name, value in values
-    ]
+    for label, value in quality["per_class_f1"].items():
+        values.append(("f1", f"F1 {label}", value))
+    scored_on = {
+        "task_type": "text-classification",
+        "task_name": "Text Classification",
+        "dataset_type": made["dataset"],
+        "dataset_name": made["dataset"],
+        "dataset_split": quality["split"],
+        "dataset_args": {"sha256_of_rows": made["dataset_fingerprint"]},  # which rows, whatever the name
+    }
+    results = []
+    for kind, name, value in values:
+        results.append(EvalResult(**scored_on, metric_type=kind, metric_name=name, metric_value=value))
+    return results
 
 
 def ranking(example: dict) -> list[dict]:
@@ -145,13 +147,15 @@ def ranking(example: dict) -> list[dict]:
 def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
     """What the template tells, by the names that it uses."""
     first = own[0]
-    method = first["variant"].split("-")[0]
-    files = {record["format"]: [name for name in record["size"]["files"] if "tokenizer" not in name] for record in own}
-    weights = {format: next(name for name in names if "config" not in name) for format, names in files.items()}
-    packages = {name for record in own for name in RUNTIMES[record["format"]][2]}
-    packages |= {"peft"} if first["made"].get("merged") else set()
+    method = first["variant"].split("-")[0]  # ptq-int4 is a ptq
+    weights, packages = {}, {"peft"} if first["made"].get("merged") else set()
+    for record in own:
+        weights[record["format"]] = weights_file(record)
+        packages.update(RUNTIMES[record["format"]][2])
     versions = first["environment"]["packages"]
-    machines = {f"{r['environment']['cpu']}, threads: {r['environment']['threads']}" for r in own + baseline}
+    machines = set()
+    for record in own + baseline:
+        machines.add(f"{record['environment']['cpu']}, threads: {record['environment']['threads']}")
     return {
         "title": f"BERT emotion classifier, {first['variant'].upper() if method != BASELINE else 'fine-tuned'}",
         "method": method,
@@ -166,32 +170,46 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         "quantized": any(record["scheme"]["quantized_layers"] for record in own),
         "adapter": bool(first["made"].get("merged")),
         "in_float": list(first["scheme"]["kept_in_float"]),
+        # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": flatten(first["made"]["recipe"] or {}),
         "versions": {name: versions[name] for name in sorted(packages)},
         "machines": sorted(machines),
-        "example": first["examples"][1],
+        "example": first["examples"][1],  # which one is as good as any
         "answer": lambda record: "{label} {score:.3f}".format(**ranking(record["examples"][1])[0]),
         "percent": lambda share: format(100 * share, ".2f"),
         "or_dash": lambda value: "-" if value is None else value,
     }
 
 
+def weights_file(record: dict) -> str:
+    """The file of weights of a record's format: the first that is neither a tokenizer's nor a configuration."""
+    return next(name for name in record["size"]["files"] if "tokenizer" not in name and "config" not in name)
+
+
 def flatten(recipe: dict, prefix: str = "") -> dict:
     """A recipe in a recipe (a quantized artifact holds its baseline's) as names with dots."""
     flat = {}
     for key, value in recipe.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
 def check_metadata(data: dict, name: str) -> None:
-    """Raises `UserError` for metadata that the Hub refuses, or shows wrongly without a word."""
+    """Raises `UserError` for metadata that the Hub refuses, or shows wrongly without saying so.
+
+    Args:
+        name: of the variant, for the message.
+    """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     for key in ("license", "library_name", "pipeline_tag", "widget", "model-index"):
         if not data.get(key):
             raise UserError(f"the card of {name} has no '{key}'")
+    # The Hub makes a link of each, and answers a card with one that cannot be a repository with an error.
     for repo_id in [*data.get("datasets", []), *([data["base_model"]] if "base_model" in data else [])]:
         try:
             validate_repo_id(repo_id)
@@ -199,7 +217,10 @@ def check_metadata(data: dict, name: str) -> None:
             raise UserError(f"the card of {name}: {repo_id} is no id of the Hub") from error
     if "base_model" in data and data.get("base_model_relation") not in RELATIONS:
         raise UserError(f"the card of {name}: base_model_relation must be one of {', '.join(sorted(RELATIONS))}")
-    scores = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
-    scores += [one["score"] for example in data["widget"] for one in example["output"]]
+    scores = []
+    for result in data["model-index"][0]["results"]:
+        scores += [metric["value"] for metric in result["metrics"]]
+    for example in data["widget"]:
+        scores += [one["score"] for one in example["output"]]
     if not all(isinstance(score, float) and math.isfinite(score) and 0 <= score <= 1 for score in scores):
         raise UserError(f"the card of {name}: a score is not between 0 and 1")

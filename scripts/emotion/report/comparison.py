@@ -8,7 +8,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import read_json
 from emotion.measure.contenders import TITLES, is_alternative
-from emotion.measure.paired_tests import LEVEL, MARGIN, POWER, RESAMPLES, compare_with, mean_interval
+from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.measure.record import read_predictions, record_name
 from emotion.model.artifact import WEIGHT_FILES
 
@@ -16,12 +16,17 @@ import numpy as np
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
 MAIN_RUN, SHAPE_RUN = "all", "bert-base"  # files of results/benchmark
+# Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
 RATIOS = ("times_smaller", "times_faster_at_batch_1", "times_faster_at_batch_32")
 
 
 def build_comparison(records: list[dict], results: Path) -> dict:
-    """Everything below the pages; see the keys. A number that was not measured is null.
+    """The numbers of all pages; the keys say which. A number that was not measured is None.
+
+    Args:
+        records: of one dataset's test rows; their order does not matter.
+        results: the folder that they came from, with predictions/, benchmark/ and seeds/.
 
     Raises:
         UserError: if the records are not of the same rows, or a file of predictions is not that of its record.
@@ -33,29 +38,56 @@ def build_comparison(records: list[dict], results: Path) -> dict:
     run, shape = benchmarks.get(MAIN_RUN), benchmarks.get(SHAPE_RUN)
     tests = compare_records(records, results)
     timed = dict(run["artifacts"]) if run else {}
-    rows = [scored_row(record, timed.pop(artifact_name(record), None), run, tests) for record in records]
-    rows += [timed_row("alternative", *one, run) for one in timed.items() if is_alternative(format_of(one[0]))]
-    rows += [timed_row("shape", name, one, shape) for name, one in (shape or {"artifacts": {}})["artifacts"].items()]
-    found = [one["minimal_difference"] for one in tests.values() if one["flips"]]
-    return rounded({
-        "about": describe(records, run),
-        "tests": {"reference": REFERENCE, "comparisons": len(tests), "level": LEVEL, "power": POWER, "margin": MARGIN,
-                  "resamples": RESAMPLES, "minimal_difference": [min(found), max(found)] if found else None},
-        "rows": rows,
-        "seeds": [row for path in sorted((results / "seeds").glob("*.json")) for row in seed_rows(read_json(path))],
-    })  # fmt: skip
+    rows = []
+    for record in records:
+        rows.append(scored_row(record, timed.pop(artifact_name(record), None), run, tests))
+    for name, one in timed.items():
+        # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
+        if is_alternative(format_of(name)):
+            rows.append(timed_row("alternative", name, one, run))
+    for name, one in shape["artifacts"].items() if shape else ():
+        rows.append(timed_row("shape", name, one, shape))
+    seeds = []
+    for path in sorted((results / "seeds").glob("*.json")):
+        seeds += seed_rows(read_json(path))
+    return rounded(
+        {
+            "about": describe(records, run),
+            "tests": describe_tests(tests),
+            "rows": rows,
+            "seeds": seeds,
+        }
+    )
+
+
+def describe_tests(tests: dict[str, dict]) -> dict:
+    """The settings of the paired tests, and the least and the most that the rows could have shown."""
+    found = [one["minimal_difference"] for one in tests.values() if one["flips"]]  # 0 where no answer differs
+    return {
+        "reference": REFERENCE,
+        "comparisons": len(tests),
+        "level": LEVEL,
+        "power": POWER,
+        "margin": NO_LOSS_MARGIN,
+        "resamples": RESAMPLES,
+        "minimal_difference": [min(found), max(found)] if found else None,
+    }
 
 
 def describe(records: list[dict], run: dict | None) -> dict:
     """What was measured on what, for captions."""
+    # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
-    sets = {name for one in environments for name in one["instruction_sets"]} & NOTEWORTHY_SETS
+    sets, machines = set(), set()
+    for one in environments:
+        sets |= set(one["instruction_sets"]) & NOTEWORTHY_SETS
+        machines.add(f"{one['cpu']}, {one['threads']} threads")
     return {
         "dataset": records[0]["made"]["dataset"],
         "examples": records[0]["quality"]["examples"],
         "labels": records[0]["quality"]["labels"],
         "base_models": sorted({str(record["made"]["base_model"]) for record in records}),
-        "machines": sorted({f"{one['cpu']}, {one['threads']} threads" for one in environments}),
+        "machines": sorted(machines),
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
         "compared_with": run["compared_with"] if run else None,
@@ -64,11 +96,16 @@ def describe(records: list[dict], run: dict | None) -> dict:
 
 
 def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
-    """Record -> what the paired tests find against the reference; see measure/paired_tests.py."""
+    """Record -> what the paired tests find against the reference; see measure/paired_tests.py.
+
+    Raises:
+        UserError: if a file of predictions is missing or not that of its record, or the reference is missing.
+    """
     logits, labels = {}, None
     for record in records:
         name, path = record_name(record), results / "predictions" / f"{record_name(record)}.parquet"
         labels, logits[name] = read_predictions(path)
+        # The matrix again, counted from the file: a file of another run would be tested in place of this one.
         counted = np.zeros_like(record["quality"]["confusion_matrix"])
         np.add.at(counted, (labels, logits[name].argmax(axis=-1)), 1)
         if counted.tolist() != record["quality"]["confusion_matrix"]:
@@ -105,7 +142,7 @@ def timed_row(kind: str, name: str, timed: dict, run: dict) -> dict:
         "variant": Path(folder).name if kind == "alternative" else f"{Path(folder).parent.name}/{Path(folder).name}",
         "format": TITLES.get(format, format) if is_alternative(format) else format,
         **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
-        "megabytes": timed["bytes_to_serve"] / 1e6,
+        "megabytes": timed["bytes_to_serve"] / 1e6,  # a record has them already
         **speed_of(timed, run),
         "tests": None,
     }
@@ -124,20 +161,28 @@ def speed_of(timed: dict, run: dict) -> dict:
 
 
 def seed_rows(summary: dict) -> list[dict]:
-    """One line a format: means over the seeds, and the change against the FP32 baseline of the same seed."""
+    """One line per format: means over the seeds, and the change against the FP32 baseline of the same seed."""
     rows = []
-    for format, one in summary.get("formats", {"pytorch": summary}).items():
-        of_format = [run for run in summary["runs"] if format in run.get("formats", [format])]
-        runs = [run["formats"][format] if "formats" in run else run for run in of_format]
-        rows.append({
-            "variant": summary["variant"],
-            "format": format,
-            "seeds": [run["seed"] for run in of_format],
-            "chosen_seed": summary["chosen_seed"],
-            **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
-            "conflict_free_macro_f1": sum(run["conflict_free_macro_f1"] for run in runs) / len(runs),
-            "change_ci95": mean_interval([run["change"] for run in runs]) if "change" in one else None,
-        })  # fmt: skip
+    for format, one in summary.get("formats", {"pytorch": summary}).items():  # a baseline is scored in one form
+        seeds, agreed, changes = [], [], []
+        for run in summary["runs"]:
+            scores = run.get("formats", {format: run}).get(format)
+            if scores is None:  # not every seed has every format
+                continue
+            seeds.append(run["seed"])
+            agreed.append(scores["conflict_free_macro_f1"])
+            changes.append(scores.get("change"))
+        rows.append(
+            {
+                "variant": summary["variant"],
+                "format": format,
+                "seeds": seeds,
+                "chosen_seed": summary["chosen_seed"],
+                **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
+                "conflict_free_macro_f1": sum(agreed) / len(agreed),
+                "change_ci95": mean_interval(changes) if "change" in one else None,
+            }
+        )
     return rows
 
 
@@ -147,6 +192,7 @@ def artifact_name(record: dict) -> str:
 
 
 def format_of(name: str) -> str:
+    """The format of an artifact, by the name that run_benchmark.py gives it."""
     return name.rsplit(":", 1)[1]
 
 

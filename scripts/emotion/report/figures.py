@@ -1,10 +1,11 @@
 """The pictures of the comparison: what a reader sees faster than in a table."""
 
-import re
+from functools import partial
 from pathlib import Path
 
 from emotion.common.files import read_json
 from emotion.measure.record import read_predictions, record_name
+from emotion.report.cards import order
 from emotion.report.comparison import MAIN_RUN, REFERENCE
 from emotion.report.plots import (
     MARKERS,
@@ -15,6 +16,8 @@ from emotion.report.plots import (
     grid,
     plot_bits,
     plot_confusion_matrix,
+    plot_dataset,
+    plot_rounding,
     plot_sensitivity,
     plot_sweep,
     plt,
@@ -29,54 +32,60 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
 
-COLUMNS = 4
-SQUARE = 3.3  # inches
+COLUMNS = 4  # of small pictures side by side
+SQUARE = 3.3  # inches, a small picture
 PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
-SHAPE_TOLERANCE = 1e-4  # points of 1/72 inch
 
 
 def list_pictures(comparison: dict, records: list[dict], benchmarks: dict[str, dict], results: Path) -> dict:
-    """Path without ending -> the function that draws it there. What was not measured has no picture."""
+    """Path of each PNG -> the function that draws it there; what was not measured has no picture."""
     figures, shown, run = results / "figures", one_a_variant(records), benchmarks.get(MAIN_RUN)
-    timed = {variant_of(name) for name in run["artifacts"]} if run else set()
-    colors = colors_of(sorted(timed | {record["variant"] for record in records}))  # one for all pictures
-    pictures = {figures / "pareto": lambda path: plot_pareto(comparison, colors, path)}
+    variants = {record["variant"] for record in records}
     if run:
-        pictures[figures / "latency"] = lambda path: plot_latency(run, colors, path)
+        variants |= set(map(variant_of, run["artifacts"]))
+    colors = colors_of(sorted(variants))  # one palette for all pictures
+    pictures = {figures / "pareto.png": partial(plot_pareto, comparison, colors)}
+    if run:
+        pictures[figures / "latency.png"] = partial(plot_latency, run, colors)
     pictures |= {
-        figures / "per_class_f1": lambda path: plot_classes(records, colors, path),
-        figures / "confusion": lambda path: plot_confusions(shown, path),
-        figures / "reliability": lambda path: plot_reliability(shown, colors, results, path),
+        figures / "per_class_f1.png": partial(plot_classes, records, colors),
+        figures / "confusion.png": partial(plot_confusions, shown),
+        figures / "reliability.png": partial(plot_reliability, shown, colors, results),
     }
-    if (results / "ptq_sensitivity.json").is_file():
-        layers = read_json(results / "ptq_sensitivity.json")["layers"]
-        pictures[results / "ptq_sensitivity"] = lambda path: plot_sensitivity(layers, path)
-    for name, draw in (("bits", plot_bits), ("qlora_sweep", plot_sweep)):
-        if (results / f"{name}.json").is_file():
-            study = read_json(results / f"{name}.json")
-            pictures[results / name] = lambda path, draw=draw, study=study: draw(study, path)
-    for record in records:
-        name = results / "confusion_matrices" / record_name(record)
-        pictures[name] = lambda path, record=record: plot_confusion_matrix(record, path)
+    pictures |= list_study_pictures(results)
+    # A card shows one matrix: that of its variant's first record.
+    for variant in sorted({record["variant"] for record in records}):
+        record = order(records, variant)[0]
+        name = f"{record_name(record)}.png"
+        pictures[results / "confusion_matrices" / name] = partial(plot_confusion_matrix, record)
     return pictures
 
 
-def same_picture(fresh: Path, kept: Path, ending: str) -> bool:
-    """Whether two files show the same: equal pixels or shapes, but for what another processor may round otherwise."""
-    fresh, kept = (path.with_name(f"{path.name}{ending}") for path in (fresh, kept))
+def list_study_pictures(results: Path) -> dict:
+    """Path of each study's PNG -> the function that draws it there, of the studies whose JSON file is there."""
+    drawers = {
+        "dataset": plot_dataset,
+        "ptq_sensitivity": lambda study, path: plot_sensitivity(study["layers"], path),
+        "bits": plot_bits,
+        "qlora_sweep": plot_sweep,
+    }
+    pictures = {}
+    for name, draw in drawers.items():
+        if (results / f"{name}.json").is_file():
+            pictures[results / f"{name}.png"] = partial(draw, read_json(results / f"{name}.json"))
+    if results / "bits.png" in pictures:  # it explains what the study of the bits measures, from no number of it
+        pictures[results / "rounding.png"] = plot_rounding
+    return pictures
+
+
+def same_picture(fresh: Path, kept: Path) -> bool:
+    """Whether two PNGs show the same: equal pixels, but for what another processor may round otherwise."""
     if not kept.is_file():
         return False
     if fresh.read_bytes() == kept.read_bytes():
         return True
-    if ending == ".png":
-        images = [plt.imread(path) for path in (fresh, kept)]
-        return images[0].shape == images[1].shape and float(np.abs(images[0] - images[1]).mean()) < PIXEL_TOLERANCE
-    numbers = re.compile(r"-?\d+\.\d+")
-    texts = [path.read_text(encoding="utf-8") for path in (fresh, kept)]
-    if numbers.sub("", texts[0]) != numbers.sub("", texts[1]):
-        return False
-    values = [np.array(numbers.findall(text), dtype=float) for text in texts]
-    return len(values[0]) == len(values[1]) and bool(np.allclose(*values, rtol=0, atol=SHAPE_TOLERANCE))
+    one, other = plt.imread(fresh), plt.imread(kept)  # float32 (height, width, colours), 0 to 1
+    return one.shape == other.shape and float(np.abs(one - other).mean()) < PIXEL_TOLERANCE
 
 
 def one_a_variant(records: list[dict]) -> list[dict]:
@@ -85,35 +94,33 @@ def one_a_variant(records: list[dict]) -> list[dict]:
     for record in records:
         if record["variant"] not in shown or record["format"] == "onnx":
             shown[record["variant"]] = record
-    reference = [record for record in records if record_name(record) == REFERENCE]
-    return reference + [record for variant, record in shown.items() if variant != reference[0]["variant"]]
+    reference = next(record for record in records if record_name(record) == REFERENCE)
+    del shown[reference["variant"]]
+    return [reference, *shown.values()]
 
 
 def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
     """Macro F1 against latency and against size: no record lies above the line. Bars: 95 % of the paired change."""
     rows = [row for row in comparison["rows"] if row["macro_f1"] is not None]
-    reference = next(row for row in rows if row["name"] == REFERENCE)
+    reference = next(row["macro_f1"] for row in rows if row["name"] == REFERENCE)
     margin = comparison["tests"]["margin"]
     band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
     with styled():
         figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
         for axes, key, label in zip(panels, ("p50_ms", "megabytes"), ("p50, ms", "to serve, MB"), strict=True):
-            placed = sorted(
-                (row for row in rows if row[key] is not None), key=lambda row: (row[key], -row["macro_f1"])
-            )
-            axes.axhspan(*(100 * (reference["macro_f1"] + side * margin) for side in (-1, 1)), color="0.93")
-            axes.axhline(100 * reference["macro_f1"], color=OTHER, linewidth=1, linestyle=":")
-            best = np.maximum.accumulate([row["macro_f1"] for row in placed])
-            front = [row for row, highest in zip(placed, best, strict=True) if row["macro_f1"] == highest]
-            axes.step([row[key] for row in [*front, placed[-1]]],
-                      [100 * row["macro_f1"] for row in [*front, front[-1]]],
-                      where="post", color=OTHER, linewidth=1.2, zorder=1)  # fmt: skip
+            placed = [row for row in rows if row[key] is not None]
+            placed.sort(key=lambda row: (row[key], -row["macro_f1"]))
+            axes.axhspan(100 * (reference - margin), 100 * (reference + margin), color="0.93")
+            axes.axhline(100 * reference, color=OTHER, linewidth=1, linestyle=":")
+            draw_front(axes, placed, key)
             for row in placed:
-                if row["tests"]:
-                    bounds = [100 * (reference["macro_f1"] + bound) for bound in row["tests"]["change_ci95"]]
-                    axes.vlines(row[key], *bounds, color=colors[row["variant"]], linewidth=1.2, alpha=0.4)
-                axes.plot(row[key], 100 * row["macro_f1"], MARKERS[row["format"]], color=colors[row["variant"]],
-                          markersize=9, markeredgecolor="white")  # fmt: skip
+                color = colors[row["variant"]]
+                if row["tests"]:  # the interval of the change, put where FP32 is
+                    low, high = row["tests"]["change_ci95"]
+                    ends = 100 * (reference + low), 100 * (reference + high)
+                    axes.vlines(row[key], *ends, color=color, linewidth=1.2, alpha=0.4)
+                look = {"color": color, "markersize": 9, "markeredgecolor": "white"}
+                axes.plot(row[key], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
             axes.set(xlabel=label, xscale="log")
             plain_ticks(axes, [row[key] for row in placed])
         panels[0].set(ylabel="macro F1, %")
@@ -122,11 +129,30 @@ def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
         save_figure(figure, path)
 
 
+def draw_front(axes, placed: list[dict], key: str) -> None:
+    """The Pareto front: from left to right, each row that scores as high as any before it.
+
+    Args:
+        placed: rows sorted by ``key``; of equal ones the best first.
+    """
+    front, highest = [], 0
+    for row in placed:
+        if row["macro_f1"] >= highest:
+            front.append((row[key], 100 * row["macro_f1"]))
+            highest = row["macro_f1"]
+    front.append((placed[-1][key], front[-1][1]))  # on to the right edge
+    axes.step(*zip(*front, strict=True), where="post", color=OTHER, linewidth=1.2, zorder=1)
+
+
 def plain_ticks(axes, values: list[float]) -> None:
-    """Ticks at 1, 2, 5, 10, ... on a logarithmic axis, written as they are."""
-    steps = [step * 10.0**power for power in range(-2, 5) for step in (1, 2, 5)]
-    inside = [step for step in steps if min(values) / 2 <= step <= 2 * max(values)]
-    axes.set_xticks(inside, [f"{step:g}" for step in inside])
+    """Sets ticks at 1, 2, 5, 10, ... on a logarithmic axis, written as they are."""
+    inside = []
+    for power in range(-2, 5):
+        for step in (1, 2, 5):
+            place = step * 10.0**power
+            if min(values) / 2 <= place <= 2 * max(values):
+                inside.append(place)
+    axes.set_xticks(inside, [f"{place:g}" for place in inside])
     axes.minorticks_off()
 
 
@@ -136,46 +162,53 @@ def variant_of(name: str) -> str:
 
 
 def add_legend(figure, colors: dict, shown: list[dict], *others) -> None:
-    """Colours for the variants and, below them, markers for the formats, to the right of the pictures."""
-    variants, formats = ({one[key] for one in shown} for key in ("variant", "format"))
-    entries = [Line2D([], [], marker="s", linestyle="", color=color, label=name)
-               for name, color in colors.items() if name in variants]  # fmt: skip
-    entries += [Line2D([], [], marker=marker, linestyle="", color="0.2", label=name)
-                for name, marker in MARKERS.items() if name in formats]  # fmt: skip
+    """Adds colours for the variants and, below them, markers for the formats, to the right of the pictures."""
+    entries = []
+    for name, color in colors.items():
+        if any(one["variant"] == name for one in shown):
+            entries.append(Line2D([], [], marker="s", linestyle="", color=color, label=name))
+    for name, marker in MARKERS.items():
+        if any(one["format"] == name for one in shown):
+            entries.append(Line2D([], [], marker=marker, linestyle="", color="0.2", label=name))
     figure.legend(handles=[*entries, *others], loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
 
 
 def plot_latency(benchmark: dict, colors: dict, path: Path) -> None:
     """How the latencies of single texts are spread: median, middle half, 5th to 95th percentile, and the 99th."""
     timed = sorted(benchmark["artifacts"].items(), key=lambda item: -item[1]["latency_ms"]["p50"])
+    names, ends = [], []
     with styled():
         figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(timed)))
         for place, (name, one) in enumerate(timed):
             latency, color = one["latency_ms"], colors[variant_of(name)]
             axes.plot([latency["p5"], latency["p95"]], [place, place], color=color, linewidth=1.5)
-            axes.plot([latency["p25"], latency["p75"]], [place, place], color=color, linewidth=7, alpha=0.5,
-                      solid_capstyle="butt")  # fmt: skip
+            # "butt": round caps would make the middle half look wider than it is.
+            middle = {"linewidth": 7, "alpha": 0.5, "solid_capstyle": "butt"}
+            axes.plot([latency["p25"], latency["p75"]], [place, place], color=color, **middle)
             axes.plot(latency["p50"], place, "o", color=color, markeredgecolor="white")
             axes.plot(latency["p99"], place, "|", color=color, markersize=9, markeredgewidth=2)
-        axes.set_yticks(range(len(timed)), [name.removeprefix("weights/") for name, _ in timed])
+            names.append(name.removeprefix("weights/"))
+            ends += [latency["p5"], latency["p99"]]
+        axes.set_yticks(range(len(timed)), names)
         axes.set(xscale="log", xlabel="ms, one text: median, middle half, 5 % to 95 %, tick at 99 %")
-        plain_ticks(axes, [one["latency_ms"][key] for _, one in timed for key in ("p5", "p99")])
+        plain_ticks(axes, ends)
         axes.grid(axis="x", color="0.9")
         seaborn.despine(figure)
         save_figure(figure, path)
 
 
 def plot_classes(records: list[dict], colors: dict, path: Path) -> None:
-    """F1 of each class, one marker a record; below each class how many texts it has."""
+    """F1 of each class, one marker per record; below each class its number of texts."""
     quality = records[0]["quality"]
     labels, support = quality["labels"], np.sum(quality["confusion_matrix"], axis=1)
     with styled():
         figure, axes = plt.subplots(figsize=(11, 4.4))
         for index, record in enumerate(records):
+            # Side by side over 0.7 of the space between two classes, the middle one above the name.
             shift = 0.7 * ((index + 0.5) / len(records) - 0.5)
             values = [100 * record["quality"]["per_class_f1"][label] for label in labels]
-            axes.plot(np.arange(len(labels)) + shift, values, MARKERS[record["format"]],
-                      color=colors[record["variant"]], markersize=8, markeredgecolor="white")  # fmt: skip
+            look = {"color": colors[record["variant"]], "markersize": 8, "markeredgecolor": "white"}
+            axes.plot(np.arange(len(labels)) + shift, values, MARKERS[record["format"]], **look)
         axes.set_xticks(range(len(labels)), [f"{name}\n{n} texts" for name, n in zip(labels, support, strict=True)])
         axes.set(ylabel="F1, %")
         axes.grid(axis="y", color="0.9")
@@ -189,20 +222,21 @@ def plot_confusions(records: list[dict], path: Path) -> None:
     """The matrices of several records, and below them what each changes against the first one."""
     first = np.array(records[0]["quality"]["confusion_matrix"])
     differences = [np.array(record["quality"]["confusion_matrix"]) - first for record in records]
-    largest = max(1, max(np.abs(one).max() for one in differences))
+    largest = max(1, np.abs(differences).max())  # one scale of colours for all; 1 where nothing changes
     labels = records[0]["quality"]["labels"]
     small = {"annot_kws": {"fontsize": "x-small"}}
+    scale = {"cmap": "PuOr", "vmin": -largest, "vmax": largest, "cbar": False, "linecolor": "0.85"}
     with styled():
         figure, (above, below) = grid(len(records), COLUMNS, SQUARE, rows_of=2)
-        for axes, record in zip(above, records, strict=False):
+        for axes, record in zip(above, records, strict=False):  # a block may have more axes than there are records
             draw_confusion(axes, record["quality"]["confusion_matrix"], labels, **small)
             axes.set_title(record_name(record), fontsize="medium")
+        # The first differs from itself by nothing: its place explains the others.
         below[0].axis("off")
         below[0].text(0.5, 0.5, f"change against\n{record_name(records[0])}:\ntexts in a cell", ha="center")
         for axes, record, difference in zip(below[1:], records[1:], differences[1:], strict=False):
             written = np.where(difference == 0, "", np.char.mod("%+d", difference))
-            draw_cells(axes, difference, written, labels, fmt="", cmap="PuOr", vmin=-largest, vmax=largest, cbar=False,
-                       linecolor="0.85", **small)  # fmt: skip
+            draw_cells(axes, difference, written, labels, fmt="", **scale, **small)
             axes.set_title(record_name(record), fontsize="medium")
         for axes in (*above, *below):
             axes.label_outer()
@@ -225,13 +259,15 @@ def plot_reliability(records: list[dict], colors: dict, results: Path, path: Pat
             probabilities = softmax(logits)
             confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
             bins = np.digitize(confidence, edges[1:-1])
-            axes.plot([0, 1], [0, 1], color=OTHER, linewidth=1, linestyle=":")
+            color = colors[record["variant"]]
+            axes.plot([0, 1], [0, 1], color=OTHER, linewidth=1, linestyle=":")  # where both agree
             for one in np.unique(bins):
                 place, hits = confidence[bins == one].mean(), right[bins == one]
+                # Wilson's interval stays within 0 and 1, also for a bin with few texts.
                 interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-                axes.vlines(place, *interval, color=colors[record["variant"]], linewidth=1.5, alpha=0.4)
-                axes.scatter(place, hits.mean(), s=25 + 200 * len(hits) / len(labels), zorder=3,
-                             color=colors[record["variant"]], edgecolor="white")  # fmt: skip
+                axes.vlines(place, *interval, color=color, linewidth=1.5, alpha=0.4)
+                area = 25 + 200 * len(hits) / len(labels)
+                axes.scatter(place, hits.mean(), s=area, zorder=3, color=color, edgecolor="white")
             error = record["quality"]["expected_calibration_error"]
             axes.set_title(f"{record_name(record)}\ncalibration error {100 * error:.1f} %", fontsize="medium")
             axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")

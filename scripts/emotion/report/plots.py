@@ -1,49 +1,54 @@
-"""Pictures in one style, as PNG and SVG: colours that the colour-blind tell apart, no dates, the same bytes again.
+"""Pictures in one style: colours that the colour-blind tell apart, no dates, the same bytes again.
 
-What is compared has a colour by its variant and a marker by its format, in every picture.
+Each is kept as a PNG. A variant has the same colour and a format the same marker in every picture.
 """
 
 import contextlib
 from pathlib import Path
 
 from emotion.common.files import whole_file
-from emotion.report.pages import _cells
+from emotion.report.pages import cells_of
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # draws into files alone; the default looks for a screen
 STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
 MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
-OTHER = "0.45"  # grey, for what is not ours
-matplotlib.rcParams["svg.hashsalt"] = "emotion"  # names inside an SVG are random without it
+OTHER = "0.45"  # grey, for marks that belong to no variant
 
 
 @contextlib.contextmanager
 def styled():
+    """Within it, figures have this project's style; matplotlib's own settings stay as they were."""
     with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
         yield
 
 
 def colors_of(variants) -> dict[str, tuple]:
+    """Variant -> its colour, in the order of the variants; the same variants have the same colours again."""
     names = list(dict.fromkeys(variants))
     return dict(zip(names, seaborn.color_palette(STYLE["palette"], len(names)), strict=True))
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes ``path``.png and ``path``.svg without dates or versions in them; letters are drawn as shapes."""
-    for form, nothing in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        with whole_file(path.with_name(f"{path.name}.{form}")) as partial:
-            figure.savefig(partial, dpi=110, bbox_inches="tight", format=form, metadata=nothing)
+    """Writes the figure as a PNG, and closes it; ``path`` may lack its ending."""
+    with whole_file(path.with_suffix(".png")) as partial:
+        # Without "Software" the bytes do not change with the version of matplotlib alone.
+        figure.savefig(partial, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
     plt.close(figure)
 
 
 def grid(count: int, columns: int, size: float, rows_of: int = 1):
-    """A figure with ``rows_of`` blocks of ``count`` square axes; those too many are switched off."""
+    """A figure with ``rows_of`` blocks of ``count`` square axes, ``size`` inches wide; surplus axes are switched off.
+
+    Returns:
+        The figure, and for each block its axes in one flat array.
+    """
     columns = min(columns, count)
-    rows = -(-count // columns)
+    rows = -(-count // columns)  # rounded up
     figure, axes = plt.subplots(
         rows_of * rows, columns, figsize=(size * columns, size * rows_of * rows), squeeze=False
     )
@@ -58,8 +63,8 @@ def plot_confusion_matrix(record: dict, path: Path) -> None:
     """Counts in the cells, colour by the share of the true class."""
     quality = record["quality"]
     with styled():
-        size = 2.2 + 0.75 * len(quality["labels"])
-        figure, axes = plt.subplots(figsize=(size + 0.8, size))
+        size = 2.2 + 0.75 * len(quality["labels"])  # inches: the margin with the names, and a cell per class
+        figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the bar of colours
         draw_confusion(axes, quality["confusion_matrix"], quality["labels"], cbar=True)
         axes.set_title(
             f"{record['variant']}-{record['format']}, {quality['split']}: {quality['examples']} texts, "
@@ -70,17 +75,18 @@ def plot_confusion_matrix(record: dict, path: Path) -> None:
 
 
 def draw_confusion(axes, counts, labels: list[str], cbar: bool = False, **options) -> None:
-    """One matrix, coloured by the share of the true class."""
+    """Draws one matrix (true classes, predicted classes), coloured by the share of the true class."""
     counts = np.array(counts)
+    # Shares, not counts: the rare classes would all be white. At least 1, for a class without a text.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     bar = {"cbar_kws": {"label": "share of the true class", "shrink": 0.8}} if cbar else {}
     draw_cells(axes, shares, counts, labels, fmt="d", cmap="Blues", vmin=0, vmax=1, cbar=cbar, **bar, **options)
 
 
 def draw_cells(axes, values, numbers, labels: list[str], **options) -> None:
-    """A square heat map with numbers, true classes down and predicted ones across."""
-    seaborn.heatmap(values, annot=numbers, square=True, linewidths=0.5, xticklabels=labels, yticklabels=labels,
-                    ax=axes, **options)  # fmt: skip
+    """Draws a square heat map with numbers, true classes down and predicted ones across."""
+    names = {"xticklabels": labels, "yticklabels": labels}
+    seaborn.heatmap(values, annot=numbers, square=True, linewidths=0.5, ax=axes, **names, **options)
     axes.set(xlabel="predicted", ylabel="true")
     axes.tick_params(axis="y", rotation=0)
     axes.tick_params(axis="x", rotation=30)
@@ -88,29 +94,43 @@ def draw_cells(axes, values, numbers, labels: list[str], **options) -> None:
 
 def plot_sensitivity(layers: list[dict], path: Path) -> None:
     """How far the logits move when one layer alone is quantized; ``layers`` are those of ptq_sensitivity.json."""
-    shifts = {(one["kind"], one["layer"]): one["mean_logit_shift"] for one in layers if one["layer"] is not None}
-    kinds, layers = (list(dict.fromkeys(key[index] for key in shifts)) for index in (0, 1))
-    cells = np.array([[shifts.get((kind, layer), np.nan) for layer in layers] for kind in kinds])
+    shifts = {}
+    for one in layers:
+        if one["layer"] is not None:  # None: all layers of a kind at once, which is no cell of this picture
+            shifts[one["kind"], one["layer"]] = one["mean_logit_shift"]
+    kinds = list(dict.fromkeys(kind for kind, _ in shifts))
+    places = list(dict.fromkeys(place for _, place in shifts))
+    # Not every kind is in every place: embeddings have no layer. Those cells stay empty.
+    cells = np.full((len(kinds), len(places)), np.nan)
+    for (kind, place), shift in shifts.items():
+        cells[kinds.index(kind), places.index(place)] = shift
     with styled():
-        figure, axes = plt.subplots(figsize=(3.6 + 0.8 * len(layers), 1.4 + 0.5 * len(kinds)))
-        seaborn.heatmap(cells, annot=True, fmt=".3f", cmap="Blues", vmin=0, linewidths=0.5, xticklabels=layers,
-                        yticklabels=kinds, ax=axes, cbar_kws={"label": "mean shift of a logit"})  # fmt: skip
+        figure, axes = plt.subplots(figsize=(3.6 + 0.8 * len(places), 1.4 + 0.5 * len(kinds)))
+        look = {"annot": True, "fmt": ".3f", "cmap": "Blues", "vmin": 0, "linewidths": 0.5}
+        bar = {"label": "mean shift of a logit"}
+        seaborn.heatmap(cells, xticklabels=places, yticklabels=kinds, ax=axes, cbar_kws=bar, **look)
         axes.set(xlabel="layer", ylabel="")
         axes.tick_params(axis="y", rotation=0)
         save_figure(figure, path)
 
 
-def plot_dataset(counts: dict[str, np.ndarray], lengths: dict[str, np.ndarray], labels: list[str], path: Path) -> None:
-    """Share of each class in each split, and how the lengths of the texts are spread."""
+def plot_dataset(study: dict, path: Path) -> None:
+    """Share of each class in each split, and how the lengths of the texts are spread; from dataset.json."""
+    labels, splits = study["labels"], study["splits"]
+    longest = max(one["longest"] for one in splits.values())
     with styled():
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
         colors = seaborn.color_palette(STYLE["palette"])
-        width = 0.8 / len(counts)
-        for index, (split, values) in enumerate(counts.items()):
-            places = np.arange(len(labels)) + (index - (len(counts) - 1) / 2) * width
-            left.bar(places, 100 * values / values.sum(), width, label=split, color=colors[index])
-            bins = np.arange(0, max(v.max() for v in lengths.values()) + 4, 4)
-            right.hist(lengths[split], bins=bins, density=True, histtype="step", linewidth=1.8, color=colors[index])
+        width = 0.8 / len(splits)  # of a bar; the rest is the gap between two classes
+        for index, (split, one) in enumerate(splits.items()):
+            counts, lengths = np.array(one["class_counts"]), np.array(one["length_counts"])
+            # Beside each other, the middle one of the splits above the name of the class.
+            places = np.arange(len(labels)) + (index - (len(splits) - 1) / 2) * width
+            left.bar(places, 100 * counts / counts.sum(), width, label=split, color=colors[index])
+            # The place of a count is the length that it counts: each length, as often as a text has it.
+            every_length = np.repeat(np.arange(len(lengths)), lengths)
+            bins = np.arange(0, longest + 4, 4)
+            right.hist(every_length, bins=bins, density=True, histtype="step", linewidth=1.8, color=colors[index])
         left.set_xticks(range(len(labels)), labels)
         left.set(ylabel="share of the split in %")
         left.legend(frameon=False)
@@ -124,23 +144,26 @@ def plot_sweep(sweep: dict, path: Path) -> None:
     candidates = dict(sorted(sweep["candidates"].items(), key=lambda item: item[1]["validation_macro_f1"]))
     places, colors = np.arange(len(candidates)), seaborn.color_palette(STYLE["palette"])
     shades = [colors[1] if name == sweep["chosen"] else colors[0] for name in candidates]
+    panels = (("validation_macro_f1", 100, "macro F1 in %"), ("validation_loss", 1, "loss"))
     with styled():
-        figure, axes = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
-        for part, key, factor, title in zip(axes, ("validation_macro_f1", "validation_loss"), (100, 1),
-                                            ("macro F1 in %", "loss"), strict=True):  # fmt: skip
+        figure, both = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
+        for axes, (key, factor, title) in zip(both, panels, strict=True):
             values = [factor * one[key] for one in candidates.values()]
-            part.hlines(places, min(values), values, color="0.85", linewidth=2, zorder=1)
-            part.scatter(values, places, c=shades, s=60, zorder=2)
-            part.set(xlabel=f"validation {title}")
-        axes[0].set_yticks(places, candidates)
+            # A line from the lowest value, not from zero: the candidates differ by a few points only.
+            axes.hlines(places, min(values), values, color="0.85", linewidth=2, zorder=1)
+            axes.scatter(values, places, c=shades, s=60, zorder=2)
+            axes.set(xlabel=f"validation {title}")
+        both[0].set_yticks(places, candidates)
         seaborn.despine(figure)
         save_figure(figure, path)
 
 
 def plot_rounding(path: Path) -> None:
-    """What rounding makes of a weight at 4 and at 2 bits, and what its gradient takes it for."""
+    """How rounding changes a weight at 4 and at 2 bits, and the identity that its gradient assumes.
+
+    It shows the rounding of QAT itself, on weights drawn from a normal distribution: it needs no result.
+    """
     from emotion.quantize.lowbit import choose_scales, round_matrix
-    from emotion.report.plots import STYLE, save_figure, styled
 
     import torch
 
@@ -161,22 +184,21 @@ def plot_rounding(path: Path) -> None:
 
 
 def plot_bits(study: dict, path: Path) -> None:
-    """Macro F1 against megabytes: a line a method, FP32 as the level to reach."""
-    from emotion.report.plots import STYLE, save_figure, styled
-
+    """Macro F1 against megabytes: a line per method, FP32 as the level to reach; bars: deviation over the seeds."""
     with styled():
         figure, axes = plt.subplots(figsize=(7, 4.2))
         colors = seaborn.color_palette(STYLE["palette"])
         for method, color in (("ptq", colors[1]), ("qat", colors[0])):
-            cells = _cells(study, method)[::-1]  # the smallest first
-            axes.errorbar(
-                [cell["megabytes"] for cell in cells], [100 * cell["change"]["mean"] for cell in cells],
-                yerr=[100 * (cell["change"]["standard_deviation"] or 0) for cell in cells], color=color, marker="o",
-                capsize=3, label=method.upper())  # fmt: skip
-            for cell in cells if method == "qat" else ():
-                above = cell["change"]["mean"] + (cell["change"]["standard_deviation"] or 0)
-                axes.annotate(f"{cell['bits']} bits", (cell["megabytes"], 100 * above),
-                              xytext=(0, 7), textcoords="offset points", ha="center", fontsize="small")  # fmt: skip
+            cells = cells_of(study, method)[::-1]  # the smallest first
+            sizes = [cell["megabytes"] for cell in cells]
+            changes = 100 * np.array([cell["change"]["mean"] for cell in cells])  # points
+            deviations = 100 * np.array([cell["change"]["standard_deviation"] or 0 for cell in cells])  # 0: one seed
+            look = {"color": color, "marker": "o", "capsize": 3, "label": method.upper()}
+            axes.errorbar(sizes, changes, yerr=deviations, **look)
+            if method == "qat":  # one line of labels is enough: both methods have the same sizes
+                for cell, size, top in zip(cells, sizes, changes + deviations, strict=True):
+                    offset = {"xytext": (0, 7), "textcoords": "offset points"}  # just above the bar
+                    axes.annotate(f"{cell['bits']} bits", (size, top), ha="center", fontsize="small", **offset)
         axes.axhline(0, color="0.5", linewidth=1, linestyle="--", label="FP32")
         axes.set(xlabel="megabytes to serve", ylabel="macro F1 against FP32, points")
         axes.legend(frameon=False)

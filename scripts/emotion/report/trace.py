@@ -4,7 +4,6 @@
 as `docs/follow_one_text.md`, and needs nothing else than the records.
 """
 
-import itertools
 from pathlib import Path
 
 from emotion.common.errors import UserError
@@ -12,16 +11,18 @@ from emotion.common.files import read_json, relative, write_json, write_text
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats, weights_of
 from emotion.model.classifier import open_artifact
+from emotion.report.render import complete, render
 from emotion.report.tables import markdown_table
 from emotion.task.scores import softmax
 
 import numpy as np
 
+ARTIFACT, BASELINE = "weights/ptq", "weights/baseline"  # what is followed if no flag says otherwise
 SHOWN = 8  # weights of the row that are written out
 
 
 def measure_trace(text: str, folder: Path, baseline: Path, task, threads: int) -> dict:
-    """What `docs/follow_one_text.md` tells of one text.
+    """All numbers of `docs/follow_one_text.md` that need the weights.
 
     Args:
         folder: a quantized artifact; its torchao form shows the weights, all its forms show logits.
@@ -31,11 +32,14 @@ def measure_trace(text: str, folder: Path, baseline: Path, task, threads: int) -
     Raises:
         UserError: if the text is no row of the dataset, or there is no torchao form.
     """
+    weights_of(folder, "torchao")  # says what is missing before anything is opened
     split, row = find_row(text, task)
-    weights_of(folder, "torchao")
     before = open_artifact(baseline, "pytorch", threads)
     after = {name: open_artifact(folder, name, threads) for name in find_formats(folder)}
-    ids = before.encode([text])
+    ids = before.encode([text])  # one text; all forms take the same ids, since the artifact keeps its tokenizer
+    logits = {"FP32": before.logits(ids)[0].tolist()}
+    for name, classifier in after.items():
+        logits[name] = classifier.logits(ids)[0].tolist()
     return {
         "text": text,
         "dataset": task.name,
@@ -48,14 +52,14 @@ def measure_trace(text: str, folder: Path, baseline: Path, task, threads: int) -
         "baseline": relative(baseline),
         "artifact": relative(folder),
         "weights": trace_weights(before.model, after["torchao"].model),
-        "logits": {"FP32": before.logits(ids)[0].tolist()}
-        | {name: classifier.logits(ids)[0].tolist() for name, classifier in after.items()},
+        "logits": logits,
     }
 
 
 def write_trace(trace: dict, results: Path) -> None:
     """Writes `trace.json` and the page beside the results, and prints the page."""
     write_json(results / "trace.json", trace)
+    # A trace needs no record: without one the page leaves out the steps that show them.
     records = read_records(results) if any((results / "metrics").glob("*.json")) else []
     for path, text in render_trace_page(results, records, results.resolve().parent).items():
         write_text(path, text)
@@ -63,16 +67,27 @@ def write_trace(trace: dict, results: Path) -> None:
 
 
 def find_row(text: str, task) -> tuple[str, int]:
-    """Where the text stands first, looking through test before the other splits."""
+    """The split and the number of the first row with this text.
+
+    Raises:
+        UserError: if no row has it.
+    """
+    # Test comes first, since the records count its rows; the sort keeps the order of the others.
     for split in sorted(task.splits, key=lambda name: name != "test"):
         texts = list(task.splits[split]["text"])
         if text in texts:
             return split, texts.index(text)
-    raise UserError(f"--trace '{text}': no row of {task.name} reads so; take a text of the dataset, letter by letter")
+    raise UserError(f"'{text}': no row of {task.name} reads so; take a text of the dataset, letter by letter")
 
 
 def trace_weights(before, after) -> dict:
-    """The first row of the first quantized linear layer: floats, integers, their scale, and what rounding cost."""
+    """The first row of the first quantized linear layer: floats, integers, their scale, and what rounding cost.
+
+    Args:
+        before: the FP32 model, of Transformers.
+        after: the same model with torchao's INT8 weights.
+    """
+    # Of torchao's tensors only those of linear layers know how activations are rounded: this skips the embeddings.
     name = next(
         name for name, part in after.named_modules() if hasattr(getattr(part, "weight", None), "act_quant_kwargs")
     )
@@ -94,114 +109,94 @@ def trace_weights(before, after) -> dict:
     }
 
 
+@complete("the page of one text")
 def render_trace_page(results: Path, records: list[dict], root: Path, cards: dict | None = None) -> dict[Path, str]:
     """`docs/follow_one_text.md` from `trace.json`, the records and the card; none where there was no trace.
 
     Args:
+        root: the folder with docs/ and model_cards/.
         cards: path -> text of cards that are about to be written; those on disk if none are given.
     """
     if not (results / "trace.json").is_file():
         return {}
     trace = read_json(results / "trace.json")
-    parts = [_row(trace), _pieces(trace), _weights(trace), _logits(trace), _cells(trace, records)]
-    parts.append(_card(trace, root, cards))
-    title = (
-        f'# Follow one text: "{trace["text"]}"\n\nFrom the row of a file to a number in a table, each step as it was '
-        f'measured. Made by `python scripts/run_evaluation.py {trace["artifact"]} --trace "{trace["text"]}"`.\n'
+    card = root / "model_cards" / f"{Path(trace['artifact']).name}.md"
+    if cards is None and card.is_file():
+        cards = {card: card.read_text(encoding="utf-8")}
+    text = render(
+        "follow_one_text.md",
+        trace=trace,
+        command=_command(trace),
+        label=trace["labels"][trace["label"]],
+        pieces=markdown_table(["piece", *trace["pieces"]], [["id", *map(str, trace["token_ids"])]]),
+        weights=trace["weights"],
+        rounded=_rounded_table(trace["weights"]),
+        logits=_logits_table(trace),
+        cells=_cells_table(trace, records),
+        card=card.name,
+        card_table=_class_lines((cards or {}).get(card, "")),
     )
-    return {root / "docs" / "follow_one_text.md": "\n".join([title, *filter(None, parts)])}
+    return {root / "docs" / "follow_one_text.md": text}
 
 
-def _row(trace: dict) -> str:
-    name = trace["labels"][trace["label"]]
-    unseen = "" if trace["split"] == "test" else (
-        f" It is a row of {trace['split']}, not of test: no score counts it, but every step is the same."
-    )  # fmt: skip
-    return (
-        f"## 1. The row\n\n{trace['dataset']}, split `{trace['split']}`, row {trace['row']}: label {trace['label']}, "
-        f"which the dataset's `ClassLabel` calls **{name}**.{unseen}\n"
-    )
+def _command(trace: dict) -> str:
+    """The command that made the page; a folder that is the default needs no flag."""
+    words = [f'python scripts/run_trace.py "{trace["text"]}"']
+    for name, default in (("artifact", ARTIFACT), ("baseline", BASELINE)):
+        if trace[name] != default:
+            words.append(f"--{name} {trace[name]}")
+    return " ".join(words)
 
 
-def _pieces(trace: dict) -> str:
-    table = markdown_table(["piece", *trace["pieces"]], [["id", *map(str, trace["token_ids"])]])
-    return (
-        "## 2. Word pieces\n\nThe tokenizer lower-cases the text, cuts what its vocabulary does not hold into pieces "
-        f"(`##` continues a word), and adds a mark at each end:\n\n{table}\nAn id is the number of a row in the table "
-        "of "
-        "embeddings: here the text becomes numbers.\n"
-    )
+def _rounded_table(weights: dict) -> str:
+    """The first weights of the row, step by step from float to integer and back."""
+    columns = []
+    for exact, integer, error in zip(weights["exact"], weights["integers"], weights["errors"], strict=True):
+        scaled = exact / weights["scale"]  # the float that rounding turns into the integer below it
+        restored = integer * weights["scale"]
+        columns.append([f"{exact:+.5f}", f"{scaled:+.2f}", f"{integer:+d}", f"{restored:+.5f}", f"{error:+.5f}"])
+    names = ("FP32", "divided by the scale", "INT8", "times the scale", "error")
+    rows = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
+    return markdown_table(["weight", *map(str, range(len(columns)))], rows)
 
 
-def _weights(trace: dict) -> str:
-    one = trace["weights"]
-    rows = [
-        ["FP32", *(f"{value:+.5f}" for value in one["exact"])],
-        ["divided by the scale", *(f"{value / one['scale']:+.2f}" for value in one["exact"])],
-        ["INT8", *(f"{value:+d}" for value in one["integers"])],
-        ["times the scale", *(f"{value * one['scale']:+.5f}" for value in one["integers"])],
-        ["error", *(f"{value:+.5f}" for value in one["errors"])],
-    ]
-    return (
-        f"## 3. One row of weights, rounded\n\nThe first row of `{one['layer']}` has {one['row_length']} weights; the "
-        f"largest is {one['largest_exact']:.5f} (without its sign). The row's scale is {one['scale']:.6f}, so its "
-        "largest "
-        f"integer is {one['largest_integer']}. The first {len(one['exact'])} weights:\n\n"
-        f"{markdown_table(['weight', *map(str, range(len(one['exact'])))], rows)}\n"
-        f"Rounding moves a weight by half a scale at most: {one['scale'] / 2:.6f}. In this row the largest error is "
-        f"{one['largest_error']:.6f}, the root mean square {one['root_mean_square_error']:.6f}. A weight took four "
-        "bytes and takes one; the scale is one number for the whole row.\n"
-    )
-
-
-def _logits(trace: dict) -> str:
+def _logits_table(trace: dict) -> str:
+    """The logits of each form, their gap to FP32, and the answer with its probability."""
     exact = np.array(trace["logits"]["FP32"])
     rows = []
-    for name, logits in trace["logits"].items():
-        gap = float(np.abs(np.array(logits) - exact).max())
-        best = int(np.argmax(logits))
-        share = float(softmax(np.array(logits))[best])
-        rows.append([name, *(f"{value:+.3f}" for value in logits), "-" if name == "FP32" else f"{gap:.3f}",
-                     f"{trace['labels'][best]} ({100 * share:.2f} %)"])  # fmt: skip
-    return (
-        f"## 4. Logits\n\n`{trace['baseline']}` in FP32, and each form of `{trace['artifact']}`. The gap is the "
-        "largest "
-        "over the classes; the answer is the class with the largest logit, its share comes from softmax.\n\n"
-        + markdown_table(["form", *trace["labels"], "gap", "answer"], rows)
-    )
+    for name, values in trace["logits"].items():
+        logits = np.array(values)
+        best = int(logits.argmax())
+        gap = "-" if name == "FP32" else f"{np.abs(logits - exact).max():.3f}"
+        answer = f"{trace['labels'][best]} ({100 * softmax(logits)[best]:.2f} %)"
+        rows.append([name, *(f"{value:+.3f}" for value in values), gap, answer])
+    return markdown_table(["form", *trace["labels"], "gap", "answer"], rows)
 
 
-def _cells(trace: dict, records: list[dict]) -> str:
+def _cells_table(trace: dict, records: list[dict]) -> str:
     """The cell of each record's matrix to which the text belongs, by its label and that form's answer."""
     rows, truth = [], trace["label"]
+    name = trace["labels"][truth]
     for record in records:
+        # The trace calls the baseline's own form FP32; it followed the text through that one alone.
         form = "FP32" if record["format"] == "pytorch" else record["format"]
         if record["artifact"] not in {trace["baseline"], trace["artifact"]} or form not in trace["logits"]:
             continue
         answer = int(np.argmax(trace["logits"][form]))
-        quality = record["quality"]
-        rows.append([record_name(record), trace["labels"][truth], trace["labels"][answer],
-                     str(quality["confusion_matrix"][truth][answer]), str(sum(quality["confusion_matrix"][truth])),
-                     f"{100 * quality['per_class_f1'][trace['labels'][truth]]:.2f}"])  # fmt: skip
-    if not rows:
-        return ""
-    counted = "is one of" if trace["split"] == "test" else "would be one more of"
-    name = trace["labels"][truth]
+        of_class = record["quality"]["confusion_matrix"][truth]  # one row: the answers to the texts of this class
+        f1 = record["quality"]["per_class_f1"][name]
+        cells = [record_name(record), name, trace["labels"][answer], str(of_class[answer]), str(sum(of_class))]
+        rows.append([*cells, f"{100 * f1:.2f}"])
     head = ["record", "true", "answer", "texts in that cell", f"of all {name}", f"F1 of {name} %"]
-    return (
-        f"## 5. Its cell in the confusion matrix\n\nThe text {counted} the texts in the cell of its label and its "
-        f"answer. Rows and columns of that matrix give the F1 of the class, and the mean over the classes is macro "
-        f"F1.\n\n{markdown_table(head, rows)}"
-    )
+    return markdown_table(head, rows) if rows else ""
 
 
-def _card(trace: dict, root: Path, cards: dict | None) -> str:
-    """The line of the variant's model card that holds the F1 of the class."""
-    card = root / "model_cards" / f"{Path(trace['artifact']).name}.md"
-    text = cards.get(card) if cards else card.read_text(encoding="utf-8") if card.is_file() else None
-    lines = (text or "").splitlines()
-    below = itertools.dropwhile(lambda line: not line.startswith("| F1"), lines)
-    table = "\n".join(itertools.takewhile(lambda line: line.startswith("|"), below))
-    if not table:
-        return ""
-    return f"## 6. Its line in the card\n\n[{card.name}](../model_cards/{card.name}) says so:\n\n{table}\n"
+def _class_lines(card: str) -> str:
+    """The card's table with the F1 of each class: the lines from its head to the first that is no table."""
+    table = []
+    for line in card.splitlines():
+        if line.startswith("| F1") or (table and line.startswith("|")):
+            table.append(line)
+        elif table:
+            break
+    return "\n".join(table)

@@ -1,6 +1,6 @@
-"""The task: where the base model and the dataset come from, what their rows must look like, how texts become ids.
+"""The dataset: where it comes from, what its rows must look like, and which of them are trained on.
 
-All variants load the task through this file, so that they see the same rows, labels and word pieces.
+All variants load their rows through this file, so that they see the same texts and labels.
 """
 
 import hashlib
@@ -16,21 +16,23 @@ from emotion.task.source import DEFAULT_MODEL, hub_is_reachable
 import numpy as np
 
 DEFAULT_DATASET = "dair-ai/emotion"
+# Where the default dataset is looked for without the Hub, in this order: the same rows beside the repository, then the
+# small sample that every clone has.
 LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sample", ROOT / "sample"))
 
 
 @dataclass
 class RowsArguments:
-    """Which rows of train are learnt from, and how much of each."""
+    """Which rows of train the model learns from, and how much of each text."""
 
     drop_conflicting_rows: bool = field(
-        default=True, metadata={"help": "Leave out the training rows whose text stands in train with two labels."}
+        default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
     )
     max_train_rows: int | None = field(
-        default=None, metadata={"help": "Train on so many rows, drawn at random; for trying things out."}
+        default=None, metadata={"help": "Train on this many rows at most, drawn at random; for trying things out."}
     )
     max_length: int = field(
-        default=128, metadata={"help": "Longest text in word pieces; what is longer is cut, counted and reported."}
+        default=128, metadata={"help": "Longest text in word pieces; longer texts are cut, counted and reported."}
     )
 
 
@@ -55,10 +57,17 @@ class TaskArguments(RowsArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """A loaded dataset. ``splits`` maps a split's name to rows with `text` (str) and `label` (int) columns."""
+    """A loaded and checked dataset.
+
+    Attributes:
+        name: how cards and records name it.
+        source: `hub`, `folder` or `sample`.
+        splits: name of a split -> rows with `text` (str) and `label` (int) columns.
+        labels: the names of the classes; a row's label is an index into them.
+    """
 
     name: str
-    source: str  # hub, folder or sample
+    source: str
     splits: dict
     labels: list[str]
 
@@ -67,41 +76,49 @@ def load_task(name: str, config_name: str | None = None) -> Task:
     """Loads and checks a dataset: a local folder, the Hub, or, for the default only, the copies that stand in for it.
 
     Raises:
-        UserError: naming the column, split or row that is not as it must be.
+        UserError: if it cannot be found or read, or naming the column, split or row that is not as it must be.
     """
     dataset, source = _find_dataset(name, config_name)
+    # All splits, even those that this command will not read: better now than after an hour of training.
     for split, rows in dataset.items():
         labels = _check_columns(rows, name)
         _check_rows(rows, split, len(labels))
-    display_name = DEFAULT_DATASET if name == DEFAULT_DATASET and source != "sample" else Path(name).name
-    if source == "hub":
+    if source == "sample":
+        display_name = "sample (written by this project)"  # never under the default's name: it is other data
+    elif source == "hub" or name == DEFAULT_DATASET:  # a local copy of the default holds the same rows
         display_name = name
-    elif source == "sample":
-        display_name = "sample (written by this project)"
+    else:
+        display_name = Path(name).name  # not the path, which says nothing on another machine
     return Task(name=display_name, source=source, splits=dict(dataset), labels=labels)
 
 
 def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
-    """Loads the dataset named, or else the one that an artifact learnt; ``made_by`` is its recipe.yaml."""
+    """Loads the named dataset, or, without a name, the one that an artifact learnt.
+
+    Args:
+        made_by: the artifact's recipe.yaml.
+    """
     recipe = made_by.get("recipe", {})
-    recipe = recipe.get("baseline", recipe)  # a quantized artifact tells what its baseline learnt
+    recipe = recipe.get("baseline", recipe)  # a quantized artifact keeps its baseline's recipe inside its own
+    # The recipe's configuration belongs to the recipe's dataset: one that is named by hand does not take it.
     if name is None:
         name = recipe.get("dataset_name", DEFAULT_DATASET)
         config_name = config_name or recipe.get("dataset_config_name")
     return load_task(name, config_name)
 
 
-def _find_dataset(name: str, config_name: str | None):
+def _find_dataset(name: str, config_name: str | None) -> tuple:
+    """The dataset's splits, and its source: `hub`, `folder` or `sample`."""
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
     if Path(name).is_dir():
-        if (Path(name) / "dataset_dict.json").is_file():
+        if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
             return _load(lambda: load_from_disk(name), name), "folder"
         return _load(lambda: load_dataset(name, config_name), name), "folder"
-    if name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
         raise UserError(f"--dataset_name {name}: no such folder")
-    reachable = hub_is_reachable()
+    reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
     try:
         return _load(lambda: load_dataset(name, config_name), name), "hub"
     except DatasetNotFoundError as error:  # its message tells a missing dataset from one that is gated
@@ -111,23 +128,28 @@ def _find_dataset(name: str, config_name: str | None):
             raise UserError(f"--dataset_name {name}: the Hub failed: {error}; try again later") from error
         if name != DEFAULT_DATASET:
             raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
+    # One of them is there: the sample is part of the repository.
     source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
     return _load(lambda: load_dataset(str(folder), config_name), str(folder)), source
 
 
 def _load(load, name: str):
+    """Calls ``load``; turns the error of a broken file into a `UserError`, and lets that of a missing one pass."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
         return load()
     except (DatasetNotFoundError, ConnectionError):
         raise
+    # Let through above, though a ConnectionError is an OSError too: the caller may have another place to look.
     except (DatasetGenerationError, ValueError, OSError) as error:
+        # The library's own message says only that something went wrong; the cause names the file and the line.
         reason = error.__cause__ or error
         raise UserError(f"--dataset_name {name}: cannot be read: {reason}") from error
 
 
 def _check_columns(rows, name: str) -> list[str]:
+    """Raises `UserError` unless there are texts and named labels; returns the names of the labels."""
     from datasets import ClassLabel
 
     for column in ("text", "label"):
@@ -135,6 +157,7 @@ def _check_columns(rows, name: str) -> list[str]:
             raise UserError(
                 f"{name}: no column '{column}' (it has {', '.join(rows.column_names)}); rename yours to it"
             )
+    # Bare numbers do not say which class is which, and the model's config.json would not either.
     feature = rows.features["label"]
     if not isinstance(feature, ClassLabel):
         raise UserError(
@@ -145,27 +168,39 @@ def _check_columns(rows, name: str) -> list[str]:
 
 
 def _check_rows(rows, split: str, classes: int) -> None:
+    """Raises `UserError` naming the first row without a text, or with a label that is no class."""
     for row, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True)):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{split} row {row}: text is {text!r}; each row needs a text that is not empty")
+        # -1 is the mark that `datasets` gives a row without a label, in a hidden test split for instance.
         if label is None or not 0 <= label < classes:
             raise UserError(f"{split} row {row}: label {label} is outside 0..{classes - 1}")
 
 
 def get_split(task: Task, split: str):
-    """Returns a split's rows, or says which splits there are."""
+    """The rows of a split.
+
+    Raises:
+        UserError: if there is no such split; it names the splits that exist.
+    """
     if split not in task.splits:
         raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
     return task.splits[split]
 
 
 def select_train_rows(rows, arguments: RowsArguments, seed: int):
-    """The rows to learn from: a text that carries two labels teaches neither."""
+    """The rows of train to learn from, and a line of output for each reason to leave some out.
+
+    Args:
+        seed: of the draw, if `max_train_rows` asks for fewer rows than there are.
+    """
+    # A text with two labels teaches neither: whatever the model answers, one of its rows calls it wrong.
     if arguments.drop_conflicting_rows:
         conflicting = conflicting_texts(rows)
         kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
         print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
         rows = rows.select(kept)
+    # Drawn after the others have left, so that as many remain as were asked for.
     if arguments.max_train_rows is not None and arguments.max_train_rows < len(rows):
         rows = rows.shuffle(seed=seed).select(range(arguments.max_train_rows))
         print(f"train: {len(rows)} rows, drawn at random")
@@ -173,24 +208,34 @@ def select_train_rows(rows, arguments: RowsArguments, seed: int):
 
 
 def stratified_sample(rows, count: int, seed: int):
-    """So many rows, drawn at random from each class in proportion to its share."""
+    """Rows drawn at random from each class, in proportion to its share.
+
+    Args:
+        count: how many in all.
+
+    Raises:
+        UserError: if there are fewer rows than that.
+    """
     if not 1 <= count <= len(rows):
         raise UserError(f"--calibration_rows {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
     order = np.random.default_rng(seed).permutation(len(rows))
-    order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]  # class by class, each shuffled
+    # Sorted class by class; a stable sort keeps the random order inside each class.
+    order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]
+    # Evenly spaced places of this order: a class that fills a tenth of it holds a tenth of them.
     return rows.select(order[np.linspace(0, len(rows) - 1, count).round().astype(int)])
 
 
 def fingerprint(rows) -> str:
-    """SHA-256 over the texts and labels of the rows, in order."""
+    """SHA-256 over the texts and labels of the rows, in their order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for text, label in zip(rows["text"], rows["label"], strict=True):
+        # The label first: a text may hold a tab.
         digest.update(f"{label}\t{text}\n".encode())
     return digest.hexdigest()
 
 
 def conflicting_texts(*splits) -> set[str]:
-    """Texts that stand in the given splits with two or more different labels."""
+    """The texts that have two or more different labels in the given splits together."""
     labels_of = defaultdict(set)
     for rows in splits:
         for text, label in zip(rows["text"], rows["label"], strict=True):
@@ -198,7 +243,8 @@ def conflicting_texts(*splits) -> set[str]:
     return {text for text, labels in labels_of.items() if len(labels) > 1}
 
 
+# For commands that ask once per seed or per artifact: each load checks all rows again.
 @cache
 def source_of(dataset_name: str, config_name: str | None) -> str:
-    """Where the dataset comes from; loaded once, however many seeds ask."""
+    """The source of a dataset: `hub`, `folder` or `sample`; loaded once per process."""
     return load_task(dataset_name, config_name).source

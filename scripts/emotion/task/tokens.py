@@ -1,4 +1,4 @@
-"""Texts to token ids: for answering with `tokenizers` and NumPy alone, for training with the rows' own columns."""
+"""Texts to token ids: with `tokenizers` and NumPy alone for answering, as columns of the rows for training."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,21 @@ from emotion.task.source import BaseModel
 
 import numpy as np
 
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
+
 
 class TextEncoder:
-    """The tokenizer of a model folder: cuts at the folder's own length, pads to the longest text of a batch."""
+    """The tokenizer of a model folder, without Transformers, whose import takes longer than an answer.
+
+    It cuts texts at the length that the folder's tokenizer_config.json tells, and `pad` makes a batch of them.
+
+    Attributes:
+        pad_id: the token id that fills up the shorter texts of a batch.
+        texts_cut: how many texts were too long so far.
+    """
 
     def __init__(self, folder: Path):
+        """Reads the two files of the tokenizer; raises `UserError` if one is missing or cannot be used."""
         from tokenizers import Tokenizer
 
         folder = Path(folder)
@@ -24,17 +34,21 @@ class TextEncoder:
             settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             pad_token = settings["pad_token"]
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            # tokenizer.json may bring a padding and a length of its own, those of its last use. Texts are padded per
+            # batch, by `pad`, and cut where the training cut them.
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(max_length=int(settings["model_max_length"]))
         except Exception as error:  # `tokenizers` has no class of its own for what it cannot read
             raise UserError(f"{folder}: its tokenizer cannot be used: {type(error).__name__} {error}") from error
-        self.pad_id = self._tokenizer.token_to_id(pad_token["content"] if isinstance(pad_token, dict) else pad_token)
+        # A word, or a mapping that holds the word as `content`: Transformers has written both.
+        pad_word = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+        self.pad_id = self._tokenizer.token_to_id(pad_word)
         self.texts_cut = 0
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Returns the token ids of each text; `texts_cut` counts those that were too long."""
+        """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
         encodings = self._tokenizer.encode_batch(texts)
-        self.texts_cut += sum(bool(encoding.overflowing) for encoding in encodings)
+        self.texts_cut += count_cut(encodings)
         return [encoding.ids for encoding in encodings]
 
     def pieces(self, token_ids: list[int]) -> list[str]:
@@ -42,20 +56,34 @@ class TextEncoder:
         return [self._tokenizer.id_to_token(one) for one in token_ids]
 
     def pad(self, token_ids: list[list[int]]) -> dict[str, np.ndarray]:
-        """Returns int64 arrays (texts, longest) named as models take them; token types are all zero."""
+        """Makes a batch of texts of different lengths.
+
+        Returns:
+            Three int64 arrays (texts, longest), named as models take them. The mask is 1 for tokens and 0 for padding.
+        """
         shape = (len(token_ids), max(map(len, token_ids)))
         ids = np.full(shape, self.pad_id, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)  # without it a model would read the padding as words
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
+        # Token types tell the two texts of a pair apart; here every text stands alone.
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
+
+
+def count_cut(encodings: list) -> int:
+    """How many texts were cut; ``encodings`` are those of `tokenizers`, which keep the rest of a text beside it."""
+    return sum(bool(encoding.overflowing) for encoding in encodings)
 
 
 def load_tokenizer(path: str, max_length: int):
     """Loads the tokenizer and gives it the length at which texts are cut, so that the saved folder cuts there too.
 
-    The length is the least of ``max_length``, what the tokenizer allows and what the model has positions for.
+    The length is the least of three: ``max_length``, the tokenizer's own limit, and the number of the model's
+    positions; all in word pieces.
+
+    Raises:
+        UserError: if ``path``, a folder or a Hub id, has no tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -65,37 +93,47 @@ def load_tokenizer(path: str, max_length: int):
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from error
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    if config.model_type in {
-        "roberta",
-        "xlm-roberta",
-        "camembert",
-        "mpnet",
-    }:  # their positions start after the padding
+    # RoBERTa numbers positions from the padding's id + 1 on, so the first rows of its table never hold a token.
+    if config.model_type in POSITIONS_AFTER_PADDING:
         positions -= config.pad_token_id + 1
+    # A tokenizer without a limit says 10^30, and a model without positions has none to count.
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, positions)
     return tokenizer
 
 
 def tokenize(rows, tokenizer, split: str):
-    """Adds word pieces (`input_ids` and what else the model takes) to the rows; reports how many texts were cut."""
+    """Replaces the texts of the rows by word pieces, and reports how many texts were cut.
+
+    Args:
+        split: the name of the split, for the report.
+
+    Returns:
+        Rows with `label`, `input_ids` and the other inputs that the model takes: lists of int, not padded.
+    """
     cut = 0
 
     def encode(batch):
         nonlocal cut
-        encoded = tokenizer(batch["text"], truncation=True)
-        cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        encoded = tokenizer(batch["text"], truncation=True)  # not padded: the collator does that batch by batch
+        cut += count_cut(encoded.encodings)
         return encoded
 
-    # In memory: texts that were cut must be counted every time, this takes a second, and no folder is written to.
-    keep = [column for column in rows.column_names if column not in {"text", "label"}]
-    rows = rows.map(encode, batched=True, remove_columns=["text", *keep], keep_in_memory=True)
+    # In memory, not through the library's cache: a result from there would skip `encode`, and no cut text would be
+    # counted. It takes a second, and writes into no folder.
+    unused = [column for column in rows.column_names if column != "label"]  # the collator can pad numbers alone
+    rows = rows.map(encode, batched=True, remove_columns=unused, keep_in_memory=True)
     if cut:
         print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} word pieces and cut")
     return rows
 
 
 def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, seed: int) -> tuple:
-    """The rows to learn from, the base model's tokenizer, and the word pieces of those rows and of validation."""
+    """What a training needs of the task.
+
+    Returns:
+        The rows of train to learn from, the base model's tokenizer, the word pieces of those rows, and the word
+        pieces of validation.
+    """
     rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
     tokenizer = load_tokenizer(base.path, arguments.max_length)
     validation = get_split(task, "validation")

@@ -1,0 +1,66 @@
+"""The order of the house, read from the imports: folders build on those before them, and no command on another."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from conftest import ROOT
+
+SCRIPTS = ROOT / "scripts"
+ORDER = ["common", "task", "model", "quantize", "measure", "report"]
+FILES = sorted(path for path in SCRIPTS.rglob("*.py") if "__pycache__" not in path.parts)
+MODULES = {".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of this project that a file imports, inside its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & MODULES.keys() or {node.module}
+    return found & MODULES.keys()
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def folder_of(module: str) -> str | None:
+    """`emotion.task.tokens` -> `task`; None for a command and for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 else None
+
+
+def test_scripts_holds_commands_alone_and_the_package_six_folders():
+    commands = [path.stem for path in SCRIPTS.glob("*.py")]
+    assert commands and all(name == "predict" or name.startswith(("run_", "study_")) for name in commands)
+    folders = {path.name for path in (SCRIPTS / "emotion").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ORDER)
+
+
+def test_a_folder_imports_only_those_before_it():
+    for module, imported in IMPORTS.items():
+        for other in imported:
+            if folder_of(module) and folder_of(other):
+                assert ORDER.index(folder_of(other)) <= ORDER.index(folder_of(module)), f"{module} imports {other}"
+
+
+def test_no_circles():
+    list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, naming the circle
+
+
+def test_the_package_imports_no_command_and_no_run_another():
+    for module, imported in IMPORTS.items():
+        commands = {name for name in imported if "." not in name and name != "emotion"}
+        if not module.startswith("study_"):  # a study may call a command's main
+            assert not commands, f"{module} imports {commands}"
+
+
+def test_another_script_is_started_in_one_place():
+    """A script as a process: `run_script` alone knows how."""
+    for path in FILES:
+        if path.name != "machine.py":
+            text = path.read_text(encoding="utf-8")
+            assert "sys.executable" not in text, f"{path} starts a process by itself; call run_script"
