@@ -116,6 +116,8 @@ def make_candidates(candidates: dict[str, Candidate], baselines: list[Path], wor
         for baseline in baselines:
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
             words = ["--baseline", str(baseline), "--output_dir", str(folder), "--formats", candidate.format]
+            # Every candidate is wanted as it is, whatever it loses.
+            words += ["--max_loss", "100"]
             run_ptq.main(words + _as_words(FLAGS[candidate.format] | candidate.changes))
             folders[name].append(folder)
     return folders

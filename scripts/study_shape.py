@@ -47,7 +47,7 @@ def main(argv=None) -> None:
     torch.manual_seed(0)
     with new_artifact(work / "baseline", made_by) as folder:
         run_baseline.save_forms(BertForSequenceClassification(config), tokenizer, folder)
-    run_ptq.main(["--baseline", str(work / "baseline"), "--output_dir", str(work / "ptq")])
+    run_ptq.main(["--baseline", str(work / "baseline"), "--output_dir", str(work / "ptq"), "--max_loss", "100"])
     named = [f"{work / 'baseline'}:{format}" for format in ("pytorch", "bf16", "onnx", "openvino-plain")]
     named += [f"{work / 'ptq'}:{format}" for format in FORMATS]
     flags = {name: getattr(arguments, name) for name in ("rounds", "cold_starts", "output")} | {"batches": 4}

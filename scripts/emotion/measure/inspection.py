@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emotion.quantize.levels import LEVELS
+from emotion.quantize.levels import BRANCH, LEVELS
 
 import numpy as np
 
@@ -184,6 +184,8 @@ def _stored_matrix(node, constants: dict, restored: dict) -> Matrix | None:
     if node.op_type not in {"Gather", *FLOAT_OPERATORS, *DYNAMIC_OPERATORS}:
         return None
     if "/unpack" in node.name:  # it looks bytes up in a table of levels, which is no embedding
+        return None
+    if BRANCH in node.name:  # outlier units of a layer, which is counted by its own node
         return None
     stored, scales = _matrix_input(node, constants, restored)
     if stored is None:

@@ -7,6 +7,7 @@ from emotion.common.quiet import quiet_logging
 from emotion.model.artifact import weights_of
 from emotion.quantize.layers import CalibrationRows, Plan
 from emotion.quantize.onnx_graph import export_onnx
+from emotion.quantize.outliers import split_outliers
 
 import numpy as np
 import torch
@@ -119,4 +120,5 @@ def _prepare(plan: Plan, float_graph: Path, path: Path, reduce_range: bool) -> t
     graph = onnx.load(float_graph)
     wanted = {*plan.layers.linear, *plan.layers.embeddings}
     nodes = [name for name in name_nodes(graph.graph, plan.model) if set(name.split()) <= wanted]
+    split_outliers(graph.graph, plan)  # once the nodes have names, by which it finds the pairs
     return graph, {"per_channel": True, "reduce_range": reduce_range, "nodes_to_quantize": nodes}

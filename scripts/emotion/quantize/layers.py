@@ -29,12 +29,15 @@ class Plan:
         folder: where it is saved, with its FP32 file for ONNX Runtime.
         model: the same, opened in PyTorch.
         scales: below 8 bits, the `Scales` of each layer; at 8 bits each runtime chooses its own.
+        outliers: for ONNX Runtime, the second product of a feed-forward pair -> its units that stay in float; see
+            outliers.py.
     """
 
     folder: Path
     model: torch.nn.Module
     layers: Layers
     scales: dict = field(default_factory=dict)
+    outliers: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from emotion.common.errors import UserError
 from emotion.quantize.int8_onnx import quantize_onnx
 from emotion.quantize.layers import Layers, Plan
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT, LEVELS
+from emotion.quantize.outliers import weight_without_outliers
 
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ def write_lowbit_onnx(plan: Plan, path: Path) -> None:
     quantize_onnx(replace(plan, layers=Layers(layers.linear, [])), path)
     graph = onnx.load(path)
     packer = Packer(graph.graph)
-    codes = {name: codes_of(plan.model.get_submodule(name).weight, scales[name]) for name in scales}
+    codes = {name: codes_of(weight_without_outliers(plan, name), scales[name]) for name in scales}
     constants = {tensor.name for tensor in graph.graph.initializer}
     for node in list(graph.graph.node):  # a copy of the list, since the packer changes the graph's own
         # `name_nodes` has named the nodes: the attention operator has three names, of query, key and value.

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
@@ -12,9 +12,10 @@ from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, qu
 from emotion.quantize.int8_onnx import quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import CalibrationRows, Plan, explain_float, find_layers
+from emotion.quantize.layers import CalibrationRows, Layers, Plan, explain_float, find_layers
 from emotion.quantize.levels import LEVELS
 from emotion.quantize.lowbit import check_group_size, choose_scales, write_lowbit_onnx
+from emotion.quantize.outliers import weight_without_outliers
 from emotion.task.dataset import Task, get_split, stratified_sample
 from emotion.task.tokens import TextEncoder
 
@@ -105,15 +106,22 @@ def make_plan(folder: Path, model, arguments: SchemeArguments) -> Plan:
     Raises:
         UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
     """
-    layers = find_layers(model, arguments.keep_float)
-    scales = {}  # stays empty at 8 bits, where each runtime chooses its own
-    if arguments.bits < 8:
-        names = [*layers.linear, *layers.embeddings]
-        for name in names:  # all of them before the first is rounded, which takes a while
-            check_group_size(name, model.get_submodule(name).weight.shape[1], arguments.group_size)
-        for name in tqdm(names, desc="scales"):
-            scales[name] = choose_scales(model.get_submodule(name).weight, arguments.bits, arguments.group_size)
-    return Plan(Path(folder), model, layers, scales)
+    return plan_again(Plan(Path(folder), model, Layers([], [])), arguments)
+
+
+def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
+    """Chooses layers and scales anew for a plan whose outliers, or the arguments, have changed."""
+    layers = find_layers(plan.model, arguments.keep_float)
+    plan = replace(plan, layers=layers, scales={})
+    if arguments.bits == 8:  # each runtime chooses its own scales
+        return plan
+    names = [*layers.linear, *layers.embeddings]
+    for name in names:  # all of them before the first is rounded, which takes a while
+        check_group_size(name, plan.model.get_submodule(name).weight.shape[1], arguments.group_size)
+    scales = {}
+    for name in tqdm(names, desc="scales"):
+        scales[name] = choose_scales(weight_without_outliers(plan, name), arguments.bits, arguments.group_size)
+    return replace(plan, scales=scales)
 
 
 def describe_quantized(method: str, recipe: Recipe, made_by: dict, plan: Plan, arguments: SchemeArguments) -> dict:
@@ -149,23 +157,31 @@ def save_formats(plan: Plan, folder: Path, rows: CalibrationRows, arguments: Sch
         Format -> the seconds that it took.
     """
     seconds = {}
-    # Each function starts from the float weights of the plan; none reads what another has written.
+    copy_shared_files(plan.folder, folder)
+    # Each format starts from the float weights of the plan; none reads what another has written.
     for format in arguments.formats or formats_of(arguments.bits):
         start = time.monotonic()
-        if format == "torchao":
-            quantize_torchao(plan, folder, arguments.reduce_range)
-        elif format == "onnx":
-            # The name that transformers.js looks for.
-            _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", rows, arguments)
-        else:
-            quantize_openvino(plan, folder / "openvino", rows, arguments.reduce_range, arguments.smooth_quant)
+        save_format(plan, folder, format, rows, arguments)
         seconds[format] = round(time.monotonic() - start, 1)
         print(f"{format}: {seconds[format]} s")
-    for name in SHARED_FILES:
-        # torchao has written a config.json of its own, which says how to open its weights.
-        if not (folder / name).exists():
-            shutil.copy(plan.folder / name, folder / name)
     return seconds
+
+
+def copy_shared_files(source: Path, folder: Path) -> None:
+    """Copies the files that all formats need; torchao then writes a config.json of its own in place of the copy."""
+    for name in SHARED_FILES:
+        shutil.copy(source / name, folder / name)
+
+
+def save_format(plan: Plan, folder: Path, format: str, rows: CalibrationRows, arguments: SchemeArguments) -> None:
+    """Writes the model of the plan into ``folder`` in one format, in the place of an earlier one of that format."""
+    if format == "torchao":
+        quantize_torchao(plan, folder, arguments.reduce_range)
+    elif format == "onnx":
+        # The name that transformers.js looks for.
+        _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", rows, arguments)
+    else:
+        quantize_openvino(plan, folder / "openvino", rows, arguments.reduce_range, arguments.smooth_quant)
 
 
 def _save_onnx(plan: Plan, path: Path, rows: CalibrationRows, arguments: SchemeArguments) -> None:

@@ -1,0 +1,110 @@
+"""Quantizing that watches its own loss: each format is scored on validation, and gets a remedy if it loses too much.
+
+A format goes up a ladder of remedies, the cheapest first, and keeps the first that holds:
+
+    plain    as the recipe says
+    split    ONNX Runtime: outlier units of the feed-forward pairs in floats (quantize/outliers.py)
+    float    the layers that harm most in floats as well, 1, 2, 4, then 8 of them, measured one at a time
+
+Neural Compressor and NNCF call this accuracy-aware tuning.
+"""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from emotion.common.errors import UserError
+from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
+from emotion.model.artifact import files_to_serve
+from emotion.quantize.layers import CalibrationRows, Plan
+from emotion.quantize.outliers import LARGEST_COUNT, THRESHOLD, find_outliers
+from emotion.quantize.scheme import copy_shared_files, formats_of, plan_again, save_format
+
+FLOAT_UNITS = (1, 2, 4, 8)  # how many of the most harmful units stay in float
+
+
+def save_watched(plan: Plan, folder: Path, rows: CalibrationRows, validation: Rows, arguments) -> dict:
+    """Writes each format into ``folder`` with the cheapest remedy that keeps macro F1 on validation.
+
+    Args:
+        rows: calibrate static ranges, and show the activations in which outliers are found.
+        arguments: `SchemeArguments` with `max_loss`, in points of macro F1, and `save_worse`.
+
+    Returns:
+        For recipe.yaml: `seconds` per format; `remedies`, all attempts per format, of which one was `kept`; and
+        `outliers`, where a format keeps units in floats: the rule, and the units of each layer.
+
+    Raises:
+        UserError: if no remedy of a format holds and `save_worse` is false.
+    """
+    copy_shared_files(plan.folder, folder)
+    reference = logits_of(plan.folder, "onnx", validation)
+    told = {"seconds": {}, "remedies": {}}
+    for format in arguments.formats or formats_of(arguments.bits):
+        attempts, plans = [], []
+        for remedy, changed in _ladder(plan, format, rows, validation, arguments):
+            start = time.monotonic()
+            save_format(changed, folder, format, rows, arguments)
+            seconds = round(time.monotonic() - start, 1)
+            effect = compare(reference, logits_of(folder, format, validation), validation.labels)
+            size = sum(files_to_serve(folder, format).values())
+            attempts.append({"remedy": remedy, **effect, "bytes_to_serve": size, "seconds": seconds})
+            plans.append(changed)
+            _tell(format, attempts[-1])
+            if -100 * effect["macro_f1_change"] <= arguments.max_loss:
+                break
+        kept = _choose(format, attempts, arguments)
+        if kept < len(plans) - 1:  # an earlier attempt was better than the last, whose file lies there now
+            save_format(plans[kept], folder, format, rows, arguments)
+        attempts[kept]["kept"] = True
+        told["remedies"][format], told["seconds"][format] = attempts, attempts[kept]["seconds"]
+        if plans[kept].outliers:
+            rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
+            told["outliers"] = {"rule": rule, "units": plans[kept].outliers}
+    return told
+
+
+def _tell(format: str, attempt: dict) -> None:
+    """Prints one line per attempt."""
+    print(
+        f"{format}, {attempt['remedy']}: validation macro F1 {100 * attempt['macro_f1_change']:+.2f} points, "
+        f"{attempt['flips']} labels differ, {attempt['bytes_to_serve'] / 1e6:.1f} MB, {attempt['seconds']} s"
+    )
+
+
+def _ladder(plan: Plan, format: str, rows: CalibrationRows, validation: Rows, arguments):
+    """Yields the name of each remedy and the plan that has it; what a remedy needs is measured when its turn comes."""
+    yield "plain", plan
+    if format == "onnx" and (outliers := find_outliers(plan, rows)):
+        plan = plan_again(replace(plan, outliers=outliers), arguments)
+        yield f"split, {sum(map(len, outliers.values()))} units", plan
+    if arguments.save_worse:  # measuring every layer takes minutes, and the result would be saved in any case
+        return
+    # A unit is what one product holds: query, key and value together.
+    units = [one for one in measure_layers(plan.folder, validation) if one["layer"] is not None]
+    units.sort(key=lambda one: one["macro_f1_change"])
+    for count in FLOAT_UNITS:
+        names = [name for one in units[:count] for name in one["names"]]
+        kept = replace(arguments, keep_float=[*arguments.keep_float, *names])
+        yield f"float, {count} units", plan_again(plan, kept)
+
+
+def _choose(format: str, attempts: list[dict], arguments) -> int:
+    """The number of the attempt to keep: the last if it holds, else the best one, if the user wants it all the same.
+
+    Raises:
+        UserError: if none holds and `save_worse` is false.
+    """
+    if -100 * attempts[-1]["macro_f1_change"] <= arguments.max_loss:
+        return len(attempts) - 1
+    # Where macro F1 does not tell two attempts apart, the logits do.
+    best = max(attempts, key=lambda one: (one["macro_f1_change"], -one["mean_logit_shift"]))
+    loss = -100 * best["macro_f1_change"]
+    message = f"{format} at {arguments.bits} bits loses {loss:.2f} points of validation macro F1 at best"
+    if not arguments.save_worse:
+        raise UserError(
+            f"{message}, more than --max_loss {arguments.max_loss:g}; nothing was saved. Train for it with "
+            "run_qat.py, allow more with --max_loss, or save it all the same with --save_worse true"
+        )
+    print(f"{message}; saved all the same, as --save_worse asks")
+    return attempts.index(best)

@@ -1,0 +1,134 @@
+"""Outliers: an encoder that has them on purpose keeps its labels in every format, and the split changes no answer."""
+
+import shutil
+from dataclasses import replace
+
+import run_evaluation
+import run_ptq
+from conftest import build_rows, read_json
+from emotion.common.errors import UserError
+from emotion.measure.inspection import describe_scheme
+from emotion.model.artifact import weights_of
+from emotion.model.classifier import OnnxClassifier, open_artifact, predict
+from emotion.model.pretrained import load_trained_classifier
+from emotion.quantize.int8_onnx import name_nodes, quantize_onnx
+from emotion.quantize.layers import CalibrationRows
+from emotion.quantize.onnx_graph import export_onnx
+from emotion.quantize.outliers import find_outliers, find_pairs, split_outliers
+from emotion.quantize.scheme import SchemeArguments, make_plan
+from emotion.task.tokens import TextEncoder
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+CONSTANT = 200.0  # the activation of one hidden unit in each layer
+UNIT = 5
+TEXTS = build_rows(90)["text"]
+
+
+def make_outliers(artifact, folder):
+    """The artifact with a unit of constant activation in each layer, whose effect the next bias takes back."""
+    shutil.copytree(artifact, folder)
+    model = load_trained_classifier(artifact)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.intermediate.dense.weight[UNIT] = 0
+            layer.intermediate.dense.bias[UNIT] = CONSTANT
+            layer.output.dense.bias -= CONSTANT * layer.output.dense.weight[:, UNIT]
+    model.save_pretrained(folder)
+    export_onnx(model, AutoTokenizer.from_pretrained(artifact), folder / "onnx" / "model.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoiled(artifact, tmp_path_factory):
+    return make_outliers(artifact, tmp_path_factory.mktemp("outliers") / "baseline")
+
+
+@pytest.fixture(scope="module")
+def plan_and_rows(spoiled):
+    plan = make_plan(spoiled, load_trained_classifier(spoiled), SchemeArguments())
+    encoder = TextEncoder(spoiled)
+    return plan, CalibrationRows(encoder, encoder(TEXTS))
+
+
+def logits_of(folder, path):
+    classifier = OnnxClassifier(folder, path, threads=1)
+    return predict(classifier, classifier.encode(TEXTS))
+
+
+def test_the_unit_is_found_in_each_layer_and_nothing_where_there_is_none(plan_and_rows, artifact):
+    plan, rows = plan_and_rows
+    outliers = find_outliers(plan, rows)
+    assert set(outliers) == {f"bert.encoder.layer.{layer}.output.dense" for layer in (0, 1)}
+    assert all(UNIT in units for units in outliers.values())
+    sound = make_plan(artifact, load_trained_classifier(artifact), SchemeArguments())
+    assert all(UNIT not in units for units in find_outliers(sound, rows).values())
+
+
+def test_pairs_are_found_by_their_shape(plan_and_rows):
+    plan, _ = plan_and_rows
+    assert find_pairs(plan.model, plan.layers.linear) == {
+        f"bert.encoder.layer.{layer}.output.dense": f"bert.encoder.layer.{layer}.intermediate.dense"
+        for layer in (0, 1)
+    }
+
+
+def test_splitting_alone_changes_no_answer(plan_and_rows, spoiled, tmp_path):
+    plan, rows = plan_and_rows
+    graph = onnx.load(weights_of(spoiled, "onnx"))
+    name_nodes(graph.graph, plan.model)
+    split_outliers(graph.graph, replace(plan, outliers=find_outliers(plan, rows)))
+    onnx.checker.check_model(graph)
+    onnx.save(graph, tmp_path / "split.onnx")
+    before, after = logits_of(spoiled, weights_of(spoiled, "onnx")), logits_of(spoiled, tmp_path / "split.onnx")
+    np.testing.assert_allclose(after, before, atol=1e-3)
+
+
+def test_the_split_gives_int8_its_labels_back(plan_and_rows, spoiled, tmp_path):
+    plan, rows = plan_and_rows
+    expected = logits_of(spoiled, weights_of(spoiled, "onnx"))
+    gaps = []
+    for name, outliers in (("plain", {}), ("split", find_outliers(plan, rows))):
+        quantize_onnx(replace(plan, outliers=outliers), tmp_path / f"{name}.onnx")
+        found = logits_of(spoiled, tmp_path / f"{name}.onnx")
+        gaps.append(np.abs(found - expected).mean())
+    assert gaps[1] < gaps[0] / 3  # the cure is needed, and it works
+    assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean() > 0.95
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_every_format_keeps_its_labels(bits, spoiled, tmp_path):
+    out = tmp_path / "ptq"
+    words = ["--baseline", str(spoiled), "--output_dir", str(out), "--calibration_rows", "60"]
+    run_ptq.main([*words, "--bits", str(bits), "--max_loss", "2"])
+    expected = logits_of(spoiled, weights_of(spoiled, "onnx")).argmax(axis=-1)
+    for format in ["torchao", "onnx", "openvino"] if bits == 8 else ["onnx"]:
+        classifier = open_artifact(out, format, threads=1)
+        assert (predict(classifier, classifier.encode(TEXTS)).argmax(axis=-1) == expected).mean() > 0.9, format
+    scheme = describe_scheme(open_artifact(out, "onnx", threads=1), weights_of(out, "onnx"), "onnx")
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)  # the branches are no layers
+
+
+def test_the_remedy_is_in_the_record(spoiled, tmp_path, capsys):
+    out = tmp_path / "ptq"
+    run_ptq.main(["--baseline", str(spoiled), "--output_dir", str(out), "--formats", "onnx", "--max_loss", "-0.5"
+                  , "--save_worse", "true"])  # fmt: skip
+    assert "onnx, plain: validation macro F1" in capsys.readouterr().out
+    run_evaluation.main([str(out), "--format", "onnx", "--latency_runs", "0", "--results_dir", "results"])
+    made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["made"]
+    assert [one["remedy"].split(",")[0] for one in made["remedies"]["onnx"]] == ["plain", "split"]
+    assert (
+        UNIT in made["outliers"]["units"]["bert.encoder.layer.0.output.dense"]
+        and "percentile" in made["outliers"]["rule"]
+    )
+
+
+def test_what_loses_too_much_is_not_saved(artifact, tmp_path):
+    words = ["--baseline", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--formats", "onnx"]
+    with pytest.raises(UserError, match="points of validation macro F1 at best, more than --max_loss -200"):
+        run_ptq.main([*words, "--max_loss", "-200", "--calibration_rows", "30"])
+    assert not (tmp_path / "ptq").exists()
