@@ -40,6 +40,12 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
     assert made["onnx"]["fused"] is True
 
 
+def test_the_onnx_file_holds_no_path_of_this_machine(artifact, quantized):
+    for path in (artifact / "onnx" / "model.onnx", quantized / "onnx" / "model_quantized.onnx"):
+        content = path.read_bytes()
+        assert b"site-packages" not in content and str(ROOT).encode() not in content
+
+
 def test_a_stranger_opens_it_with_the_datasets_label_names(artifact):
     answer = pipeline("text-classification", model=str(artifact))("i see the orange house")
     assert answer[0]["label"] == "warm" and answer[0]["score"] > 0.5
@@ -146,7 +152,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
     out = tmp_path / "baseline"
     shutil.copytree(artifact, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    save = run_baseline.save
+    save = run_baseline.save_forms
 
     def save_on_a_full_disk(*words):
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -157,7 +163,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    monkeypatch.setattr(run_baseline, "save", save_on_a_full_disk)
+    monkeypatch.setattr(run_baseline, "save_forms", save_on_a_full_disk)
     flags = train_flags(encoder, colors, out, num_train_epochs=1)
     with pytest.raises(SystemExit) as stopped:
         command.run(lambda: run_baseline.main(flags))

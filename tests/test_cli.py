@@ -6,7 +6,7 @@ from conftest import run_script, train_flags
 from emotion.common.errors import UserError
 from emotion.common.flags import parse_recipe
 from emotion.model.training import RecipeTrainingArguments
-from emotion.task.source import EMBEDDED_MODEL
+from emotion.task.source import EMBEDDED_MODEL, find_base_model
 
 import pytest
 import yaml
@@ -38,7 +38,7 @@ def test_another_recipe_is_the_first_word(encoder, tmp_path):
 def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
     recipe = write_recipe(tmp_path, learning_rate=1e-5, weight_decay=0.1,
                           per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}})  # fmt: skip
-    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"])
+    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"], find_base_model)
     assert (training.learning_rate, training.weight_decay) == (3e-4, 0.3)
 
 
@@ -76,7 +76,7 @@ def test_a_wrong_key_or_flag_is_named(values, flags, message, tmp_path):
 
 
 def test_the_repositorys_own_recipe_is_valid():
-    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"])
+    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"], find_base_model)
     assert training.metric_for_best_model == "macro_f1" and training.load_best_model_at_end
     assert recipe.values["learning_rate"] == training.learning_rate
     assert training.output_dir.endswith("weights/checkpoints/x")  # beside the artifact, not in it

@@ -118,6 +118,10 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, pack
         dynamo=True,
         verbose=False,
     )
+    # The exporter notes for each node where its call stands in the source: paths of this machine, which are nothing
+    # for those who download the file.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     program.save(path, external_data=False)
     if fused:
         options = FusionOptions("bert")
