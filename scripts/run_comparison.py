@@ -28,6 +28,7 @@ from emotion.report.trace import render_trace_page
 
 from tqdm import tqdm
 
+# Between these lines of the README stands what this program writes
 START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
 
 
@@ -73,11 +74,13 @@ def render_pages(comparison, records, benchmarks, pictures, results: Path, readm
     text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
-    before, after = text.split(START)[0], text.split(END)[1]
+    before, after = text.split(START)[0], text.split(END)[1]  # a person wrote these parts: they stay as they are
+    # Pictures of studies are on the pages of the studies, and the matrices on the cards.
     figures = [path for path in pictures if path.parent.name == "figures"]
     cards = render_cards(records, readme.parent / "model_cards")
     return {
         readme: f"{before}{START}\n\n{render_block(comparison)}\n{END}{after}",
+        # For the report, and for anyone who wants the numbers without the words.
         results / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         results / "comparison.md": render_page(comparison, records, benchmarks, figures),
         **cards,
@@ -93,17 +96,18 @@ def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
         write_text(path, text)
     for path, draw in tqdm(pictures.items(), desc="pictures"):
         draw(path)
-    if report := compile_report(root):
+    if report := compile_report(root):  # None without docs/report.typ: the results of somebody's own folder
         write_bytes(root / REPORT, report)
 
 
 def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
     """Raises `UserError` if a file is not what would be written."""
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    # Pictures are drawn, not hashed: another processor may round a pixel otherwise, and that is no difference.
     with tempfile.TemporaryDirectory() as folder:
         for path, draw in tqdm(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
-            draw(fresh)
+            draw(fresh)  # into a folder that goes away again: a check writes nothing
             if not same_picture(fresh, path):
                 stale.append(path)
     # It is set from the pictures and results on the disk, which were compared above.

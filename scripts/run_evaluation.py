@@ -55,7 +55,9 @@ class EvaluationArguments:
     split: str = field(default="test", metadata={"help": "Split to score."})
     threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
     latency_runs: int = field(
-        default=500, metadata={"help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput."}
+        # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
+        default=500,
+        metadata={"help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput."},
     )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
@@ -64,6 +66,7 @@ def main(argv=None) -> None:
     """Opens the folder, scores it, times it, and writes and prints what came out."""
     (arguments,) = parse_flags((EvaluationArguments,), positional="artifact", argv=argv)
     folder = Path(arguments.artifact)
+    # The first is the default, as a user of `from_pretrained` would get it.
     format = arguments.format or next(iter(find_formats(folder)))
     weights = weights_of(folder, format)  # says what is wrong with the folder before the dataset is loaded
     if arguments.latency_runs and arguments.latency_runs < 200:
@@ -73,8 +76,10 @@ def main(argv=None) -> None:
     made_by = read_recipe_of(folder)
     task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
     rows = get_split(task, arguments.split)
+    # Where the data came from is said before it counts: the sample's scores mean nothing.
     print(f"{folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
+    # From here on everything is measured on what the saved folder answers; nothing is taken from the recipe.
     classifier = open_artifact(folder, format, threads=threads)
     token_ids, logits = answer_rows(classifier, folder, task, rows)
     labels = np.asarray(rows["label"])
@@ -90,9 +95,7 @@ def main(argv=None) -> None:
         "size": describe_size(folder, format),
         **measure_speed(classifier, token_ids, arguments.latency_runs),
         "examples": answer_examples(classifier),
-        "sha256": {
-            name: sha256(folder / name) for name in files_to_serve(folder, format)
-        },  # which files were measured
+        "sha256": checksums_of(folder, format),
         "environment": describe_environment(threads),
     }
     print_summary(record, write_record(record, Path(arguments.results_dir), logits, labels))
@@ -104,6 +107,7 @@ def answer_rows(classifier, folder: Path, task: Task, rows) -> tuple[list[list[i
     Raises:
         UserError: if the artifact answers other labels than the dataset has, or a logit is not finite.
     """
+    # Their order too: a logit's place is its class.
     if classifier.labels != task.labels:
         raise UserError(
             f"{folder} answers {len(classifier.labels)} labels ({', '.join(classifier.labels)}), "
@@ -130,6 +134,11 @@ def describe_size(folder: Path, format: str) -> dict:
     }
 
 
+def checksums_of(folder: Path, format: str) -> dict[str, str]:
+    """The SHA-256 of each file that was measured; run_publish.py sends no other."""
+    return {name: sha256(folder / name) for name in files_to_serve(folder, format)}
+
+
 def answer_examples(classifier) -> list[dict]:
     """The probabilities that the artifact gives our own sentences; the dataset's are not ours to publish."""
     probabilities = softmax(predict(classifier, classifier.encode(list(EXAMPLES)))).tolist()
@@ -143,7 +152,7 @@ def print_summary(record: dict, path: Path) -> None:
     """One line: the scores, size and latency if they were timed, and where the record is."""
     quality, latency = record["quality"], record["latency_ms"]
     print(f"macro F1 {quality['macro_f1']:.4f}   accuracy {quality['accuracy']:.4f}", end="   ")
-    if latency["p50"] is not None:
+    if latency["p50"] is not None:  # --latency_runs 0
         print(f"{record['size']['megabytes']:.1f} MB   p50 {latency['p50']:.2f} ms", end="   ")
     print(f"-> {relative(path)}")
 

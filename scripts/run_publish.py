@@ -49,13 +49,13 @@ def main(argv=None) -> None:
     """Lists the files, and sends them unless it is a dry run."""
     (arguments,) = parse_flags((PublishArguments,), positional="artifact", argv=argv)
     folder = Path(arguments.artifact)
-    is_page = (folder / PAGE).is_file()
+    is_page = (folder / PAGE).is_file()  # no artifact has one
     if is_page:
         files = collect_page(folder, arguments.model_id)
     else:
         files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
     list_files(files, folder)
-    if arguments.dry_run:
+    if arguments.dry_run:  # needs no token and no network
         print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {arguments.repo_id}")
         return
     repo_type = "space" if is_page else "model"
@@ -70,7 +70,7 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"{size:>12,}  {name}")
         total += size
-    left_out = []
+    left_out = []  # said, so that nobody looks for a file that this program never sends
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files:
@@ -86,7 +86,7 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     """
     made_by, records = read_recipe_of(folder), read_records(results)
     variant = made_by.get("variant", folder.resolve().name)
-    scored = find_scored(folder, [record for record in records if record["variant"] == variant])
+    scored = find_scored(folder, order(records, variant))
     files = {}
     for record in scored:
         for name in record["sha256"]:  # formats share the configuration and the tokenizer: the same names again
@@ -98,9 +98,10 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     if made_by:
         # The recipe tells the folders that it read; others need not know where this user keeps them.
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
+    # The card shows FP32 beside the variant; the baseline's own card needs no second one.
     baseline = [record for record in records if record["variant"] == BASELINE != variant]
     files["README.md"] = render_card(scored + baseline, variant, repo_id).encode()
-    shown = order(scored, variant)[0]
+    shown = scored[0]  # the first of them is the one that the card shows
     files[f"results/confusion_matrices/{record_name(shown)}.png"] = draw_picture(shown)
     for path in files.values():
         if isinstance(path, Path) and not path.is_file():
@@ -117,11 +118,12 @@ def draw_picture(record: dict) -> bytes:
 
 
 def find_scored(folder: Path, records: list[dict]) -> list[dict]:
-    """The records of the very files that are in the folder.
+    """Those of the records, in their order, that are of the very files in the folder.
 
     Raises:
         UserError: if a format has no such record: naming the command that measures it.
     """
+    # Records from before checksums were kept say nothing of the files that are here now.
     scored = [record for record in records if "sha256" in record and has_files(folder, record["sha256"])]
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()
@@ -144,11 +146,13 @@ def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
     Raises:
         UserError: if a file does not name the repository that ``model_id`` replaces.
     """
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in PAGE_FILES}
-    for name, text in texts.items():
-        if PAGE_MODEL not in text:
+    files = {}
+    for name in PAGE_FILES:
+        text = (folder / name).read_text(encoding="utf-8")
+        if PAGE_MODEL not in text:  # a page that was edited: it would go on loading the repository that it names
             raise UserError(f"{folder / name} does not name {PAGE_MODEL}, which --model_id replaces")
-    return {name: text.replace(PAGE_MODEL, model_id).encode() for name, text in texts.items()}
+        files[name] = text.replace(PAGE_MODEL, model_id).encode()
+    return files
 
 
 if __name__ == "__main__":

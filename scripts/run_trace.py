@@ -24,6 +24,7 @@ class TraceArguments:
     """Which text, through which folders."""
 
     text: str = field(metadata={"help": "A text of the dataset, letter by letter; the one word that needs no flag."})
+    # Relative to the folder that the command is started in, as for every command: the page repeats them.
     artifact: str = field(
         default=ARTIFACT, metadata={"help": "The quantized folder; it must have the format torchao."}
     )
@@ -38,9 +39,9 @@ class TraceArguments:
 def main(argv=None) -> None:
     """Measures, writes and prints."""
     (arguments,) = parse_flags((TraceArguments,), positional="text", argv=argv)
+    # Any text could be classified; only a row of the dataset has a label, with which the page begins.
     folder, threads = Path(arguments.artifact), choose_threads(arguments.threads)
     task = load_task_of(read_recipe_of(folder))  # the dataset that the artifact learnt
-    # Not the text as the tokenizer gets it alone: it must be a row, whose label the page tells.
     trace = measure_trace(arguments.text, folder, Path(arguments.baseline), task, threads)
     write_trace(trace, Path(arguments.results_dir))
 

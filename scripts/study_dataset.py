@@ -37,14 +37,18 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((ExplorationArguments,), positional="dataset_name", argv=argv)
     base = find_base_model(arguments.model_name_or_path)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
+    # The base model that a training would take, and its limit: the page says how many texts a training would cut.
     tokenizer = load_tokenizer(base.path, arguments.max_length)
+    splits = {}
+    for split, rows in task.splits.items():
+        splits[split] = describe_split(rows, task.labels, tokenizer)
     study = {
         "dataset": task.name,
         "dataset_source": task.source,
         "base_model": base.name,
         "cut_at": tokenizer.model_max_length,
         "labels": task.labels,
-        "splits": {split: describe_split(rows, task.labels, tokenizer) for split, rows in task.splits.items()},
+        "splits": splits,
         "conflicts_across_splits": find_conflicts(task.splits, task.labels),
     }
     results = Path(arguments.results_dir)
@@ -64,6 +68,7 @@ def describe_split(rows, labels: list[str], tokenizer) -> dict:
     ids = tokenizer(list(rows["text"]), verbose=False)["input_ids"]  # not verbose: it warns of each long text
     lengths = np.array(list(map(len, ids)))
     quantiles = np.percentile(lengths, QUANTILES).astype(int).tolist()
+    # Letter by letter: texts that differ in a space alone count as two.
     more_than_once = [count for count in Counter(rows["text"]).values() if count > 1]
     return {
         "rows": len(lengths),
@@ -87,6 +92,7 @@ def find_conflicts(splits: dict, labels: list[str]) -> list[dict]:
         For each text: split -> its labels and rows there; sorted by the texts themselves, which are not told.
     """
     conflicting = conflicting_texts(*splits.values())
+    # Sorted, so that the order of the lines does not depend on how a set is stored.
     places = {text: {split: [] for split in splits} for text in sorted(conflicting)}
     for split, columns in splits.items():
         for row, (text, label) in enumerate(zip(columns["text"], columns["label"], strict=True)):

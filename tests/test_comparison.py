@@ -83,7 +83,11 @@ def test_verdicts():
     }
     found = compare_with(reference, others, LABELS)
     assert {name: one["verdict"] for name, one in found.items()} == {
-        "same": "same answers", "alike": "no loss", "worse": "worse", "better": "better"}  # fmt: skip
+        "same": "same answers",
+        "alike": "no loss",
+        "worse": "worse",
+        "better": "better",
+    }
     assert found["same"]["flips"] == 0 and found["worse"]["flips"] == 200
     assert found["worse"]["change"] < 0 and found["worse"]["p_mcnemar_holm"] < 0.001
     assert found["alike"]["p_macro_f1_holm"] > 0.05
@@ -189,8 +193,10 @@ def test_follow_one_text_names_code_that_exists():
 
 
 def test_rendering_needs_neither_torch_nor_a_quantizer():
-    code = ("import sys, run_comparison; run_comparison.main(['--print_only']); "
-            "print({'torch', 'onnxruntime', 'openvino', 'torchao'} & sys.modules.keys())")  # fmt: skip
+    code = (
+        "import sys, run_comparison; run_comparison.main(['--print_only']); "
+        "print({'torch', 'onnxruntime', 'openvino', 'torchao'} & sys.modules.keys())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=200
     )
@@ -211,8 +217,14 @@ def test_the_report_reads_the_records(report_folder):
     report = compile_report(report_folder)
     assert report.startswith(b"%PDF") and compile_report(report_folder) == report
     files = ",".join(str(p.relative_to(report_folder)) for p in report_folder.rglob("*.*"))
-    pages = typst.compile(report_folder / "docs" / "report.typ", root=report_folder, format="png", ppi=20,
-                          ignore_system_fonts=True, sys_inputs={"files": files})  # fmt: skip
+    pages = typst.compile(
+        report_folder / "docs" / "report.typ",
+        root=report_folder,
+        format="png",
+        ppi=20,
+        ignore_system_fonts=True,
+        sys_inputs={"files": files},
+    )
     assert 4 <= len(pages) <= 6
     comparison = report_folder / "results" / "comparison.json"
     comparison.write_text(comparison.read_text().replace('"macro_f1": 0.8', '"macro_f1": 0.7'))

@@ -41,8 +41,19 @@ def results(folders, tmp_path_factory):
     results = tmp_path_factory.mktemp("scored")
     for folder in folders.values():
         for format in find_formats(folder):
-            run_evaluation.main([str(folder), "--format", format, "--results_dir", str(results), "--latency_runs", "0",
-                                 "--threads", "1"])  # fmt: skip
+            run_evaluation.main(
+                [
+                    str(folder),
+                    "--format",
+                    format,
+                    "--results_dir",
+                    str(results),
+                    "--latency_runs",
+                    "0",
+                    "--threads",
+                    "1",
+                ]
+            )
     return results
 
 
@@ -67,8 +78,14 @@ def hub(shared_hub, monkeypatch, tmp_path):
 
 
 def environment(hub, home: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": WRITE,
+        "HF_HOME": str(home / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def publish(folder, results, *flags, repo_id="user/bert-emotion"):
@@ -200,9 +217,21 @@ def test_the_demo_page_becomes_a_static_space(hub):
 
 def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_path):
     shutil.copytree(results, tmp_path / "results")
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--formats", "onnx",
-                  "--push_to_hub", "--hub_model_id", "user/pushed", "--results_dir",
-                  str(tmp_path / "results")])  # fmt: skip
+    run_ptq.main(
+        [
+            "--baseline",
+            str(artifact),
+            "--output_dir",
+            str(tmp_path / "ptq"),
+            "--formats",
+            "onnx",
+            "--push_to_hub",
+            "--hub_model_id",
+            "user/pushed",
+            "--results_dir",
+            str(tmp_path / "results"),
+        ]
+    )
     files = hub.repositories["user/pushed"].commits[-1]
     record = json.loads(files["results/metrics/ptq-onnx.json"])
     assert record["latency_ms"]["runs"] == 500
@@ -256,9 +285,12 @@ def test_an_upload_that_fails_leaves_the_repository_as_it_was(folders, results, 
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [("hf_unknown", "the Hub does not know this token"), (READ, "may not do that with user/bert-emotion"),
-     (None, "no token for the Hub; run `hf auth login`")],
-)  # fmt: skip
+    [
+        ("hf_unknown", "the Hub does not know this token"),
+        (READ, "may not do that with user/bert-emotion"),
+        (None, "no token for the Hub; run `hf auth login`"),
+    ],
+)
 def test_who_may_not_write_is_told_so(token, message, folders, results, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UserError, match=message):
@@ -318,7 +350,11 @@ def test_predict_takes_only_what_it_needs(folders, results, hub, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("warm")
     assert set(hub.downloads("user/bert-emotion")) == {
-        "config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"}  # fmt: skip
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "onnx/model_quantized.onnx",
+    }
 
 
 def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):

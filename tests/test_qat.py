@@ -6,11 +6,11 @@ import run_baseline
 import run_evaluation
 import run_ptq
 import run_qat
-import run_seeds
 import study_bits
 from conftest import ENCODERS, ROOT, build_encoder, build_rows, qat_flags, read_json, train_flags
 from emotion.common.errors import UserError
 from emotion.common.recipe import read_recipe_of
+from emotion.measure import seeds
 from emotion.measure.inspection import describe_scheme
 from emotion.model.artifact import files_to_serve, find_formats, weights_of
 from emotion.model.classifier import open_artifact
@@ -238,7 +238,7 @@ def test_a_whole_and_a_resumed_run_end_alike(artifact, tmp_path, monkeypatch):
     run_qat.main(flags)
     flags += ["--output_dir", str(tmp_path / "half")]
     with monkeypatch.context() as patch:
-        patch.setattr(run_qat, "save", interrupted)
+        patch.setattr(run_qat, "save_converted", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_qat.main(flags)
     checkpoints = sorted(
@@ -338,7 +338,7 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeyp
         small = {"num_train_epochs": 1, "learning_rate": 1e-3, "bf16": False, "calibration_rows": 30}
         recipes[method] = tmp_path / f"{method}.yaml"
         recipes[method].write_text(yaml.safe_dump(values | {key: small[key] for key in small if key in values}))
-    monkeypatch.setattr(run_seeds, "recipe_of", recipes.get)
+    monkeypatch.setattr(seeds, "recipe_of", recipes.get)
     weights, results = tmp_path / "weights", tmp_path / "results"
     shutil.copytree(artifact, weights / "seeds" / "baseline-7")
     run_evaluation.main([str(artifact), "--latency_runs", "0", "--results_dir", str(results / "seeds" / "7")])

@@ -30,8 +30,23 @@ def measured(artifact, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "SIZE", 256)
         patch.setattr(roofline, "COPIED_BYTES", 2**24)
-        run_benchmark.main([*named, "--rounds", "3", "--texts", "20", "--batches", "2", "--threads", "1",
-                            "--cold_starts", "1", "--output", str(folder / "benchmark" / "all.json")])  # fmt: skip
+        run_benchmark.main(
+            [
+                *named,
+                "--rounds",
+                "3",
+                "--texts",
+                "20",
+                "--batches",
+                "2",
+                "--threads",
+                "1",
+                "--cold_starts",
+                "1",
+                "--output",
+                str(folder / "benchmark" / "all.json"),
+            ]
+        )
     return folder
 
 
@@ -156,9 +171,16 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
 
 def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tmp_path, monkeypatch, capsys):
     recipe = run_baseline_recipe(tmp_path, encoder, colors)
-    monkeypatch.setattr(run_seeds, "recipe_of", lambda variant: recipe)
-    words = ["--seeds", "1", "2", "--weights_dir", str(tmp_path / "weights"),
-             "--results_dir", str(tmp_path / "results")]  # fmt: skip
+    monkeypatch.setattr(seeds, "recipe_of", lambda variant: recipe)
+    words = [
+        "--seeds",
+        "1",
+        "2",
+        "--weights_dir",
+        str(tmp_path / "weights"),
+        "--results_dir",
+        str(tmp_path / "results"),
+    ]
     run_seeds.main(["baseline", *words])
     summary = read_json(tmp_path / "results" / "seeds" / "baseline.json")
     runs = {one["seed"]: one for one in summary["runs"]}
@@ -168,7 +190,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     chosen = (tmp_path / "weights" / "baseline" / "model.safetensors").read_bytes()
     assert chosen == (tmp_path / "weights" / "seeds" / f"baseline-{best['seed']}" / "model.safetensors").read_bytes()
     artifact = tmp_path / "weights" / "seeds" / "baseline-1"
-    values = run_seeds.read_recipe(recipe)
+    values = seeds.resolve(seeds.read_recipe(recipe), None, None)
     assert seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
     assert seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
     assert not seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
@@ -176,7 +198,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
 
     quantizing = tmp_path / "ptq.yaml"
     quantizing.write_text("baseline: weights/baseline\nformats: [onnx]\ncalibration_rows: 30\n")
-    monkeypatch.setattr(run_seeds, "recipe_of", lambda variant: quantizing)
+    monkeypatch.setattr(seeds, "recipe_of", lambda variant: quantizing)
     run_seeds.main(["ptq", *words])
     summary_of_ptq = read_json(tmp_path / "results" / "seeds" / "ptq.json")
     assert summary_of_ptq["chosen_seed"] == best["seed"]
@@ -200,8 +222,13 @@ def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
 
 def run_baseline_recipe(folder, encoder, colors):
     values = yaml.safe_load((ROOT / "configs" / "baseline.yaml").read_text())
-    values |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "learning_rate": 5e-3, "bf16": False,
-               "num_train_epochs": 1}  # fmt: skip
+    values |= {
+        "model_name_or_path": str(encoder),
+        "dataset_name": str(colors),
+        "learning_rate": 5e-3,
+        "bf16": False,
+        "num_train_epochs": 1,
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     return folder / "recipe.yaml"
 

@@ -17,7 +17,7 @@ from emotion.task.source import DEFAULT_MODEL, EMBEDDED_MODEL
 TEMPLATE = ROOT / "model_cards" / "template.md"
 BASELINE = "baseline"
 LICENSES = {DEFAULT_MODEL: "apache-2.0", EMBEDDED_MODEL: "apache-2.0"}  # of base models; any other's is not known here
-RELATIONS = {"finetune", "quantized", "adapter"}
+RELATIONS = {"finetune", "quantized", "adapter"}  # of a model to its base model, in the Hub's words
 # Format -> how a card names it, the Hub's tags for it, and the packages that its users need
 RUNTIMES = {
     "pytorch": ("PyTorch FP32", ("pytorch",), ("torch", "transformers")),
@@ -82,7 +82,11 @@ def order(records: list[dict], variant: str) -> list[dict]:
 
 
 def describe(records: list[dict], repo_id: str):
-    """The metadata of a card, as `ModelCardData`."""
+    """The metadata of a card, as `ModelCardData`.
+
+    Args:
+        records: of one variant, in the order of `order`: scores and widget are those of the first.
+    """
     from huggingface_hub import ModelCardData
 
     first = records[0]
@@ -93,24 +97,31 @@ def describe(records: list[dict], repo_id: str):
     if made.get("merged"):  # the Hub finds adapters by these
         tags += ["peft", "lora"]
     base = made["base_model"] if "/" in (made["base_model"] or "") else None  # a local model has no id to link to
-    optional = {"base_model": base, "base_model_relation": base and relation(records)}
+    optional = {}  # what the Hub takes only with a value
+    if base:
+        optional |= {"base_model": base, "base_model_relation": relation(records)}
     if made["dataset"] == DEFAULT_DATASET:
         optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}  # of another dataset neither is known
+    widget = []
+    for example in first["examples"]:  # the answers as they were measured: the Hub need not run the model to show them
+        widget.append({"text": example["text"], "output": ranking(example)})
     return ModelCardData(
         license=LICENSES.get(base, "other"),
+        # What `from_pretrained` of Transformers cannot open must not carry its name.
         library_name="onnx" if formats == ["onnx"] else "transformers",
         pipeline_tag="text-classification",
         metrics=["f1", "accuracy"],
         tags=tags,
-        widget=[{"text": example["text"], "output": ranking(example)} for example in first["examples"]],
+        widget=widget,
         model_name=repo_id.split("/")[-1],
         eval_results=list_results(first),
-        **{key: value for key, value in optional.items() if value},
+        **optional,
     )
 
 
 def relation(records: list[dict]) -> str:
     """How the variant came from its base model, in the Hub's words."""
+    # An adapter first: its joined model is quantized too, and the Hub allows one word.
     if records[0]["made"].get("merged"):
         return "adapter"
     return "quantized" if any(record["scheme"]["quantized_layers"] for record in records) else "finetune"
@@ -147,13 +158,13 @@ def ranking(example: dict) -> list[dict]:
 def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
     """What the template tells, by the names that it uses."""
     first = own[0]
-    method = first["variant"].split("-")[0]  # ptq-int4 is a ptq
+    method = first["variant"].split("-")[0]  # ptq-int4 is a ptq: its words and its citation are the same
     weights, packages = {}, {"peft"} if first["made"].get("merged") else set()
     for record in own:
         weights[record["format"]] = weights_file(record)
         packages.update(RUNTIMES[record["format"]][2])
     versions = first["environment"]["packages"]
-    machines = set()
+    machines = set()  # of the baseline too, whose times stand in the same table
     for record in own + baseline:
         machines.add(f"{record['environment']['cpu']}, threads: {record['environment']['threads']}")
     return {
@@ -167,13 +178,14 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         "made": first["made"],
         "quality": first["quality"],
         "labels": first["quality"]["labels"],
+        # Counted in the files, not taken from the variant's name.
         "quantized": any(record["scheme"]["quantized_layers"] for record in own),
         "adapter": bool(first["made"].get("merged")),
         "in_float": list(first["scheme"]["kept_in_float"]),
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": flatten(first["made"]["recipe"] or {}),
-        "versions": {name: versions[name] for name in sorted(packages)},
+        "versions": {name: versions[name] for name in sorted(packages)},  # KeyError: a record without a version
         "machines": sorted(machines),
         "example": first["examples"][1],  # which one is as good as any
         "answer": lambda record: "{label} {score:.3f}".format(**ranking(record["examples"][1])[0]),
@@ -210,13 +222,17 @@ def check_metadata(data: dict, name: str) -> None:
         if not data.get(key):
             raise UserError(f"the card of {name} has no '{key}'")
     # The Hub makes a link of each, and answers a card with one that cannot be a repository with an error.
-    for repo_id in [*data.get("datasets", []), *([data["base_model"]] if "base_model" in data else [])]:
+    linked = list(data.get("datasets", []))
+    if "base_model" in data:
+        linked.append(data["base_model"])
+    for repo_id in linked:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
             raise UserError(f"the card of {name}: {repo_id} is no id of the Hub") from error
     if "base_model" in data and data.get("base_model_relation") not in RELATIONS:
         raise UserError(f"the card of {name}: base_model_relation must be one of {', '.join(sorted(RELATIONS))}")
+    # Numbers that are true for Python and wrong for the Hub: an int, a NaN, a percentage.
     scores = []
     for result in data["model-index"][0]["results"]:
         scores += [metric["value"] for metric in result["metrics"]]

@@ -33,11 +33,13 @@ def build_comparison(records: list[dict], results: Path) -> dict:
     """
     if len({record["made"]["dataset_fingerprint"] for record in records}) != 1:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
+    # The order of every table: the variants by name, the formats of each as a folder lists them.
     records = sorted(records, key=lambda one: (one["variant"], list(WEIGHT_FILES).index(one["format"])))
     benchmarks = {path.stem: read_json(path) for path in sorted((results / "benchmark").glob("*.json"))}
+    # Speeds may be divided by each other within one run alone, so each line takes its ratios from its own run.
     run, shape = benchmarks.get(MAIN_RUN), benchmarks.get(SHAPE_RUN)
     tests = compare_records(records, results)
-    timed = dict(run["artifacts"]) if run else {}
+    timed = dict(run["artifacts"]) if run else {}  # a copy: each record takes its times out
     rows = []
     for record in records:
         rows.append(scored_row(record, timed.pop(artifact_name(record), None), run, tests))
@@ -83,10 +85,11 @@ def describe(records: list[dict], run: dict | None) -> dict:
         sets |= set(one["instruction_sets"]) & NOTEWORTHY_SETS
         machines.add(f"{one['cpu']}, {one['threads']} threads")
     return {
+        # The same in all records: their rows have the same fingerprint.
         "dataset": records[0]["made"]["dataset"],
         "examples": records[0]["quality"]["examples"],
         "labels": records[0]["quality"]["labels"],
-        "base_models": sorted({str(record["made"]["base_model"]) for record in records}),
+        "base_models": sorted({str(record["made"]["base_model"]) for record in records}),  # null without a recipe.yaml
         "machines": sorted(machines),
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
@@ -116,18 +119,28 @@ def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
 
 
 def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) -> dict:
-    """A record's line. Its times are those of the interleaved run, where it is in that run."""
+    """A record's line. Its times are those of the interleaved run, where it is in that run.
+
+    Args:
+        timed: the artifact in that run, None where it is not in it.
+        run: the run that ``timed`` is of.
+        tests: what `compare_records` returns.
+    """
     quality, name = record["quality"], record_name(record)
     return {
         "kind": "record",
         "name": name,
         "variant": record["variant"],
         "format": record["format"],
-        **{key: quality[key] for key in ("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")},
+        "macro_f1": quality["macro_f1"],
+        "macro_f1_ci95": quality["macro_f1_ci95"],
+        "accuracy": quality["accuracy"],
+        "expected_calibration_error": quality["expected_calibration_error"],
         "megabytes": record["size"]["megabytes"],
         "p50_ms": record["latency_ms"]["p50"],
         "p95_ms": record["latency_ms"]["p95"],
         "texts_per_s": record["throughput_per_s"]["value"],
+        # It replaces the times above. A record's own were taken alone, so nothing may be divided by them.
         **(speed_of(timed, run) if timed else dict.fromkeys(RATIOS)),
         "tests": tests.get(name),
     }
@@ -136,10 +149,13 @@ def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) 
 def timed_row(kind: str, name: str, timed: dict, run: dict) -> dict:
     """A line without a score: a plain alternative, or a model whose weights are random."""
     folder, format = name.rsplit(":", 1)
+    variant = Path(folder).name
+    if kind == "shape":  # build/.../bert-base/ptq: the shape stands before the variant
+        variant = f"{Path(folder).parent.name}/{variant}"
     return {
         "kind": kind,
         "name": name,
-        "variant": Path(folder).name if kind == "alternative" else f"{Path(folder).parent.name}/{Path(folder).name}",
+        "variant": variant,
         "format": TITLES.get(format, format) if is_alternative(format) else format,
         **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
         "megabytes": timed["bytes_to_serve"] / 1e6,  # a record has them already
@@ -163,11 +179,12 @@ def speed_of(timed: dict, run: dict) -> dict:
 def seed_rows(summary: dict) -> list[dict]:
     """One line per format: means over the seeds, and the change against the FP32 baseline of the same seed."""
     rows = []
-    for format, one in summary.get("formats", {"pytorch": summary}).items():  # a baseline is scored in one form
+    # A baseline's seeds are scored in one form alone: its summary is that form's.
+    for format, one in summary.get("formats", {"pytorch": summary}).items():
         seeds, agreed, changes = [], [], []
         for run in summary["runs"]:
             scores = run.get("formats", {format: run}).get(format)
-            if scores is None:  # not every seed has every format
+            if scores is None:  # not every seed has every format, see measure/seeds.py
                 continue
             seeds.append(run["seed"])
             agreed.append(scores["conflict_free_macro_f1"])
@@ -193,7 +210,7 @@ def artifact_name(record: dict) -> str:
 
 def format_of(name: str) -> str:
     """The format of an artifact, by the name that run_benchmark.py gives it."""
-    return name.rsplit(":", 1)[1]
+    return name.rsplit(":", 1)[1]  # a folder's name may hold a colon too
 
 
 def rounded(value):
@@ -202,4 +219,5 @@ def rounded(value):
         return {key: rounded(one) for key, one in value.items()}
     if isinstance(value, list):
         return [rounded(one) for one in value]
+    # Far more digits than any page shows, and fewer than the 16 that a float64 has.
     return float(f"{value:.9g}") if isinstance(value, float) else value

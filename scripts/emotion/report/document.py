@@ -8,15 +8,22 @@ SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"
 
 
 def compile_report(root: Path) -> bytes | None:
-    """The PDF, the same bytes from the same records; None where its source does not stand below ``root``."""
+    """The PDF, the same bytes from the same records; None where its source is not below ``root``.
+
+    Raises:
+        UserError: if a result that it cannot do without is missing, or lacks a field.
+    """
     if not (root / SOURCE).is_file():
         return None
-    import typst
+    import typst  # here, since the table alone can be printed without it
 
     # Typst cannot ask whether a file is there, and not every picture or run is.
-    paths = [path for part in ("docs", "results") for path in (root / part).rglob("*.*")]
-    files = {"files": ",".join(sorted(path.relative_to(root).as_posix() for path in paths))}
+    names = []
+    for folder in ("docs", "results"):
+        names += [path.relative_to(root).as_posix() for path in (root / folder).rglob("*.*")]
+    files = {"files": ",".join(sorted(names))}
     try:
+        # Typst brings fonts of its own; those of the system would differ from machine to machine.
         return typst.compile(root / SOURCE, root=root, ignore_system_fonts=True, sys_inputs=files)
     except typst.TypstError as error:
         raise UserError(f"{SOURCE}: {error.message or error}; what it reads comes from the results") from error

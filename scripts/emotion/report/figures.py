@@ -40,6 +40,7 @@ PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 def list_pictures(comparison: dict, records: list[dict], benchmarks: dict[str, dict], results: Path) -> dict:
     """Path of each PNG -> the function that draws it there; what was not measured has no picture."""
     figures, shown, run = results / "figures", one_a_variant(records), benchmarks.get(MAIN_RUN)
+    # What was timed may have no record, and what was scored may not have been timed.
     variants = {record["variant"] for record in records}
     if run:
         variants |= set(map(variant_of, run["artifacts"]))
@@ -82,7 +83,7 @@ def same_picture(fresh: Path, kept: Path) -> bool:
     """Whether two PNGs show the same: equal pixels, but for what another processor may round otherwise."""
     if not kept.is_file():
         return False
-    if fresh.read_bytes() == kept.read_bytes():
+    if fresh.read_bytes() == kept.read_bytes():  # nearly always; reading the pixels takes longer
         return True
     one, other = plt.imread(fresh), plt.imread(kept)  # float32 (height, width, colours), 0 to 1
     return one.shape == other.shape and float(np.abs(one - other).mean()) < PIXEL_TOLERANCE
@@ -92,6 +93,7 @@ def one_a_variant(records: list[dict]) -> list[dict]:
     """The reference, and of every other variant its ONNX form, which all have, or else the first."""
     shown = {}
     for record in records:
+        # One form each, of one runtime: a picture with all would show the runtimes more than the variants.
         if record["variant"] not in shown or record["format"] == "onnx":
             shown[record["variant"]] = record
     reference = next(record for record in records if record_name(record) == REFERENCE)
@@ -104,11 +106,13 @@ def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
     rows = [row for row in comparison["rows"] if row["macro_f1"] is not None]
     reference = next(row["macro_f1"] for row in rows if row["name"] == REFERENCE)
     margin = comparison["tests"]["margin"]
+    # A patch of its own for the legend: the band is drawn twice and would be named twice.
     band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
     with styled():
         figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
         for axes, key, label in zip(panels, ("p50_ms", "megabytes"), ("p50, ms", "to serve, MB"), strict=True):
             placed = [row for row in rows if row[key] is not None]
+            # Of two equally fast ones the better comes first, so that the line does not step back.
             placed.sort(key=lambda row: (row[key], -row["macro_f1"]))
             axes.axhspan(100 * (reference - margin), 100 * (reference + margin), color="0.93")
             axes.axhline(100 * reference, color=OTHER, linewidth=1, linestyle=":")
@@ -147,7 +151,7 @@ def draw_front(axes, placed: list[dict], key: str) -> None:
 def plain_ticks(axes, values: list[float]) -> None:
     """Sets ticks at 1, 2, 5, 10, ... on a logarithmic axis, written as they are."""
     inside = []
-    for power in range(-2, 5):
+    for power in range(-2, 5):  # from 0.01 to 50,000: milliseconds and megabytes alike
         for step in (1, 2, 5):
             place = step * 10.0**power
             if min(values) / 2 <= place <= 2 * max(values):
@@ -175,6 +179,7 @@ def add_legend(figure, colors: dict, shown: list[dict], *others) -> None:
 
 def plot_latency(benchmark: dict, colors: dict, path: Path) -> None:
     """How the latencies of single texts are spread: median, middle half, 5th to 95th percentile, and the 99th."""
+    # The slowest first, since the axis begins at the bottom.
     timed = sorted(benchmark["artifacts"].items(), key=lambda item: -item[1]["latency_ms"]["p50"])
     names, ends = [], []
     with styled():
@@ -200,7 +205,7 @@ def plot_latency(benchmark: dict, colors: dict, path: Path) -> None:
 def plot_classes(records: list[dict], colors: dict, path: Path) -> None:
     """F1 of each class, one marker per record; below each class its number of texts."""
     quality = records[0]["quality"]
-    labels, support = quality["labels"], np.sum(quality["confusion_matrix"], axis=1)
+    labels, support = quality["labels"], np.sum(quality["confusion_matrix"], axis=1)  # a row: all texts of a class
     with styled():
         figure, axes = plt.subplots(figsize=(11, 4.4))
         for index, record in enumerate(records):
@@ -209,10 +214,11 @@ def plot_classes(records: list[dict], colors: dict, path: Path) -> None:
             values = [100 * record["quality"]["per_class_f1"][label] for label in labels]
             look = {"color": colors[record["variant"]], "markersize": 8, "markeredgecolor": "white"}
             axes.plot(np.arange(len(labels)) + shift, values, MARKERS[record["format"]], **look)
-        axes.set_xticks(range(len(labels)), [f"{name}\n{n} texts" for name, n in zip(labels, support, strict=True)])
+        names = [f"{name}\n{count} texts" for name, count in zip(labels, support, strict=True)]
+        axes.set_xticks(range(len(labels)), names)
         axes.set(ylabel="F1, %")
         axes.grid(axis="y", color="0.9")
-        axes.set_axisbelow(True)
+        axes.set_axisbelow(True)  # the grid under the markers
         add_legend(figure, colors, records)
         seaborn.despine(figure)
         save_figure(figure, path)
@@ -220,8 +226,8 @@ def plot_classes(records: list[dict], colors: dict, path: Path) -> None:
 
 def plot_confusions(records: list[dict], path: Path) -> None:
     """The matrices of several records, and below them what each changes against the first one."""
-    first = np.array(records[0]["quality"]["confusion_matrix"])
-    differences = [np.array(record["quality"]["confusion_matrix"]) - first for record in records]
+    matrices = np.array([record["quality"]["confusion_matrix"] for record in records])
+    differences = matrices - matrices[0]  # (records, true, predicted)
     largest = max(1, np.abs(differences).max())  # one scale of colours for all; 1 where nothing changes
     labels = records[0]["quality"]["labels"]
     small = {"annot_kws": {"fontsize": "x-small"}}
@@ -235,6 +241,7 @@ def plot_confusions(records: list[dict], path: Path) -> None:
         below[0].axis("off")
         below[0].text(0.5, 0.5, f"change against\n{record_name(records[0])}:\ntexts in a cell", ha="center")
         for axes, record, difference in zip(below[1:], records[1:], differences[1:], strict=False):
+            # No zeros: what did not change should not draw the eye.
             written = np.where(difference == 0, "", np.char.mod("%+d", difference))
             draw_cells(axes, difference, written, labels, fmt="", **scale, **small)
             axes.set_title(record_name(record), fontsize="medium")
@@ -258,6 +265,7 @@ def plot_reliability(records: list[dict], colors: dict, results: Path, path: Pat
             labels, logits = read_predictions(results / "predictions" / f"{record_name(record)}.parquet")
             probabilities = softmax(logits)
             confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+            # The inner edges alone: a confidence of exactly 1 belongs to the last bin, not behind it.
             bins = np.digitize(confidence, edges[1:-1])
             color = colors[record["variant"]]
             axes.plot([0, 1], [0, 1], color=OTHER, linewidth=1, linestyle=":")  # where both agree

@@ -41,7 +41,7 @@ def render_pages(results: Path) -> dict[Path, str]:
 def render_dataset(study: dict) -> str:
     """`results/dataset.md`, from what study_dataset.py counted."""
     splits = study["splits"]
-    classes = []
+    classes = []  # the lines of the table
     for index, label in enumerate(study["labels"]):
         cells = [label]
         for one in splits.values():
@@ -52,11 +52,12 @@ def render_dataset(study: dict) -> str:
 
     lengths, repeats = [], []
     for split, one in splits.items():
-        quantiles = map(str, one["length_quantiles"].values())
+        quantiles = map(str, one["length_quantiles"].values())  # 5, 50, 95 and 99 %, in this order
         lengths.append([split, *quantiles, str(one["longest"]), f"{one['mean_length']:.1f}", str(one["texts_cut"])])
         found = ("repeated_texts", "rows_too_many", "texts_with_two_labels")
         repeats.append([split, *(str(one[name]) for name in found)])
 
+    # By row numbers: the texts are not ours to publish. A cell is empty where the split does not have the text.
     conflicts = []
     for places in study["conflicts_across_splits"]:
         cells = []
@@ -89,8 +90,9 @@ def render_study(study: dict) -> str:
                 f"{one['flips']:.1f}",  # a mean over the baselines
                 f"{one['mean_logit_shift']:.3f}",
                 f"{one['megabytes']:.1f}",
-                str(one["scheme"]["largest_weight"]),
+                str(one["scheme"]["largest_weight"]),  # as counted in the file
                 f"{one['latency_ms']['p50']:.2f}",
+                # Against FP32 in ONNX Runtime, timed in turns with it; below 1 it is slower.
                 f"{one['times_faster_at_batch_1']['median']:.2f} x",
                 f"{one['times_faster_at_batch_32']['median']:.2f} x",
             ]
@@ -106,6 +108,7 @@ def render_study(study: dict) -> str:
 def render_sensitivity(sensitivity: dict) -> str:
     """`results/ptq_sensitivity.md`: what quantizing one layer alone does, most harmful first."""
     rows = []
+    # By the shift of the logits, not by macro F1: of one layer alone hardly a label flips, so that F1 is noise.
     for one in sorted(sensitivity["layers"], key=lambda one: -one["mean_logit_shift"]):
         # Without a number of a layer the line is of a kind of layer, all of which were quantized together.
         where = "all layers" if one["layer"] is None else one["layer"]
@@ -141,9 +144,9 @@ def render_sweep(sweep: dict) -> str:
                 f"{100 * one['validation_macro_f1']:.2f}",
                 f"{100 * one['validation_accuracy']:.2f}",
                 f"{one['validation_loss']:.4f}",
-                f"{100 * one['trained_parameters'] / one['parameters']:.2f}",
+                f"{100 * one['trained_parameters'] / one['parameters']:.2f}",  # percent of all
                 f"{one['adapter_bytes'] / 1e6:.2f}",
-                f"{one['cpu_seconds'] / 60:.1f}",
+                f"{one['cpu_seconds'] / 60:.1f}",  # of all threads: the machine may have been shared
             ]
         )
     head = ["candidate", "macro F1 %", "accuracy %", "loss", "trained %", "adapter MB", "CPU minutes"]
@@ -164,7 +167,7 @@ def render_cost(cost: dict) -> str:
                     name,
                     f"{one['trained_parameters'] / 1e6:.2f}",
                     str(one["peak_memory_mb"]),
-                    str(one["before_loading_mb"]),
+                    str(one["before_loading_mb"]),  # the libraries alone, the same for all methods
                     f"{one['peak_memory_ratio']:.2f}",
                     f"{one['seconds_a_step']['median']:.2f}",
                     f"{slower['median']:.2f} x [{slower['min']:.2f}, {slower['max']:.2f}]",
@@ -177,7 +180,7 @@ def render_cost(cost: dict) -> str:
 @complete("the page of the bits")
 def render_bits(study: dict) -> str:
     """`results/bits.md`: PTQ against QAT with ever fewer bits, the forms of QAT, and what distillation is worth."""
-    rows = []
+    rows = []  # one per number of bits, PTQ and QAT side by side
     without = {cell["bits"]: cell for cell in cells_of(study, "ptq")}  # a study that was stopped may have one more
     for qat in cells_of(study, "qat"):
         ptq = without[qat["bits"]]
@@ -187,7 +190,7 @@ def render_bits(study: dict) -> str:
                 qat["weights"],
                 qat["embeddings"],
                 f"{qat['megabytes']:.1f}",
-                f"1/{1 / qat['share_of_fp32']:.1f}",
+                f"1/{1 / qat['share_of_fp32']:.1f}",  # PTQ's file is as large
                 _points(ptq["change"]),
                 _points(qat["change"]),
                 _given_back(ptq, qat),
@@ -195,6 +198,7 @@ def render_bits(study: dict) -> str:
             ]
         )
     head = ["bits", "linear layers", "embeddings", "MB", "of FP32", "PTQ, points", "QAT, points", "given back"]
+    # The choices are tried at 2 bits alone: a ladder without that step has none.
     first_choice = next(iter(study["choices"].values()), None)
     return render(
         "bits.md",
@@ -221,7 +225,7 @@ def _points(change: dict) -> str:
 
 def _given_back(ptq: dict, qat: dict) -> str:
     """How much of what PTQ loses QAT gains."""
-    loss = -ptq["change"]["mean"]
+    loss = -ptq["change"]["mean"]  # positive where PTQ loses; QAT's own change counts against FP32 too
     return f"{100 * (1 + qat['change']['mean'] / loss):.0f} %" if loss > WORTH_GIVING_BACK else "-"
 
 
@@ -229,6 +233,7 @@ def _forms_table(study: dict) -> str:
     """Side by side: the model as it was trained, its integers, and each file."""
     rows = []
     for cell in cells_of(study, "qat"):
+        # Validation, on which the recipe was chosen: the forms are compared with each other, not with other models.
         fake = _over_seeds(cell, "fake", "validation_macro_f1")
         for form in cell["forms"][0]:
             scores = _over_seeds(cell, form, "validation_macro_f1")

@@ -148,7 +148,7 @@ def plot_sweep(sweep: dict, path: Path) -> None:
     with styled():
         figure, both = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
         for axes, (key, factor, title) in zip(both, panels, strict=True):
-            values = [factor * one[key] for one in candidates.values()]
+            values = factor * np.array([one[key] for one in candidates.values()])
             # A line from the lowest value, not from zero: the candidates differ by a few points only.
             axes.hlines(places, min(values), values, color="0.85", linewidth=2, zorder=1)
             axes.scatter(values, places, c=shades, s=60, zorder=2)
@@ -167,11 +167,13 @@ def plot_rounding(path: Path) -> None:
 
     import torch
 
+    # Sorted, so that they can be drawn as a line; (1, 2048), since a layer's weights are a matrix.
     weights = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).sort().values
     with styled():
         figure, both = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
         colors = seaborn.color_palette(STYLE["palette"])
         for axes, bits in zip(both, (4, 2), strict=True):
+            # All weights share one scale here, as those of one row or group do in a layer.
             rounded = round_matrix(weights, choose_scales(weights, bits, weights.shape[1]))
             axes.hist(weights[0], bins=60, density=True, color="0.88")
             axes.step(weights[0], rounded[0], where="mid", color=colors[0], label="forward: rounded")

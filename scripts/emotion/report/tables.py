@@ -17,7 +17,12 @@ COLUMNS = {
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown whose columns line up in plain text too; all but the first are right-aligned."""
+    """A table in Markdown whose columns line up in plain text too; all but the first are right-aligned.
+
+    Args:
+        head: the names of the columns.
+        rows: as many cells each; there may be no row.
+    """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     # The colon on the right of a rule is Markdown's mark for a column that is aligned there.
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
@@ -28,7 +33,9 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _line(cells: list[str], widths: list[int]) -> str:
+    """One line of a table, its cells padded to the widths of their columns."""
     first, *rest = cells
+    # Numbers line up on the right, names on the left.
     padded = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
     return f"| {' | '.join(padded)} |"
 
@@ -42,6 +49,7 @@ def render_table(comparison: dict) -> str:
         cells = [f"{row['variant']}{'*' if of_another_shape else ''}", row["format"]]
         for key, _ in COLUMNS.values():
             text = _cell(row, key)
+            # Compared as measured, not as written: two values that look alike are not both the best.
             bold = not of_another_shape and row[key] is not None and row[key] == best[key]
             cells.append(f"**{text}**" if bold else text)
         lines.append([*cells, _verdict(row, comparison)])
@@ -65,7 +73,7 @@ def _cell(row: dict, key: str) -> str:
     if row[key] is None:
         return "-"
     if key == "macro_f1":
-        low, high = row["macro_f1_ci95"]
+        low, high = row["macro_f1_ci95"]  # one digit: the interval is several points wide
         return f"{100 * row['macro_f1']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
     if key == "accuracy":
         return f"{100 * row['accuracy']:.2f}"
@@ -74,17 +82,19 @@ def _cell(row: dict, key: str) -> str:
     # Times and throughputs: in brackets the ratio of the interleaved run, where there was one.
     ratio = {"p50_ms": "times_faster_at_batch_1", "texts_per_s": "times_faster_at_batch_32"}.get(key)
     spread = row[ratio] if ratio else None
-    return f"{row[key]:{'.0f' if key == 'texts_per_s' else '.2f'}}{_times(spread and spread['median'])}"
+    digits = ".0f" if key == "texts_per_s" else ".2f"  # hundreds of texts a second, a few milliseconds
+    return f"{row[key]:{digits}}{_times(spread and spread['median'])}"
 
 
 def _times(ratio: float | None) -> str:
     """' (2.1x)'; a second digit where it is needed to see how much slower or larger something is."""
-    if ratio is None:
+    if ratio is None:  # not part of the interleaved run
         return ""
     return f" ({ratio:.1f}x)" if ratio >= 0.95 else f" ({ratio:.2f}x)"
 
 
 def _verdict(row: dict, comparison: dict) -> str:
+    """The paired tests' word for a row; a dash where there was nothing to test."""
     if row["name"] == comparison["tests"]["reference"]:
         return "reference"
     return row["tests"]["verdict"] if row["tests"] else "-"
@@ -99,6 +109,7 @@ def render_block(comparison: dict) -> str:
 def _facts(comparison: dict) -> dict:
     """What the block shows; `results/comparison.md` includes the same block."""
     return {
+        # `kinds` decides which sentences of the caption are needed.
         "table": render_table(comparison),
         "about": comparison["about"],
         "tests": comparison["tests"],
@@ -141,6 +152,7 @@ def tests_table(comparison: dict) -> str:
             [
                 row["name"],
                 f"{100 * one['change']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
+                # Corrected for the number of comparisons; the raw ones are in comparison.json.
                 _p(one["p_macro_f1_holm"]),
                 _p(one["p_margin_holm"]),
                 _p(one["p_loss_holm"]),
@@ -170,7 +182,7 @@ def seeds_table(seeds: list[dict]) -> str:
             [
                 one["variant"],
                 one["format"],
-                str(len(one["seeds"])),
+                str(len(one["seeds"])),  # not the same for all: a format may be missing for one
                 _mean(one["macro_f1"], 100, ".2f"),
                 _mean(one["accuracy"], 100, ".2f"),
                 f"{100 * one['conflict_free_macro_f1']:.2f}",
@@ -206,10 +218,10 @@ def benchmark_table(run: dict) -> str:
             _spread(one["times_faster_at_batch_1"]),
             f"{one['throughput_per_s']['median']:.0f}",
             _spread(one["times_faster_at_batch_32"]),
-            number(one.get("equal_labels"), 100, ".1f"),
+            number(one.get("equal_labels"), 100, ".1f"),  # unknown where weights are random
         ]
         for batch in ("batch_1", "batch_32") if with_peaks else ():
-            limit = one["roofline"][batch]
+            limit = one["roofline"][batch]  # `bound_by`: compute or memory
             cells.append(f"{100 * limit['share']:.0f} ({limit['bound_by']})")
         lines.append(cells)
     head = ["artifact", "MB", "cold start s", "p50 ms", "times faster", "texts/s", "times faster, batches of 32"]
@@ -229,9 +241,11 @@ def _mean(one: dict, factor: float, form: str) -> str:
 
 
 def _spread(values: dict) -> str:
+    """A ratio's median over the rounds and, in brackets, its least and its most."""
     return f"{values['median']:.2f} [{values['min']:.2f}, {values['max']:.2f}]"
 
 
 def _p(value: float) -> str:
-    # 20,000 resamples cannot tell smaller ones apart, and McNemar's need no more digits.
+    """A p-value with three digits."""
+    # No verdict depends on how far below 0.001 a p-value is.
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

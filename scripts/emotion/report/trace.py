@@ -34,7 +34,7 @@ def measure_trace(text: str, folder: Path, baseline: Path, task, threads: int) -
     """
     weights_of(folder, "torchao")  # says what is missing before anything is opened
     split, row = find_row(text, task)
-    before = open_artifact(baseline, "pytorch", threads)
+    before = open_artifact(baseline, "pytorch", threads)  # FP32, whatever else the folder holds
     after = {name: open_artifact(folder, name, threads) for name in find_formats(folder)}
     ids = before.encode([text])  # one text; all forms take the same ids, since the artifact keeps its tokenizer
     logits = {"FP32": before.logits(ids)[0].tolist()}
@@ -91,8 +91,10 @@ def trace_weights(before, after) -> dict:
     name = next(
         name for name, part in after.named_modules() if hasattr(getattr(part, "weight", None), "act_quant_kwargs")
     )
-    exact = before.get_submodule(name).weight[0].detach().double().numpy()
+    # In float64, so that the errors shown are those of rounding and not those of subtracting.
+    exact = before.get_submodule(name).weight[0].detach().double().numpy()  # (inputs,): the weights of one output
     rounded = after.get_submodule(name).weight
+    # torchao's tensor: `qdata` int8 (outputs, inputs), `scale` one number per output.
     integers, scale = rounded.qdata[0].numpy().astype(int), float(rounded.scale[0])
     errors = integers * scale - exact
     return {
@@ -102,6 +104,7 @@ def trace_weights(before, after) -> dict:
         "exact": exact[:SHOWN].tolist(),
         "integers": integers[:SHOWN].tolist(),
         "errors": errors[:SHOWN].tolist(),
+        # Of the whole row: the page shows its first weights alone.
         "largest_exact": float(np.abs(exact).max()),
         "largest_integer": int(np.abs(integers).max()),
         "largest_error": float(np.abs(errors).max()),
@@ -121,7 +124,7 @@ def render_trace_page(results: Path, records: list[dict], root: Path, cards: dic
         return {}
     trace = read_json(results / "trace.json")
     card = root / "model_cards" / f"{Path(trace['artifact']).name}.md"
-    if cards is None and card.is_file():
+    if cards is None and card.is_file():  # a trace is measured without rendering the cards again
         cards = {card: card.read_text(encoding="utf-8")}
     text = render(
         "follow_one_text.md",
@@ -155,6 +158,7 @@ def _rounded_table(weights: dict) -> str:
         scaled = exact / weights["scale"]  # the float that rounding turns into the integer below it
         restored = integer * weights["scale"]
         columns.append([f"{exact:+.5f}", f"{scaled:+.2f}", f"{integer:+d}", f"{restored:+.5f}", f"{error:+.5f}"])
+    # One column per weight, one line per step: the columns above turned on their side.
     names = ("FP32", "divided by the scale", "INT8", "times the scale", "error")
     rows = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
     return markdown_table(["weight", *map(str, range(len(columns)))], rows)
@@ -166,7 +170,7 @@ def _logits_table(trace: dict) -> str:
     rows = []
     for name, values in trace["logits"].items():
         logits = np.array(values)
-        best = int(logits.argmax())
+        best = int(logits.argmax())  # softmax keeps the order: the largest logit is the largest probability
         gap = "-" if name == "FP32" else f"{np.abs(logits - exact).max():.3f}"
         answer = f"{trace['labels'][best]} ({100 * softmax(logits)[best]:.2f} %)"
         rows.append([name, *(f"{value:+.3f}" for value in values), gap, answer])
@@ -175,7 +179,7 @@ def _logits_table(trace: dict) -> str:
 
 def _cells_table(trace: dict, records: list[dict]) -> str:
     """The cell of each record's matrix to which the text belongs, by its label and that form's answer."""
-    rows, truth = [], trace["label"]
+    rows, truth = [], trace["label"]  # the index of the class, and of its row in the matrix
     name = trace["labels"][truth]
     for record in records:
         # The trace calls the baseline's own form FP32; it followed the text through that one alone.
