@@ -36,7 +36,6 @@ from emotion.report.pages import render_cost
 from emotion.task.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.task.source import EMBEDDED_MODEL, find_base_model
 from emotion.task.tokens import load_tokenizer, tokenize
-from run_qlora import RECIPE
 
 import numpy as np
 import psutil
@@ -175,7 +174,11 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
 
 def build_model(method: str, path: str, labels: list[str], bf16: bool):
     """The model of one of `METHODS`, with the settings of configs/qlora.yaml where they matter."""
-    recipe = {key: value for key, value in read_recipe(RECIPE).items() if key in vars(QloraArguments())}
+    recipe = {
+        key: value
+        for key, value in read_recipe(ROOT / "configs" / "qlora.yaml").items()
+        if key in vars(QloraArguments())
+    }
     if method == METHODS[0] or method in BITS:
         model = build_classifier(path, labels, recipe["attention_dropout"])  # the same dropout for all methods
         if method in BITS:

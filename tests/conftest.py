@@ -25,6 +25,7 @@ from emotion.task.source import EMBEDDED_MODEL  # noqa: E402
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
@@ -48,11 +49,20 @@ SMALL = {
 }
 ENCODERS = {
     "bert": (BertConfig, {**SMALL, "max_position_embeddings": 40}),
-    "distilbert": (DistilBertConfig, {"dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 128,
-                                      "initializer_range": 0.2, "max_position_embeddings": 40}),
+    "distilbert": (
+        DistilBertConfig,
+        {
+            "dim": 64,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 128,
+            "initializer_range": 0.2,
+            "max_position_embeddings": 40,
+        },
+    ),
     "roberta": (RobertaConfig, {**SMALL, "max_position_embeddings": 42, "type_vocab_size": 1}),
     "mpnet": (MPNetConfig, {**SMALL, "max_position_embeddings": 42}),
-}  # fmt: skip
+}
 
 
 THREADS = torch.get_num_threads()
@@ -82,9 +92,14 @@ def build_encoder(folder: Path, kind: str = "bert") -> Path:
     )
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]",
-        model_max_length=64, model_input_names=names,
-    ).save_pretrained(folder)  # fmt: skip
+        tokenizer_object=tokenizer,
+        cls_token="[CLS]",
+        pad_token="[PAD]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_max_length=64,
+        model_input_names=names,
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     config_class, sizes = ENCODERS[kind]
     AutoModel.from_config(config_class(vocab_size=len(vocabulary), pad_token_id=1, **sizes)).save_pretrained(folder)
@@ -121,40 +136,63 @@ def remove_the_cache():
 
 
 @pytest.fixture(scope="session")
-def colors(tmp_path_factory) -> Path:
-    """The tiny dataset: three classes with names of their own."""
-    folder = tmp_path_factory.mktemp("data") / "colors"
-    splits = {"train": build_rows(480), "validation": build_rows(60), "test": build_rows(90)}
-    return save_dataset(folder, splits, color_features())
+def build_once(tmp_path_factory):
+    """A function from a name and a function that fills a folder to that folder, filled once for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the processes of one run have folders side by side
+        root = root.parent / "shared"
+
+    def build(name: str, fill) -> Path:
+        folder, done = root / name, root / f"{name.replace('/', '-')}.done"
+        root.mkdir(exist_ok=True)
+        with FileLock(root / f"{name.replace('/', '-')}.lock"):  # the second process waits for the first
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # the first may have failed
+                fill(folder)
+                done.touch()
+        return folder
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def encoder(tmp_path_factory) -> Path:
-    return build_encoder(tmp_path_factory.mktemp("encoder") / "tiny-bert")
+def colors(build_once) -> Path:
+    """The tiny dataset: three classes with names of their own."""
+    splits = {"train": build_rows(480), "validation": build_rows(60), "test": build_rows(90)}
+    return build_once("data/colors", lambda folder: save_dataset(folder, splits, color_features()))
+
+
+@pytest.fixture(scope="session")
+def encoder(build_once) -> Path:
+    return build_once("encoder/tiny-bert", build_encoder)
 
 
 def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
-    values = {"model_name_or_path": encoder, "dataset_name": dataset, "output_dir": output, "learning_rate": 5e-3,
-              "num_train_epochs": 6, "per_device_train_batch_size": 16, "bf16": False,
-              "disable_tqdm": True,
-              **changes}  # fmt: skip
+    values = {
+        "model_name_or_path": encoder,
+        "dataset_name": dataset,
+        "output_dir": output,
+        "learning_rate": 5e-3,
+        "num_train_epochs": 6,
+        "per_device_train_batch_size": 16,
+        "bf16": False,
+        "disable_tqdm": True,
+        **changes,
+    }
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="session")
-def artifact(encoder, colors, tmp_path_factory) -> Path:
+def artifact(encoder, colors, build_once) -> Path:
     """A trained tiny baseline with all its formats."""
-    folder = tmp_path_factory.mktemp("weights") / "baseline"
-    run_baseline.main(train_flags(encoder, colors, folder))
-    return folder
+    return build_once("weights/baseline", lambda folder: run_baseline.main(train_flags(encoder, colors, folder)))
 
 
 @pytest.fixture(scope="session")
-def quantized(artifact) -> Path:
+def quantized(artifact, build_once) -> Path:
     """That baseline in INT8, in all its formats."""
-    folder = artifact.parent / "ptq"
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(folder), "--calibration_rows", "60"])
-    return folder
+    words = ["--baseline", str(artifact), "--calibration_rows", "60"]
+    return build_once("weights/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
 
 
 def qlora_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
@@ -162,45 +200,59 @@ def qlora_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[s
 
 
 @pytest.fixture(scope="session")
-def adapted(encoder, colors, tmp_path_factory) -> Path:
+def adapted(encoder, colors, build_once) -> Path:
     """A tiny base in 4 bits with a trained adapter, in all its forms."""
-    folder = tmp_path_factory.mktemp("qlora") / "qlora"
-    run_qlora.main(qlora_flags(encoder, colors, folder))
-    return folder
+    return build_once("qlora/qlora", lambda folder: run_qlora.main(qlora_flags(encoder, colors, folder)))
 
 
 def qat_flags(artifact, out, **changes) -> list[str]:
-    values = {"baseline": artifact, "output_dir": out, "learning_rate": 1e-3, "num_train_epochs": 2, "bf16": False,
-              "per_device_train_batch_size": 16, "calibration_rows": 60, "disable_tqdm": True, **changes}  # fmt: skip
+    values = {
+        "baseline": artifact,
+        "output_dir": out,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "bf16": False,
+        "per_device_train_batch_size": 16,
+        "calibration_rows": 60,
+        "disable_tqdm": True,
+        **changes,
+    }
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="session")
-def trained(artifact, tmp_path_factory):
+def trained(artifact, build_once) -> Path:
     """The tiny baseline, trained for 8 bits and for 2."""
-    folder = tmp_path_factory.mktemp("qat")
-    for bits in (8, 2):
-        run_qat.main(qat_flags(artifact, folder / str(bits), bits=bits))
-    return folder
+
+    def fill(folder: Path) -> None:
+        for bits in (8, 2):
+            run_qat.main(qat_flags(artifact, folder / str(bits), bits=bits))
+
+    return build_once("qat", fill)
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory):
+def real(build_once) -> Path:
     """The embedded model after a short training on real rows."""
-    folder = tmp_path_factory.mktemp("real") / "baseline"
-    run_baseline.main(["--model_name_or_path", EMBEDDED_MODEL, "--max_train_rows", "3200", "--max_steps", "90",
-                       "--learning_rate", "4e-4", "--eval_strategy", "no", "--save_strategy", "no",
-                       "--load_best_model_at_end", "false", "--disable_tqdm", "true",
-                       "--output_dir", str(folder)])  # fmt: skip
-    return folder
+    values = {
+        "model_name_or_path": EMBEDDED_MODEL,
+        "max_train_rows": 3200,
+        "max_steps": 90,
+        "learning_rate": "4e-4",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": "false",
+        "disable_tqdm": "true",
+    }
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return build_once("real/baseline", lambda folder: run_baseline.main([*words, "--output_dir", str(folder)]))
 
 
 @pytest.fixture(scope="session")
-def real_int8(real):
+def real_int8(real, build_once) -> Path:
     """The same in INT8."""
-    folder = real.parent / "ptq"
-    run_ptq.main(["--baseline", str(real), "--output_dir", str(folder), "--calibration_rows", "60"])
-    return folder
+    words = ["--baseline", str(real), "--calibration_rows", "60"]
+    return build_once("real/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
 
 
 @pytest.fixture(scope="session")

@@ -318,8 +318,11 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self.send(404, {"error": "Entry not found"}, headers | {"X-Error-Code": "EntryNotFound"})
         content = files[file]
-        headers |= {"ETag": f'"{etag(file, content)}"', "Accept-Ranges": "bytes",
-                    "Content-Type": "application/octet-stream"}  # fmt: skip
+        headers |= {
+            "ETag": f'"{etag(file, content)}"',
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{min(end, len(content)) - 1}/{len(content)}"

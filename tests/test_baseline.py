@@ -29,8 +29,15 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments, 
 
 def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
     files = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "model.bf16.safetensors", "onnx/model.onnx", "recipe.yaml",
-                     "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "model.bf16.safetensors",
+        "onnx/model.onnx",
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert not (artifact.parent / "checkpoints" / "baseline").exists()
     made = yaml.safe_load((artifact / "recipe.yaml").read_text())
     assert (
@@ -213,8 +220,15 @@ def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
     flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=16 // processes)
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
     config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, *several,
-               str(ROOT / "scripts" / "run_baseline.py"), *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *config,
+        *several,
+        str(ROOT / "scripts" / "run_baseline.py"),
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved ") == 1  # one process speaks and saves

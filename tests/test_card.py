@@ -82,10 +82,15 @@ def test_a_figure_that_changes_in_the_record_changes_in_the_text(dotted, value, 
 
 @pytest.mark.parametrize(
     ("dotted", "message"),
-    [("examples", "no field 'examples'"), ("quality.macro_f1_ci95", "macro_f1_ci95"), ("made.seed", "seed"),
-     ("scheme.embeddings", "embeddings"), ("quality.per_class_f1.love", "love"),
-     ("environment.packages.onnxruntime", "onnxruntime")],
-)  # fmt: skip
+    [
+        ("examples", "no field 'examples'"),
+        ("quality.macro_f1_ci95", "macro_f1_ci95"),
+        ("made.seed", "seed"),
+        ("scheme.embeddings", "embeddings"),
+        ("quality.per_class_f1.love", "love"),
+        ("environment.packages.onnxruntime", "onnxruntime"),
+    ],
+)
 def test_a_missing_field_stops_the_rendering(dotted, message, records):
     for record in records:
         value = record
@@ -105,9 +110,12 @@ def test_unknown_quality_stops_the_rendering(records):
 
 @pytest.mark.parametrize(
     ("section", "changes"),
-    [("quality", {"split": "validation"}), ("made", {"dataset_source": "sample"}),
-     ("made", {"dataset_fingerprint": "other"})],
-)  # fmt: skip
+    [
+        ("quality", {"split": "validation"}),
+        ("made", {"dataset_source": "sample"}),
+        ("made", {"dataset_fingerprint": "other"}),
+    ],
+)
 def test_what_is_not_comparable_gets_no_card(section, changes, records):
     of(records, "ptq", "onnx")[section] |= changes
     with pytest.raises(UserError, match="not for a card|not scored on the same rows"):

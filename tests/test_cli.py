@@ -36,8 +36,12 @@ def test_another_recipe_is_the_first_word(encoder, tmp_path):
 
 
 def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
-    recipe = write_recipe(tmp_path, learning_rate=1e-5, weight_decay=0.1,
-                          per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}})  # fmt: skip
+    recipe = write_recipe(
+        tmp_path,
+        learning_rate=1e-5,
+        weight_decay=0.1,
+        per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}},
+    )
     _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"], find_base_model)
     assert (training.learning_rate, training.weight_decay) == (3e-4, 0.3)
 
@@ -46,8 +50,12 @@ def test_values_of_the_bits_replace_the_recipes_but_not_a_flag(tmp_path):
     values = {"learning_rate": 1e-5, "weight_decay": 0.1, "bits": 8}
     recipe = write_recipe(tmp_path, **values, per_bits={2: {"learning_rate": 3e-4, "weight_decay": 0.2}})
     classes = (run_qat.QatArguments, RecipeTrainingArguments)
-    for flags, expected in (([], (1e-5, 0.1)), (["--bits", "4"], (1e-5, 0.1)), (["--bits", "2"], (3e-4, 0.2)),
-                            (["--bits", "2", "--weight_decay", "0.3"], (3e-4, 0.3))):  # fmt: skip
+    for flags, expected in (
+        ([], (1e-5, 0.1)),
+        (["--bits", "4"], (1e-5, 0.1)),
+        (["--bits", "2"], (3e-4, 0.2)),
+        (["--bits", "2", "--weight_decay", "0.3"], (3e-4, 0.3)),
+    ):
         _, training, used = parse_recipe(classes, recipe, [*flags, "--output_dir", "out"])
         assert (training.learning_rate, training.weight_decay) == expected
         assert used.values["learning_rate"] == expected[0] and "per_bits" not in used.values

@@ -78,8 +78,15 @@ def test_the_baseline_has_no_quantized_layer(results):
     # two layers of six linears, a pooler and a head
     for name, dtype in (("pytorch", "float32"), ("bf16", "bfloat16"), ("onnx", "float32")):
         scheme = read_json(results / "metrics" / f"baseline-{name}.json")["scheme"]
-        assert scheme == {"weights": dtype, "activations": dtype, "quantized_layers": 0, "linear_layers": 14,
-                          "largest_weight": None, "embeddings": dtype, "kept_in_float": {}}  # fmt: skip
+        assert scheme == {
+            "weights": dtype,
+            "activations": dtype,
+            "quantized_layers": 0,
+            "linear_layers": 14,
+            "largest_weight": None,
+            "embeddings": dtype,
+            "kept_in_float": {},
+        }
 
 
 def test_the_rows_without_a_contradiction_are_scored_apart(artifact, tmp_path):
@@ -231,8 +238,17 @@ def test_the_interval_is_that_of_resampled_rows():
 
 def test_latency_percentiles():
     summary = summarize_latency(np.arange(1, 1001) / 10)
-    assert summary == {"batch_size": 1, "p5": 5.095, "p25": 25.075, "p50": 50.05, "p75": 75.025, "p95": 95.005,
-                       "p99": 99.001, "mean": 50.05, "runs": 1000}  # fmt: skip
+    assert summary == {
+        "batch_size": 1,
+        "p5": 5.095,
+        "p25": 25.075,
+        "p50": 50.05,
+        "p75": 75.025,
+        "p95": 95.005,
+        "p99": 99.001,
+        "mean": 50.05,
+        "runs": 1000,
+    }
 
 
 def test_an_evaluation_prints_no_library_warnings(artifact, tmp_path):

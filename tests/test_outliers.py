@@ -115,8 +115,20 @@ def test_every_format_keeps_its_labels(bits, spoiled, tmp_path):
 
 def test_the_remedy_is_in_the_record(spoiled, tmp_path, capsys):
     out = tmp_path / "ptq"
-    run_ptq.main(["--baseline", str(spoiled), "--output_dir", str(out), "--formats", "onnx", "--max_loss", "-0.5"
-                  , "--save_worse", "true"])  # fmt: skip
+    run_ptq.main(
+        [
+            "--baseline",
+            str(spoiled),
+            "--output_dir",
+            str(out),
+            "--formats",
+            "onnx",
+            "--max_loss",
+            "-0.5",
+            "--save_worse",
+            "true",
+        ]
+    )
     assert "onnx, plain: validation macro F1" in capsys.readouterr().out
     run_evaluation.main([str(out), "--format", "onnx", "--latency_runs", "0", "--results_dir", "results"])
     made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["made"]

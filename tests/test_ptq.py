@@ -59,9 +59,18 @@ def scheme_of(folder, format):
 
 def test_one_folder_three_runtimes_and_nothing_else(quantized):
     files = {path.relative_to(quantized).as_posix() for path in quantized.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml",
-                     "onnx/model_quantized.onnx", "openvino/openvino_model.xml", "openvino/openvino_model.bin",
-                     "openvino/config.json", "openvino/openvino_config.json"}  # fmt: skip
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "recipe.yaml",
+        "onnx/model_quantized.onnx",
+        "openvino/openvino_model.xml",
+        "openvino/openvino_model.bin",
+        "openvino/config.json",
+        "openvino/openvino_config.json",
+    }
     assert list(find_formats(quantized)) == FORMATS
     made = yaml.safe_load((quantized / "recipe.yaml").read_text())
     assert set(made["seconds"]) == set(FORMATS) and made["recipe"]["calibration_rows"] == 60
@@ -74,8 +83,14 @@ def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
     scheme = scheme_of(quantized, format)
     assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)
     assert scheme["weights"] == "int8 per-channel" and "int8" in scheme["embeddings"]
-    assert scheme["activations"] == {"torchao": "int8 dynamic per-token", "onnx": "int8 dynamic per-tensor",
-                                     "openvino": "int8 static per-tensor"}[format]  # fmt: skip
+    assert (
+        scheme["activations"]
+        == {
+            "torchao": "int8 dynamic per-token",
+            "onnx": "int8 dynamic per-tensor",
+            "openvino": "int8 static per-tensor",
+        }[format]
+    )
     assert set(scheme["kept_in_float"]) == {"bert.pooler.dense", "classifier", "bert.embeddings.token_type_embeddings"}
     for of_baseline in find_formats(artifact):
         assert scheme_of(artifact, of_baseline)["quantized_layers"] == 0  # the control
@@ -83,8 +98,9 @@ def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_it_answers_nearly_as_the_baseline_does(format, quantized, artifact):
-    expected, found = (open_artifact(folder, name, threads=1) for folder, name in
-                       ((artifact, "pytorch"), (quantized, format)))  # fmt: skip
+    expected, found = (
+        open_artifact(folder, name, threads=1) for folder, name in ((artifact, "pytorch"), (quantized, format))
+    )
     texts = build_rows(90)["text"]
     expected, found = (classifier.logits(classifier.encode(texts)) for classifier in (expected, found))
     assert (expected.argmax(axis=-1) == found.argmax(axis=-1)).mean() > 0.95
@@ -182,12 +198,14 @@ def test_layers_can_stay_in_float(format, artifact, tmp_path):
 def test_other_encoders_are_quantized_by_type(kind, colors, tmp_path):
     encoder = build_encoder(tmp_path / kind, kind)
     run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
-    run_ptq.main(["--baseline", str(tmp_path / "baseline"), "--output_dir", str(tmp_path / "ptq"),
-                  "--calibration_rows", "60"])  # fmt: skip
+    run_ptq.main(
+        ["--baseline", str(tmp_path / "baseline"), "--output_dir", str(tmp_path / "ptq"), "--calibration_rows", "60"]
+    )
     run_evaluation.main([str(tmp_path / "baseline"), "--latency_runs", "0", "--results_dir", str(tmp_path)])
     for format in FORMATS:
-        run_evaluation.main([str(tmp_path / "ptq"), "--format", format, "--latency_runs", "0",
-                             "--results_dir", str(tmp_path)])  # fmt: skip
+        run_evaluation.main(
+            [str(tmp_path / "ptq"), "--format", format, "--latency_runs", "0", "--results_dir", str(tmp_path)]
+        )
         record, baseline = (
             read_json(tmp_path / "metrics" / f"{name}.json") for name in (f"ptq-{format}", "baseline-pytorch")
         )
@@ -202,7 +220,10 @@ def test_bytes_to_serve_are_all_that_a_runtime_needs(quantized):
     assert set(files_to_serve(quantized, "torchao")) == shared | {"model.safetensors"}
     assert set(files_to_serve(quantized, "onnx")) == shared | {"onnx/model_quantized.onnx"}
     assert set(files_to_serve(quantized, "openvino")) == shared | {
-        "openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/config.json"}  # fmt: skip
+        "openvino/openvino_model.xml",
+        "openvino/openvino_model.bin",
+        "openvino/config.json",
+    }
 
 
 def test_calibration_rows_are_drawn_class_by_class():
@@ -284,7 +305,8 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     assert kept["changes"]["keep_float"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
     assert pages.render_study_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
-        (tmp_path / "results" / "ptq_study.md").read_text())  # fmt: skip
+        (tmp_path / "results" / "ptq_study.md").read_text()
+    )
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -298,8 +320,13 @@ def test_processors_are_compared(quantized, tmp_path, monkeypatch):
 
 
 def studied(change: float, speed: float, largest: int) -> dict:
-    return {"format": "onnx", "changes": {"marked": speed}, "macro_f1_change": change,
-            "times_faster_at_batch_1": {"median": speed}, "scheme": {"largest_weight": largest}}  # fmt: skip
+    return {
+        "format": "onnx",
+        "changes": {"marked": speed},
+        "macro_f1_change": change,
+        "times_faster_at_batch_1": {"median": speed},
+        "scheme": {"largest_weight": largest},
+    }
 
 
 @pytest.mark.parametrize(
@@ -330,8 +357,15 @@ def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
     words = ["--rounds", "1", "--cold_starts", "0", "--work_dir", "work", "--output", "shape.json"]
     study_shape.main([str(artifact), *words])
     measured = read_json(tmp_path / "shape.json")["artifacts"]
-    assert list(measured) == ["baseline:pytorch", "baseline:bf16", "baseline:onnx", "baseline:openvino-plain",
-                              "ptq:torchao", "ptq:onnx", "ptq:openvino"]  # fmt: skip
+    assert list(measured) == [
+        "baseline:pytorch",
+        "baseline:bf16",
+        "baseline:onnx",
+        "baseline:openvino-plain",
+        "ptq:torchao",
+        "ptq:onnx",
+        "ptq:openvino",
+    ]
     assert measured["ptq:onnx"]["bytes_to_serve"] < measured["baseline:onnx"]["bytes_to_serve"]
 
 

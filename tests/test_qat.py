@@ -98,9 +98,15 @@ def test_below_8_bits_the_layer_multiplies_the_integers_of_the_file(bits):
 def test_activations_become_the_integers_of_onnx_runtime(shift):
     values = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)) + shift
     operator = onnx.helper.make_node("DynamicQuantizeLinear", ["values"], ["integers", "scale", "zero"])
-    ports = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in (
-        ("values", onnx.TensorProto.FLOAT, [20, 64]), ("integers", onnx.TensorProto.UINT8, [20, 64]),
-        ("scale", onnx.TensorProto.FLOAT, []), ("zero", onnx.TensorProto.UINT8, []))]  # fmt: skip
+    ports = [
+        onnx.helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("values", onnx.TensorProto.FLOAT, [20, 64]),
+            ("integers", onnx.TensorProto.UINT8, [20, 64]),
+            ("scale", onnx.TensorProto.FLOAT, []),
+            ("zero", onnx.TensorProto.UINT8, []),
+        )
+    ]
     graph = onnx.helper.make_graph([operator], "one", ports[:1], ports[1:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -185,8 +191,9 @@ def test_the_file_is_packed_and_runs_in_int8(bits, artifact, tmp_path):
     model = load_trained_classifier(artifact)
     names = [f"bert.encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")]
     scales = [choose_scales(model.get_submodule(name).weight, bits, 32) for name in names]
-    rounded = [round_matrix(model.get_submodule(name).weight, one) / one.row
-               for name, one in zip(names, scales, strict=True)]  # fmt: skip
+    rounded = [
+        round_matrix(model.get_submodule(name).weight, one) / one.row for name, one in zip(names, scales, strict=True)
+    ]
     attention = next(node for node in products if node.op_type == "QAttention")
     expected = torch.cat(rounded).round().T.detach().numpy()  # the very integers, unpacked
     np.testing.assert_array_equal(constants[attention.input[1]], expected)
@@ -271,8 +278,11 @@ def test_rounding_starts_when_told_and_is_always_scored(artifact, colors):
     trainer = trainer_of(artifact, colors, quantize_after=2)
     seen = []
     probe = next(part for part in trainer.model.modules() if isinstance(part, LowBitGroups))
-    inputs = {"input_ids": torch.tensor([[0, 5, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64),
-              "labels": torch.tensor([0])}  # fmt: skip
+    inputs = {
+        "input_ids": torch.tensor([[0, 5, 2]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+        "labels": torch.tensor([0]),
+    }
     for step in range(4):
         trainer.state.global_step = step
         trainer.training_step(trainer.model, dict(inputs))
@@ -284,8 +294,11 @@ def test_rounding_starts_when_told_and_is_always_scored(artifact, colors):
 
 
 def test_distillation_asks_for_the_answers_of_the_baseline(artifact, colors):
-    inputs = {"input_ids": torch.tensor([[0, 5, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64),
-              "labels": torch.tensor([0])}  # fmt: skip
+    inputs = {
+        "input_ids": torch.tensor([[0, 5, 2]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+        "labels": torch.tensor([0]),
+    }
     trainer = trainer_of(artifact, colors, distillation_weight=1.0)
     trainer.model.eval()
     _, outputs = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
@@ -316,10 +329,12 @@ def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
         ({"bits": 4, "group_size": 4}, "--group_size 4: it takes a multiple of 8"),
         ({"freeze": "roberta"}, "--freeze roberta: no parameter's name begins so; they begin with bert.embeddings"),
         ({"baseline": "nowhere"}, "no folder nowhere; make it first"),
-        ({"learning_rate": 1e30, "save_steps": 1, "eval_steps": 1, "num_train_epochs": 1},
-         "the loss is nan in step .; the last good checkpoint is .*checkpoint-.; lower --learning_rate"),
+        (
+            {"learning_rate": 1e30, "save_steps": 1, "eval_steps": 1, "num_train_epochs": 1},
+            "the loss is nan in step .; the last good checkpoint is .*checkpoint-.; lower --learning_rate",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused(changes, message, artifact, tmp_path):
     with pytest.raises(UserError, match=message):
         run_qat.main(qat_flags(artifact, tmp_path / "qat", **changes))

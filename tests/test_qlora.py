@@ -36,9 +36,16 @@ def answers(folder, format):
 
 def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
     files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml",
-                     "onnx/model_quantized.onnx", "adapter/adapter_config.json",
-                     "adapter/adapter_model.safetensors"}  # fmt: skip
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "recipe.yaml",
+        "onnx/model_quantized.onnx",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
     assert list(find_formats(adapted)) == ["nf4", "onnx"]
     made = yaml.safe_load((adapted / "recipe.yaml").read_text())
     assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
@@ -83,9 +90,13 @@ def test_only_the_adapter_and_the_head_learn(encoder, colors):
 
 @pytest.mark.parametrize(
     ("changes", "count"),
-    [({"target_modules": ["query", "value"]}, 4), ({"use_dora": True}, 13), ({"init_lora_weights": "gaussian"}, 13),
-     ({"init_lora_weights": "loftq"}, 13)],
-)  # fmt: skip
+    [
+        ({"target_modules": ["query", "value"]}, 4),
+        ({"use_dora": True}, 13),
+        ({"init_lora_weights": "gaussian"}, 13),
+        ({"init_lora_weights": "loftq"}, 13),
+    ],
+)
 def test_the_adapter_is_what_the_flags_say(changes, count, encoder):
     model = adapter.build_qlora(str(encoder), LABELS, adapter.QloraArguments(**changes), bf16=False)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == count
@@ -194,10 +205,18 @@ def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypat
 
 def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, colors, adapted, tmp_path):
     config = str(ROOT / "accelerate_config.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
-               "--multi_gpu", "--num_processes", "2", str(ROOT / "scripts" / "run_qlora.py"),
-               *qlora_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=8,
-                         per_device_eval_batch_size=8)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        str(ROOT / "scripts" / "run_qlora.py"),
+        *qlora_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=8, per_device_eval_batch_size=8),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
