@@ -198,9 +198,8 @@ def test_layers_can_stay_in_float(format, artifact, tmp_path):
 def test_other_encoders_are_quantized_by_type(kind, colors, tmp_path):
     encoder = build_encoder(tmp_path / kind, kind)
     run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
-    run_ptq.main(
-        ["--baseline", str(tmp_path / "baseline"), "--output_dir", str(tmp_path / "ptq"), "--calibration_rows", "60"]
-    )
+    words = ["--baseline", str(tmp_path / "baseline"), "--output_dir", str(tmp_path / "ptq")]
+    run_ptq.main([*words, "--calibration_rows", "60", "--max_loss", "10"])
     run_evaluation.main([str(tmp_path / "baseline"), "--latency_runs", "0", "--results_dir", str(tmp_path)])
     for format in FORMATS:
         run_evaluation.main(

@@ -16,7 +16,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
 from emotion.model.artifact import files_to_serve
-from emotion.quantize.layers import CalibrationRows, Plan
+from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
 from emotion.quantize.outliers import LARGEST_COUNT, THRESHOLD, find_outliers
 from emotion.quantize.scheme import copy_shared_files, formats_of, plan_again, save_format
 
@@ -40,6 +40,7 @@ def save_watched(plan: Plan, folder: Path, rows: CalibrationRows, validation: Ro
     copy_shared_files(plan.folder, folder)
     reference = logits_of(plan.folder, "onnx", validation)
     told = {"seconds": {}, "remedies": {}}
+    told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.keep_float)
     for format in arguments.formats or formats_of(arguments.bits):
         attempts, plans = [], []
         for remedy, changed in _ladder(plan, format, rows, validation, arguments):
@@ -58,10 +59,17 @@ def save_watched(plan: Plan, folder: Path, rows: CalibrationRows, validation: Ro
             save_format(plans[kept], folder, format, rows, arguments)
         attempts[kept]["kept"] = True
         told["remedies"][format], told["seconds"][format] = attempts, attempts[kept]["seconds"]
-        if plans[kept].outliers:
-            rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
-            told["outliers"] = {"rule": rule, "units": plans[kept].outliers}
+        _explain_remedy(told, format, plans[kept])
     return told
+
+
+def _explain_remedy(told: dict, format: str, plan: Plan) -> None:
+    """Adds to what recipe.yaml tells which layers and units the plan that was kept leaves in float, and why."""
+    for name in names_in_float(plan.model, plan.layers):
+        told["kept_in_float"].setdefault(name, f"harmed {format} most when it was rounded")
+    if plan.outliers:
+        rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
+        told["outliers"] = {"rule": rule, "units": plan.outliers}
 
 
 def _tell(format: str, attempt: dict) -> None:
