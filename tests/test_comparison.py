@@ -293,6 +293,7 @@ def open_rows(folder) -> list[str]:
     return list(load_dataset(str(folder), split="test")["text"])
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(300)
 def test_the_notebook_runs_from_top_to_bottom(artifact, quantized, colors, monkeypatch):
     """Offline, on local folders; what its table says is what the folder answers."""

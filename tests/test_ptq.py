@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import run_baseline
 import run_evaluation
 import run_ptq
 import study_processors
@@ -18,12 +17,10 @@ from conftest import (
     ENCODERS,
     ROOT,
     SMALL,
-    build_encoder,
     build_rows,
     color_features,
     read_json,
     realigned,
-    train_flags,
 )
 from emotion.common import command
 from emotion.common.errors import UserError
@@ -195,12 +192,11 @@ def test_layers_can_stay_in_float(format, artifact, tmp_path):
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
-def test_other_encoders_are_quantized_by_type(kind, colors, tmp_path):
-    encoder = build_encoder(tmp_path / kind, kind)
-    run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
-    words = ["--baseline", str(tmp_path / "baseline"), "--output_dir", str(tmp_path / "ptq")]
+def test_other_encoders_are_quantized_by_type(kind, baseline_of, tmp_path):
+    trained = baseline_of(kind)
+    words = ["--baseline", str(trained), "--output_dir", str(tmp_path / "ptq")]
     run_ptq.main([*words, "--calibration_rows", "60", "--max_loss", "10"])
-    run_evaluation.main([str(tmp_path / "baseline"), "--latency_runs", "0", "--results_dir", str(tmp_path)])
+    run_evaluation.main([str(trained), "--latency_runs", "0", "--results_dir", str(tmp_path)])
     for format in FORMATS:
         run_evaluation.main(
             [str(tmp_path / "ptq"), "--format", format, "--latency_runs", "0", "--results_dir", str(tmp_path)]
@@ -288,6 +284,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
         assert not list(tmp_path.glob(".ptq*"))
 
 
+@pytest.mark.processes
 def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, dynamic, 8-bit weights")
     monkeypatch.setattr(study_ptq, "CANDIDATES", {name: study_ptq.CANDIDATES[name] for name in few})
@@ -309,6 +306,7 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_processors_are_compared(quantized, tmp_path, monkeypatch):
     monkeypatch.setattr(study_processors, "LIMITS", ("AVX2",))
     study_processors.main([f"{quantized}:torchao", "--results_dir", "results"])
@@ -351,6 +349,7 @@ def test_the_recipe_is_what_won():
             assert recipe[flag] == value, (format, flag)
 
 
+@pytest.mark.processes
 def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
     monkeypatch.setattr(study_shape, "BertConfig", functools.partial(BertConfig, **SMALL))
     words = ["--rounds", "1", "--cold_starts", "0", "--work_dir", "work", "--output", "shape.json"]
@@ -368,6 +367,7 @@ def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
     assert measured["ptq:onnx"]["bytes_to_serve"] < measured["baseline:onnx"]["bytes_to_serve"]
 
 
+@pytest.mark.processes
 def test_the_readme_opens_it_in_each_runtime(quantized, tmp_path):
     """Every Python block that names weights/ptq, as it stands."""
     (tmp_path / "weights").mkdir()

@@ -95,6 +95,7 @@ def publish(folder, results, *flags, repo_id="user/bert-emotion"):
 # What arrives
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder, tmp_path):
     """From an empty cache, in a fresh process: every client, the card's snippets, the widget."""
@@ -215,6 +216,7 @@ def test_the_demo_page_becomes_a_static_space(hub):
     assert about["sdk"] == "static" and about["app_file"] == "index.html" and about["models"] == ["user/mine"]
 
 
+@pytest.mark.processes
 def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_path):
     shutil.copytree(results, tmp_path / "results")
     run_ptq.main(

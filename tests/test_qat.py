@@ -2,12 +2,11 @@
 
 import shutil
 
-import run_baseline
 import run_evaluation
 import run_ptq
 import run_qat
 import study_bits
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, qat_flags, read_json, train_flags
+from conftest import ENCODERS, ROOT, build_rows, qat_flags, read_json
 from emotion.common.errors import UserError
 from emotion.common.recipe import read_recipe_of
 from emotion.measure import seeds
@@ -212,17 +211,16 @@ def test_fewer_bits_are_fewer_bytes(artifact, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(kind, bits) for kind in ENCODERS if kind != "bert" for bits in (8, 3)])
-def test_other_encoders(kind, bits, colors, tmp_path):
-    encoder = build_encoder(tmp_path / kind, kind)
-    run_baseline.main(train_flags(encoder, colors, tmp_path / "baseline", num_train_epochs=4))
-    run_qat.main(qat_flags(tmp_path / "baseline", tmp_path / "qat", bits=bits, formats="onnx", num_train_epochs=1))
+def test_other_encoders(kind, bits, baseline_of, tmp_path):
+    baseline = baseline_of(kind)
+    run_qat.main(qat_flags(baseline, tmp_path / "qat", bits=bits, formats="onnx", num_train_epochs=1))
     scheme = scheme_of(tmp_path / "qat")
     assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14) and f"int{bits}" in scheme["weights"]
     forms = read_recipe_of(tmp_path / "qat")["forms"]
     assert forms["onnx, reopened"]["validation_macro_f1"] > forms["fake"]["validation_macro_f1"] - 0.05
     labels = np.array(build_rows(90)["label"])
     before, after = (
-        (answers(tmp_path / name, "onnx").argmax(axis=-1) == labels).mean() for name in ("baseline", "qat")
+        (answers(folder, "onnx").argmax(axis=-1) == labels).mean() for folder in (baseline, tmp_path / "qat")
     )
     assert after > before - 0.05 > 0.6
 
@@ -346,7 +344,8 @@ def test_a_baseline_that_is_quantized_already_is_refused(quantized, tmp_path):
         run_qat.main(qat_flags(quantized, tmp_path / "qat"))
 
 
-def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeypatch):
+@pytest.mark.processes
+def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeypatch, in_this_process):
     recipes = {}
     for method in ("ptq", "qat"):
         values = yaml.safe_load((ROOT / "configs" / f"{method}.yaml").read_text())

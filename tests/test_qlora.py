@@ -203,6 +203,7 @@ def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypat
         adapter.build_qlora(str(encoder), LABELS, adapter.QloraArguments(), bf16=False)
 
 
+@pytest.mark.processes
 def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, colors, adapted, tmp_path):
     config = str(ROOT / "accelerate_config.yaml")
     command = [
@@ -227,7 +228,9 @@ def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, col
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 3
 
 
-def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(encoder, colors, tmp_path, capfd):
+def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(
+    encoder, colors, tmp_path, capfd, in_this_process
+):
     recipe = yaml.safe_load((ROOT / "configs" / "qlora.yaml").read_text())
     recipe |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "bf16": False, "disable_tqdm": True}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -250,6 +253,7 @@ def test_a_candidate_of_one_class_never_wins():
         study_qlora.choose({"collapsed": collapsed})
 
 
+@pytest.mark.processes
 def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
     flags = ["--dataset_name", str(colors), "--bert_base", "false", "--rounds", "2", "--steps", "1"]
     study_training_cost.main([str(encoder), *flags, "--results_dir", str(tmp_path)])

@@ -26,7 +26,7 @@ def measured(artifact, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     for format in ("pytorch", "onnx"):
         run_evaluation.main([str(artifact), "--format", format, "--results_dir", str(folder), "--latency_runs", "200"])
-    named = [f"{artifact}:{one}" for one in ("pytorch", "onnx", "onnx-dynamic", "openvino-plain", "pytorch-compiled")]
+    named = [f"{artifact}:{one}" for one in ("pytorch", "onnx", "onnx-dynamic", "openvino-plain")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "SIZE", 256)
         patch.setattr(roofline, "COPIED_BYTES", 2**24)
@@ -156,6 +156,15 @@ def test_the_benchmark_names_what_is_not_there(artifact):
         run_benchmark.main([f"{artifact}:gguf"])
 
 
+@pytest.mark.processes
+def test_a_compiled_model_is_timed(artifact, tmp_path):
+    named = [f"{artifact}:{one}" for one in ("pytorch", "pytorch-compiled")]
+    words = ["--rounds", "3", "--texts", "20", "--batches", "2", "--threads", "1", "--cold_starts", "1"]
+    run_benchmark.main([*named, *words, "--roofline", "false", "--output", "compiled.json"])
+    compiled = read_json(tmp_path / "compiled.json")["artifacts"]["baseline:pytorch-compiled"]
+    assert compiled["latency_ms"]["runs"] == 60 and compiled["equal_labels"] > 0.99
+
+
 def test_compiling_needs_a_compiler(artifact, monkeypatch):
     monkeypatch.setattr(contenders.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler; install g.."):
@@ -169,7 +178,10 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
         run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
 
 
-def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tmp_path, monkeypatch, capsys):
+@pytest.mark.processes
+def test_seeds_are_scored_and_the_best_on_validation_is_kept(
+    encoder, colors, tmp_path, monkeypatch, capsys, in_this_process
+):
     recipe = run_baseline_recipe(tmp_path, encoder, colors)
     monkeypatch.setattr(seeds, "recipe_of", lambda variant: recipe)
     words = [
