@@ -41,7 +41,7 @@ run: $(READY)
 	@echo "'make results' trains the full recipe."
 	$(RUN) scripts/run_baseline.py --model_name_or_path $(SMALL) --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
 	@$(call score,$(SHORT)/baseline,pytorch bf16 onnx,$(SHORTLY))
-	$(RUN) scripts/run_ptq.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/ptq --calibration_rows 100
+	$(RUN) scripts/run_ptq.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/ptq --calibration_rows 100 --max_loss 2
 	@$(call score,$(SHORT)/ptq,torchao onnx openvino,$(SHORTLY))
 	$(RUN) scripts/run_qat.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/qat --formats onnx --max_train_rows 1600
 	@$(call score,$(SHORT)/qat,onnx,$(SHORTLY))
