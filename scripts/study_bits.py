@@ -17,7 +17,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.measure.seeds import make, make_and_score, summarize_scores
 from emotion.quantize.scheme import name_variant
-from emotion.report.pages import render_pages
+from emotion.report.pages import render_study_pages
 from emotion.report.plots import plot_bits, plot_rounding
 
 # A setting of the recipe whose worth is measured -> the flags that undo it.
@@ -53,7 +53,7 @@ def main(argv=None) -> None:
     if 2 in arguments.bits:
         study["choices"] = try_choices(arguments.seeds[0], weights, Path(arguments.work_dir))
         write_study(study, path)
-    for page, text in render_pages(results).items():
+    for page, text in render_study_pages(results).items():
         write_text(page, text)
     plot_bits(study, results / "bits")
     plot_rounding(results / "rounding")

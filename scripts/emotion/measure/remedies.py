@@ -11,6 +11,7 @@ Neural Compressor and NNCF call this accuracy-aware tuning.
 
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from emotion.common.errors import UserError
@@ -39,11 +40,12 @@ def save_watched(plan: Plan, folder: Path, rows: CalibrationRows, validation: Ro
     """
     copy_shared_files(plan.folder, folder)
     reference = logits_of(plan.folder, "onnx", validation)
+    measured = cache(lambda: measure_layers(plan.folder, validation))  # takes minutes, and serves all formats
     told = {"seconds": {}, "remedies": {}}
     told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.keep_float)
     for format in arguments.formats or formats_of(arguments.bits):
         attempts, plans = [], []
-        for remedy, changed in _ladder(plan, format, rows, validation, arguments):
+        for remedy, changed in _ladder(plan, format, rows, measured, arguments):
             start = time.monotonic()
             save_format(changed, folder, format, rows, arguments)
             seconds = round(time.monotonic() - start, 1)
@@ -80,7 +82,7 @@ def _tell(format: str, attempt: dict) -> None:
     )
 
 
-def _ladder(plan: Plan, format: str, rows: CalibrationRows, validation: Rows, arguments):
+def _ladder(plan: Plan, format: str, rows: CalibrationRows, measured, arguments):
     """Yields the name of each remedy and the plan that has it; what a remedy needs is measured when its turn comes."""
     yield "plain", plan
     if format == "onnx" and (outliers := find_outliers(plan, rows)):
@@ -89,7 +91,7 @@ def _ladder(plan: Plan, format: str, rows: CalibrationRows, validation: Rows, ar
     if arguments.save_worse:  # measuring every layer takes minutes, and the result would be saved in any case
         return
     # A unit is what one product holds: query, key and value together.
-    units = [one for one in measure_layers(plan.folder, validation) if one["layer"] is not None]
+    units = [one for one in measured() if one["layer"] is not None]
     units.sort(key=lambda one: one["macro_f1_change"])
     for count in FLOAT_UNITS:
         names = [name for one in units[:count] for name in one["names"]]

@@ -81,6 +81,8 @@ def largest_inputs(plan: Plan, names: list[str], rows: CalibrationRows) -> dict[
 def weight_without_outliers(plan: Plan, name: str) -> torch.Tensor:
     """A layer's weight, float32 (rows, columns), with zeros where its outlier units are."""
     weight = plan.model.get_submodule(name).weight.detach()
+    if not plan.outliers:
+        return weight
     pairs = find_pairs(plan.model, plan.layers.linear)
     for second, units in plan.outliers.items():
         if name == second:

@@ -31,12 +31,6 @@ def render_study_pages(results: Path) -> dict[Path, str]:
     return pages
 
 
-def render_pages(results: Path) -> dict[Path, str]:
-    """The same for the ladder of bits alone: it does not wait for the other studies."""
-    path = results / "bits.json"
-    return {results / "bits.md": render_bits(read_json(path))} if path.is_file() else {}
-
-
 @complete("the page of the dataset")
 def render_dataset(study: dict) -> str:
     """`results/dataset.md`, from what study_dataset.py counted."""
