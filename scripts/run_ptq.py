@@ -16,29 +16,21 @@ from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.machine import choose_threads
 from emotion.common.recipe import read_recipe_of
-from emotion.measure.remedies import save_watched
-from emotion.measure.sensitivity import Rows
+from emotion.measure.remedies import WatchedArguments, save_watched
+from emotion.measure.sensitivity import validation_rows
 from emotion.model.artifact import new_artifact
 from emotion.model.hub import HubArguments, score_and_publish
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.scheme import (
-    SchemeArguments,
-    check_scheme,
-    describe_quantized,
-    draw_calibration_rows,
-    make_plan,
-)
-from emotion.task.dataset import get_split, load_task_of
+from emotion.quantize.scheme import check_scheme, describe_quantized, draw_calibration_rows, make_plan
+from emotion.task.dataset import load_task_of
 from emotion.task.tokens import TextEncoder
-
-import numpy as np
 
 RECIPE = ROOT / "configs" / "ptq.yaml"
 
 
 @dataclass
-class PtqArguments(SchemeArguments):
-    """The flags of PTQ, beside those of the scheme."""
+class PtqArguments(WatchedArguments):
+    """The flags of PTQ, beside those of the scheme and of its loss."""
 
     baseline: str = field(default="weights/baseline", metadata={"help": "Folder of the fine-tuned model to quantize."})
     output_dir: str = field(default="weights/ptq", metadata={"help": "Folder in which the artifact is saved."})
@@ -46,10 +38,6 @@ class PtqArguments(SchemeArguments):
         default=None, metadata={"help": "Dataset of the calibration rows; by default that of the baseline."}
     )
     seed: int = field(default=42, metadata={"help": "Seed by which the calibration rows are drawn."})
-    max_loss: float = field(
-        default=0.5, metadata={"help": "Points of validation macro F1 that a format may lose before it gets a remedy."}
-    )
-    save_worse: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})
 
 
 def main(argv=None) -> None:
@@ -70,8 +58,7 @@ def main(argv=None) -> None:
     # 4. Calibrate: draw the rows by which OpenVINO, and ONNX Runtime if asked to, measure the activations' ranges
     rows = draw_calibration_rows(task, TextEncoder(baseline), arguments.calibration_rows, arguments.seed)
 
-    validation = get_split(task, "validation")
-    scored = Rows(list(validation["text"]), np.asarray(validation["label"]), threads=choose_threads(None))
+    scored = validation_rows(task, threads=choose_threads(None))
 
     # 5. Save each format with the cheapest remedy that keeps its score
     made = describe_quantized("ptq", recipe, made_by, plan, arguments)

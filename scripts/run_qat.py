@@ -1,8 +1,10 @@
 """Trains the fine-tuned baseline further with rounded weights and activations (QAT), then converts it to integers.
 
 The artifact, `weights/qat`, holds the same formats as that of run_ptq.py, quantized by the same functions. Below 8
-bits it holds one packed ONNX file (emotion/quantize/lowbit.py). The fake-quantized model that was trained and the
-saved files are scored side by side on validation. This script never reads the test split; run_evaluation.py scores it.
+bits it holds one packed ONNX file (emotion/quantize/lowbit.py). Where a file for ONNX Runtime is made, its ranges are
+trained for, and its outlier units stay in floats (emotion/quantize/outliers.py). The fake-quantized model that was
+trained and the saved files are scored side by side on validation. This script never reads the test split;
+run_evaluation.py scores it.
 
     python scripts/run_qat.py                                    # the recipe configs/qat.yaml: INT8
     python scripts/run_qat.py --bits 4 --output_dir weights/qat-int4
@@ -31,13 +33,15 @@ from emotion.model.training import (
 )
 from emotion.quantize.fake_quantizers import convert, prepare, switch, to_integers
 from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import Plan
+from emotion.quantize.layers import CalibrationRows, Plan
 from emotion.quantize.onnx_graph import export_onnx
+from emotion.quantize.outliers import describe_outliers
 from emotion.quantize.scheme import (
     SchemeArguments,
     check_scheme,
     describe_quantized,
     draw_calibration_rows,
+    formats_of,
     make_plan,
     save_formats,
 )
@@ -52,6 +56,7 @@ from torch.nn import functional
 from transformers import Trainer, set_seed
 
 RECIPE = ROOT / "configs" / "qat.yaml"
+CONTROL = "-float"  # ends the name of a variant that was trained on without rounding
 
 
 @dataclass
@@ -59,6 +64,9 @@ class QatArguments(SchemeArguments, RowsArguments):
     """The flags of QAT, beside those of the scheme, the rows and the training."""
 
     baseline: str = field(default="weights/baseline", metadata={"help": "Folder of the fine-tuned model."})
+    fake_quantize: bool = field(
+        default=True, metadata={"help": "Round while training; false trains on in floats, to compare with."}
+    )
     quantize_after: int = field(default=0, metadata={"help": "Steps of training in floats before rounding starts."})
     distillation_weight: float = field(
         default=0.0,
@@ -86,9 +94,12 @@ def main(argv=None) -> None:
     rows, tokenizer, train_ids, validation_ids = load_training_rows(task, base, arguments, seed=training.seed)
 
     # 3. Build the variant: the baseline with fake quantizers in its layers
-    plan = make_plan(base.path, load_trained_classifier(base.path), arguments)
+    calibration = draw_calibration_rows(task, TextEncoder(base.path), arguments.calibration_rows, training.seed)
+    shown = calibration if runtime_of(arguments) == "onnx" else None
+    plan = make_plan(base.path, load_trained_classifier(base.path), arguments, shown)
     made = describe_quantized("qat", recipe, made_by, plan, arguments)
-    prepare(plan.model, plan.layers, plan.scales, arguments.reduce_range)
+    if arguments.fake_quantize:
+        prepare(plan, runtime_of(arguments), arguments.reduce_range)
     frozen = freeze(plan.model, arguments.freeze)
     if arguments.distillation_weight:
         train_ids = add_teacher(base.path, train_ids, training)
@@ -112,8 +123,17 @@ def main(argv=None) -> None:
     if trainer.is_world_process_zero():
         made |= {"seed": training.seed, "made": made["made"] | describe_origin(base, task, rows), "training": summary}
         with new_artifact(training.artifact, made) as folder:
-            made |= save_converted(trainer, plan, folder, task)
+            if arguments.fake_quantize:
+                made |= save_converted(trainer, plan, folder, calibration, task)
+            else:
+                made["variant"] += CONTROL
+                save_float(trainer, folder)
         finish(training, summary)
+
+
+def runtime_of(arguments: QatArguments) -> str:
+    """The runtime whose rounding is trained for: ONNX Runtime, if a file is made for it, since it rounds coarsest."""
+    return "onnx" if "onnx" in (arguments.formats or formats_of(arguments.bits)) else "torchao"
 
 
 def load_origin(baseline: Path, dataset_name: str | None) -> tuple[BaseModel, Task, dict]:
@@ -187,7 +207,16 @@ def add_teacher(baseline: str, rows, training: RecipeTrainingArguments):
     return rows.add_column("teacher_logits", logits.tolist())
 
 
-def save_converted(trainer: QatTrainer, plan: Plan, folder: Path, task: Task) -> dict:
+def save_float(trainer: QatTrainer, folder: Path) -> None:
+    """Writes the model that was trained on in floats, for ONNX Runtime, in FP32."""
+    model = trainer.accelerator.unwrap_model(trainer.model).cpu().float()
+    vars(model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
+    trainer.processing_class.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    export_onnx(model, trainer.processing_class, folder / "onnx" / "model.onnx")
+
+
+def save_converted(trainer: QatTrainer, plan: Plan, folder: Path, calibration: CalibrationRows, task: Task) -> dict:
     """Converts the trained model, writes all formats, and scores them beside the fake-quantized model on validation.
 
     The functions that write the files are those of run_ptq.py.
@@ -198,9 +227,8 @@ def save_converted(trainer: QatTrainer, plan: Plan, folder: Path, task: Task) ->
     Returns:
         `seconds` per format, and `forms`, of `score_forms`.
     """
-    arguments, seed = trainer.arguments, trainer.args.seed
+    arguments = trainer.arguments
     plan = replace(plan, model=trainer.accelerator.unwrap_model(trainer.model))
-    calibration = draw_calibration_rows(task, TextEncoder(plan.folder), arguments.calibration_rows, seed)
     encoder, validation = calibration.encoder, get_split(task, "validation")
     token_ids, labels = encoder(list(validation["text"])), np.asarray(validation["label"])
     # Back to the form in which the files answer: on the processor, in FP32.
@@ -208,21 +236,21 @@ def save_converted(trainer: QatTrainer, plan: Plan, folder: Path, task: Task) ->
     vars(plan.model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
     switch(plan.model, enabled=True)
     logits = {"fake": predict(ModelInMemory(plan.model, encoder), token_ids)}
+    # The integers as a model in memory: a gap to "fake" is then the conversion's fault, and a gap of a reopened file
+    # to these is the fault of saving, or of the runtime.
+    if runtime_of(arguments) == "onnx":
+        logits["converted"] = predict(ModelInMemory(to_integers(plan.model), encoder), token_ids)
     with tempfile.TemporaryDirectory() as scratch:
         plan = convert_to_float(plan, trainer.processing_class, Path(scratch))
         seconds = save_formats(plan, folder, calibration, arguments)
-        # The integers once more as a model in memory: a gap to "fake" is then the conversion's fault, and a gap of a
-        # reopened file to these is the fault of saving, or of the runtime.
-        if plan.scales:
-            converted = to_integers(plan.model, plan.layers, plan.scales)
-        else:
+        if runtime_of(arguments) == "torchao":
             converted = quantize_torchao(plan, plan.folder / "int8", arguments.reduce_range)
-        logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids)
+            logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids)
     # As a user opens them: saving and reopening has its own mistakes to make.
     for format in find_formats(folder):
         reopened = open_artifact(folder, format, threads=torch.get_num_threads())
         logits[f"{format}, reopened"] = predict(reopened, token_ids)
-    return {"seconds": seconds, "forms": score_forms(logits, labels)}
+    return {"seconds": seconds, "forms": score_forms(logits, labels)} | describe_outliers(plan.outliers)
 
 
 def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
@@ -232,7 +260,7 @@ def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
     tokenizer.save_pretrained(folder)
     plain = load_trained_classifier(folder).eval()  # opened anew, without the Trainer's wrappers
     export_onnx(plain, tokenizer, folder / "onnx" / "model.onnx")
-    return Plan(folder, plain, plan.layers, scales)
+    return replace(plan, folder=folder, model=plain, scales=scales)
 
 
 def score_forms(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:

@@ -20,8 +20,9 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
+from emotion.measure.remedies import WatchedArguments, save_watched
+from emotion.measure.sensitivity import Rows, logits_of, validation_rows
 from emotion.model.artifact import describe_made, describe_origin, find_formats, new_artifact, quantized_by
-from emotion.model.classifier import open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.model.training import (
     RecipeTrainingArguments,
@@ -32,16 +33,15 @@ from emotion.model.training import (
     summarize_training,
 )
 from emotion.quantize.adapter import QloraArguments, build_qlora, merge
-from emotion.quantize.int8_onnx import quantize_onnx
-from emotion.quantize.layers import Plan, find_layers
+from emotion.quantize.layers import CalibrationRows
 from emotion.quantize.nf4 import nf4_options, round_to_nf4
 from emotion.quantize.onnx_graph import export_onnx
-from emotion.task.dataset import Task, get_split, load_task, stratified_sample
+from emotion.quantize.scheme import draw_calibration_rows, make_plan
+from emotion.task.dataset import Task, get_split, load_task
 from emotion.task.scores import VALIDATION_NOISE, score
 from emotion.task.source import BaseModel, find_base_model
-from emotion.task.tokens import load_training_rows
+from emotion.task.tokens import TextEncoder, load_training_rows
 
-import numpy as np
 import torch
 from transformers import Trainer, set_seed
 
@@ -86,7 +86,7 @@ def main(argv=None) -> None:
         with new_artifact(training.artifact, made) as folder:
             learnt = trainer.accelerator.unwrap_model(trainer.model)
             merged = merge(learnt, base, task.labels, folder, arguments, training)
-            made["merged"] = save_merged(merged, tokenizer, folder, task, arguments.formats, training)
+            made |= save_merged(merged, tokenizer, folder, task, arguments.formats, training)
         finish(training, summary)
 
 
@@ -112,13 +112,16 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
         training: `TrainingArguments`.
 
     Returns:
-        Validation macro F1 of each form of `model.safetensors` that was tried; the last one was kept.
+        For recipe.yaml: what `save_watched` tells of the ONNX file, and `merged`, the result of `save_smallest`.
     """
     # The adapter alone was asked for, and it is saved already.
     if not {"nf4", "onnx"} & set(formats):
         return {}
     tokenizer.save_pretrained(folder)
     merged.config.save_pretrained(folder)
+    made, validation = {}, validation_rows(task, threads=torch.get_num_threads())
+    count = min(CALIBRATION_ROWS, len(get_split(task, "train")))
+    rows = draw_calibration_rows(task, TextEncoder(folder), count, training.seed)
     with tempfile.TemporaryDirectory() as temporary:
         # Both forms are made from a float folder, as they would be from a baseline.
         whole = Path(temporary) / "merged"
@@ -126,44 +129,43 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
         tokenizer.save_pretrained(whole)
         if "onnx" in formats:
             export_onnx(merged, tokenizer, whole / "onnx" / "model.onnx")
-            plan = Plan(whole, merged, find_layers(merged))
-            quantize_onnx(plan, folder / "onnx" / "model_quantized.onnx")
-        return save_smallest(whole, tokenizer, folder, task, training) if "nf4" in formats else {}
+            # As run_ptq.py: with outlier units in floats, if rounding everything would lose too much.
+            watched = WatchedArguments(formats=["onnx"], save_worse=True)
+            made |= save_watched(make_plan(whole, merged, watched), folder, rows, validation, watched)
+        if "nf4" in formats:
+            options = nf4_options(str(whole), task.labels, training.bf16)
+            made["merged"] = save_smallest(whole, folder, options, rows, validation)
+        return made
 
 
-def save_smallest(whole: Path, tokenizer, folder: Path, task: Task, training) -> dict[str, float]:
+def save_smallest(whole: Path, folder: Path, options: dict, rows: CalibrationRows, validation: Rows) -> dict:
     """Writes `model.safetensors` in the smallest form that scores on validation as the float model does.
 
     Args:
         whole: folder of the merged float model.
+        options: those of `nf4_options`.
+        rows: they show the inputs of the layers, on which rounding should change the answers least.
 
     Returns:
         Validation macro F1 of each form that was tried, FP32 first; the last one was kept.
     """
-    train_rows, validation = get_split(task, "train"), get_split(task, "validation")
-    calibration = stratified_sample(train_rows, min(CALIBRATION_ROWS, len(train_rows)), training.seed)
-    tried = {"fp32": validation_macro_f1(whole, "pytorch", validation)}
+
+    def macro_f1(saved: Path, format: str) -> float:
+        return score(logits_of(saved, format, validation), validation.labels)["macro_f1"]
+
+    tried = {"fp32": macro_f1(whole, "pytorch")}
     # The adapter has made up for rounding to NF4, but its sum with the base must be rounded again. On some encoders
     # this costs too much: then BF16 has half the bytes of FP32, and FP32 is what is left.
     for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
         if form == "nf4":
-            options = nf4_options(str(whole), task.labels, training.bf16)
-            smaller = round_to_nf4(whole, tokenizer, list(calibration["text"]), dtype, options)
+            smaller = round_to_nf4(whole, rows, dtype, options)
         else:
             smaller = load_trained_classifier(whole, dtype=dtype)
         smaller.save_pretrained(folder)  # over the form before it
-        tried[form] = validation_macro_f1(folder, next(iter(find_formats(folder))), validation)
+        tried[form] = macro_f1(folder, next(iter(find_formats(folder))))
         if tried[form] >= tried["fp32"] - VALIDATION_NOISE:
             break
     return tried
-
-
-def validation_macro_f1(folder: Path, format: str, validation) -> float:
-    """Macro F1 of a saved model on the rows of validation."""
-    # Opened from disk, as a user opens it.
-    classifier = open_artifact(folder, format, threads=torch.get_num_threads())
-    logits = predict(classifier, classifier.encode(list(validation["text"])))
-    return score(logits, np.asarray(validation["label"]))["macro_f1"]
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def build_model(method: str, path: str, labels: list[str], bf16: bool):
         if method in BITS:
             # As run_qat.py does it.
             plan = make_plan(path, model, SchemeArguments(bits=BITS[method]))
-            prepare(model, plan.layers, plan.scales)
+            prepare(plan)
         return model
     # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
     recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}

@@ -9,13 +9,14 @@ from conftest import build_rows, read_json
 from emotion.common.errors import UserError
 from emotion.measure.inspection import describe_scheme
 from emotion.model.artifact import weights_of
-from emotion.model.classifier import OnnxClassifier, open_artifact, predict
+from emotion.model.classifier import ModelInMemory, OnnxClassifier, open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
+from emotion.quantize.fake_quantizers import prepare, to_integers
 from emotion.quantize.int8_onnx import name_nodes, quantize_onnx
 from emotion.quantize.layers import CalibrationRows
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.quantize.outliers import find_outliers, find_pairs, split_outliers
-from emotion.quantize.scheme import SchemeArguments, make_plan
+from emotion.quantize.scheme import SchemeArguments, make_plan, save_format
 from emotion.task.tokens import TextEncoder
 
 import numpy as np
@@ -98,6 +99,40 @@ def test_the_split_gives_int8_its_labels_back(plan_and_rows, spoiled, tmp_path):
         gaps.append(np.abs(found - expected).mean())
     assert gaps[1] < gaps[0] / 3  # the cure is needed, and it works
     assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).mean() > 0.95
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_training_rounds_as_the_file_with_the_same_units_in_floats(bits, spoiled, plan_and_rows, tmp_path):
+    _, rows = plan_and_rows
+    arguments = SchemeArguments(bits=bits)
+    plan = make_plan(spoiled, load_trained_classifier(spoiled).eval(), arguments, rows)
+    assert plan.outliers
+    save_format(plan, tmp_path, "onnx", rows, arguments)
+    file = logits_of(spoiled, tmp_path / "onnx" / "model_quantized.onnx")
+    prepare(plan)
+    fake = predict(ModelInMemory(plan.model, rows.encoder), rows.token_ids)
+    integers = predict(ModelInMemory(to_integers(plan.model), rows.encoder), rows.token_ids)
+    np.testing.assert_allclose(integers, fake, atol=1e-4 * np.abs(fake).mean())
+    assert np.abs(file - fake).mean() < 0.02 * np.abs(fake).mean()
+    # The control: without the split, the training would learn another model than that of the file.
+    whole = make_plan(spoiled, load_trained_classifier(spoiled).eval(), arguments)
+    prepare(whole)
+    plain = predict(ModelInMemory(whole.model, rows.encoder), rows.token_ids)
+    assert np.abs(file - plain).mean() > 5 * np.abs(file - fake).mean()
+
+
+def test_both_products_of_a_pair_learn_their_units(spoiled, plan_and_rows):
+    _, rows = plan_and_rows
+    plan = make_plan(spoiled, load_trained_classifier(spoiled).eval(), SchemeArguments(), rows)
+    prepare(plan)
+    inputs = {name: torch.from_numpy(array) for name, array in rows.encoder.pad(rows.token_ids[:8]).items()}
+    plan.model(**inputs).logits[:, 0].sum().backward()
+    exact = load_trained_classifier(spoiled).eval()
+    exact(**inputs).logits[:, 0].sum().backward()
+    for name, units in (("intermediate.dense", (UNIT,)), ("output.dense", (slice(None), UNIT))):
+        name = f"bert.encoder.layer.0.{name}"
+        found, wanted = (model.get_submodule(name).weight.grad[units] for model in (plan.model, exact))
+        assert (found - wanted).norm() < 0.2 * wanted.norm() and wanted.norm() > 0
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])

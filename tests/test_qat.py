@@ -1,6 +1,7 @@
 """Quantization-aware training, and weights below 8 bits: what was trained is what the file answers."""
 
 import shutil
+from pathlib import Path
 
 import run_evaluation
 import run_ptq
@@ -15,7 +16,7 @@ from emotion.model.artifact import files_to_serve, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.fake_quantizers import LowBitGroups, convert, prepare, round_all, round_rows, switch, to_integers
-from emotion.quantize.layers import Layers, find_layers
+from emotion.quantize.layers import Layers, Plan, find_layers
 from emotion.quantize.levels import LEVELS
 from emotion.quantize.lowbit import choose_scales, pack, round_matrix
 from emotion.quantize.scheme import SchemeArguments, make_plan
@@ -42,6 +43,11 @@ def scheme_of(folder) -> dict:
     return describe_scheme(open_artifact(folder, "onnx", threads=1), weights_of(folder, "onnx"), "onnx")
 
 
+def plan_of(model, **more) -> Plan:
+    """A plan for the first part of a model in memory."""
+    return Plan(Path(), model, Layers(["0"], []), **more)
+
+
 def test_what_was_trained_is_what_was_converted_and_what_reopens(trained):
     for bits, formats in ((8, ["torchao", "onnx", "openvino"]), (2, ["onnx"])):
         made = read_recipe_of(trained / str(bits))
@@ -55,10 +61,10 @@ def test_what_was_trained_is_what_was_converted_and_what_reopens(trained):
         assert (
             forms["converted"]["mean_logit_gap"] < 1e-4 * spread
         )  # nothing, or one value on the edge of two integers
-        assert forms[f"{formats[0]}, reopened"]["mean_logit_gap"] < 0.02 * spread
-    forms = read_recipe_of(trained / "8")["forms"]
-    gaps = [forms[form]["mean_logit_gap"] for form in ("converted", "torchao, reopened")]
-    assert gaps[0] == pytest.approx(gaps[1], rel=0.05)
+        assert forms["onnx, reopened"]["mean_logit_gap"] < 0.02 * spread
+    forms = read_recipe_of(trained / "8")["forms"]  # trained with ONNX Runtime's ranges, so torchao's differ a little
+    gaps = [forms[f"{format}, reopened"]["mean_logit_gap"] for format in ("onnx", "torchao")]
+    assert gaps[0] < gaps[1] < 0.05 * spread
 
 
 def test_a_fake_quantized_layer_computes_what_torchao_does():
@@ -70,7 +76,7 @@ def test_a_fake_quantized_layer_computes_what_torchao_does():
     real.load_state_dict(model.state_dict())
     quantize_(real, Int8DynamicActivationInt8WeightConfig(reduce_range=True))
     real[0].weight.act_quant_kwargs.reduce_range = False
-    prepare(model, Layers(["0"], []), {})
+    prepare(plan_of(model), "torchao")
     assert torch.equal(model(values), real(values))  # to the last digit
     switch(model, enabled=False)
     assert (model(values) - real(values)).abs().mean() > 1e-3  # the control: floats answer differently
@@ -81,16 +87,15 @@ def test_below_8_bits_the_layer_multiplies_the_integers_of_the_file(bits):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32))
     values, scales = torch.randn(40, 64), {"0": choose_scales(model[0].weight, bits, 32)}
-    prepare(model, Layers(["0"], []), scales)
-    fake = model(values)
-    convert(model)
-    assert type(model[0]) is torch.nn.Linear
-    to_integers(model, Layers(["0"], []), scales)
-    integers = model[0].weight
+    prepare(plan_of(model, scales=scales))
+    fake, converted = model(values), to_integers(model)
+    integers = converted[0].weight
     assert integers.dtype == torch.int8 and integers.abs().max() <= 64
     multipliers = scales["0"].multiplier.int().repeat_interleave(32, dim=1)
     assert set((integers / multipliers).unique().tolist()) <= set(LEVELS[bits])
-    assert torch.equal(fake, model(values))  # to the last digit
+    assert torch.equal(fake, converted(values))  # to the last digit
+    convert(model)
+    assert type(model[0]) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
@@ -119,7 +124,7 @@ def test_activations_become_the_integers_of_onnx_runtime(shift):
 
 def test_gradients_pass_straight_through():
     model = torch.nn.Sequential(torch.nn.Linear(64, 8))
-    prepare(model, Layers(["0"], []), {"0": choose_scales(model[0].weight, 2, 32)})
+    prepare(plan_of(model, scales={"0": choose_scales(model[0].weight, 2, 32)}))
     values = torch.randn(3, 5, 64, requires_grad=True)
     (integers, scale), (levels, row) = (
         round_all(values.detach()),
@@ -134,7 +139,7 @@ def test_gradients_pass_straight_through():
 @pytest.mark.parametrize("reduce_range", [True, False])
 def test_gradients_pass_through_a_layer_of_8_bits(reduce_range):
     model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
-    prepare(model, Layers(["0"], []), {}, reduce_range)
+    prepare(plan_of(model), "torchao", reduce_range)
     values = torch.randn(5, 64, requires_grad=True)
     (integers, scale), (weights, row) = (
         round_rows(values.detach()),
@@ -258,14 +263,22 @@ def test_a_whole_and_a_resumed_run_end_alike(artifact, tmp_path, monkeypatch):
     assert whole == half
 
 
+def test_the_control_is_trained_on_in_floats(artifact, tmp_path):
+    run_qat.main(qat_flags(artifact, tmp_path / "control", bits=2, fake_quantize=False, num_train_epochs=1))
+    made = read_recipe_of(tmp_path / "control")
+    assert made["variant"] == "qat-int2-float" and list(find_formats(tmp_path / "control")) == ["onnx"]
+    assert scheme_of(tmp_path / "control")["quantized_layers"] == 0
+    file = answers(tmp_path / "control", "onnx")
+    assert np.abs(file - answers(artifact, "onnx")).mean() > 0.01  # it has learnt on
+
+
 def interrupted(*words):
     raise KeyboardInterrupt
 
 
 def trainer_of(artifact, colors, **changes) -> run_qat.QatTrainer:
     model = load_trained_classifier(artifact)
-    layers = find_layers(model)
-    prepare(model, layers, make_plan(artifact, model, SchemeArguments(bits=2)).scales)
+    prepare(make_plan(artifact, model, SchemeArguments(bits=2)))
     training = run_qat.RecipeTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
     trainer = run_qat.QatTrainer(arguments=run_qat.QatArguments(**changes), model=model, args=training)
     trainer.current_gradient_accumulation_steps = 1  # what a training sets when it starts

@@ -15,7 +15,9 @@ from emotion.model.artifact import adapter_bytes, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.pretrained import build_classifier, load_trained_classifier
 from emotion.quantize import adapter
+from emotion.quantize.layers import CalibrationRows
 from emotion.quantize.nf4 import nf4_options, round_to_nf4
+from emotion.task.tokens import TextEncoder
 
 import bitsandbytes
 import numpy as np
@@ -120,7 +122,9 @@ def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
     options = nf4_options(str(artifact), LABELS, bf16=False)
     exact, plain = load_trained_classifier(artifact), load_trained_classifier(artifact, **options)
     tokenizer = AutoTokenizer.from_pretrained(artifact)
-    chosen = round_to_nf4(artifact, tokenizer, build_rows(60)["text"], torch.float32, options)
+    encoder = TextEncoder(artifact)
+    shown = CalibrationRows(encoder, encoder(build_rows(60)["text"]))
+    chosen = round_to_nf4(artifact, shown, torch.float32, options)
     name = "bert.encoder.layer.0.output.dense"
     states = [model.get_submodule(name).weight.quant_state for model in (plain, chosen)]
     assert torch.equal(states[0].absmax, states[1].absmax)

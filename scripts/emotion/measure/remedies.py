@@ -10,7 +10,7 @@ Neural Compressor and NNCF call this accuracy-aware tuning.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,18 +18,29 @@ from emotion.common.errors import UserError
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
 from emotion.model.artifact import files_to_serve
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
-from emotion.quantize.outliers import LARGEST_COUNT, THRESHOLD, find_outliers
-from emotion.quantize.scheme import copy_shared_files, formats_of, plan_again, save_format
+from emotion.quantize.outliers import describe_outliers, find_outliers
+from emotion.quantize.scheme import SchemeArguments, copy_shared_files, formats_of, plan_again, save_format
 
 FLOAT_UNITS = (1, 2, 4, 8)  # how many of the most harmful units stay in float
 
 
-def save_watched(plan: Plan, folder: Path, rows: CalibrationRows, validation: Rows, arguments) -> dict:
+@dataclass
+class WatchedArguments(SchemeArguments):
+    """How a model is quantized, and how much it may lose."""
+
+    max_loss: float = field(
+        default=0.5, metadata={"help": "Points of validation macro F1 that a format may lose before it gets a remedy."}
+    )
+    save_worse: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})
+
+
+def save_watched(
+    plan: Plan, folder: Path, rows: CalibrationRows, validation: Rows, arguments: WatchedArguments
+) -> dict:
     """Writes each format into ``folder`` with the cheapest remedy that keeps macro F1 on validation.
 
     Args:
         rows: calibrate static ranges, and show the activations in which outliers are found.
-        arguments: `SchemeArguments` with `max_loss`, in points of macro F1, and `save_worse`.
 
     Returns:
         For recipe.yaml: `seconds` per format; `remedies`, all attempts per format, of which one was `kept`; and
@@ -69,9 +80,7 @@ def _explain_remedy(told: dict, format: str, plan: Plan) -> None:
     """Adds to what recipe.yaml tells which layers and units the plan that was kept leaves in float, and why."""
     for name in names_in_float(plan.model, plan.layers):
         told["kept_in_float"].setdefault(name, f"harmed {format} most when it was rounded")
-    if plan.outliers:
-        rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
-        told["outliers"] = {"rule": rule, "units": plan.outliers}
+    told |= describe_outliers(plan.outliers)
 
 
 def _tell(format: str, attempt: dict) -> None:

@@ -9,6 +9,7 @@ from emotion.model.classifier import OnnxClassifier, open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.int8_onnx import quantize_onnx
 from emotion.quantize.layers import Layers, Plan, find_layers
+from emotion.task.dataset import Task, get_split
 from emotion.task.scores import score
 
 import numpy as np
@@ -26,6 +27,12 @@ class Rows:
     texts: list[str]
     labels: np.ndarray
     threads: int
+
+
+def validation_rows(task: Task, threads: int) -> Rows:
+    """The rows of validation."""
+    validation = get_split(task, "validation")
+    return Rows(list(validation["text"]), np.asarray(validation["label"]), threads)
 
 
 def logits_of(folder: Path, format: str, rows: Rows) -> np.ndarray:

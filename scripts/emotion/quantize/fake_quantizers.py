@@ -6,16 +6,20 @@ sums are those of the integers to the last digit. The slope of rounding is zero 
 passes straight through (Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
 for Conditional Computation", 2013).
 
-Each runtime measures activations in its own way, and so does its fake quantizer: torchao token by token (8 bits), ONNX
-Runtime with one range for all tokens of a batch (below 8 bits). torchao's own fake quantizers have neither of the two
-nor the levels of lowbit.py, and they multiply values that are scaled back already. Hence those below.
+Each runtime measures activations in its own way, and so does its fake quantizer: torchao token by token, ONNX Runtime
+with one range for all tokens of a batch, and with the outlier units of outliers.py in floats. torchao's own fake
+quantizers have neither of the two nor the levels of lowbit.py, and they multiply values that are scaled back already.
+Hence those below.
 """
 
+import copy
+from dataclasses import dataclass
 from functools import partial
 
-from emotion.quantize.layers import Layers
+from emotion.quantize.layers import Plan
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
-from emotion.quantize.lowbit import Scales, integers_of, round_matrix
+from emotion.quantize.lowbit import Scales, integers_of
+from emotion.quantize.outliers import find_pairs
 
 import torch
 from torch.nn import functional
@@ -25,14 +29,23 @@ from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 FULL_SPAN = (-128, 127)  # smallest and largest integer of 8 bits
-SAFE_SPAN = (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT - 1)  # of 7 bits, with which no processor's sums overflow
+# Weights, as each runtime makes them; of 7 bits ("reduced"), no processor's sums overflow.
+WEIGHT_SPANS = {
+    ("torchao", True): (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT - 1),
+    ("torchao", False): FULL_SPAN,
+    ("onnx", True): (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT),
+    ("onnx", False): (-127, 127),
+}
 
 
-def round_rows(values: torch.Tensor, span: tuple[int, int] = FULL_SPAN) -> tuple[torch.Tensor, torch.Tensor]:
+def round_rows(
+    values: torch.Tensor, whole: torch.Tensor | None = None, span: tuple[int, int] = FULL_SPAN
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds each row (the last dimension) to symmetric integers, as torchao does it for INT8.
 
     Args:
         values: float (..., columns).
+        whole: the tensor of which the values are a part; not used, since each row has a range of its own.
         span: the smallest and the largest integer.
 
     Returns:
@@ -45,18 +58,19 @@ def round_rows(values: torch.Tensor, span: tuple[int, int] = FULL_SPAN) -> tuple
     return (values * (1.0 / scale)).round_().clamp_(*span), scale
 
 
-def round_all(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds all values to the 256 integers of one range, as ONNX Runtime's operator DynamicQuantizeLinear does it.
 
     Args:
         values: float, of any shape.
+        whole: the tensor whose range it is, if the values are a part of it.
 
     Returns:
         The integers less their zero point, as floats from -255 to 255, in the shape of the values; and their scale
         (the value of the integer 1): float32, one number.
     """
     values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
-    lowest, highest = torch.aminmax(values)
+    lowest, highest = torch.aminmax(values if whole is None else whole)
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # ONNX wants a range that holds 0
     scale = (highest - lowest) / 255
     scale = torch.where(scale == 0, 1.0, scale)  # all values are 0
@@ -71,12 +85,9 @@ class Rounding(FakeQuantizerBase):
         super().__init__()
         self.config, self.enabled, self.function = config, True, function
 
-    def round(self, values: torch.Tensor, ids=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the integers, as floats, and their scale.
-
-        ``ids`` is not used: a row is rounded by its own range, so it does not matter where in a table it stands.
-        """
-        return self.function(values)
+    def round(self, values: torch.Tensor, ids=None, whole=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the integers, as floats, and their scale; ``ids`` is not used, as no row has scales of its own."""
+        return self.function(values, whole)
 
 
 class LowBitGroups(FakeQuantizerBase):
@@ -97,12 +108,13 @@ class LowBitGroups(FakeQuantizerBase):
         """The scales of the whole weight."""
         return Scales(self.bits, self.row, self.multiplier)
 
-    def round(self, weight: torch.Tensor, ids=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+    def round(self, weight: torch.Tensor, ids=slice(None), whole=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the integers of the rows, as floats (..., columns), and the scales of the rows, float32 (..., 1).
 
         Args:
             weight: the whole matrix, or the rows of it that ``ids`` looked up, float (..., columns).
             ids: int64 (...), the number of each of these rows.
+            whole: not used, since the scales are fixed.
         """
         scales = Scales(self.bits, self.row[ids], self.multiplier[ids])
         return integers_of(weight, scales), scales.row
@@ -169,6 +181,55 @@ class IntegerProduct(torch.autograd.Function):
         return for_values, for_weight, for_bias, None, None
 
 
+@dataclass(frozen=True)
+class Split:
+    """The outlier units of a layer, which it computes in floats beside its integers; see outliers.py.
+
+    Attributes:
+        units: their numbers; none in most layers.
+        axis: 0 if they are outputs, as in the first product of a pair; 1 if they are inputs, as in the second.
+    """
+
+    units: list[int]
+    axis: int = 0
+
+    def without_units(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (rows, columns) with zeros in the place of the units."""
+        if not self.units:
+            return weight
+        return weight.index_fill(self.axis, torch.tensor(self.units, device=weight.device), 0)
+
+    def take(self, weight: torch.Tensor) -> torch.Tensor:
+        """The units' part of the weight: (units, columns) or (rows, units)."""
+        return weight[self.units] if self.axis == 0 else weight[:, self.units]
+
+    def multiply(self, values: torch.Tensor, part: torch.Tensor, product) -> torch.Tensor:
+        """The layer's output for ``values`` (..., columns).
+
+        Args:
+            part: of `take`.
+            product: computes all but the units from such values, with weights of `without_units`.
+        """
+        if not self.units:
+            return product(values)
+        if self.axis == 0:
+            found, units = product(values), torch.tensor(self.units, device=values.device)
+            return found.index_add(-1, units, functional.linear(values, part).to(found.dtype))
+        # The units would widen the range of all the others, so they are taken out before it is measured.
+        rest = values.index_fill(-1, torch.tensor(self.units, device=values.device), 0)
+        return product(rest) + functional.linear(values[..., self.units], part)
+
+
+def splits_of(plan: Plan) -> dict[str, Split]:
+    """Name of a layer -> its `Split`, for the layers of the plan that have outlier units."""
+    if not plan.outliers:
+        return {}
+    splits, pairs = {}, find_pairs(plan.model, plan.layers.linear)
+    for second, units in plan.outliers.items():
+        splits[second], splits[pairs[second]] = Split(units, axis=1), Split(units, axis=0)
+    return splits
+
+
 class RoundedLinear(FakeQuantizedLinear):
     """A linear layer that multiplies integers and scales the sums; torchao's multiplies values scaled back already."""
 
@@ -177,7 +238,12 @@ class RoundedLinear(FakeQuantizedLinear):
         if not self.weight_fake_quantizer.enabled:
             return functional.linear(values, self.weight, self.bias)
         rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
-        return IntegerProduct.apply(values, self.weight, self.bias, *rounding)
+        weight = self.split.without_units(self.weight)
+        return self.split.multiply(
+            values,
+            self.split.take(self.weight),
+            lambda rest: IntegerProduct.apply(rest, weight, self.bias, *rounding),
+        )
 
 
 class RoundedEmbedding(FakeQuantizedEmbedding):
@@ -188,21 +254,31 @@ class RoundedEmbedding(FakeQuantizedEmbedding):
         rows, quantizer = functional.embedding(ids, self.weight, self.padding_idx), self.weight_fake_quantizer
         if not quantizer.enabled:
             return rows
-        # With the ids, since below 8 bits each row of the table has scales of its own.
-        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids))
+        # Below 8 bits each row of the table has scales of its own; ONNX Runtime's INT8 has one range for the table.
+        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids, whole=self.weight.detach()))
 
 
 class IntegerLinear(torch.nn.Module):
-    """A layer below 8 bits as ONNX Runtime computes it: uint8 activations times int8 weights, summed in int32."""
+    """A linear layer as ONNX Runtime computes it: uint8 activations times int8 weights, summed in int32.
 
-    def __init__(self, layer: torch.nn.Linear, scales: Scales):
+    Args:
+        layer: a `RoundedLinear`, trained.
+    """
+
+    def __init__(self, layer: RoundedLinear):
         super().__init__()
-        integers = integers_of(layer.weight.detach(), scales).to(torch.int8)
-        self.weight, self.row, self.bias = integers, scales.row.flatten(), layer.bias
-        self.sums = integers.sum(dim=1, dtype=torch.int32)  # of each row: the output where every activation is 1
+        self.split, weight = layer.split, layer.weight.detach()
+        integers, row = layer.weight_fake_quantizer.round(self.split.without_units(weight))
+        self.weight, self.row, self.bias = integers.to(torch.int8), row.flatten(), layer.bias
+        self.sums = self.weight.sum(dim=1, dtype=torch.int32)  # of each row: the output where every activation is 1
+        self.units = self.split.take(weight)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Returns float32 (..., rows) for ``values`` (..., columns)."""
+        return self.split.multiply(values, self.units, self.multiply)
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        """The same without the outlier units."""
         integers, scale = round_all(values)
         # uint8 holds no negative integers. All are shifted up by the lowest, and the shift's share of the sums, the
         # same for every text, is taken off after the product: (x - lowest) w = x w - lowest w.
@@ -213,35 +289,38 @@ class IntegerLinear(torch.nn.Module):
         return product if self.bias is None else product.add_(self.bias)
 
 
-def prepare(model, layers: Layers, scales: dict[str, Scales], reduce_range: bool = True) -> None:
-    """Makes the layers fake-quantized, in place: as INT8 for torchao, or with the given scales for ONNX Runtime.
+def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> None:
+    """Makes the layers of the plan's model fake-quantized, in place, with the plan's scales and outlier units.
 
     Args:
-        scales: name of a layer -> its scales below 8 bits; empty for INT8.
-        reduce_range: whether INT8 weights have 7 bits, as `quantize_torchao` makes them; see levels.py.
+        runtime: whose rounding is trained for: 'onnx' or 'torchao'; below 8 bits it is always 'onnx'.
+        reduce_range: whether INT8 weights have 7 bits; see levels.py.
     """
-    round_weight = partial(round_rows, span=SAFE_SPAN) if reduce_range else round_rows
-    linear, embeddings = set(layers.linear), set(layers.embeddings)
+    model, scales, splits, onnx = plan.model, plan.scales, splits_of(plan), runtime == "onnx"
+    linear, embeddings = set(plan.layers.linear), set(plan.layers.embeddings)
     # torchao asks for these when it swaps the layers, and gives each one quantizers of its own, which are replaced
     # below. From then on the configurations compute nothing; torchao's conversion still looks at them.
-    activations = IntxFakeQuantizeConfig(torch.uint8 if scales else torch.int8, "per_token", is_symmetric=not scales)
+    activations = IntxFakeQuantizeConfig(torch.uint8 if onnx else torch.int8, "per_token", is_symmetric=not onnx)
     weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
     table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in linear)
     quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in embeddings)
+    round_weight = partial(round_rows, span=WEIGHT_SPANS[runtime, reduce_range])
     for name, part in model.named_modules():
         # torchao has no way to name another class for its layer. Giving the finished layer a subclass changes its
         # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
-            part.__class__ = RoundedLinear
-            part.activation_fake_quantizer = Rounding(activations, round_all if scales else round_rows)
+            part.__class__, part.split = RoundedLinear, splits.get(name, Split([]))
+            part.activation_fake_quantizer = Rounding(activations, round_all if onnx else round_rows)
             part.weight_fake_quantizer = (
                 LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
             )
         elif isinstance(part, FakeQuantizedEmbedding):
             # A look-up multiplies nothing that could overflow: all 8 bits are used.
             part.__class__ = RoundedEmbedding
-            part.weight_fake_quantizer = LowBitGroups(table, scales[name]) if scales else Rounding(table, round_rows)
+            part.weight_fake_quantizer = (
+                LowBitGroups(table, scales[name]) if scales else Rounding(table, round_all if onnx else round_rows)
+            )
 
 
 def switch(model, enabled: bool) -> None:
@@ -265,14 +344,17 @@ def convert(model) -> dict[str, Scales]:
     return scales
 
 
-def to_integers(model, layers: Layers, scales: dict[str, Scales]):
-    """Turns a plain model into its form below 8 bits, in place, and returns it.
+def to_integers(model):
+    """A copy of a fake-quantized model as ONNX Runtime computes it: real integers in its linear layers.
 
-    Its linear layers hold real integers, and its embeddings the values that the file unpacks to.
+    Its embeddings hold the values that the file gives back.
     """
-    for name in layers.linear:
-        model.set_submodule(name, IntegerLinear(model.get_submodule(name), scales[name]))
-    for name in layers.embeddings:
-        table = model.get_submodule(name).weight
-        table.data = round_matrix(table.data, scales[name])
+    model = copy.deepcopy(model)
+    for name, part in list(model.named_modules()):
+        if isinstance(part, RoundedLinear):
+            model.set_submodule(name, IntegerLinear(part))
+        elif isinstance(part, RoundedEmbedding):
+            with torch.inference_mode():
+                rows = part(torch.arange(part.num_embeddings))
+            model.set_submodule(name, torch.nn.Embedding.from_pretrained(rows))
     return model

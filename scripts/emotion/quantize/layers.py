@@ -11,6 +11,7 @@ from emotion.common.errors import UserError
 from emotion.task.tokens import TextEncoder
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,30 @@ class CalibrationRows:
 
     encoder: TextEncoder
     token_ids: list[list[int]]
+
+
+def watch_inputs(model, names: list[str], rows: CalibrationRows, see, texts: int | None = None) -> None:
+    """Answers the rows one by one, and shows the inputs of layers.
+
+    Args:
+        names: the layers to watch.
+        see: is called with a layer's name and its inputs for one text, float (tokens, width).
+        texts: how many rows to answer; all if not given.
+    """
+
+    def hook_for(name):
+        """A hook of its own for each layer: a hook is not told the name of the layer it hangs on."""
+        return lambda _, inputs: see(name, inputs[0].detach().flatten(0, -2))
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    model.eval()
+    with torch.inference_mode():
+        for ids in tqdm(rows.token_ids[:texts], desc="activations"):  # one by one: padding would count as input
+            arrays = rows.encoder.pad([ids])
+            inputs = {name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask")}
+            model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+    for hook in hooks:
+        hook.remove()
 
 
 def find_stack(model) -> str:

@@ -12,12 +12,11 @@ W1', b1' and W2' are W1, b1 and W2 with zeros in the place of U: their shapes st
 
 import copy
 
-from emotion.quantize.layers import CalibrationRows, Plan, find_stack
+from emotion.quantize.layers import CalibrationRows, Plan, find_stack, watch_inputs
 from emotion.quantize.levels import BRANCH
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 THRESHOLD = 2.0  # times the 99th percentile of a layer's channel maxima: chosen on validation
 LARGEST_COUNT = 16  # units per layer; with more they would be no outliers, and their product no longer thin
@@ -39,6 +38,14 @@ def find_pairs(model, linear: list[str]) -> dict[str, str]:
     return pairs
 
 
+def describe_outliers(outliers: dict[str, list[int]]) -> dict:
+    """The entry of recipe.yaml about the units that stay in floats, and the rule that chose them; empty for none."""
+    if not outliers:
+        return {}
+    rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
+    return {"outliers": {"rule": rule, "units": outliers}}
+
+
 def find_outliers(plan: Plan, rows: CalibrationRows) -> dict[str, list[int]]:
     """The second product of a pair -> its outlier units, ascending; a pair without any is left out.
 
@@ -57,24 +64,13 @@ def find_outliers(plan: Plan, rows: CalibrationRows) -> dict[str, list[int]]:
 
 def largest_inputs(plan: Plan, names: list[str], rows: CalibrationRows) -> dict[str, torch.Tensor]:
     """The largest absolute value of each input channel of the layers named, float32 (channels,) each."""
-    largest, hooks = {}, []
+    largest = {}
 
-    def watch(name):
-        def hook(_, inputs):
-            found = inputs[0].detach().abs().flatten(0, -2).amax(dim=0)
-            largest[name] = torch.maximum(largest.get(name, found), found)
+    def see(name, inputs):
+        found = inputs.abs().amax(dim=0)
+        largest[name] = torch.maximum(largest.get(name, found), found)
 
-        return hook
-
-    for name in names:
-        hooks.append(plan.model.get_submodule(name).register_forward_pre_hook(watch(name)))
-    plan.model.eval()
-    with torch.inference_mode():
-        for ids in tqdm(rows.token_ids[:TEXTS], desc="activations"):  # one by one: padding would count as input
-            arrays = rows.encoder.pad([ids])
-            plan.model(**{name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask")})
-    for hook in hooks:
-        hook.remove()
+    watch_inputs(plan.model, names, rows, see, texts=TEXTS)
     return largest
 
 

@@ -12,10 +12,10 @@ from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, qu
 from emotion.quantize.int8_onnx import quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import CalibrationRows, Layers, Plan, explain_float, find_layers
+from emotion.quantize.layers import CalibrationRows, Plan, explain_float, find_layers
 from emotion.quantize.levels import LEVELS
 from emotion.quantize.lowbit import check_group_size, choose_scales, write_lowbit_onnx
-from emotion.quantize.outliers import weight_without_outliers
+from emotion.quantize.outliers import find_outliers, weight_without_outliers
 from emotion.task.dataset import Task, get_split, stratified_sample
 from emotion.task.tokens import TextEncoder
 
@@ -96,17 +96,21 @@ def formats_of(bits: int) -> tuple[str, ...]:
     return FORMATS if bits == 8 else ("onnx",)
 
 
-def make_plan(folder: Path, model, arguments: SchemeArguments) -> Plan:
+def make_plan(folder: Path, model, arguments: SchemeArguments, rows: CalibrationRows | None = None) -> Plan:
     """Chooses the layers of a fine-tuned model that are quantized, and below 8 bits the scales of each.
 
     Args:
         folder: where the model is saved, with its FP32 file for ONNX Runtime.
         model: the same model, opened in PyTorch.
+        rows: if given, they show the outlier units that the file for ONNX Runtime keeps in floats.
 
     Raises:
         UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
     """
-    return plan_again(Plan(Path(folder), model, Layers([], [])), arguments)
+    plan = Plan(Path(folder), model, find_layers(model, arguments.keep_float))
+    if rows:
+        plan = replace(plan, outliers=find_outliers(plan, rows))
+    return plan_again(plan, arguments)
 
 
 def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:

@@ -1,0 +1,68 @@
+"""Rounding that keeps the outputs of a layer rather than each weight.
+
+The weights that are still to be rounded make up for the errors of those before them in their row (GPTQ: Frantar et
+al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023).
+"""
+
+from emotion.quantize.layers import CalibrationRows, watch_inputs
+
+import torch
+
+DAMPING = 0.01  # share of the inputs' mean square that is added, so that the matrix of their products has an inverse
+
+
+def multiply_inputs(model, names: list[str], rows: CalibrationRows) -> dict[str, torch.Tensor]:
+    """The products of each layer's inputs with each other, summed over all word pieces of the rows.
+
+    Args:
+        model: the float model.
+        names: the linear layers.
+
+    Returns:
+        Name of a layer -> float32 (width, width), symmetric.
+    """
+    products = {}
+    for name in names:
+        width = model.get_submodule(name).in_features
+        products[name] = torch.zeros(width, width, device=model.device)
+
+    def see(name, inputs):
+        products[name].addmm_(inputs.T, inputs)
+
+    watch_inputs(model, names, rows, see)
+    return products
+
+
+def choose_codes(weight: torch.Tensor, products: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor):
+    """GPTQ: rounds a matrix column by column, so that the layer's outputs change least for the inputs shown.
+
+    Args:
+        weight: float32 (rows, columns).
+        products: of the layer's inputs with each other, float32 (columns, columns).
+        scales: float32 (rows, groups).
+        levels: float32, ascending.
+
+    Returns:
+        The number of the level of each weight, uint8 (rows, columns).
+
+    Raises:
+        torch.linalg.LinAlgError: if the products are not positive definite, for instance when they are not finite.
+    """
+    weight, products = weight.clone(), products.clone()
+    # Inputs that never vary, or vary together, would make the matrix singular: each gets some variance of its own.
+    products.diagonal().add_(DAMPING * products.diagonal().mean())
+    # The upper Cholesky factor of the inverse. Its row i holds what the paper recomputes after each column: how far
+    # the columns after i must move, for an error in column i, once all before i are fixed.
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(products)), upper=True)
+    # A group of zeros has the scale 0: the smallest positive number avoids 0 / 0.
+    steps = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    steps = steps.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
+    middles = (levels[1:] + levels[:-1]) / 2  # between two of these, one level is the nearest
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for column in range(weight.shape[1]):
+        wanted, step = weight[:, column], steps[:, column]  # for all rows at once: rows do not depend on each other
+        codes[:, column] = torch.bucketize(wanted / step, middles)
+        error = (wanted - levels[codes[:, column].int()] * step) / inverse[column, column]
+        # The columns still to come take over the error, each by what its inputs have in common with this column's.
+        weight[:, column + 1 :] -= error[:, None] * inverse[column, column + 1 :]
+    return codes
