@@ -27,7 +27,7 @@ from emotion.model.training import (
 from emotion.quantize.layers import find_stack
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.task.dataset import TaskArguments, load_task
-from emotion.task.source import find_base_model
+from emotion.task.source import find_base_model, name_base_model
 from emotion.task.tokens import load_training_rows
 
 import torch
@@ -49,7 +49,7 @@ class BaselineArguments(TaskArguments):
 def main(argv=None) -> None:
     # 1. Parse
     classes = (BaselineArguments, RecipeTrainingArguments)
-    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, find_base_model)
+    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_base_model)
     set_seed(training.seed)
 
     # 2. Load the task

@@ -21,7 +21,13 @@ from emotion.measure.sensitivity import validation_rows
 from emotion.model.artifact import new_artifact
 from emotion.model.hub import HubArguments, score_and_publish
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.scheme import check_scheme, describe_quantized, draw_calibration_rows, make_plan
+from emotion.quantize.scheme import (
+    check_scheme,
+    describe_quantized,
+    draw_calibration_rows,
+    make_plan,
+    name_model_of_baseline,
+)
 from emotion.task.dataset import load_task_of
 from emotion.task.tokens import TextEncoder
 
@@ -42,7 +48,7 @@ class PtqArguments(WatchedArguments):
 
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, hub, recipe = parse_recipe((PtqArguments, HubArguments), RECIPE, argv)
+    arguments, hub, recipe = parse_recipe((PtqArguments, HubArguments), RECIPE, argv, name_model_of_baseline)
     check_scheme(arguments, arguments.output_dir)
     baseline, artifact = Path(arguments.baseline), Path(arguments.output_dir)
 

@@ -43,6 +43,7 @@ from emotion.quantize.scheme import (
     draw_calibration_rows,
     formats_of,
     make_plan,
+    name_model_of_baseline,
     save_formats,
 )
 from emotion.task.dataset import RowsArguments, Task, get_split, load_task_of
@@ -85,7 +86,8 @@ class QatArguments(SchemeArguments, RowsArguments):
 
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, training, recipe = parse_recipe((QatArguments, RecipeTrainingArguments), RECIPE, argv)
+    classes = (QatArguments, RecipeTrainingArguments)
+    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_model_of_baseline)
     check_scheme(arguments, training.artifact)
     set_seed(training.seed)
 

@@ -39,7 +39,7 @@ from emotion.quantize.onnx_graph import export_onnx
 from emotion.quantize.scheme import draw_calibration_rows, make_plan
 from emotion.task.dataset import Task, get_split, load_task
 from emotion.task.scores import VALIDATION_NOISE, score
-from emotion.task.source import BaseModel, find_base_model
+from emotion.task.source import BaseModel, find_base_model, name_base_model
 from emotion.task.tokens import TextEncoder, load_training_rows
 
 import torch
@@ -52,7 +52,7 @@ CALIBRATION_ROWS = 300  # rows of train, on which rounding the merged model shou
 def main(argv=None) -> None:
     # 1. Parse
     classes = (QloraArguments, RecipeTrainingArguments)
-    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, find_base_model)
+    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_base_model)
     set_seed(training.seed)
 
     # 2. Load the task

@@ -9,6 +9,7 @@ with it row by row.
     python scripts/run_seeds.py baseline --seeds 42 43 44 45 46
     python scripts/run_seeds.py ptq
     python scripts/run_seeds.py qat-int4        # run_qat.py with configs/qat.yaml and --bits 4
+    python scripts/run_seeds.py qat-int4-float  # the same training without rounding, to compare with
 """
 
 import shutil
@@ -31,6 +32,9 @@ class SeedsArguments:
             "help": "baseline, ptq, qat, ...: run_<variant>.py with configs/<variant>.yaml; -int4 adds --bits 4."
         }
     )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model of a variant that starts from one; that of its recipe by default."}
+    )
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
@@ -42,7 +46,9 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     # One seed is made and scored before the next begins: an interrupted run keeps all that was finished.
-    runs = [make_and_score(seed, arguments.variant, weights, results) for seed in arguments.seeds]
+    runs = []
+    for seed in arguments.seeds:
+        runs.append(make_and_score(seed, arguments.variant, weights, results, arguments.model_name_or_path))
     chosen, chosen_by = choose_seed(arguments.variant, runs, results)
     # A copy: the artifacts of all seeds stay where they are, for the variants that start from them.
     with whole_folder(weights / arguments.variant, marker=RECIPE_FILE) as folder:

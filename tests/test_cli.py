@@ -6,7 +6,7 @@ from conftest import run_script, train_flags
 from emotion.common.errors import UserError
 from emotion.common.flags import parse_recipe
 from emotion.model.training import RecipeTrainingArguments
-from emotion.task.source import EMBEDDED_MODEL, find_base_model
+from emotion.task.source import EMBEDDED_MODEL, name_base_model
 
 import pytest
 import yaml
@@ -42,7 +42,7 @@ def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
         weight_decay=0.1,
         per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}},
     )
-    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"], find_base_model)
+    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"], name_base_model)
     assert (training.learning_rate, training.weight_decay) == (3e-4, 0.3)
 
 
@@ -61,11 +61,26 @@ def test_values_of_the_bits_replace_the_recipes_but_not_a_flag(tmp_path):
         assert used.values["learning_rate"] == expected[0] and "per_bits" not in used.values
 
 
+def test_a_base_model_has_values_of_its_own_for_the_bits(tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        learning_rate=1e-5,
+        per_bits={2: {"learning_rate": 3e-4}},
+        per_model={"a/b": {"learning_rate": 2e-5, "per_bits": {4: {"learning_rate": 4e-5}}}},
+    )
+    classes = (run_qat.QatArguments, RecipeTrainingArguments)
+    for name, bits, expected in (("a/b", 8, 2e-5), ("a/b", 4, 4e-5), ("a/b", 2, 2e-5), (None, 2, 3e-4)):
+        flags = ["--bits", str(bits), "--output_dir", "out"]
+        _, training, _ = parse_recipe(classes, recipe, flags, lambda _, name=name: name)
+        assert training.learning_rate == expected
+
+
 @pytest.mark.parametrize(
     ("values", "flags", "message"),
     [
         ({"learning_rat": 1e-3}, [], "unknown key 'learning_rat'. Did you mean learning_rate?"),
         ({"per_model": {"a/b": {"epochs": 3}}}, [], "unknown key 'epochs'"),
+        ({"per_model": {"a/b": {"per_bits": {2: {"epochs": 3}}}}}, [], "unknown key 'epochs'"),
         ({"per_model": {"a/b": None}}, [], "per_model must hold lines such as"),
         ({"per_bits": {2: {"learning_rate": 1e-4}}}, [], "per_bits needs the flag --bits, which this script does not"),
         ({"num_train_epochs": "many"}, [], "invalid float value: 'many'"),
@@ -84,7 +99,7 @@ def test_a_wrong_key_or_flag_is_named(values, flags, message, tmp_path):
 
 
 def test_the_repositorys_own_recipe_is_valid():
-    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"], find_base_model)
+    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"], name_base_model)
     assert training.metric_for_best_model == "macro_f1" and training.load_best_model_at_end
     assert recipe.values["learning_rate"] == training.learning_rate
     assert training.output_dir.endswith("weights/checkpoints/x")  # beside the artifact, not in it

@@ -19,8 +19,8 @@ def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
         classes: dataclasses whose fields are the flags, as `HfArgumentParser` reads them.
         default: the recipe that is read when the command line names none.
         argv: the words of the command line, without the program's name; `sys.argv` if not given.
-        find_model: a function from `model_name_or_path` to an object with the base model's `name`. A recipe with
-            ``per_model`` needs it, since a folder or a package may stand for the name.
+        find_model: a function from the parsed flags to the base model's name, or None. A recipe with ``per_model``
+            needs it, since a folder, a package or a baseline may stand for the name.
 
     Returns:
         One instance of each class, then the `Recipe`.
@@ -34,7 +34,10 @@ def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
     path = Path(leading[0]) if leading else default
     values = read_recipe(path)
     parser = _parser(classes)
-    _check_keys(path, values, {action.dest for action in parser._actions})
+    known = {action.dest for action in parser._actions}
+    _check_keys(path, values, known)
+    if values.get("per_model") and not find_model:
+        raise UserError(f"{path}: per_model needs a flag that names a model, which this script does not have")
     values = _choose_values(parser, values, flags, find_model)
     parser.set_defaults(**_as_typed(values))
     parsed = _into_dataclasses(parser, flags)
@@ -55,14 +58,14 @@ def parse_flags(classes, positional: str, argv=None) -> tuple:
 def _check_keys(path: Path, values: dict, known: set[str]) -> None:
     """Raises `UserError` for a key of the recipe, or of a mapping in it, that is no flag of this command."""
     keys = [key for key in values if key not in PER]
-    for name, flag in PER.items():
+    for name in PER:
         mapping = values.get(name) or {}
-        if mapping and flag not in known:
-            raise UserError(f"{path}: {name} needs the flag --{flag}, which this script does not have")
         if not isinstance(mapping, dict) or not all(isinstance(part, dict) for part in mapping.values()):
             raise UserError(f"{path}: {name} must hold lines such as 'value: {{learning_rate: 1.0e-4}}'")
         for part in mapping.values():
-            keys += part
+            _check_keys(path, part, known)
+    if values.get("per_bits") and "bits" not in known:
+        raise UserError(f"{path}: per_bits needs the flag --bits, which this script does not have")
     for key in keys:
         if key not in known:
             raise UserError(f"{path}: unknown key '{key}'.{_did_you_mean(key, known)}")
@@ -75,7 +78,7 @@ def _choose_values(parser, values: dict, flags: list[str], find_model) -> dict:
     own_values = {key: value for key, value in values.items() if key not in PER}
     parser.set_defaults(**_as_typed(own_values))
     first, _ = parser.parse_known_args(flags)
-    model = find_model(first.model_name_or_path).name if values.get("per_model") else None
+    model = find_model(first) if values.get("per_model") else None
     return resolve(values, model, getattr(first, "bits", None))
 
 

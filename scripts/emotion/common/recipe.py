@@ -10,8 +10,9 @@ RECIPE_FILE = "recipe.yaml"
 # Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
 PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
 
-# A mapping in a recipe -> the flag that chooses one of its entries. The values of that entry replace the recipe's own.
-PER = {"per_model": "model_name_or_path", "per_bits": "bits"}
+# Mappings in a recipe: by base model, and by the bits of a weight. The values of an entry replace the recipe's own. An
+# entry of per_model may hold a per_bits of its own.
+PER = ("per_model", "per_bits")
 
 
 def read_recipe(path: Path) -> dict:
@@ -35,10 +36,10 @@ def read_recipe(path: Path) -> dict:
 
 def resolve(values: dict, model: str | None, bits: int | None) -> dict:
     """The values of a recipe for one base model and one number of bits per weight, without the mappings of `PER`."""
-    chosen = {key: value for key, value in values.items() if key not in PER}
     # `or {}`: a mapping whose entries are all commented out is None in YAML.
-    chosen |= (values.get("per_model") or {}).get(model, {})
-    return chosen | (values.get("per_bits") or {}).get(bits, {})
+    chosen = values | (values.get("per_model") or {}).get(model, {})
+    chosen |= (chosen.get("per_bits") or {}).get(bits, {})
+    return {key: value for key, value in chosen.items() if key not in PER}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def read_recipe_of(folder: Path) -> dict:
 
     # Written by this project, and held to be whole: `new_artifact` puts it into place with its folder.
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def base_model_of(folder: Path) -> str | None:
+    """The Hub id of the base model that an artifact was made from; None if its folder does not tell."""
+    return read_recipe_of(folder).get("made", {}).get("base_model")
 
 
 def comparable(values: dict) -> dict[str, str]:

@@ -4,6 +4,7 @@ A format goes up a ladder of remedies, the cheapest first, and keeps the first t
 
     plain    as the recipe says
     split    ONNX Runtime: outlier units of the feed-forward pairs in floats (quantize/outliers.py)
+    rounded  below 8 bits: weights rounded so that the outputs of their layers change least (quantize/gptq.py)
     float    the layers that harm most in floats as well, 1, 2, 4, then 8 of them, measured one at a time
 
 Neural Compressor and NNCF call this accuracy-aware tuning.
@@ -18,6 +19,7 @@ from emotion.common.errors import UserError
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
 from emotion.model.artifact import files_to_serve
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
+from emotion.quantize.lowbit import round_by_outputs
 from emotion.quantize.outliers import describe_outliers, find_outliers
 from emotion.quantize.scheme import SchemeArguments, copy_shared_files, formats_of, plan_again, save_format
 
@@ -97,6 +99,8 @@ def _ladder(plan: Plan, format: str, rows: CalibrationRows, measured, arguments)
     if format == "onnx" and (outliers := find_outliers(plan, rows)):
         plan = plan_again(replace(plan, outliers=outliers), arguments)
         yield f"split, {sum(map(len, outliers.values()))} units", plan
+    if arguments.bits < 8:
+        yield "rounded by outputs", round_by_outputs(plan, rows)
     if arguments.save_worse:  # measuring every layer takes minutes, and the result would be saved in any case
         return
     # A unit is what one product holds: query, key and value together.

@@ -7,7 +7,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, read_json
 from emotion.common.machine import SCRIPTS, run_script
-from emotion.common.recipe import RECIPE_FILE, comparable, read_recipe, read_recipe_of, resolve
+from emotion.common.recipe import RECIPE_FILE, base_model_of, comparable, read_recipe, read_recipe_of, resolve
 from emotion.measure.record import read_logits
 from emotion.model.artifact import find_formats
 from emotion.task.dataset import source_of
@@ -25,24 +25,31 @@ def recipe_of(method: str) -> Path:
 
 
 def split_variant(variant: str) -> tuple[str, dict]:
-    """'qat-int4' -> 'qat' and {'bits': 4}, the change to that method's recipe; no change for 'qat'."""
+    """'qat-int4' -> 'qat' and {'bits': 4}, the change to that method's recipe; no change for 'qat'.
+
+    'qat-int4-float' is the same training without rounding: {'bits': 4, 'fake_quantize': False}.
+    """
     # The first group is lazy, or it would swallow '-int4' and leave nothing for the second.
-    method, bits = re.fullmatch(r"(.*?)(?:-int(\d))?", variant).groups()
-    return method, {"bits": int(bits)} if bits else {}
+    method, bits, floats = re.fullmatch(r"(.*?)(?:-int(\d))?(-float)?", variant).groups()
+    changes = {"bits": int(bits)} if bits else {}
+    return method, changes | ({"fake_quantize": False} if floats else {})
 
 
-def make_and_score(seed: int, variant: str, weights: Path, results: Path) -> dict:
+def make_and_score(seed: int, variant: str, weights: Path, results: Path, base_model: str | None = None) -> dict:
     """Makes the artifact of one seed, unless it stands already, and scores each of its formats on test.
 
     Args:
         weights: the artifact becomes `seeds/<variant>-<seed>` in this folder.
         results: the records go to `seeds/<seed>` in this folder.
+        base_model: for a variant that starts from one, in place of that of its recipe.
 
     Returns:
         The seed, the scores on validation and the costs of the training; and the scores on test, per format in
         `formats`, or for the baseline beside the rest.
     """
     method, changes = split_variant(variant)
+    if base_model:
+        changes["model_name_or_path"] = base_model
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
     training = make(artifact, method, changes, seed, weights)["training"]
     run = {
@@ -78,7 +85,10 @@ def make(artifact: Path, method: str, changes: dict, seed: int, weights: Path) -
     if trained:
         changes = changes | {"seed": seed}
     # A recipe may differ by base model and by bits; only what holds for this one is compared with what was made.
-    model = None if starts_from_baseline else find_base_model(values["model_name_or_path"]).name
+    if starts_from_baseline:
+        model = base_model_of(baseline)
+    else:
+        model = find_base_model((values | changes)["model_name_or_path"]).name
     values = resolve(values, model, changes.get("bits", values.get("bits")))
     if is_up_to_date(artifact, values | changes, baseline):
         print(f"seed {seed}: {artifact} stands")

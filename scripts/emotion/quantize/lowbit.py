@@ -19,13 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.quantize.gptq import choose_codes, multiply_inputs
 from emotion.quantize.int8_onnx import quantize_onnx
-from emotion.quantize.layers import Layers, Plan
+from emotion.quantize.layers import CalibrationRows, Layers, Plan
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT, LEVELS
 from emotion.quantize.outliers import weight_without_outliers
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 # Bits of a code -> its planes, as (bits of the plane, its lowest bit in the code). Each plane is an array of its own.
 # Three bits do not divide a byte, and some codes would lie in two bytes: so the lower two bits are stored four to a
@@ -127,6 +129,20 @@ def integers_of(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
 def round_matrix(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
     """The matrix with the weights that the file will give back, float32 (..., columns)."""
     return integers_of(weight, scales).mul_(scales.row)
+
+
+def round_by_outputs(plan: Plan, rows: CalibrationRows) -> Plan:
+    """The plan with its linear layers rounded so that their outputs change least for the rows; see gptq.py.
+
+    Scales, size and speed stay as they are.
+    """
+    products, rounded = multiply_inputs(plan.model, plan.layers.linear, rows), {}
+    for name in tqdm(plan.layers.linear, desc="rounding by outputs"):
+        scales = plan.scales[name]
+        levels, step = torch.tensor(LEVELS[scales.bits], dtype=torch.float32), scales.step
+        codes = choose_codes(weight_without_outliers(plan, name), products[name], step.squeeze(-1), levels)
+        rounded[name] = (levels[codes.int()].unflatten(1, (step.shape[1], -1)) * step).flatten(1)
+    return replace(plan, rounded=rounded)
 
 
 def codes_of(weight: torch.Tensor, scales: Scales) -> np.ndarray:

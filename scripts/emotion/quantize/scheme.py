@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import check_replaceable
-from emotion.common.recipe import RECIPE_FILE, Recipe
+from emotion.common.recipe import RECIPE_FILE, Recipe, base_model_of
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
 from emotion.quantize.int8_onnx import quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
@@ -56,6 +56,11 @@ class SchemeArguments:
     calibration_rows: int = field(
         default=300, metadata={"help": "Rows of train, drawn class by class, that calibrate static activation ranges."}
     )
+
+
+def name_model_of_baseline(arguments: SchemeArguments) -> str | None:
+    """The Hub id of the base model that the baseline was made from; None if its folder does not tell."""
+    return base_model_of(Path(arguments.baseline))
 
 
 def check_scheme(arguments: SchemeArguments, output_dir: str) -> None:
@@ -116,7 +121,7 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
 def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
     """Chooses layers and scales anew for a plan whose outliers, or the arguments, have changed."""
     layers = find_layers(plan.model, arguments.keep_float)
-    plan = replace(plan, layers=layers, scales={})
+    plan = replace(plan, layers=layers, scales={}, rounded={})
     if arguments.bits == 8:  # each runtime chooses its own scales
         return plan
     names = [*layers.linear, *layers.embeddings]
