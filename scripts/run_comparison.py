@@ -1,7 +1,8 @@
 """Reads all records and studies and writes what shows them: the README's table, pages, cards, pictures, the report.
 
 No number is typed by hand, and rendering twice changes nothing. A record that lacks a field stops the rendering, and a
-result from the sample or from a short run never enters the README.
+result from the sample or from a short run never enters the README. The folder `base` among the results holds those of
+the base-size encoder, which get a comparison of their own and a second table in the README.
 
     python scripts/run_comparison.py
     python scripts/run_comparison.py --check                                          # as `make check` does
@@ -15,14 +16,14 @@ from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, read_json, write_bytes, write_text
+from emotion.common.files import ROOT, write_bytes, write_text
 from emotion.common.flags import parse_flags
-from emotion.measure.record import read_records, record_name
+from emotion.measure.record import record_name
 from emotion.report.cards import render_cards
-from emotion.report.comparison import build_comparison
+from emotion.report.comparison import Family, read_family
 from emotion.report.document import REPORT, compile_report
-from emotion.report.figures import list_pictures, same_picture
-from emotion.report.pages import render_study_pages
+from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
+from emotion.report.pages import BASE_FAMILY, render_study_pages
 from emotion.report.tables import render_block, render_page, render_table
 from emotion.report.trace import render_trace_page
 
@@ -50,39 +51,51 @@ def main(argv=None) -> None:
     """Writes, checks or prints, as the flags say."""
     (arguments,) = parse_flags((ComparisonArguments,), positional="results_dir", argv=argv)
     results, readme = Path(arguments.results_dir).resolve(), Path(arguments.readme).resolve()
-    records = read_records(results)
-    comparison = build_comparison(records, results)
+    families = [read_family(results)]
+    if (results / BASE_FAMILY / "metrics").is_dir():
+        families.append(read_family(results / BASE_FAMILY))
     if not arguments.print_only:  # the table alone may show a short run, or the sample
-        for record in records:
-            check_publishable(record)
-        benchmarks = {path.stem: read_json(path) for path in sorted((results / "benchmark").glob("*.json"))}
-        pictures = list_pictures(comparison, records, benchmarks, results)
-        pages = render_pages(comparison, records, benchmarks, pictures, results, readme)
+        pages, pictures = {}, list_study_pictures(results) | list_card_pictures(families[0])
+        for family in families:
+            for record in family.records:
+                check_publishable(record)
+            shown = list_pictures(family)
+            pages |= render_family(family, list(shown))
+            pictures |= shown
+        pages |= render_pages(families, readme)
         if arguments.check:
             check(pages, pictures, readme.parent)
         else:
             write(pages, pictures, readme.parent)
-    print(render_table(comparison))
+    for family in families:
+        print(render_table(family.comparison))
 
 
-def render_pages(comparison, records, benchmarks, pictures, results: Path, readme: Path) -> dict[Path, str]:
+def render_family(family: Family, pictures: list[Path]) -> dict[Path, str]:
+    """The comparison of one encoder's variants, as JSON and as a page."""
+    folder, comparison = family.folder, family.comparison
+    return {
+        # For the report, and for anyone who wants the numbers without the words.
+        folder / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        folder / "comparison.md": render_page(family, pictures),
+    }
+
+
+def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     """The files that show the records in words and numbers, and their whole text.
 
     Raises:
         UserError: if the README has no place for the table, or a record or a study lacks a field.
     """
+    results, records = families[0].folder, families[0].records
     text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
     before, after = text.split(START)[0], text.split(END)[1]  # a person wrote these parts: they stay as they are
-    # Pictures of studies are on the pages of the studies, and the matrices on the cards.
-    figures = [path for path in pictures if path.parent.name == "figures"]
     cards = render_cards(records, readme.parent / "model_cards")
+    blocks = "\n".join(render_block(family.comparison) for family in families)
     return {
-        readme: f"{before}{START}\n\n{render_block(comparison)}\n{END}{after}",
-        # For the report, and for anyone who wants the numbers without the words.
-        results / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        results / "comparison.md": render_page(comparison, records, benchmarks, figures),
+        readme: f"{before}{START}\n\n{blocks}\n{END}{after}",
         **cards,
         **render_study_pages(results),
         # It quotes a line of a card: of the one above, not of the one on the disk.

@@ -52,21 +52,19 @@ def main(argv=None) -> None:
     check_scheme(arguments, arguments.output_dir)
     baseline, artifact = Path(arguments.baseline), Path(arguments.output_dir)
 
-    # 2. Load the task; only its calibration rows are needed
+    # 2. Load the task: rows of train that calibrate, and those of validation that show what is lost
     made_by = read_recipe_of(baseline)
     task = load_task_of(made_by, arguments.dataset_name)
     print(f"{baseline}   calibration: {arguments.calibration_rows} rows of {task.name} ({task.source}), train")
 
-    # 3. Build the variant: choose its layers, and below 8 bits the scales that round them
-    plan = make_plan(baseline, load_trained_classifier(baseline), arguments)
-    print(f"INT{arguments.bits}: {len(plan.layers.linear)} linear layers, {len(plan.layers.embeddings)} embeddings")
-
-    # 4. Calibrate: draw the rows by which OpenVINO, and ONNX Runtime if asked to, measure the activations' ranges
     rows = draw_calibration_rows(task, TextEncoder(baseline), arguments.calibration_rows, arguments.seed)
-
     scored = validation_rows(task, threads=choose_threads(None))
 
-    # 5. Save each format with the cheapest remedy that keeps its score
+    # 3. Build the variant: choose its layers, and below 8 bits the scales that round them
+    plan = make_plan(baseline, load_trained_classifier(baseline), arguments, rows)
+    print(f"INT{arguments.bits}: {len(plan.layers.linear)} linear layers, {len(plan.layers.embeddings)} embeddings")
+
+    # 4. Calibrate and 5. save each format, with the cheapest remedy that keeps its score
     made = describe_quantized("ptq", recipe, made_by, plan, arguments)
     with new_artifact(artifact, made) as folder:
         made |= save_watched(plan, folder, rows, scored, arguments)  # which quantizes; recipe.yaml is written last

@@ -97,8 +97,7 @@ def main(argv=None) -> None:
 
     # 3. Build the variant: the baseline with fake quantizers in its layers
     calibration = draw_calibration_rows(task, TextEncoder(base.path), arguments.calibration_rows, training.seed)
-    shown = calibration if runtime_of(arguments) == "onnx" else None
-    plan = make_plan(base.path, load_trained_classifier(base.path), arguments, shown)
+    plan = make_plan(base.path, load_trained_classifier(base.path), arguments, calibration)
     made = describe_quantized("qat", recipe, made_by, plan, arguments)
     if arguments.fake_quantize:
         prepare(plan, runtime_of(arguments), arguments.reduce_range)

@@ -131,7 +131,7 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
             export_onnx(merged, tokenizer, whole / "onnx" / "model.onnx")
             # As run_ptq.py: with outlier units in floats, if rounding everything would lose too much.
             watched = WatchedArguments(formats=["onnx"], save_worse=True)
-            made |= save_watched(make_plan(whole, merged, watched), folder, rows, validation, watched)
+            made |= save_watched(make_plan(whole, merged, watched, rows), folder, rows, validation, watched)
         if "nf4" in formats:
             options = nf4_options(str(whole), task.labels, training.bf16)
             made["merged"] = save_smallest(whole, folder, options, rows, validation)

@@ -1,8 +1,9 @@
 """Draws the ladder: 8, 4, 3 and 2 bits per weight, rounded after the training (PTQ) or trained for it (QAT).
 
 Both methods round alike at the same bits and groups. Each cell is a real file for ONNX Runtime, scored on test against
-the FP32 baseline of the same seed; the recipes were chosen on validation. A cell that stands is not made again. Cells
-of other bits stay in `results/bits.json`, so that the ladder can be drawn step by step.
+the FP32 baseline of the same seed; the recipes were chosen on validation. The control of QAT is the same training
+without rounding: a gain that it has too is the training's, and not the quantizer's. A cell that stands is not made
+again. Cells of other bits stay in `bits.json`, so that the ladder can be drawn step by step.
 
     python scripts/study_bits.py
     python scripts/study_bits.py --bits 3 --seeds 42
@@ -12,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import ROOT, read_json, write_json, write_text
+from emotion.common.files import ROOT, read_json, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
+from emotion.common.recipe import base_model_of
 from emotion.measure.seeds import make, make_and_score, summarize_scores
 from emotion.quantize.scheme import name_variant
-from emotion.report.pages import render_study_pages
-from emotion.report.plots import plot_bits, plot_rounding
+from emotion.report.figures import write_studies
+from emotion.report.pages import page_of
 
 # A setting of the recipe whose worth is measured -> the flags that undo it.
 CHOICES = {"as in the recipe": {}, "without distillation": {"distillation_weight": 0}}
@@ -31,6 +33,7 @@ class BitsArguments:
 
     bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight."})
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines."})
+    choices: bool = field(default=True, metadata={"help": "Measure what distillation is worth at 2 bits, too."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     work_dir: str = field(default=str(ROOT / "build" / "bits_study"), metadata={"help": "Where choices are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
@@ -43,21 +46,19 @@ def main(argv=None) -> None:
     path = results / "bits.json"
     # Cells of other bits, measured before, stay in the study.
     study = read_json(path) if path.is_file() else {"cells": {}, "choices": {}}
+    study["base_model"] = base_model_of(weights / "seeds" / f"baseline-{arguments.seeds[0]}")
     for bits in arguments.bits:
-        for method in ("ptq", "qat"):
-            variant = name_variant(method, bits)
+        for method, ending in (("ptq", ""), ("qat", ""), ("qat", "-float")):
+            variant = name_variant(method, bits) + ending
             runs = [make_and_score(seed, variant, weights, results) for seed in arguments.seeds]
-            study["cells"][variant] = {"method": method, "bits": bits} | describe_cell(variant, runs, results)
+            cell = {"method": method + ending, "bits": bits} | describe_cell(variant, runs, results)
+            study["cells"][variant] = cell
             write_study(study, path)  # after each cell: the ladder takes hours, and may be interrupted
     # At 2 bits alone: the more that rounding loses, the more a setting has to win back.
-    if 2 in arguments.bits:
-        study["choices"] = try_choices(arguments.seeds[0], weights, Path(arguments.work_dir))
+    if arguments.choices and 2 in arguments.bits:
+        study["choices"] = try_choices(arguments.seeds, weights, Path(arguments.work_dir))
         write_study(study, path)
-    for page, text in render_study_pages(results).items():
-        write_text(page, text)
-    plot_bits(study, results / "bits")
-    plot_rounding(results / "rounding")
-    print((results / "bits.md").read_text(encoding="utf-8"))
+    print(write_studies(results)[page_of(results, "bits")])
 
 
 def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
@@ -78,7 +79,7 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
     if variant.startswith("qat"):
         cost = record["made"]["training"]
         training = {name: cost.get(name) for name in ("seconds", "peak_memory_mb", "threads")}
-        forms = [one["made"]["forms"] for one in records]  # what converting and saving did, for each seed
+        forms = [one["made"].get("forms") for one in records]  # what converting and saving did, for each seed
     return {
         "weights": record["scheme"]["weights"],
         "embeddings": record["scheme"]["embeddings"],
@@ -94,19 +95,22 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
     }
 
 
-def try_choices(seed: int, weights: Path, work: Path) -> dict:
+def try_choices(seeds: list[int], weights: Path, work: Path) -> dict:
     """The worth of each setting of the recipe at 2 bits: validation macro F1 of the file with it and without."""
     found = {}
     for name, changes in CHOICES.items():
-        if changes:
-            folder = work / f"qat-{seed}"
-            for flag, value in changes.items():  # build/bits_study/qat-42-distillation_weight-0
-                folder = folder.with_name(f"{folder.name}-{flag}-{value}")
-        else:  # the cell of the ladder itself, which stands already
-            folder = weights / "seeds" / f"{name_variant('qat', 2)}-{seed}"
-        # The same seed and baseline for both, so that the setting is all that differs.
-        made = make(folder, "qat", {"bits": 2} | changes, seed, weights)
-        found[name] = {"seed": seed} | made["forms"]["onnx, reopened"]
+        runs = []
+        for seed in seeds:
+            if changes:
+                folder = work / f"qat-{seed}"
+                for flag, value in changes.items():  # build/bits_study/qat-42-distillation_weight-0
+                    folder = folder.with_name(f"{folder.name}-{flag}-{value}")
+            else:  # the cell of the ladder itself, which stands already
+                folder = weights / "seeds" / f"{name_variant('qat', 2)}-{seed}"
+            # The same seed and baseline for both, so that the setting is all that differs.
+            made = make(folder, "qat", {"bits": 2} | changes, seed, weights)
+            runs.append({"seed": seed} | made["forms"]["onnx, reopened"])
+        found[name] = {"runs": runs} | summarize_scores(runs, ("validation_macro_f1", "mean_logit_gap"))
     return found
 
 

@@ -9,24 +9,24 @@ points of the best such candidate. Of these, the fastest at batch 1 wins. config
 
 import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import run_ptq
 from emotion.common.command import run
-from emotion.common.files import ROOT, write_json, write_text
+from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
-from emotion.common.recipe import read_recipe_of
+from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.inspection import describe_scheme
-from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
+from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers, validation_rows
 from emotion.model.artifact import files_to_serve, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
-from emotion.report.pages import render_study_pages
-from emotion.report.plots import plot_sensitivity
-from emotion.task.dataset import get_split, load_task_of
+from emotion.report.figures import write_studies
+from emotion.report.pages import page_of
+from emotion.task.dataset import load_task_of
 from emotion.task.scores import VALIDATION_NOISE, score
 
 import numpy as np
@@ -45,6 +45,7 @@ CANDIDATES = {
     "torchao": Candidate("torchao"),
     "torchao, 8-bit weights": Candidate("torchao", {"reduce_range": False}),
     "ONNX Runtime, dynamic": Candidate("onnx"),
+    "ONNX Runtime, dynamic, outliers split": Candidate("onnx", {"split_outliers": True}),
     "ONNX Runtime, dynamic, 8-bit weights": Candidate("onnx", {"reduce_range": False}),
     "ONNX Runtime, static by extremes": Candidate("onnx", {"onnx_calibration": "minmax"}),
     "ONNX Runtime, static by entropy": Candidate("onnx", {"onnx_calibration": "entropy"}),
@@ -56,7 +57,7 @@ CANDIDATES = {
 # values must not matter here: it holds the winners of the study before.
 FLAGS = {
     "torchao": {"reduce_range": True, "keep_float": []},
-    "onnx": {"reduce_range": True, "keep_float": [], "onnx_calibration": "none"},
+    "onnx": {"reduce_range": True, "keep_float": [], "onnx_calibration": "none", "split_outliers": False},
     "openvino": {"reduce_range": True, "keep_float": [], "smooth_quant": False},
 }
 
@@ -70,6 +71,10 @@ class StudyArguments:
     )
     work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    layer_texts: int | None = field(
+        default=None, metadata={"help": "Texts of validation that show a layer on its own; all if not given."}
+    )
+    leave_out: list[str] = field(default_factory=list, metadata={"help": "Candidates that are not made."})
     rounds: int = field(default=10, metadata={"help": "Turns that each candidate gets when speed is measured."})
 
 
@@ -77,9 +82,9 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((StudyArguments,), positional="baselines", argv=argv)
     baselines, results = [Path(folder) for folder in arguments.baselines], Path(arguments.results_dir)
     task = load_task_of(read_recipe_of(baselines[0]))
-    validation = get_split(task, "validation")
-    rows = Rows(list(validation["text"]), np.asarray(validation["label"]), choose_threads(None))
+    rows = validation_rows(task, choose_threads(None))
     about = describe_run(rows.threads) | {
+        "base_model": base_model_of(baselines[0]),
         "dataset": task.name,
         "dataset_source": task.source,
         "split": "validation",
@@ -88,13 +93,15 @@ def main(argv=None) -> None:
     }
 
     # 1. Each layer on its own: which one changes the logits most?
-    layers = measure_layers(baselines[0], rows)
-    write_json(results / "ptq_sensitivity.json", about | {"layers": layers})
+    few = replace(rows, texts=rows.texts[: arguments.layer_texts], labels=rows.labels[: arguments.layer_texts])
+    layers = measure_layers(baselines[0], few)
+    write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
     # Without the entries that quantize a whole kind of layer.
     single = [one for one in layers if one["layer"] is not None]
     worst = max(single, key=lambda one: one["mean_logit_shift"])
     without_worst = Candidate("onnx", {"keep_float": worst["names"]})
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
+    candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
 
     # 2. Make, score and time the candidates; 3. choose
     folders = make_candidates(candidates, baselines, Path(arguments.work_dir))
@@ -105,7 +112,7 @@ def main(argv=None) -> None:
         studied[name] |= measured
     study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
     write_json(results / "ptq_study.json", study)
-    write_pages(results, layers)
+    print(write_studies(results)[page_of(results, "ptq_study")])
 
 
 def make_candidates(candidates: dict[str, Candidate], baselines: list[Path], work: Path) -> dict[str, list[Path]]:
@@ -116,8 +123,7 @@ def make_candidates(candidates: dict[str, Candidate], baselines: list[Path], wor
         for baseline in baselines:
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
             words = ["--baseline", str(baseline), "--output_dir", str(folder), "--formats", candidate.format]
-            # Every candidate is wanted as it is, whatever it loses.
-            words += ["--max_loss", "100"]
+            words += ["--max_loss", "100"]  # every candidate is wanted as it is, whatever it loses
             run_ptq.main(words + _as_words(FLAGS[candidate.format] | candidate.changes))
             folders[name].append(folder)
     return folders
@@ -204,14 +210,6 @@ def choose(studied: dict) -> dict:
         winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
         chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
     return chosen
-
-
-def write_pages(results: Path, layers: list[dict]) -> None:
-    """Writes the pages and the figure of the results, and prints the study's page."""
-    for path, text in render_study_pages(results).items():
-        write_text(path, text)
-    plot_sensitivity(layers, results / "ptq_sensitivity")
-    print((results / "ptq_study.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_the_unit_is_found_in_each_layer_and_nothing_where_there_is_none(plan_an
     outliers = find_outliers(plan, rows)
     assert set(outliers) == {f"bert.encoder.layer.{layer}.output.dense" for layer in (0, 1)}
     assert all(UNIT in units for units in outliers.values())
-    sound = make_plan(artifact, load_trained_classifier(artifact), SchemeArguments())
+    sound = make_plan(artifact, load_trained_classifier(artifact), SchemeArguments(), rows)
     assert all(UNIT not in units for units in find_outliers(sound, rows).values())
 
 
@@ -104,7 +104,7 @@ def test_the_split_gives_int8_its_labels_back(plan_and_rows, spoiled, tmp_path):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_training_rounds_as_the_file_with_the_same_units_in_floats(bits, spoiled, plan_and_rows, tmp_path):
     _, rows = plan_and_rows
-    arguments = SchemeArguments(bits=bits)
+    arguments = SchemeArguments(bits=bits, split_outliers=True)
     plan = make_plan(spoiled, load_trained_classifier(spoiled).eval(), arguments, rows)
     assert plan.outliers
     save_format(plan, tmp_path, "onnx", rows, arguments)
@@ -115,7 +115,7 @@ def test_training_rounds_as_the_file_with_the_same_units_in_floats(bits, spoiled
     np.testing.assert_allclose(integers, fake, atol=1e-4 * np.abs(fake).mean())
     assert np.abs(file - fake).mean() < 0.02 * np.abs(fake).mean()
     # The control: without the split, the training would learn another model than that of the file.
-    whole = make_plan(spoiled, load_trained_classifier(spoiled).eval(), arguments)
+    whole = make_plan(spoiled, load_trained_classifier(spoiled).eval(), SchemeArguments(bits=bits), rows)
     prepare(whole)
     plain = predict(ModelInMemory(whole.model, rows.encoder), rows.token_ids)
     assert np.abs(file - plain).mean() > 5 * np.abs(file - fake).mean()
@@ -123,7 +123,7 @@ def test_training_rounds_as_the_file_with_the_same_units_in_floats(bits, spoiled
 
 def test_both_products_of_a_pair_learn_their_units(spoiled, plan_and_rows):
     _, rows = plan_and_rows
-    plan = make_plan(spoiled, load_trained_classifier(spoiled).eval(), SchemeArguments(), rows)
+    plan = make_plan(spoiled, load_trained_classifier(spoiled).eval(), SchemeArguments(split_outliers=True), rows)
     prepare(plan)
     inputs = {name: torch.from_numpy(array) for name, array in rows.encoder.pad(rows.token_ids[:8]).items()}
     plan.model(**inputs).logits[:, 0].sum().backward()

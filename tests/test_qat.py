@@ -374,10 +374,13 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeyp
     study = read_json(results / "bits.json")
     record = read_json(results / "seeds" / "7" / "metrics" / "qat-int4-onnx.json")
     cell = study["cells"]["qat-int4"]
+    control = study["cells"]["qat-int4-float"]  # the same training, in floats
+    assert control["method"] == "qat-float" and control["megabytes"] > 2 * cell["megabytes"]
     assert cell["macro_f1"]["mean"] == record["quality"]["macro_f1"] and cell["weights"] == "int4 in groups of 32"
     assert cell["megabytes"] == record["size"]["megabytes"] and cell["training"]["peak_memory_mb"] > 0
     page = (results / "bits.md").read_text()
     assert page == pages.render_study_pages(results)[results / "bits.md"] and "int4 in groups of 32" in page
+    assert f"{100 * control['change']['mean']:+.2f}" in page
     assert (results / "bits.png").read_bytes().startswith(b"\x89PNG")
     made = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
     before = made.stat().st_mtime_ns

@@ -45,6 +45,10 @@ class SchemeArguments:
         default="none",
         metadata={"help": "ONNX activation ranges: 'none' (dynamic), or static by 'minmax' or 'entropy'."},
     )
+    split_outliers: bool = field(
+        default=False,
+        metadata={"help": "ONNX: outlier units of feed-forward pairs stay in floats; PTQ does so itself if needed."},
+    )
     reduce_range: bool = field(
         default=True,
         metadata={"help": "Use 7 of the 8 bits of a weight, so that the sums are right on every processor."},
@@ -107,13 +111,13 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
     Args:
         folder: where the model is saved, with its FP32 file for ONNX Runtime.
         model: the same model, opened in PyTorch.
-        rows: if given, they show the outlier units that the file for ONNX Runtime keeps in floats.
+        rows: needed with `split_outliers`: they show the outlier units.
 
     Raises:
         UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
     """
     plan = Plan(Path(folder), model, find_layers(model, arguments.keep_float))
-    if rows:
+    if arguments.split_outliers and "onnx" in (arguments.formats or FORMATS):  # no other format needs it
         plan = replace(plan, outliers=find_outliers(plan, rows))
     return plan_again(plan, arguments)
 

@@ -3,13 +3,14 @@
 It is written to `results/comparison.json`, so that the pages, the pictures and the report show the very same numbers.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import read_json
 from emotion.measure.contenders import TITLES, is_alternative
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
-from emotion.measure.record import read_predictions, record_name
+from emotion.measure.record import read_predictions, read_records, record_name
 from emotion.model.artifact import WEIGHT_FILES
 
 import numpy as np
@@ -19,6 +20,29 @@ MAIN_RUN, SHAPE_RUN = "all", "bert-base"  # files of results/benchmark
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
 RATIOS = ("times_smaller", "times_faster_at_batch_1", "times_faster_at_batch_32")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The results of one encoder.
+
+    Attributes:
+        folder: that of the results.
+        comparison: the result of `build_comparison`.
+        benchmarks: name of an interleaved run -> its JSON file.
+    """
+
+    folder: Path
+    records: list[dict]
+    comparison: dict
+    benchmarks: dict[str, dict]
+
+
+def read_family(folder: Path) -> Family:
+    """Reads the records and the runs in a folder of results, and compares them."""
+    records = read_records(folder)
+    benchmarks = {path.stem: read_json(path) for path in sorted((folder / "benchmark").glob("*.json"))}
+    return Family(folder, records, build_comparison(records, folder), benchmarks)
 
 
 def build_comparison(records: list[dict], results: Path) -> dict:

@@ -3,10 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from emotion.common.files import read_json
+from emotion.common.files import read_json, write_text
 from emotion.measure.record import read_predictions, record_name
 from emotion.report.cards import order
-from emotion.report.comparison import MAIN_RUN, REFERENCE
+from emotion.report.comparison import MAIN_RUN, REFERENCE, Family
+from emotion.report.pages import families_of, render_study_pages
 from emotion.report.plots import (
     MARKERS,
     OTHER,
@@ -37,29 +38,43 @@ SQUARE = 3.3  # inches, a small picture
 PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 
 
-def list_pictures(comparison: dict, records: list[dict], benchmarks: dict[str, dict], results: Path) -> dict:
-    """Path of each PNG -> the function that draws it there; what was not measured has no picture."""
-    figures, shown, run = results / "figures", one_a_variant(records), benchmarks.get(MAIN_RUN)
+def list_pictures(family: Family) -> dict:
+    """Path of each PNG of a comparison -> the function that draws it; what was not measured has no picture."""
+    records, results, run = family.records, family.folder, family.benchmarks.get(MAIN_RUN)
+    figures, shown = results / "figures", one_a_variant(records)
     # What was timed may have no record, and what was scored may not have been timed.
     variants = {record["variant"] for record in records}
     if run:
         variants |= set(map(variant_of, run["artifacts"]))
     colors = colors_of(sorted(variants))  # one palette for all pictures
-    pictures = {figures / "pareto.png": partial(plot_pareto, comparison, colors)}
+    pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison, colors)}
     if run:
         pictures[figures / "latency.png"] = partial(plot_latency, run, colors)
-    pictures |= {
+    return pictures | {
         figures / "per_class_f1.png": partial(plot_classes, records, colors),
         figures / "confusion.png": partial(plot_confusions, shown),
         figures / "reliability.png": partial(plot_reliability, shown, colors, results),
     }
-    pictures |= list_study_pictures(results)
-    # A card shows one matrix: that of its variant's first record.
-    for variant in sorted({record["variant"] for record in records}):
-        record = order(records, variant)[0]
-        name = f"{record_name(record)}.png"
-        pictures[results / "confusion_matrices" / name] = partial(plot_confusion_matrix, record)
+
+
+def list_card_pictures(family: Family) -> dict:
+    """Path of each card's PNG -> the function that draws it: the matrix of its variant's first record."""
+    pictures = {}
+    for variant in sorted({record["variant"] for record in family.records}):
+        record = order(family.records, variant)[0]
+        path = family.folder / "confusion_matrices" / f"{record_name(record)}.png"
+        pictures[path] = partial(plot_confusion_matrix, record)
     return pictures
+
+
+def write_studies(results: Path) -> dict[Path, str]:
+    """Writes the pages and the pictures of the studies; returns the pages, by their paths."""
+    pages = render_study_pages(results)
+    for path, text in pages.items():
+        write_text(path, text)
+    for path, draw in list_study_pictures(results).items():
+        draw(path)
+    return pages
 
 
 def list_study_pictures(results: Path) -> dict:
@@ -70,12 +85,13 @@ def list_study_pictures(results: Path) -> dict:
         "bits": plot_bits,
         "qlora_sweep": plot_sweep,
     }
-    pictures = {}
-    for name, draw in drawers.items():
-        if (results / f"{name}.json").is_file():
-            pictures[results / f"{name}.png"] = partial(draw, read_json(results / f"{name}.json"))
-    if results / "bits.png" in pictures:  # it explains what the study of the bits measures, from no number of it
-        pictures[results / "rounding.png"] = plot_rounding
+    pictures, families = {}, families_of(results)
+    for family in families:
+        for name, draw in drawers.items():
+            if (family / f"{name}.json").is_file():
+                pictures[family / f"{name}.png"] = partial(draw, read_json(family / f"{name}.json"))
+    if families[0] / "bits.png" in pictures:  # it explains what the study measures, from no number of it
+        pictures[families[0] / "rounding.png"] = plot_rounding
     return pictures
 
 

@@ -10,24 +10,43 @@ from emotion.task.scores import VALIDATION_NOISE
 
 import numpy as np
 
+BASE_FAMILY = "base"  # the folder inside results/ that holds those of the base-size encoder
 WORTH_GIVING_BACK = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
 
 
+def families_of(results: Path) -> list[Path]:
+    """The folders of results: that of the small encoder, then that of the base-size one, if it is there.
+
+    Args:
+        results: either of the two.
+    """
+    main = results.parent if results.name == BASE_FAMILY else results
+    return [folder for folder in (main, main / BASE_FAMILY) if folder.is_dir()]
+
+
+def page_of(results: Path, name: str) -> Path:
+    """The page of a study, one for all encoders: it lies in the small encoder's folder."""
+    return families_of(results)[0] / f"{name}.md"
+
+
 def render_study_pages(results: Path) -> dict[Path, str]:
-    """Path -> text of each page whose JSON file is among the results."""
-    renderers = {
+    """Path -> text of each page whose JSON file is among the results, of either encoder."""
+    of_one = {
         "dataset": render_dataset,
-        "ptq_study": render_study,
-        "ptq_sensitivity": render_sensitivity,
         "ptq_processors": render_processors,
         "qlora_sweep": render_sweep,
         "training_cost": render_cost,
-        "bits": render_bits,
     }
+    # One page shows what both encoders say: a small one hides what a base-size one does not forgive.
+    of_both = {"ptq_study": render_study, "ptq_sensitivity": render_sensitivity, "bits": render_bits}
     pages = {}
-    for name, render_one in renderers.items():
-        if (results / f"{name}.json").is_file():
-            pages[results / f"{name}.md"] = render_one(read_json(results / f"{name}.json"))
+    for name, render_one in (of_one | of_both).items():
+        studies = []
+        for family in families_of(results):
+            if (family / f"{name}.json").is_file():
+                studies.append(read_json(family / f"{name}.json"))
+        if studies:
+            pages[page_of(results, name)] = render_one(studies if name in of_both else studies[0])
     return pages
 
 
@@ -72,8 +91,19 @@ def render_dataset(study: dict) -> str:
 
 
 @complete("the page of the INT8 candidates")
-def render_study(study: dict) -> str:
-    """`results/ptq_study.md`: each candidate against FP32, and which was chosen for each format."""
+def render_study(studies: list[dict]) -> str:
+    """`results/ptq_study.md`: each candidate against FP32, and which was chosen for each format, per encoder."""
+    return render(
+        "ptq_study.md",
+        studies=studies,
+        tables=[_candidates_table(study) for study in studies],
+        largest_safe_weight=LARGEST_SAFE_WEIGHT,
+        noise=VALIDATION_NOISE,
+    )
+
+
+def _candidates_table(study: dict) -> str:
+    """A line per candidate; the chosen ones are bold."""
     winners = {one["candidate"] for one in study["chosen"].values()}
     rows = []
     for name, one in study["candidates"].items():
@@ -92,15 +122,19 @@ def render_study(study: dict) -> str:
             ]
         )
     head = ["candidate", "macro F1, points", "flips", "logit shift", "MB", "largest weight", "p50 ms"]
-    table = markdown_table([*head, "batch 1", "batch 32"], rows)
-    return render(
-        "ptq_study.md", study=study, table=table, largest_safe_weight=LARGEST_SAFE_WEIGHT, noise=VALIDATION_NOISE
-    )
+    return markdown_table([*head, "batch 1", "batch 32"], rows)
 
 
 @complete("the page of the layers")
-def render_sensitivity(sensitivity: dict) -> str:
-    """`results/ptq_sensitivity.md`: what quantizing one layer alone does, most harmful first."""
+def render_sensitivity(studies: list[dict]) -> str:
+    """`results/ptq_sensitivity.md`: what quantizing one layer alone does, most harmful first, per encoder."""
+    worst = [max(study["layers"], key=lambda one: one["mean_logit_shift"]) for study in studies]
+    tables = [_layers_table(study) for study in studies]
+    return render("ptq_sensitivity.md", studies=studies, tables=tables, worst=worst)
+
+
+def _layers_table(sensitivity: dict) -> str:
+    """A line per layer, or kind of layer, that was quantized alone."""
     rows = []
     # By the shift of the logits, not by macro F1: of one layer alone hardly a label flips, so that F1 is noise.
     for one in sorted(sensitivity["layers"], key=lambda one: -one["mean_logit_shift"]):
@@ -108,8 +142,7 @@ def render_sensitivity(sensitivity: dict) -> str:
         where = "all layers" if one["layer"] is None else one["layer"]
         shift, change = f"{one['mean_logit_shift']:.4f}", f"{100 * one['macro_f1_change']:+.2f}"
         rows.append([f"{one['kind']}, {where}", shift, str(one["flips"]), change])
-    table = markdown_table(["quantized", "mean logit shift", "flips", "macro F1, points"], rows)
-    return render("ptq_sensitivity.md", sensitivity=sensitivity, table=table)
+    return markdown_table(["quantized", "mean logit shift", "flips", "macro F1, points"], rows)
 
 
 @complete("the page of the processors")
@@ -172,10 +205,29 @@ def render_cost(cost: dict) -> str:
 
 
 @complete("the page of the bits")
-def render_bits(study: dict) -> str:
+def render_bits(studies: list[dict]) -> str:
     """`results/bits.md`: PTQ against QAT with ever fewer bits, the forms of QAT, and what distillation is worth."""
-    rows = []  # one per number of bits, PTQ and QAT side by side
+    parts = []  # per encoder
+    for study in studies:
+        parts.append(
+            {
+                "base_model": study["base_model"],
+                "date": study["date"],
+                "cpu": study["environment"]["cpu"],
+                "table": _ladder_table(study),
+                "forms": _forms_table(study),
+                "choices": _choices_table(study["choices"]),
+            }
+        )
+    cell = next(iter(studies[0]["cells"].values()))  # dataset and activations are the same in all
+    return render("bits.md", parts=parts, cell=cell)
+
+
+def _ladder_table(study: dict) -> str:
+    """One line per number of bits: PTQ, QAT, and the training of QAT in floats."""
+    rows = []
     without = {cell["bits"]: cell for cell in cells_of(study, "ptq")}  # a study that was stopped may have one more
+    control = {cell["bits"]: cell for cell in cells_of(study, "qat-float")}
     for qat in cells_of(study, "qat"):
         ptq = without[qat["bits"]]
         rows.append(
@@ -187,26 +239,17 @@ def render_bits(study: dict) -> str:
                 f"1/{1 / qat['share_of_fp32']:.1f}",  # PTQ's file is as large
                 _points(ptq["change"]),
                 _points(qat["change"]),
+                _points(control[qat["bits"]]["change"]) if qat["bits"] in control else "-",
                 _given_back(ptq, qat),
                 ", ".join(str(one["seed"]) for one in qat["runs"]),
             ]
         )
-    head = ["bits", "linear layers", "embeddings", "MB", "of FP32", "PTQ, points", "QAT, points", "given back"]
-    # The choices are tried at 2 bits alone: a ladder without that step has none.
-    first_choice = next(iter(study["choices"].values()), None)
-    return render(
-        "bits.md",
-        study=study,
-        cell=next(iter(study["cells"].values())),  # dataset and activations are the same in all
-        table=markdown_table([*head, "seeds"], rows),
-        forms=_forms_table(study),
-        choices=_choices_table(study["choices"]) if first_choice else "",
-        choice_seed=first_choice and first_choice["seed"],
-    )
+    head = ["bits", "linear layers", "embeddings", "MB", "of FP32", "PTQ, points", "QAT, points"]
+    return markdown_table([*head, "in floats, points", "given back", "seeds"], rows)
 
 
 def cells_of(study: dict, method: str) -> list[dict]:
-    """The cells of a method (`ptq` or `qat`), those of most bits first."""
+    """The cells of a method (`ptq`, `qat`, or `qat-float`, its control), those of most bits first."""
     cells = [cell for cell in study["cells"].values() if cell["method"] == method]
     return sorted(cells, key=lambda cell: -cell["bits"])
 
@@ -246,8 +289,10 @@ def _over_seeds(cell: dict, form: str, name: str) -> np.ndarray:
 
 
 def _choices_table(choices: dict) -> str:
-    """What a setting of the recipe is worth, a line per setting."""
+    """What a setting of the recipe is worth, a line per setting; empty for a ladder without the step of 2 bits."""
     rows = []
     for name, one in choices.items():
-        rows.append([name, f"{100 * one['validation_macro_f1']:.2f}", f"{one['mean_logit_gap']:.3f}"])
-    return markdown_table(["QAT", "macro F1 %", "mean logit gap"], rows)
+        each = ", ".join(f"{100 * run['validation_macro_f1']:.2f}" for run in one["runs"])
+        gap = f"{one['mean_logit_gap']['mean']:.3f}"
+        rows.append([name, f"{100 * one['validation_macro_f1']['mean']:.2f}", each, gap])
+    return markdown_table(["QAT", "macro F1 %, mean", "each seed", "mean logit gap"], rows) if rows else ""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from emotion.measure.record import record_name
+from emotion.report.comparison import Family
 from emotion.report.render import complete, render
 
 # Column of the main table -> the field of a row that it shows, and how its best value is picked
@@ -118,14 +119,9 @@ def _facts(comparison: dict) -> dict:
 
 
 @complete("the comparison")
-def render_page(comparison: dict, records: list[dict], benchmarks: dict[str, dict], pictures: list[Path]) -> str:
-    """The text of `results/comparison.md`.
-
-    Args:
-        comparison: what `build_comparison` returns.
-        benchmarks: name of an interleaved run -> its JSON file.
-        pictures: shown by their file names, in this order.
-    """
+def render_page(family: Family, pictures: list[Path]) -> str:
+    """The text of `comparison.md`; ``pictures`` are shown by their file names, in this order."""
+    comparison, benchmarks = family.comparison, family.benchmarks
     seeds = comparison["seeds"]
     return render(
         "comparison.md",
@@ -133,7 +129,7 @@ def render_page(comparison: dict, records: list[dict], benchmarks: dict[str, dic
         tests_table=tests_table(comparison),
         seeds_table=seeds_table(seeds) if seeds else "",
         chosen_seeds=sorted({one["chosen_seed"] for one in seeds}),
-        classes_table=classes_table(records),
+        classes_table=classes_table(family.records),
         pictures=pictures,
         benchmarks=benchmarks,
         benchmark_tables={name: benchmark_table(run) for name, run in benchmarks.items()},
