@@ -74,7 +74,6 @@ results: $(READY)
 benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
-	$(RUN) scripts/study_shape.py
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py
