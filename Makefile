@@ -85,7 +85,6 @@ results: $(READY)
 benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
-	$(RUN) scripts/study_shape.py
 
 # Interleaving the plain INT8 file with its remedies is part of study_ptq.py.
 results-base: base-encoder

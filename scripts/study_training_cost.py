@@ -4,8 +4,7 @@ The methods are full fine-tuning, training with fake quantizers (QAT), LoRA on a
 process of its own. A turn is a few steps on the same batches of real texts, the longest batch first. Peak memory is
 that of the steps. The memory of the libraries, before a model is loaded, is recorded too. With gradient checkpointing
 the backward pass computes a layer's inner values again instead of keeping them (Chen et al., "Training Deep Nets with
-Sublinear Memory Cost", 2016). A model in the shape of BERT-base has random weights, since the cost does not depend on
-them.
+Sublinear Memory Cost", 2016).
 
     python scripts/study_training_cost.py
 """
@@ -13,6 +12,7 @@ them.
 import multiprocessing
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from emotion.common.command import run
@@ -31,17 +31,19 @@ from emotion.measure.benchmark import spread
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.adapter import QloraArguments, build_qlora
 from emotion.quantize.fake_quantizers import prepare
+from emotion.quantize.layers import find_stack
 from emotion.quantize.scheme import SchemeArguments, make_plan
 from emotion.report.pages import render_cost
 from emotion.task.dataset import DEFAULT_DATASET, Task, load_task
-from emotion.task.source import EMBEDDED_MODEL, find_base_model
+from emotion.task.source import BASE_SIZE_MODEL, EMBEDDED_MODEL, find_base_model
 from emotion.task.tokens import load_tokenizer, tokenize
 
 import numpy as np
 import psutil
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 BATCH_SIZE = 32
 WARMUP_STEPS = 3  # not counted: the optimizer makes its state in the first step, and buffers find their sizes
@@ -54,33 +56,25 @@ METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA", "QLoRA, checkpointing")
 class CostArguments:
     """The models to measure, and for how long."""
 
-    model_name_or_path: str = field(default=EMBEDDED_MODEL, metadata={"help": "Base model: a Hub id or a folder."})
+    models: list[str] = field(
+        default_factory=lambda: [EMBEDDED_MODEL, BASE_SIZE_MODEL],
+        metadata={"help": "Base models: Hub ids or folders."},
+    )
     dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Dataset of the texts."})
     rounds: int = field(default=6, metadata={"help": "Turns that each method gets; the spread is over these."})
     steps: int = field(default=5, metadata={"help": "Steps per turn."})
-    bert_base: bool = field(
-        default=True, metadata={"help": "Measure a model in BERT-base's shape, with random weights, too."}
-    )
     threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
-    work_dir: str = field(
-        default=str(ROOT / "build" / "training_cost"), metadata={"help": "Where the random model is saved."}
-    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
-    (arguments,) = parse_flags((CostArguments,), positional="model_name_or_path", argv=argv)
-    base, task = find_base_model(arguments.model_name_or_path), load_task(arguments.dataset_name)
-    tokenizer = load_tokenizer(base.path, max_length=128)
-    shapes = {base.name: base.path}
-    if arguments.bert_base:
-        random_model = save_random_model(Path(arguments.work_dir) / "bert-base", len(tokenizer))
-        shapes["BERT-base's shape, random weights"] = str(random_model)
-    batches = make_batches(task, tokenizer, arguments.steps)
-    threads = choose_threads(arguments.threads)
+    (arguments,) = parse_flags((CostArguments,), positional="models", argv=argv)
+    bases = [find_base_model(name) for name in arguments.models]  # all: a missing one stops the study at once
+    task, threads = load_task(arguments.dataset_name), choose_threads(arguments.threads)
     measured = {}
-    for name, path in shapes.items():
-        measured[name] = measure(path, task.labels, batches, arguments.rounds, threads)
+    for base in bases:
+        batches = make_batches(task, load_tokenizer(base.path, max_length=128), arguments.steps)
+        measured[base.name] = measure(base.path, task.labels, batches, arguments.rounds, threads)
     cost = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
@@ -94,14 +88,6 @@ def main(argv=None) -> None:
     write_json(results / "training_cost.json", cost)
     write_text(results / "training_cost.md", render_cost(cost))
     print((results / "training_cost.md").read_text(encoding="utf-8"))
-
-
-def save_random_model(folder: Path, vocabulary: int) -> Path:
-    """Saves an encoder in BERT-base's shape with random weights; returns the folder."""
-    torch.manual_seed(0)
-    # The encoder alone, as a base model comes: each method gives it a head of its own.
-    BertForSequenceClassification(BertConfig(vocab_size=vocabulary)).base_model.save_pretrained(folder)
-    return folder
 
 
 def make_batches(task: Task, tokenizer, count: int) -> list[dict[str, np.ndarray]]:
@@ -190,8 +176,10 @@ def build_model(method: str, path: str, labels: list[str], bf16: bool):
     recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}
     model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
     if "checkpointing" in method:
-        # The other way of PyTorch, the reentrant one, needs an input with a gradient: token ids have none.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # By hand, since Transformers cannot do it for MPNet.
+        for layer in model.get_submodule(find_stack(model)):
+            # The other way of PyTorch, the reentrant one, needs an input with a gradient: frozen embeddings give none.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
 

@@ -6,6 +6,7 @@ import json
 from conftest import ROOT, read_json
 from emotion.common.errors import UserError
 from emotion.report.cards import check_metadata, render_card, render_cards
+from emotion.task.source import BASE_SIZE_MODEL
 from hub_server import validate_card
 
 import pytest
@@ -131,6 +132,13 @@ def test_no_gap_is_left_and_twice_is_the_same(records, tmp_path):
         assert "research purposes only" in text and "not for decisions about people" in text
         assert "](../results/confusion_matrices/" in text
     assert render_cards(copy.deepcopy(records), tmp_path) == cards
+
+
+def test_the_base_size_encoder_has_a_license(records):
+    for record in records:
+        record["made"]["base_model"] = BASE_SIZE_MODEL
+    data = ModelCard(render_card(records, "ptq", "user/mine")).data.to_dict()
+    assert (data["base_model"], data["license"]) == (BASE_SIZE_MODEL, "apache-2.0")
 
 
 def test_another_dataset_claims_nothing_about_tweets(records):

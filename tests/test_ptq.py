@@ -1,6 +1,5 @@
 """Post-training quantization: what is in the folder, that it answers as before it was saved, what is refused."""
 
-import functools
 import re
 import resource
 import shutil
@@ -12,11 +11,9 @@ import run_evaluation
 import run_ptq
 import study_processors
 import study_ptq
-import study_shape
 from conftest import (
     ENCODERS,
     ROOT,
-    SMALL,
     build_rows,
     color_features,
     read_json,
@@ -44,7 +41,7 @@ import yaml
 from datasets import Dataset
 from optimum.intel import OVModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 FORMATS = ["torchao", "onnx", "openvino"]
 TEXTS = ["i see the red house today", "blue", "the sky is black and white and gray and very very black"]
@@ -347,24 +344,6 @@ def test_the_recipe_is_what_won():
     for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
         for flag, value in one["flags"].items():
             assert recipe[flag] == value, (format, flag)
-
-
-@pytest.mark.processes
-def test_another_shape_is_measured(artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_shape, "BertConfig", functools.partial(BertConfig, **SMALL))
-    words = ["--rounds", "1", "--cold_starts", "0", "--work_dir", "work", "--output", "shape.json"]
-    study_shape.main([str(artifact), *words])
-    measured = read_json(tmp_path / "shape.json")["artifacts"]
-    assert list(measured) == [
-        "baseline:pytorch",
-        "baseline:bf16",
-        "baseline:onnx",
-        "baseline:openvino-plain",
-        "ptq:torchao",
-        "ptq:onnx",
-        "ptq:openvino",
-    ]
-    assert measured["ptq:onnx"]["bytes_to_serve"] < measured["baseline:onnx"]["bytes_to_serve"]
 
 
 @pytest.mark.processes

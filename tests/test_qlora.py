@@ -259,11 +259,40 @@ def test_a_candidate_of_one_class_never_wins():
 
 @pytest.mark.processes
 def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
-    flags = ["--dataset_name", str(colors), "--bert_base", "false", "--rounds", "2", "--steps", "1"]
-    study_training_cost.main([str(encoder), *flags, "--results_dir", str(tmp_path)])
-    (methods,) = read_json(tmp_path / "training_cost.json")["shapes"].values()
-    assert list(methods) == ["full fine-tuning", "QAT, 8 bits", "QAT, 2 bits", "LoRA", "QLoRA", "QLoRA, checkpointing"]
-    assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
-    assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
-    assert methods["full fine-tuning"]["times_slower"]["median"] == 1
+    mpnet = build_encoder(tmp_path / "mpnet", "mpnet")
+    flags = ["--dataset_name", str(colors), "--rounds", "2", "--steps", "1", "--results_dir", str(tmp_path)]
+    study_training_cost.main([str(encoder), str(mpnet), *flags])
+    models = read_json(tmp_path / "training_cost.json")["shapes"]
+    assert list(models) == [encoder.name, "mpnet"]
+    for methods in models.values():
+        assert tuple(methods) == study_training_cost.METHODS
+        assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
+        assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
+        assert methods["full fine-tuning"]["times_slower"]["median"] == 1
     assert "QLoRA" in (tmp_path / "training_cost.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_checkpointing_keeps_less_and_changes_no_gradient(kind, tmp_path):
+    encoder = str(build_encoder(tmp_path / kind, kind))
+    plain, all_kept = gradients_of("QLoRA", encoder)
+    again, kept = gradients_of("QLoRA, checkpointing", encoder)
+    torch.testing.assert_close(again, plain)
+    assert kept < 0.8 * all_kept
+
+
+def gradients_of(method: str, encoder: str) -> tuple[list[torch.Tensor], int]:
+    """The gradients of one step, and how many numbers the forward pass kept for the backward pass."""
+    sizes = []
+
+    def count(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    torch.manual_seed(0)  # of the adapter, the head and the dropout
+    model = study_training_cost.build_model(method, encoder, LABELS, bf16=False).train()
+    ids = torch.arange(4, 16).reshape(2, 6)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    return [one.grad for one in model.parameters() if one.requires_grad], sum(sizes)

@@ -12,11 +12,12 @@ from emotion.measure.record import REQUIRED, check_record, record_name
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.report.render import complete, render
 from emotion.task.dataset import DEFAULT_DATASET
-from emotion.task.source import DEFAULT_MODEL, EMBEDDED_MODEL
+from emotion.task.source import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 BASELINE = "baseline"
-LICENSES = {DEFAULT_MODEL: "apache-2.0", EMBEDDED_MODEL: "apache-2.0"}  # of base models; any other's is not known here
+# Of base models; any other's is not known here.
+LICENSES = dict.fromkeys((DEFAULT_MODEL, EMBEDDED_MODEL, BASE_SIZE_MODEL), "apache-2.0")
 RELATIONS = {"finetune", "quantized", "adapter"}  # of a model to its base model, in the Hub's words
 # Format -> how a card names it, the Hub's tags for it, and the packages that its users need
 RUNTIMES = {

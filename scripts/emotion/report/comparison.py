@@ -16,7 +16,7 @@ from emotion.model.artifact import WEIGHT_FILES
 import numpy as np
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
-MAIN_RUN, SHAPE_RUN = "all", "bert-base"  # files of results/benchmark
+MAIN_RUN = "all"  # file of results/benchmark
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
 RATIOS = ("times_smaller", "times_faster_at_batch_1", "times_faster_at_batch_32")
@@ -60,8 +60,8 @@ def build_comparison(records: list[dict], results: Path) -> dict:
     # The order of every table: the variants by name, the formats of each as a folder lists them.
     records = sorted(records, key=lambda one: (one["variant"], list(WEIGHT_FILES).index(one["format"])))
     benchmarks = {path.stem: read_json(path) for path in sorted((results / "benchmark").glob("*.json"))}
-    # Speeds may be divided by each other within one run alone, so each line takes its ratios from its own run.
-    run, shape = benchmarks.get(MAIN_RUN), benchmarks.get(SHAPE_RUN)
+    # Speeds may be divided by each other within one run alone.
+    run = benchmarks.get(MAIN_RUN)
     tests = compare_records(records, results)
     timed = dict(run["artifacts"]) if run else {}  # a copy: each record takes its times out
     rows = []
@@ -70,9 +70,7 @@ def build_comparison(records: list[dict], results: Path) -> dict:
     for name, one in timed.items():
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
-            rows.append(timed_row("alternative", name, one, run))
-    for name, one in shape["artifacts"].items() if shape else ():
-        rows.append(timed_row("shape", name, one, shape))
+            rows.append(alternative_row(name, one, run))
     seeds = []
     for path in sorted((results / "seeds").glob("*.json")):
         seeds += seed_rows(read_json(path))
@@ -170,17 +168,14 @@ def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) 
     }
 
 
-def timed_row(kind: str, name: str, timed: dict, run: dict) -> dict:
-    """A line without a score: a plain alternative, or a model whose weights are random."""
+def alternative_row(name: str, timed: dict, run: dict) -> dict:
+    """A line without a score: what a library makes of the same weights by itself."""
     folder, format = name.rsplit(":", 1)
-    variant = Path(folder).name
-    if kind == "shape":  # build/.../bert-base/ptq: the shape stands before the variant
-        variant = f"{Path(folder).parent.name}/{variant}"
     return {
-        "kind": kind,
+        "kind": "alternative",
         "name": name,
-        "variant": variant,
-        "format": TITLES.get(format, format) if is_alternative(format) else format,
+        "variant": Path(folder).name,
+        "format": TITLES.get(format, format),
         **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
         "megabytes": timed["bytes_to_serve"] / 1e6,  # a record has them already
         **speed_of(timed, run),

@@ -182,10 +182,10 @@ def render_sweep(sweep: dict) -> str:
 
 @complete("the page of the training cost")
 def render_cost(cost: dict) -> str:
-    """`results/training_cost.md`: memory and time of a training step, a table per shape of the model."""
+    """`results/training_cost.md`: memory and time of a training step, a table per model."""
     tables = {}
     head = ["method", "millions trained", "peak MB", "of it before loading", "ratio", "s a step", "times slower"]
-    for shape, methods in cost["shapes"].items():
+    for model, methods in cost["shapes"].items():
         rows = []
         for name, one in methods.items():
             slower = one["times_slower"]  # a ratio per round: the rounds' median, least and most
@@ -200,7 +200,7 @@ def render_cost(cost: dict) -> str:
                     f"{slower['median']:.2f} x [{slower['min']:.2f}, {slower['max']:.2f}]",
                 ]
             )
-        tables[shape] = markdown_table(head, rows)
+        tables[model] = markdown_table(head, rows)
     return render("training_cost.md", cost=cost, tables=tables)
 
 

@@ -46,25 +46,21 @@ def render_table(comparison: dict) -> str:
     best = _best_values(comparison["rows"])
     lines = []
     for row in comparison["rows"]:
-        of_another_shape = row["kind"] == "shape"
-        cells = [f"{row['variant']}{'*' if of_another_shape else ''}", row["format"]]
+        cells = [row["variant"], row["format"]]
         for key, _ in COLUMNS.values():
             text = _cell(row, key)
             # Compared as measured, not as written: two values that look alike are not both the best.
-            bold = not of_another_shape and row[key] is not None and row[key] == best[key]
+            bold = row[key] is not None and row[key] == best[key]
             cells.append(f"**{text}**" if bold else text)
         lines.append([*cells, _verdict(row, comparison)])
     return markdown_table(["variant", "format", *COLUMNS, "against FP32"], lines)
 
 
 def _best_values(rows: list[dict]) -> dict:
-    """The best value of each column, None where nothing was measured.
-
-    Models of another shape, whose weights are random, win and lose nothing here.
-    """
+    """The best value of each column, None where nothing was measured."""
     best = {}
     for key, pick in COLUMNS.values():
-        values = [row[key] for row in rows if row["kind"] != "shape" and row[key] is not None]
+        values = [row[key] for row in rows if row[key] is not None]
         best[key] = pick(values, default=None)
     return best
 
@@ -214,7 +210,7 @@ def benchmark_table(run: dict) -> str:
             _spread(one["times_faster_at_batch_1"]),
             f"{one['throughput_per_s']['median']:.0f}",
             _spread(one["times_faster_at_batch_32"]),
-            number(one.get("equal_labels"), 100, ".1f"),  # unknown where weights are random
+            f"{100 * one['equal_labels']:.1f}",
         ]
         for batch in ("batch_1", "batch_32") if with_peaks else ():
             limit = one["roofline"][batch]  # `bound_by`: compute or memory
