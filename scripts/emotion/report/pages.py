@@ -128,7 +128,10 @@ def _candidates_table(study: dict) -> str:
 @complete("the page of the layers")
 def render_sensitivity(studies: list[dict]) -> str:
     """`results/ptq_sensitivity.md`: what quantizing one layer alone does, most harmful first, per encoder."""
-    worst = [max(study["layers"], key=lambda one: one["mean_logit_shift"]) for study in studies]
+    worst = []
+    for study in studies:
+        single = [one for one in study["layers"] if one["layer"] is not None]
+        worst.append(max(single, key=lambda one: one["mean_logit_shift"]))
     tables = [_layers_table(study) for study in studies]
     return render("ptq_sensitivity.md", studies=studies, tables=tables, worst=worst)
 
@@ -220,7 +223,19 @@ def render_bits(studies: list[dict]) -> str:
             }
         )
     cell = next(iter(studies[0]["cells"].values()))  # dataset and activations are the same in all
-    return render("bits.md", parts=parts, cell=cell)
+    return render("bits.md", parts=parts, cell=cell, untrained=_untrained(studies))
+
+
+def _untrained(studies: list[dict]) -> list[tuple]:
+    """Bits, and what PTQ changes with them, in points, for each encoder; only of bits that all have."""
+    changes = []
+    for study in studies:
+        changes.append({cell["bits"]: f"{100 * cell['change']['mean']:+.2f}" for cell in cells_of(study, "ptq")})
+    lines = []
+    for bits in changes[0]:
+        if all(bits in one for one in changes):
+            lines.append((bits, *(one[bits] for one in changes)))
+    return lines
 
 
 def _ladder_table(study: dict) -> str:
