@@ -93,7 +93,10 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
     before, after = text.split(START)[0], text.split(END)[1]  # a person wrote these parts: they stay as they are
     cards = render_cards(records, readme.parent / "model_cards")
-    blocks = "\n".join(render_block(family.comparison) for family in families)
+    blocks = []
+    for family in families:
+        blocks.append(render_block(family.comparison, explained=family is families[0]))
+    blocks = "\n".join(blocks)
     return {
         readme: f"{before}{START}\n\n{blocks}\n{END}{after}",
         **cards,

@@ -135,7 +135,7 @@ def test_both_products_of_a_pair_learn_their_units(spoiled, plan_and_rows):
         assert (found - wanted).norm() < 0.2 * wanted.norm() and wanted.norm() > 0
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_every_format_keeps_its_labels(bits, spoiled, tmp_path):
     out = tmp_path / "ptq"
     words = ["--baseline", str(spoiled), "--output_dir", str(out), "--calibration_rows", "60"]

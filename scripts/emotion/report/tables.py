@@ -98,14 +98,19 @@ def _verdict(row: dict, comparison: dict) -> str:
 
 
 @complete("the README's block")
-def render_block(comparison: dict) -> str:
-    """The results block of the README: the main table, and a caption that says what was measured on what."""
-    return render("readme_block.md", **_facts(comparison))
+def render_block(comparison: dict, explained: bool = True) -> str:
+    """A table of the README's results block, and a caption that says what was measured on what.
+
+    Args:
+        explained: whether the caption explains the columns; once is enough.
+    """
+    return render("readme_block.md", **_facts(comparison, explained))
 
 
-def _facts(comparison: dict) -> dict:
+def _facts(comparison: dict, explained: bool = True) -> dict:
     """What the block shows; `results/comparison.md` includes the same block."""
     return {
+        "explained": explained,
         # `kinds` decides which sentences of the caption are needed.
         "table": render_table(comparison),
         "about": comparison["about"],
