@@ -8,6 +8,9 @@ from emotion.quantize.layers import CalibrationRows, watch_inputs
 
 import torch
 
+# Columns whose errors are passed on to all later ones together: one matrix product, as in section 3 of the paper. Column
+# by column, all later weights would be read and written each time.
+COLUMNS_AT_ONCE = 128
 DAMPING = 0.01  # share of the inputs' mean square that is added, so that the matrix of their products has an inverse
 
 
@@ -59,10 +62,15 @@ def choose_codes(weight: torch.Tensor, products: torch.Tensor, scales: torch.Ten
     steps = steps.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
     middles = (levels[1:] + levels[:-1]) / 2  # between two of these, one level is the nearest
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for column in range(weight.shape[1]):
-        wanted, step = weight[:, column], steps[:, column]  # for all rows at once: rows do not depend on each other
-        codes[:, column] = torch.bucketize(wanted / step, middles)
-        error = (wanted - levels[codes[:, column].int()] * step) / inverse[column, column]
-        # The columns still to come take over the error, each by what its inputs have in common with this column's.
-        weight[:, column + 1 :] -= error[:, None] * inverse[column, column + 1 :]
+    for start in range(0, weight.shape[1], COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, weight.shape[1])
+        errors = torch.empty(len(weight), end - start, device=weight.device)
+        for column in range(start, end):
+            wanted, step = weight[:, column], steps[:, column]  # for all rows: they do not depend on each other
+            codes[:, column] = torch.bucketize(wanted / step, middles)
+            error = (wanted - levels[codes[:, column].int()] * step) / inverse[column, column]
+            errors[:, column - start] = error
+            # The columns still to come take over the error, each by what its inputs have in common with this one's.
+            weight[:, column + 1 : end] -= error[:, None] * inverse[column, column + 1 : end]
+        weight[:, end:] -= errors @ inverse[start:end, end:]
     return codes
