@@ -10,7 +10,6 @@ run_evaluation.py scores it.
     python scripts/run_qat.py --bits 4 --output_dir weights/qat-int4
 """
 
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.recipe import read_recipe_of
-from emotion.model.artifact import describe_origin, find_formats, new_artifact
-from emotion.model.classifier import ModelInMemory, open_artifact, predict
+from emotion.model.artifact import describe_origin, new_artifact
+from emotion.model.classifier import open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.model.training import (
     RecipeTrainingArguments,
@@ -31,27 +30,21 @@ from emotion.model.training import (
     patched,
     summarize_training,
 )
-from emotion.quantize.fake_quantizers import convert, prepare, switch, to_integers
-from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import CalibrationRows, Plan
-from emotion.quantize.onnx_graph import export_onnx
-from emotion.quantize.outliers import describe_outliers
+from emotion.quantize.conversion import save_converted, save_float
+from emotion.quantize.fake_quantizers import prepare, switch
 from emotion.quantize.scheme import (
     SchemeArguments,
     check_scheme,
     describe_quantized,
     draw_calibration_rows,
-    formats_of,
     make_plan,
     name_model_of_baseline,
-    save_formats,
+    runtime_to_train_for,
 )
 from emotion.task.dataset import RowsArguments, Task, get_split, load_task_of
-from emotion.task.scores import score
 from emotion.task.source import BaseModel
 from emotion.task.tokens import TextEncoder, load_training_rows
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers import Trainer, set_seed
@@ -100,7 +93,7 @@ def main(argv=None) -> None:
     plan = make_plan(base.path, load_trained_classifier(base.path), arguments, calibration)
     made = describe_quantized("qat", recipe, made_by, plan, arguments)
     if arguments.fake_quantize:
-        prepare(plan, runtime_of(arguments), arguments.reduce_range)
+        prepare(plan, runtime_to_train_for(arguments), arguments.reduce_range)
     frozen = freeze(plan.model, arguments.freeze)
     if arguments.distillation_weight:
         train_ids = add_teacher(base.path, train_ids, training)
@@ -124,17 +117,13 @@ def main(argv=None) -> None:
     if trainer.is_world_process_zero():
         made |= {"seed": training.seed, "made": made["made"] | describe_origin(base, task, rows), "training": summary}
         with new_artifact(training.artifact, made) as folder:
+            plan = replace(plan, model=take_back(trainer))
             if arguments.fake_quantize:
-                made |= save_converted(trainer, plan, folder, calibration, task)
+                made |= save_converted(plan, folder, tokenizer, calibration, get_split(task, "validation"), arguments)
             else:
                 made["variant"] += CONTROL
-                save_float(trainer, folder)
+                save_float(plan.model, folder, tokenizer)
         finish(training, summary)
-
-
-def runtime_of(arguments: QatArguments) -> str:
-    """The runtime whose rounding is trained for: ONNX Runtime, if a file is made for it, since it rounds coarsest."""
-    return "onnx" if "onnx" in (arguments.formats or formats_of(arguments.bits)) else "torchao"
 
 
 def load_origin(baseline: Path, dataset_name: str | None) -> tuple[BaseModel, Task, dict]:
@@ -208,78 +197,11 @@ def add_teacher(baseline: str, rows, training: RecipeTrainingArguments):
     return rows.add_column("teacher_logits", logits.tolist())
 
 
-def save_float(trainer: QatTrainer, folder: Path) -> None:
-    """Writes the model that was trained on in floats, for ONNX Runtime, in FP32."""
+def take_back(trainer: QatTrainer):
+    """The trained model in the form in which the files answer: on the processor, in FP32."""
     model = trainer.accelerator.unwrap_model(trainer.model).cpu().float()
     vars(model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
-    trainer.processing_class.save_pretrained(folder)
-    model.config.save_pretrained(folder)
-    export_onnx(model, trainer.processing_class, folder / "onnx" / "model.onnx")
-
-
-def save_converted(trainer: QatTrainer, plan: Plan, folder: Path, calibration: CalibrationRows, task: Task) -> dict:
-    """Converts the trained model, writes all formats, and scores them beside the fake-quantized model on validation.
-
-    The functions that write the files are those of run_ptq.py.
-
-    Args:
-        trainer: its model has fake quantizers, and loses them here.
-
-    Returns:
-        `seconds` per format, and `forms`, of `score_forms`.
-    """
-    arguments = trainer.arguments
-    plan = replace(plan, model=trainer.accelerator.unwrap_model(trainer.model))
-    encoder, validation = calibration.encoder, get_split(task, "validation")
-    token_ids, labels = encoder(list(validation["text"])), np.asarray(validation["label"])
-    # Back to the form in which the files answer: on the processor, in FP32.
-    plan.model.cpu().float()
-    vars(plan.model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
-    switch(plan.model, enabled=True)
-    logits = {"fake": predict(ModelInMemory(plan.model, encoder), token_ids)}
-    # The integers as a model in memory: a gap to "fake" is then the conversion's fault, and a gap of a reopened file
-    # to these is the fault of saving, or of the runtime.
-    if runtime_of(arguments) == "onnx":
-        logits["converted"] = predict(ModelInMemory(to_integers(plan.model), encoder), token_ids)
-    with tempfile.TemporaryDirectory() as scratch:
-        plan = convert_to_float(plan, trainer.processing_class, Path(scratch))
-        seconds = save_formats(plan, folder, calibration, arguments)
-        if runtime_of(arguments) == "torchao":
-            converted = quantize_torchao(plan, plan.folder / "int8", arguments.reduce_range)
-            logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids)
-    # As a user opens them: saving and reopening has its own mistakes to make.
-    for format in find_formats(folder):
-        reopened = open_artifact(folder, format, threads=torch.get_num_threads())
-        logits[f"{format}, reopened"] = predict(reopened, token_ids)
-    return {"seconds": seconds, "forms": score_forms(logits, labels)} | describe_outliers(plan.outliers)
-
-
-def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
-    """Saves the trained float weights in plain layers, in PyTorch and ONNX; returns a plan to quantize that folder."""
-    scales = convert(plan.model)  # those in the checkpoint, which a resumed training has brought along
-    plan.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    plain = load_trained_classifier(folder).eval()  # opened anew, without the Trainer's wrappers
-    export_onnx(plain, tokenizer, folder / "onnx" / "model.onnx")
-    return replace(plan, folder=folder, model=plain, scales=scales)
-
-
-def score_forms(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:
-    """Scores the trained model, its integers, and each reopened file on the same rows.
-
-    Args:
-        logits: form -> float32 (rows, classes); the first form is the trained model.
-        labels: int (rows,).
-
-    Returns:
-        Form -> `validation_macro_f1`, and `mean_logit_gap`, the mean absolute difference to the first form.
-    """
-    forms, first = {}, next(iter(logits.values()))
-    for form, found in logits.items():
-        macro_f1, gap = score(found, labels)["macro_f1"], float(np.abs(found - first).mean())
-        forms[form] = {"validation_macro_f1": macro_f1, "mean_logit_gap": gap}
-        print(f"  {form:20} macro F1 {macro_f1:.4f}   logits differ by {gap:.5f}")
-    return forms
+    return model
 
 
 if __name__ == "__main__":

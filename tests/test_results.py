@@ -140,7 +140,8 @@ def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
     assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0} and first["equal_labels"] == 1
     assert first["precision"] == "float32" and first["cold_start_ms"]["median"] > first["latency_ms"]["p50"]
     roofline = first["roofline"]["batch_1"]
-    assert roofline["share"] == pytest.approx(roofline["least_ms"] / first["latency_ms"]["mean"], abs=0.001)
+    # Both are rounded, and with so small a model a digit in the last place is a percent of them.
+    assert roofline["share"] == pytest.approx(roofline["least_ms"] / first["latency_ms"]["mean"], rel=0.02)
     assert benchmark["artifacts"]["baseline:onnx-dynamic"]["precision"] == "int8"
     assert benchmark["artifacts"]["baseline:openvino-plain"]["equal_labels"] > 0.95
     assert all(one["latency_ms"]["runs"] == 60 for one in benchmark["artifacts"].values())

@@ -8,8 +8,8 @@ from emotion.quantize.layers import CalibrationRows, watch_inputs
 
 import torch
 
-# Columns whose errors are passed on to all later ones together: one matrix product, as in section 3 of the paper. Column
-# by column, all later weights would be read and written each time.
+# Columns whose errors are passed on to all later ones together, as in section 3 of the paper. Column by column, all
+# later weights would be read and written each time.
 COLUMNS_AT_ONCE = 128
 DAMPING = 0.01  # share of the inputs' mean square that is added, so that the matrix of their products has an inverse
 

@@ -105,6 +105,11 @@ def formats_of(bits: int) -> tuple[str, ...]:
     return FORMATS if bits == 8 else ("onnx",)
 
 
+def runtime_to_train_for(arguments: SchemeArguments) -> str:
+    """ONNX Runtime, if a file is made for it, since it rounds coarsest; torchao otherwise."""
+    return "onnx" if "onnx" in (arguments.formats or formats_of(arguments.bits)) else "torchao"
+
+
 def make_plan(folder: Path, model, arguments: SchemeArguments, rows: CalibrationRows | None = None) -> Plan:
     """Chooses the layers of a fine-tuned model that are quantized, and below 8 bits the scales of each.
 
