@@ -24,6 +24,8 @@ from emotion.quantize.outliers import describe_outliers, find_outliers
 from emotion.quantize.scheme import SchemeArguments, copy_shared_files, formats_of, plan_again, save_format
 
 FLOAT_UNITS = (1, 2, 4, 8)  # how many of the most harmful units stay in float
+# Texts that show how harmful a unit is, by the shift of the logits: few suffice, and a base-size encoder has 50 units.
+RANKING_TEXTS = 300
 
 
 @dataclass
@@ -53,7 +55,8 @@ def save_watched(
     """
     copy_shared_files(plan.folder, folder)
     reference = logits_of(plan.folder, "onnx", validation)
-    measured = cache(lambda: measure_layers(plan.folder, validation))  # takes minutes, and serves all formats
+    few = replace(validation, texts=validation.texts[:RANKING_TEXTS], labels=validation.labels[:RANKING_TEXTS])
+    measured = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
     told = {"seconds": {}, "remedies": {}}
     told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.keep_float)
     for format in arguments.formats or formats_of(arguments.bits):
@@ -104,8 +107,7 @@ def _ladder(plan: Plan, format: str, rows: CalibrationRows, measured, arguments)
     if arguments.save_worse:  # measuring every layer takes minutes, and the result would be saved in any case
         return
     # A unit is what one product holds: query, key and value together.
-    units = [one for one in measured() if one["layer"] is not None]
-    units.sort(key=lambda one: one["macro_f1_change"])
+    units = sorted(measured(), key=lambda one: -one["mean_logit_shift"])
     for count in FLOAT_UNITS:
         names = [name for one in units[:count] for name in one["names"]]
         kept = replace(arguments, keep_float=[*arguments.keep_float, *names])

@@ -57,20 +57,24 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
     }
 
 
-def measure_layers(baseline: Path, rows: Rows) -> list[dict]:
+def measure_layers(baseline: Path, rows: Rows, kinds: bool = True) -> list[dict]:
     """Quantizes one layer at a time, then one kind of layer at a time, and scores the effect of that alone.
+
+    Args:
+        kinds: whether whole kinds of layers are quantized too.
 
     Returns:
         An entry for each: `kind`, `layer` (null for a whole kind), `names`, and the result of `compare`.
     """
     model = load_trained_classifier(baseline)
     everything = find_layers(model)
+    units = {key: names for key, names in group_layers(everything).items() if kinds or key[1] is not None}
     before = logits_of(baseline, "onnx", rows)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         # In ONNX Runtime, the quickest to write and to run: this is about layers, not about runtimes.
         path = Path(folder) / "model.onnx"
-        for (kind, layer), names in tqdm(group_layers(everything).items(), desc="layer by layer"):
+        for (kind, layer), names in tqdm(units.items(), desc="layer by layer"):
             part = Layers(
                 linear=[name for name in names if name in everything.linear],
                 embeddings=[name for name in names if name in everything.embeddings],
