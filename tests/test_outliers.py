@@ -12,10 +12,12 @@ from emotion.model.artifact import weights_of
 from emotion.model.classifier import ModelInMemory, OnnxClassifier, open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.fake_quantizers import prepare, to_integers
+from emotion.quantize.gptq import multiply_inputs
 from emotion.quantize.int8_onnx import name_nodes, quantize_onnx
 from emotion.quantize.layers import CalibrationRows
+from emotion.quantize.lowbit import round_by_outputs, round_matrix
 from emotion.quantize.onnx_graph import export_onnx
-from emotion.quantize.outliers import find_outliers, find_pairs, split_outliers
+from emotion.quantize.outliers import find_outliers, find_pairs, split_outliers, weight_without_outliers
 from emotion.quantize.scheme import SchemeArguments, make_plan, save_format
 from emotion.task.tokens import TextEncoder
 
@@ -179,3 +181,18 @@ def test_what_loses_too_much_is_not_saved(artifact, tmp_path):
     with pytest.raises(UserError, match="points of validation macro F1 at best, more than --max_loss -200"):
         run_ptq.main([*words, "--max_loss", "-200", "--calibration_rows", "30"])
     assert not (tmp_path / "ptq").exists()
+
+
+def test_rounding_by_outputs_keeps_them_and_leaves_outlier_units_alone(spoiled, plan_and_rows):
+    _, rows = plan_and_rows
+    plan = make_plan(spoiled, load_trained_classifier(spoiled), SchemeArguments(bits=2, split_outliers=True), rows)
+    better = round_by_outputs(plan, rows)
+    products = multiply_inputs(plan.model, plan.layers.linear, rows)
+    for name in plan.layers.linear:
+        weight, units = weight_without_outliers(plan, name), plan.outliers.get(name, [])
+        products[name][units], products[name][:, units] = 0, 0
+        errors = []
+        for one in (plan, better):  # squared errors of the outputs, summed over all word pieces
+            gap = round_matrix(weight_without_outliers(one, name), plan.scales[name]) - weight
+            errors.append(((gap @ products[name]) * gap).sum().item())
+        assert errors[1] < errors[0], name

@@ -36,8 +36,8 @@ def multiply_inputs(model, names: list[str], rows: CalibrationRows) -> dict[str,
     return products
 
 
-def choose_codes(weight: torch.Tensor, products: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor):
-    """GPTQ: rounds a matrix column by column, so that the layer's outputs change least for the inputs shown.
+def compensate(weight: torch.Tensor, products: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor):
+    """GPTQ, column by column: each column makes up for the rounding errors of those before it.
 
     Args:
         weight: float32 (rows, columns).
@@ -46,7 +46,7 @@ def choose_codes(weight: torch.Tensor, products: torch.Tensor, scales: torch.Ten
         levels: float32, ascending.
 
     Returns:
-        The number of the level of each weight, uint8 (rows, columns).
+        A matrix whose nearest levels change the layer's outputs least, for the inputs shown: float32 (rows, columns).
 
     Raises:
         torch.linalg.LinAlgError: if the products are not positive definite, for instance when they are not finite.
@@ -57,20 +57,27 @@ def choose_codes(weight: torch.Tensor, products: torch.Tensor, scales: torch.Ten
     # The upper Cholesky factor of the inverse. Its row i holds what the paper recomputes after each column: how far
     # the columns after i must move, for an error in column i, once all before i are fixed.
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(products)), upper=True)
-    # A group of zeros has the scale 0: the smallest positive number avoids 0 / 0.
-    steps = scales.clamp(min=torch.finfo(torch.float32).tiny)
-    steps = steps.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
-    middles = (levels[1:] + levels[:-1]) / 2  # between two of these, one level is the nearest
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    steps = steps_of(scales, weight.shape[1])
     for start in range(0, weight.shape[1], COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, weight.shape[1])
         errors = torch.empty(len(weight), end - start, device=weight.device)
         for column in range(start, end):
             wanted, step = weight[:, column], steps[:, column]  # for all rows: they do not depend on each other
-            codes[:, column] = torch.bucketize(wanted / step, middles)
-            error = (wanted - levels[codes[:, column].int()] * step) / inverse[column, column]
+            error = (wanted - levels[nearest_codes(wanted, step, levels)] * step) / inverse[column, column]
             errors[:, column - start] = error
             # The columns still to come take over the error, each by what its inputs have in common with this one's.
             weight[:, column + 1 : end] -= error[:, None] * inverse[column, column + 1 : end]
         weight[:, end:] -= errors @ inverse[start:end, end:]
-    return codes
+    return weight
+
+
+def steps_of(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """The scale of each weight, float32 (rows, columns), from one per group, (rows, groups)."""
+    # A group of zeros has the scale 0: the smallest positive number avoids 0 / 0.
+    return scales.clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(columns // scales.shape[1], dim=1)
+
+
+def nearest_codes(weight: torch.Tensor, steps: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The number of the level nearest to each weight, int64, in the shape of ``weight`` and ``steps``."""
+    middles = (levels[1:] + levels[:-1]) / 2  # between two of these, one level is the nearest
+    return torch.bucketize(weight / steps, middles)

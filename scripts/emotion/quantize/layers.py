@@ -30,7 +30,7 @@ class Plan:
         folder: where it is saved, with its FP32 file for ONNX Runtime.
         model: the same, opened in PyTorch.
         scales: below 8 bits, the `Scales` of each layer; at 8 bits each runtime chooses its own.
-        rounded: below 8 bits, weights that gptq.py has rounded by these scales, in place of the model's own.
+        compensated: below 8 bits, weights that gptq.py has moved, to be rounded in place of the model's own.
         outliers: for ONNX Runtime, the second product of a feed-forward pair -> its units that stay in float; see
             outliers.py.
     """
@@ -39,7 +39,7 @@ class Plan:
     model: torch.nn.Module
     layers: Layers
     scales: dict = field(default_factory=dict)
-    rounded: dict[str, torch.Tensor] = field(default_factory=dict)
+    compensated: dict[str, torch.Tensor] = field(default_factory=dict)
     outliers: dict[str, list[int]] = field(default_factory=dict)
 
 

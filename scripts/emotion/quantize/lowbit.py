@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.quantize.gptq import choose_codes, multiply_inputs
+from emotion.quantize.gptq import compensate, multiply_inputs
 from emotion.quantize.int8_onnx import quantize_onnx
 from emotion.quantize.layers import CalibrationRows, Layers, Plan
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT, LEVELS
@@ -132,17 +132,19 @@ def round_matrix(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
 
 
 def round_by_outputs(plan: Plan, rows: CalibrationRows) -> Plan:
-    """The plan with its linear layers rounded so that their outputs change least for the rows; see gptq.py.
+    """The plan with linear layers that are rounded so that their outputs change least for the rows; see gptq.py.
 
     Scales, size and speed stay as they are.
     """
-    products, rounded = multiply_inputs(plan.model, plan.layers.linear, rows), {}
+    products, compensated = multiply_inputs(plan.model, plan.layers.linear, rows), {}
     for name in tqdm(plan.layers.linear, desc="rounding by outputs"):
         scales = plan.scales[name]
-        levels, step = torch.tensor(LEVELS[scales.bits], dtype=torch.float32), scales.step
-        codes = choose_codes(weight_without_outliers(plan, name), products[name], step.squeeze(-1), levels)
-        rounded[name] = (levels[codes.int()].unflatten(1, (step.shape[1], -1)) * step).flatten(1)
-    return replace(plan, rounded=rounded)
+        levels, step = torch.tensor(LEVELS[scales.bits], dtype=torch.float32), scales.step.squeeze(-1)
+        # Outlier units are no inputs of the integers: their large activations must not guide the rounding.
+        units = plan.outliers.get(name, [])
+        products[name][units], products[name][:, units] = 0, 0
+        compensated[name] = compensate(weight_without_outliers(plan, name), products[name], step, levels)
+    return replace(plan, compensated=compensated)
 
 
 def codes_of(weight: torch.Tensor, scales: Scales) -> np.ndarray:

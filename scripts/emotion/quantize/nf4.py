@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.model.pretrained import build_config, load_trained_classifier
-from emotion.quantize.gptq import choose_codes, multiply_inputs
+from emotion.quantize.gptq import compensate, multiply_inputs, nearest_codes, steps_of
 from emotion.quantize.layers import CalibrationRows, find_layers
 
 import torch
@@ -93,7 +93,9 @@ def round_to_nf4(folder: Path, rows: CalibrationRows, dtype: torch.dtype, option
         # Undoes the double quantization: the scales as bitsandbytes will read them, not those before rounding.
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
         weight = exact.get_submodule(name).weight.detach()
-        codes = choose_codes(weight, products[name], scales.view(len(weight), -1), state.code).flatten()
+        scales = scales.view(len(weight), -1)
+        weight = compensate(weight, products[name], scales, state.code)
+        codes = nearest_codes(weight, steps_of(scales, weight.shape[1]), state.code).to(torch.uint8).flatten()
         # Two codes in a byte, the first one in the upper half, as bitsandbytes packs them.
         layer.weight.data = (codes[0::2] << 4 | codes[1::2]).view_as(layer.weight.data)
     return model

@@ -76,8 +76,8 @@ def largest_inputs(plan: Plan, names: list[str], rows: CalibrationRows) -> dict[
 
 def weight_without_outliers(plan: Plan, name: str) -> torch.Tensor:
     """A layer's weight, float32 (rows, columns), with zeros where its outlier units are."""
-    if name in plan.rounded:
-        return plan.rounded[name]
+    if name in plan.compensated:
+        return plan.compensated[name]
     weight = plan.model.get_submodule(name).weight.detach()
     if not plan.outliers:
         return weight

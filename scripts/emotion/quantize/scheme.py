@@ -130,7 +130,7 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
 def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
     """Chooses layers and scales anew for a plan whose outliers, or the arguments, have changed."""
     layers = find_layers(plan.model, arguments.keep_float)
-    plan = replace(plan, layers=layers, scales={}, rounded={})
+    plan = replace(plan, layers=layers, scales={}, compensated={})
     if arguments.bits == 8:  # each runtime chooses its own scales
         return plan
     names = [*layers.linear, *layers.embeddings]
