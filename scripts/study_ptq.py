@@ -12,25 +12,36 @@ import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import run_ptq
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
-from emotion.common.recipe import base_model_of, read_recipe_of
+from emotion.common.recipe import Recipe, base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.inspection import describe_scheme
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers, validation_rows
-from emotion.model.artifact import files_to_serve, weights_of
+from emotion.model.artifact import files_to_serve, new_artifact, weights_of
 from emotion.model.classifier import open_artifact
+from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
+from emotion.quantize.scheme import (
+    SchemeArguments,
+    describe_quantized,
+    draw_calibration_rows,
+    make_plan,
+    save_formats,
+)
 from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
-from emotion.task.dataset import load_task_of
+from emotion.task.dataset import Task, load_task_of
 from emotion.task.scores import VALIDATION_NOISE, score
+from emotion.task.tokens import TextEncoder
 
 import numpy as np
 from tqdm import tqdm
+
+RECIPE = ROOT / "configs" / "ptq.yaml"
+CALIBRATION_ROWS = 300
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def main(argv=None) -> None:
     candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
 
     # 2. Make, score and time the candidates; 3. choose
-    folders = make_candidates(candidates, baselines, Path(arguments.work_dir))
+    folders = make_candidates(candidates, baselines, task, Path(arguments.work_dir))
     fp32, studied = score_candidates(candidates, folders, baselines, rows)
     speed = time_candidates(candidates, folders, baselines[0], rows, arguments.rounds)
     fp32 |= speed.pop("FP32")
@@ -115,29 +126,25 @@ def main(argv=None) -> None:
     print(write_studies(results)[page_of(results, "ptq_study")])
 
 
-def make_candidates(candidates: dict[str, Candidate], baselines: list[Path], work: Path) -> dict[str, list[Path]]:
+def make_candidates(
+    candidates: dict[str, Candidate], baselines: list[Path], task: Task, work: Path
+) -> dict[str, list[Path]]:
     """Quantizes every baseline by every candidate; returns name -> one folder per baseline, in their order."""
     folders = {name: [] for name in candidates}
-    # As function calls, not as processes: the libraries are loaded once for all candidates.
-    for name, candidate in tqdm(candidates.items(), desc="candidates"):
-        for baseline in baselines:
+    for baseline in baselines:
+        model, made_by = load_trained_classifier(baseline), read_recipe_of(baseline)
+        rows = draw_calibration_rows(task, TextEncoder(baseline), CALIBRATION_ROWS, seed=42)
+        for name, candidate in tqdm(candidates.items(), desc=f"candidates of {baseline.name}"):
+            flags = FLAGS[candidate.format] | candidate.changes
+            arguments = SchemeArguments(formats=[candidate.format], calibration_rows=CALIBRATION_ROWS, **flags)
+            plan = make_plan(baseline, model, arguments, rows)
+            made = describe_quantized("ptq", Recipe(RECIPE, flags), made_by, plan, arguments)
+            # As run_ptq.py, but without remedies: every candidate is wanted as it is, whatever it loses.
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
-            words = ["--baseline", str(baseline), "--output_dir", str(folder), "--formats", candidate.format]
-            words += ["--max_loss", "100"]  # every candidate is wanted as it is, whatever it loses
-            run_ptq.main(words + _as_words(FLAGS[candidate.format] | candidate.changes))
+            with new_artifact(folder, made) as partial:
+                save_formats(plan, partial, rows, arguments)
             folders[name].append(folder)
     return folders
-
-
-def _as_words(flags: dict) -> list[str]:
-    """Flags and their values as words of a command line."""
-    words = []
-    for name, value in flags.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *value] if value else []  # a flag without a value would be an error
-        else:
-            words += [f"--{name}", str(value).lower()]  # true and false, as in a recipe
-    return words
 
 
 def score_candidates(

@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 
+import run_ptq
 from conftest import ROOT
+from emotion.model.artifact import weights_of
 from emotion.model.classifier import open_artifact, predict
 from emotion.report.cards import TEMPLATE
 from emotion.task.scores import softmax
 from hub_server import Repository, running_hub
 
 import numpy as np
+import onnx
 import pytest
 
 pytestmark = pytest.mark.web
@@ -62,6 +65,22 @@ def test_node_gives_the_probabilities_of_python(published, python_scores, test_r
     assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).all()
     files = {"config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"}
     assert set(hub.downloads(REPOSITORY)) == files
+
+
+def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tmp_path):
+    out, texts = tmp_path / "split", list(test_rows["text"])[:50]
+    words = ["--baseline", str(real), "--output_dir", str(out), "--formats", "onnx", "--calibration_rows", "60"]
+    run_ptq.main([*words, "--split_outliers", "true", "--max_loss", "100"])
+    assert any("/outliers" in node.name for node in onnx.load(weights_of(out, "onnx")).graph.node)
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")}
+    classifier = open_artifact(out, "onnx", threads=1)
+    expected = softmax(predict(classifier, classifier.encode(texts), batch_size=1))
+    with running_hub() as hub:
+        hub.repositories[REPOSITORY] = Repository(commits=[files])
+        words = ("--import", "./setup.mjs", "classify.mjs", REPOSITORY, "q8")
+        answer = run_node(*words, env=os.environ | {"HF_ENDPOINT": hub.url}, input=json.dumps(texts))
+    found = np.array([as_array(ranking, classifier.labels) for ranking in json.loads(answer)])
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
 
 def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
