@@ -38,6 +38,7 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert {path.stat().st_mode & 0o777 for path in artifact.rglob("*") if path.is_file()} == {0o644}
     assert not (artifact.parent / "checkpoints" / "baseline").exists()
     made = yaml.safe_load((artifact / "recipe.yaml").read_text())
     assert (

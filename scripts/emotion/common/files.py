@@ -91,6 +91,9 @@ def whole_folder(folder: Path, marker: str):
     partial.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
     try:
         yield partial
+        for path in partial.rglob("*"):  # safetensors writes files that only their owner can read
+            if path.is_file():
+                path.chmod(0o644)
         # A folder that is not empty cannot be renamed over. The old one steps aside, so that it can be brought back.
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
