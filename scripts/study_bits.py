@@ -33,6 +33,7 @@ class BitsArguments:
 
     bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight."})
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines."})
+    controls: bool = field(default=True, metadata={"help": "Train on in floats, too, to compare QAT with."})
     choices: bool = field(default=True, metadata={"help": "Measure what distillation is worth at 2 bits, too."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     work_dir: str = field(default=str(ROOT / "build" / "bits_study"), metadata={"help": "Where choices are saved."})
@@ -48,7 +49,8 @@ def main(argv=None) -> None:
     study = read_json(path) if path.is_file() else {"cells": {}, "choices": {}}
     study["base_model"] = base_model_of(weights / "seeds" / f"baseline-{arguments.seeds[0]}")
     for bits in arguments.bits:
-        for method, ending in (("ptq", ""), ("qat", ""), ("qat", "-float")):
+        controls = [("qat", "-float")] if arguments.controls else []
+        for method, ending in [("ptq", ""), ("qat", ""), *controls]:
             variant = name_variant(method, bits) + ending
             runs = [make_and_score(seed, variant, weights, results) for seed in arguments.seeds]
             cell = {"method": method + ending, "bits": bits} | describe_cell(variant, runs, results)
