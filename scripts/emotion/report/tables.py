@@ -130,6 +130,7 @@ def render_page(family: Family, pictures: list[Path]) -> str:
         tests_table=tests_table(comparison),
         seeds_table=seeds_table(seeds) if seeds else "",
         chosen_seeds=sorted({one["chosen_seed"] for one in seeds}),
+        remedies_table=remedies_table(family.records),
         classes_table=classes_table(family.records),
         pictures=pictures,
         benchmarks=benchmarks,
@@ -189,6 +190,18 @@ def seeds_table(seeds: list[dict]) -> str:
         )
     head = ["variant", "format", "seeds", "macro F1 % (sd)", "accuracy % (sd)", "macro F1 %, agreed rows"]
     return markdown_table([*head, "change, points (sd) [95 %]", "flips (sd)"], lines)
+
+
+def remedies_table(records: list[dict]) -> str:
+    """Each step of the ladder that a format went up when it was quantized; empty if no record tells of one."""
+    lines = []
+    for record in records:
+        for one in (record["made"].get("remedies") or {}).get(record["format"], ()):
+            name = f"**{one['remedy']}**" if one.get("kept") else one["remedy"]
+            change, size = f"{100 * one['macro_f1_change']:+.2f}", f"{one['bytes_to_serve'] / 1e6:.1f}"
+            lines.append([record_name(record), name, change, str(one["flips"]), size, f"{one['seconds']:.0f}"])
+    head = ["artifact", "step", "macro F1, points", "labels that differ", "MB", "s to quantize"]
+    return markdown_table(head, lines) if lines else ""
 
 
 def classes_table(records: list[dict]) -> str:
