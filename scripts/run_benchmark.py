@@ -20,7 +20,7 @@ from emotion.common.machine import choose_threads, describe_run
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.benchmark import Protocol, fastest_fp32, interleave, name_of, split_name
 from emotion.measure.contenders import make_contender
-from emotion.measure.roofline import add_roofline
+from emotion.measure.roofline import add_roofline, count_work
 from emotion.task.dataset import get_split, load_task_of
 
 
@@ -67,6 +67,7 @@ def main(argv=None) -> None:
     # Alternatives are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
         contenders = {name_of(*one): make_contender(*one, Path(work)) for one in named}
+        work_of_text = count_work(first_folder, texts) if arguments.roofline else None
         measured = interleave(contenders, texts, protocol)
     result = describe_run(threads) | {
         "dataset": task.name,
@@ -81,7 +82,7 @@ def main(argv=None) -> None:
     }
     # After the timing: finding the peaks heats the processor and takes its memory.
     if arguments.roofline:
-        add_roofline(result, first_folder, texts, threads)
+        add_roofline(result, work_of_text, threads)
     if arguments.output:
         write_json(Path(arguments.output), result)
     print_speeds(measured)

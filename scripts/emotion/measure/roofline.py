@@ -15,17 +15,16 @@ SIZE = 2048  # of the square matrices that find the peaks: large enough that a p
 COPIED_BYTES = 2**29  # far more than any cache
 
 
-def add_roofline(result: dict, folder: Path, texts: list[str], threads: int) -> None:
+def add_roofline(result: dict, work: tuple[float, int], threads: int) -> None:
     """Adds `peaks` to the result of a benchmark, and `roofline` to each of its artifacts.
 
     Args:
         result: as run_benchmark.py builds it; changed in place.
-        folder: any of the artifacts. All must have the same architecture: operations are counted in this one.
-        texts: what the artifacts answered.
+        work: the result of `count_work`.
         threads: as many as the artifacts computed with.
     """
     peaks = measure_peaks(threads)
-    operations, weights = count_work(folder, texts)
+    operations, weights = work
     result["peaks"] = peaks
     for one in result["artifacts"].values():
         bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
@@ -48,6 +47,10 @@ def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
     """The mean number of operations per text, and the number of weights in linear layers.
 
     A multiplication with its addition counts as two operations.
+
+    Args:
+        folder: any of the artifacts; all must have the same architecture.
+        texts: what the artifacts answer.
     """
     from emotion.task.tokens import TextEncoder
 
@@ -59,10 +62,11 @@ def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
     config.quantization_config = None  # the float model has the same products, and needs no library to be built
     # Texts of the same length take the same operations, so that each length is run once.
     lengths, counts = np.unique([len(ids) for ids in TextEncoder(folder)(texts)], return_counts=True)
-    with torch.device("meta"):  # tensors without memory: shapes are enough to count
-        # Eager: the counter misses products inside some fused attention kernels, and counts all plain ones.
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
-        operations = []
+    # Eager: the counter misses products inside some fused attention kernels, and counts all plain ones. Not on tensors
+    # without memory, with which MPNet cannot compute its relative positions.
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    operations = []
+    with torch.inference_mode():
         for length in lengths.tolist():
             with FlopCounterMode(display=False) as counter:
                 model(input_ids=torch.zeros(1, length, dtype=torch.long))
