@@ -71,7 +71,6 @@ results: $(READY)
 	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
 	$(RUN) scripts/study_bits.py --seeds $(SEEDS)
-	$(RUN) scripts/study_training_cost.py
 	$(call score,weights/baseline,pytorch bf16 onnx)
 	for variant in ptq qat; do $(call score,weights/$$variant,torchao onnx openvino); done
 	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do $(call score,weights/$$variant,onnx); done
@@ -86,6 +85,8 @@ benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
 
+score_base = $(call score,weights/base/$(1),$(2),--results_dir results/base)
+
 # Static ranges are left out of the study: their calibration keeps all inner values of 300 texts in memory.
 results-base: base-encoder
 	$(RUN) scripts/run_seeds.py baseline --seeds $(BASE_SEEDS) --model_name_or_path $(BASE) $(OF_BASE)
@@ -96,11 +97,11 @@ results-base: base-encoder
 	$(RUN) scripts/study_ptq.py weights/base/seeds/baseline-42 --results_dir results/base --work_dir build/ptq_study_base \
 		--layer_texts 200 --rounds 3 --leave_out "ONNX Runtime, static by entropy" "ONNX Runtime, static by extremes" \
 		"torchao, 8-bit weights" "OpenVINO, 8-bit weights"
-	$(call score,weights/base/baseline,pytorch bf16 onnx,--results_dir results/base)
-	for variant in ptq qat; do $(call score,weights/base/$$variant,torchao onnx openvino,--results_dir results/base); done
-	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do \
-		$(call score,weights/base/$$variant,onnx,--results_dir results/base); done
-	$(call score,weights/base/qlora,nf4 onnx,--results_dir results/base)
+	$(call score_base,baseline,pytorch bf16 onnx)
+	for variant in ptq qat; do $(call score_base,$$variant,torchao onnx openvino); done
+	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do $(call score_base,$$variant,onnx); done
+	$(call score_base,qlora,nf4 onnx)
+	$(RUN) scripts/study_training_cost.py
 	$(MAKE) benchmark-base
 	$(RUN) scripts/run_comparison.py
 
