@@ -33,6 +33,7 @@ from emotion.model.training import (
 from emotion.quantize.conversion import save_converted, save_float
 from emotion.quantize.fake_quantizers import prepare, switch
 from emotion.quantize.scheme import (
+    CONTROL,
     SchemeArguments,
     check_scheme,
     describe_quantized,
@@ -50,7 +51,6 @@ from torch.nn import functional
 from transformers import Trainer, set_seed
 
 RECIPE = ROOT / "configs" / "qat.yaml"
-CONTROL = "-float"  # ends the name of a variant that was trained on without rounding
 
 
 @dataclass

@@ -18,7 +18,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.recipe import base_model_of
 from emotion.measure.seeds import make, make_and_score, summarize_scores
-from emotion.quantize.scheme import name_variant
+from emotion.quantize.scheme import CONTROL, name_variant
 from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
 
@@ -49,7 +49,7 @@ def main(argv=None) -> None:
     study = read_json(path) if path.is_file() else {"cells": {}, "choices": {}}
     study["base_model"] = base_model_of(weights / "seeds" / f"baseline-{arguments.seeds[0]}")
     for bits in arguments.bits:
-        controls = [("qat", "-float")] if arguments.controls else []
+        controls = [("qat", CONTROL)] if arguments.controls else []
         for method, ending in [("ptq", ""), ("qat", ""), *controls]:
             variant = name_variant(method, bits) + ending
             runs = [make_and_score(seed, variant, weights, results) for seed in arguments.seeds]

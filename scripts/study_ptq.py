@@ -9,7 +9,7 @@ points of the best such candidate. Of these, the fastest at batch 1 wins. config
 
 import re
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
@@ -32,7 +32,7 @@ from emotion.quantize.scheme import (
     save_formats,
 )
 from emotion.report.figures import write_studies
-from emotion.report.pages import page_of
+from emotion.report.pages import page_of, worst_layer
 from emotion.task.dataset import Task, load_task_of
 from emotion.task.scores import VALIDATION_NOISE, score
 from emotion.task.tokens import TextEncoder
@@ -104,13 +104,10 @@ def main(argv=None) -> None:
     }
 
     # 1. Each layer on its own: which one changes the logits most?
-    few = replace(rows, texts=rows.texts[: arguments.layer_texts], labels=rows.labels[: arguments.layer_texts])
+    few = rows.first(arguments.layer_texts)
     layers = measure_layers(baselines[0], few)
     write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
-    # Without the entries that quantize a whole kind of layer.
-    single = [one for one in layers if one["layer"] is not None]
-    worst = max(single, key=lambda one: one["mean_logit_shift"])
-    without_worst = Candidate("onnx", {"keep_float": worst["names"]})
+    without_worst = Candidate("onnx", {"keep_float": worst_layer(layers)["names"]})
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
     candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
 

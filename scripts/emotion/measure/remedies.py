@@ -21,7 +21,7 @@ from emotion.model.artifact import files_to_serve
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
 from emotion.quantize.lowbit import round_by_outputs
 from emotion.quantize.outliers import describe_outliers, find_outliers
-from emotion.quantize.scheme import SchemeArguments, copy_shared_files, formats_of, plan_again, save_format
+from emotion.quantize.scheme import SchemeArguments, copy_shared_files, formats_to_make, plan_again, save_format
 
 FLOAT_UNITS = (1, 2, 4, 8)  # how many of the most harmful units stay in float
 # Texts that show how harmful a unit is, by the shift of the logits: few suffice, and a base-size encoder has 50 units.
@@ -55,11 +55,11 @@ def save_watched(
     """
     copy_shared_files(plan.folder, folder)
     reference = logits_of(plan.folder, "onnx", validation)
-    few = replace(validation, texts=validation.texts[:RANKING_TEXTS], labels=validation.labels[:RANKING_TEXTS])
+    few = validation.first(RANKING_TEXTS)
     measured = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
     told = {"seconds": {}, "remedies": {}}
     told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.keep_float)
-    for format in arguments.formats or formats_of(arguments.bits):
+    for format in formats_to_make(arguments):
         attempts, plans = [], []
         for remedy, changed in _ladder(plan, format, rows, measured, arguments):
             start = time.monotonic()

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotion.model.classifier import OnnxClassifier, open_artifact, predict
@@ -27,6 +27,10 @@ class Rows:
     texts: list[str]
     labels: np.ndarray
     threads: int
+
+    def first(self, count: int | None) -> "Rows":
+        """The first ``count`` rows; all for None."""
+        return replace(self, texts=self.texts[:count], labels=self.labels[:count])
 
 
 def validation_rows(task: Task, threads: int) -> Rows:

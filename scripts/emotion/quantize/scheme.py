@@ -94,6 +94,10 @@ def check_scheme(arguments: SchemeArguments, output_dir: str) -> None:
     check_replaceable(Path(output_dir), marker=RECIPE_FILE)
 
 
+# Ends the name of a variant that was trained on without rounding, to compare QAT with; measure/seeds.py reads it back.
+CONTROL = "-float"
+
+
 def name_variant(method: str, bits: int) -> str:
     """The name of a variant in records and folders: 'ptq' for INT8, 'ptq-int4' with fewer bits."""
     return method if bits == 8 else f"{method}-int{bits}"
@@ -105,9 +109,14 @@ def formats_of(bits: int) -> tuple[str, ...]:
     return FORMATS if bits == 8 else ("onnx",)
 
 
+def formats_to_make(arguments: SchemeArguments) -> list[str] | tuple[str, ...]:
+    """The formats asked for; all that can hold the bits if none was named."""
+    return arguments.formats or formats_of(arguments.bits)
+
+
 def runtime_to_train_for(arguments: SchemeArguments) -> str:
     """ONNX Runtime, if a file is made for it, since it rounds coarsest; torchao otherwise."""
-    return "onnx" if "onnx" in (arguments.formats or formats_of(arguments.bits)) else "torchao"
+    return "onnx" if "onnx" in formats_to_make(arguments) else "torchao"
 
 
 def make_plan(folder: Path, model, arguments: SchemeArguments, rows: CalibrationRows | None = None) -> Plan:
@@ -122,7 +131,7 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
         UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
     """
     plan = Plan(Path(folder), model, find_layers(model, arguments.keep_float))
-    if arguments.split_outliers and "onnx" in (arguments.formats or FORMATS):  # no other format needs it
+    if arguments.split_outliers and "onnx" in formats_to_make(arguments):  # no other format needs it
         plan = replace(plan, outliers=find_outliers(plan, rows))
     return plan_again(plan, arguments)
 
@@ -177,7 +186,7 @@ def save_formats(plan: Plan, folder: Path, rows: CalibrationRows, arguments: Sch
     seconds = {}
     copy_shared_files(plan.folder, folder)
     # Each format starts from the float weights of the plan; none reads what another has written.
-    for format in arguments.formats or formats_of(arguments.bits):
+    for format in formats_to_make(arguments):
         start = time.monotonic()
         save_format(plan, folder, format, rows, arguments)
         seconds[format] = round(time.monotonic() - start, 1)

@@ -42,15 +42,16 @@ def read_family(folder: Path) -> Family:
     """Reads the records and the runs in a folder of results, and compares them."""
     records = read_records(folder)
     benchmarks = {path.stem: read_json(path) for path in sorted((folder / "benchmark").glob("*.json"))}
-    return Family(folder, records, build_comparison(records, folder), benchmarks)
+    return Family(folder, records, build_comparison(records, folder, benchmarks.get(MAIN_RUN)), benchmarks)
 
 
-def build_comparison(records: list[dict], results: Path) -> dict:
+def build_comparison(records: list[dict], results: Path, run: dict | None) -> dict:
     """The numbers of all pages; the keys say which. A number that was not measured is None.
 
     Args:
         records: of one dataset's test rows; their order does not matter.
-        results: the folder that they came from, with predictions/, benchmark/ and seeds/.
+        results: the folder that they came from, with predictions/ and seeds/.
+        run: the interleaved run `MAIN_RUN`; None if there is none. Speeds are divided within it alone.
 
     Raises:
         UserError: if the records are not of the same rows, or a file of predictions is not that of its record.
@@ -59,9 +60,6 @@ def build_comparison(records: list[dict], results: Path) -> dict:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
     # The order of every table: the variants by name, the formats of each as a folder lists them.
     records = sorted(records, key=lambda one: (one["variant"], list(WEIGHT_FILES).index(one["format"])))
-    benchmarks = {path.stem: read_json(path) for path in sorted((results / "benchmark").glob("*.json"))}
-    # Speeds may be divided by each other within one run alone.
-    run = benchmarks.get(MAIN_RUN)
     tests = compare_records(records, results)
     timed = dict(run["artifacts"]) if run else {}  # a copy: each record takes its times out
     rows = []

@@ -128,12 +128,15 @@ def _candidates_table(study: dict) -> str:
 @complete("the page of the layers")
 def render_sensitivity(studies: list[dict]) -> str:
     """`results/ptq_sensitivity.md`: what quantizing one layer alone does, most harmful first, per encoder."""
-    worst = []
-    for study in studies:
-        single = [one for one in study["layers"] if one["layer"] is not None]
-        worst.append(max(single, key=lambda one: one["mean_logit_shift"]))
+    worst = [worst_layer(study["layers"]) for study in studies]
     tables = [_layers_table(study) for study in studies]
     return render("ptq_sensitivity.md", studies=studies, tables=tables, worst=worst)
+
+
+def worst_layer(measured: list[dict]) -> dict:
+    """The single layer that moves the logits most, of the result of `measure_layers`; whole kinds do not count."""
+    single = [one for one in measured if one["layer"] is not None]
+    return max(single, key=lambda one: one["mean_logit_shift"])
 
 
 def _layers_table(sensitivity: dict) -> str:
