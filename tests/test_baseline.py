@@ -45,7 +45,7 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
         made["seed"] == 42 and made["recipe"]["learning_rate"] == 5e-3 and made["made"]["dataset_source"] == "folder"
     )
     assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
-    assert made["onnx"]["fused"] is True
+    assert made["onnx"]["fused"] is True and made["onnx"]["first_token"] is True
 
 
 def test_the_onnx_file_holds_no_path_of_this_machine(artifact, quantized):

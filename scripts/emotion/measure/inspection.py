@@ -11,7 +11,7 @@ import numpy as np
 FLOATS = {"float32", "float16", "bfloat16"}
 # ONNX Runtime's operators for dynamic INT8 -> the input that has one entry per scale of the weights. MatMulInteger
 # itself takes no scales, but its zero points have their shape.
-DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4}
+DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4, "DynamicQuantizeMatMul": 2}
 FLOAT_OPERATORS = {"MatMul", "Gemm", "Attention"}
 RESTORING = {"Convert", "Multiply", "Subtract", "Reshape", "Transpose"}  # OpenVINO's, from integers to a weight
 MOVING = {"Reshape", "Transpose", "Gather"}  # what may stand between a rounded activation and the layer
@@ -157,7 +157,7 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
         if node.op_type == "Gather":
             embeddings.append(matrix)
         else:
-            linear += _split_attention(node, matrix)
+            linear += _split_product(node, matrix)
     # No layer multiplies with the remaining ones. They are embeddings: the file unpacks only the rows of a text.
     for name, table in packed.items():
         embeddings.append(replace(table, name=name))
@@ -215,14 +215,12 @@ def _matrix_input(node, constants: dict, restored: dict) -> tuple[str | None, st
     return None, None
 
 
-def _split_attention(node, matrix: Matrix) -> list[Matrix]:
-    """One matrix per linear layer: the attention operator multiplies query, key and value in one product."""
-    if "Attention" not in node.op_type:
-        return [matrix]
-    names = matrix.name.split()  # the three modules, where quantize/int8_onnx.py has named the node
-    if len(names) != 3:
-        names = [matrix.name] * 3  # another exporter's graph: three layers all the same, without their names
-    return [replace(matrix, name=name) for name in names]
+def _split_product(node, matrix: Matrix) -> list[Matrix]:
+    """One matrix per linear layer: a product may hold several, side by side, and is then named after all of them."""
+    names = matrix.name.split()
+    if "Attention" in node.op_type and len(names) != 3:
+        names = [matrix.name] * 3  # another exporter's graph: query, key and value all the same, without their names
+    return [replace(matrix, name=name) for name in names or [""]]
 
 
 def _packed_matrices(constants: dict) -> dict[str, Matrix]:

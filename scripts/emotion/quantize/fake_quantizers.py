@@ -7,9 +7,9 @@ passes straight through (Bengio, Léonard and Courville, "Estimating or Propagat
 for Conditional Computation", 2013).
 
 Each runtime measures activations in its own way, and so does its fake quantizer: torchao token by token, ONNX Runtime
-with one range for all tokens of a batch, and with the outlier units of outliers.py in floats. torchao's own fake
-quantizers have neither of the two nor the levels of lowbit.py, and they multiply values that are scaled back already.
-Hence those below.
+with one range for all tokens that the file computes (behind the last attention those are the first ones of the
+texts), and with the outlier units of outliers.py in floats. torchao's own fake quantizers have neither of these nor
+the levels of lowbit.py, and they multiply values that are scaled back already. Hence those below.
 """
 
 import copy
@@ -78,8 +78,13 @@ def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[
     return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
 
 
+def round_by_first_token(values: torch.Tensor, whole: torch.Tensor | None = None):
+    """As `round_all`, with the range of the first tokens of (texts, tokens, width): the file computes no others."""
+    return round_all(values, values[:, :1])
+
+
 class Rounding(FakeQuantizerBase):
-    """A fake quantizer that measures the values anew each time, with one of the two functions above."""
+    """A fake quantizer that measures the values anew each time, with one of the functions above."""
 
     def __init__(self, config: IntxFakeQuantizeConfig, function):
         super().__init__()
@@ -272,6 +277,7 @@ class IntegerLinear(torch.nn.Module):
         self.weight, self.row, self.bias = integers.to(torch.int8), row.flatten(), layer.bias
         self.sums = self.weight.sum(dim=1, dtype=torch.int32)  # of each row: the output where every activation is 1
         self.units = self.split.take(weight)
+        self.round = layer.activation_fake_quantizer.round
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Returns float32 (..., rows) for ``values`` (..., columns)."""
@@ -279,7 +285,7 @@ class IntegerLinear(torch.nn.Module):
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
         """The same without the outlier units."""
-        integers, scale = round_all(values)
+        integers, scale = self.round(values)
         # uint8 holds no negative integers. All are shifted up by the lowest, and the shift's share of the sums, the
         # same for every text, is taken off after the product: (x - lowest) w = x w - lowest w.
         lowest = integers.amin().clamp(max=0)
@@ -311,7 +317,10 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
         # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
             part.__class__, part.split = RoundedLinear, splits.get(name, Split([]))
-            part.activation_fake_quantizer = Rounding(activations, round_all if onnx else round_rows)
+            round_values = round_all if onnx else round_rows
+            if onnx and name in plan.of_first_token:
+                round_values = round_by_first_token
+            part.activation_fake_quantizer = Rounding(activations, round_values)
             part.weight_fake_quantizer = (
                 LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
             )

@@ -5,43 +5,13 @@ from pathlib import Path
 
 from emotion.common.quiet import quiet_logging
 from emotion.model.artifact import weights_of
+from emotion.quantize.graph_passes import merge_products, name_nodes, products_of_first_token, write_sums
 from emotion.quantize.layers import CalibrationRows, Plan
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.quantize.outliers import split_outliers
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer
-
-
-def name_nodes(graph, model) -> list[str]:
-    """Names each node that holds a linear layer or an embedding after the module; attention after its three.
-
-    The exporter gives nodes names of its own, so a node is recognised by its weights, which are the module's.
-
-    Returns:
-        The names, in the order of the graph.
-    """
-    from onnx import numpy_helper
-
-    owners = {}
-    for name, part in model.named_modules():
-        if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
-            weight = part.weight.detach().numpy()
-            # A product holds a layer's weight transposed, a look-up holds the table as it is.
-            for array in (weight, weight.T):
-                owners.setdefault(np.ascontiguousarray(array).tobytes(), name)
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) == 2}
-    named = []
-    for node in graph.node:
-        for array in (arrays[name] for name in node.input if name in arrays):
-            # The attention operator multiplies query, key and value at once: its weights lie side by side.
-            parts = np.split(array, 3, axis=1) if node.op_type == "Attention" else [array]
-            modules = [owners.get(np.ascontiguousarray(part).tobytes()) for part in parts]
-            if None not in modules:
-                node.name = " ".join(modules)
-                named.append(node.name)
-    return named
 
 
 def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
@@ -50,11 +20,17 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     Args:
         reduce_range: weights of 7 bits; see levels.py.
     """
+    import onnx
     from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     graph, options = _prepare(plan, weights_of(plan.folder, "onnx"), path, reduce_range)
     with quiet_logging():
         quantize_dynamic(graph, path, op_types_to_quantize=["MatMul", "Attention", "Gather"], **options)
+    graph = OnnxModel(onnx.load(path))
+    merge_products(graph)
+    write_sums(graph, "Sub")
+    graph.save_model_to_file(str(path))
 
 
 def quantize_onnx_static(
@@ -112,12 +88,27 @@ def _reader(batches: list[dict[str, np.ndarray]]):
     return Reader()
 
 
+def load_float_graph(path: Path):
+    """The FP32 file as ONNX Runtime's `OnnxModel`, with each linear layer's weight as the module has it."""
+    import onnx
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    graph = OnnxModel(onnx.load(path))
+    write_sums(graph, "Add")
+    return graph
+
+
+def layers_of_first_token(plan: Plan) -> list[str]:
+    """The linear layers that see the first token alone in the FP32 file of the plan: those of the last layer."""
+    graph = load_float_graph(weights_of(plan.folder, "onnx"))
+    name_nodes(graph.model.graph, plan.model)
+    return [name for node in products_of_first_token(graph) for name in node.name.split()]
+
+
 def _prepare(plan: Plan, float_graph: Path, path: Path, reduce_range: bool) -> tuple:
     """The FP32 graph with its nodes named, and the options that dynamic and static quantization share."""
-    import onnx
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    graph = onnx.load(float_graph)
+    graph = load_float_graph(float_graph).model
     wanted = {*plan.layers.linear, *plan.layers.embeddings}
     nodes = [name for name in name_nodes(graph.graph, plan.model) if set(name.split()) <= wanted]
     split_outliers(graph.graph, plan)  # once the nodes have names, by which it finds the pairs

@@ -33,6 +33,7 @@ class Plan:
         compensated: below 8 bits, weights that gptq.py has moved, to be rounded in place of the model's own.
         outliers: for ONNX Runtime, the second product of a feed-forward pair -> its units that stay in float; see
             outliers.py.
+        of_first_token: the linear layers that see the first token alone in that file; see graph_passes.py.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Plan:
     scales: dict = field(default_factory=dict)
     compensated: dict[str, torch.Tensor] = field(default_factory=dict)
     outliers: dict[str, list[int]] = field(default_factory=dict)
+    of_first_token: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

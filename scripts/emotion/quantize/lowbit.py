@@ -249,7 +249,9 @@ class Packer:
         scale_name = int8_name.removesuffix("_quantized") + "_scale"
         for tensor in self.graph.initializer:
             if tensor.name == scale_name:
-                tensor.CopyFrom(numpy_helper.from_array(row_scales, scale_name))
+                # The sign is kept: before a residual sum a layer gives the negative of its result (graph_passes.py).
+                signed = np.copysign(row_scales, numpy_helper.to_array(tensor))
+                tensor.CopyFrom(numpy_helper.from_array(signed, scale_name))
 
     def replace_look_up(self, gather, codes: np.ndarray, scales: Scales) -> None:
         """Replaces a look-up in a float table by nodes that look up packed rows and unpack only those.

@@ -1,15 +1,22 @@
-"""A classifier as one ONNX file, fused for ONNX Runtime: attention, bias + GELU, skip + layer norm.
+"""A classifier as one ONNX file, rewritten for speed by the passes of graph_passes.py.
 
-Fusing must change no answer. The file is compared with the PyTorch model before it is kept. The plain graph is kept
-instead if the fused one differs, or if the architecture has none.
+Rewriting must change no answer. The file is compared with the PyTorch model before it is kept. The next plainer graph
+is kept instead if the rewritten one differs, or if the architecture has none.
 """
 
 import copy
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.quantize.graph_passes import (
+    fuse_attention,
+    join_heads,
+    keep_first_token,
+    name_nodes,
+    pack_projections,
+    write_sums,
+)
 
 import numpy as np
 import torch
@@ -55,10 +62,11 @@ def export_onnx(model, tokenizer, path: Path, pack: bool = True, fuse: bool = Tr
 
     Args:
         pack: whether the three projections of attention become one product; ONNX Runtime has no static INT8 for that.
-        fuse: whether to try the fused graph at all; without it this is the export that anyone gets.
+        fuse: whether to rewrite the graph at all; without it this is the export that anyone gets.
 
     Returns:
-        `fused` (bool) and `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
+        `fused` (bool), `first_token` (bool: whether the last layer computes the first token alone) and
+        `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
 
     Raises:
         UserError: if not even the plain graph answers as the model does.
@@ -72,17 +80,17 @@ def export_onnx(model, tokenizer, path: Path, pack: bool = True, fuse: bool = Tr
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
     gap = float("inf")
-    attempts = (True, False) if fuse else (False,)
-    for fused in attempts:
+    attempts = ((True, True), (True, False), (False, False)) if fuse else ((False, False),)
+    for fused, first_token in attempts:
         try:
-            _write(model, samples[0], path, fused=fused, pack=pack)
+            _write(model, samples[0], path, fused, first_token, pack)
             gap = _largest_gap(model, samples, path)
-        except Exception:  # an architecture without this attention, or a pattern that the optimizer does not know
+        except Exception:  # an architecture without this attention, or a pattern that a pass does not know
             if not fused:
                 raise
             continue
         if gap <= TOLERANCE:
-            return {"fused": fused, "largest_logit_gap": gap}
+            return {"fused": fused, "first_token": first_token, "largest_logit_gap": gap}
     raise UserError(
         f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
     )
@@ -102,11 +110,8 @@ def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, pack: bool) -> None:
-    """Exports the graph by tracing ``inputs``, and lets ONNX Runtime fuse the rest."""
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
-
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, first_token: bool, pack: bool) -> None:
+    """Exports the graph by tracing ``inputs``, and rewrites it."""
     model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any length
     program = torch.onnx.export(
@@ -124,88 +129,29 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, pack
         node.metadata_props.clear()
     program.save(path, external_data=False)
     if fused:
-        options = FusionOptions("bert")
-        options.enable_attention = False  # done here instead: this fusion does not know the graph of Transformers 5
-        options.enable_embed_layer_norm = False  # saves nothing, and INT8 needs each look-up as a node of its own
-        optimized = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
-        if pack:
-            _pack_projections(optimized)
-        optimized.save_model_to_file(str(path))
+        _rewrite(model, path, first_token, pack)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer of the graph.
+def _rewrite(model, path: Path, first_token: bool, pack: bool) -> None:
+    """Rewrites the file of the model for speed, and names its nodes after the model's layers."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
 
-    Attributes:
-        source: name of the tensor that goes into it.
-        weight: float32 (inputs, outputs), transposed from PyTorch's order.
-        bias: float32 (outputs,).
-    """
-
-    source: str
-    weight: np.ndarray
-    bias: np.ndarray
-
-
-def _pack_projections(graph) -> None:
-    """Makes query, key and value one product inside the attention operator: one large multiplication for three.
-
-    `MultiHeadAttention` takes three tensors that are projected already. `Attention` takes the states before the
-    projection, and one weight that holds the three side by side.
-
-    Args:
-        graph: ONNX Runtime's `OnnxModel`, changed in place.
-    """
-    from onnx import helper, numpy_helper
-
-    producers = graph.output_name_to_node()
-    for node in graph.get_nodes_by_op_type("MultiHeadAttention"):
-        projections = [_find_projection(graph, producers, name) for name in node.input[:3]]
-        # Without a bias, or with states of two sources (cross-attention), the three products stay as they are.
-        if None in projections or len({part.source for part in projections}) > 1:
-            continue
-        weight = np.concatenate([part.weight for part in projections], axis=1)  # outputs side by side
-        bias = np.concatenate([part.bias for part in projections])
-        weight_name, bias_name = f"{node.output[0]}_weight", f"{node.output[0]}_bias"
-        graph.add_initializer(numpy_helper.from_array(weight, weight_name))
-        graph.add_initializer(numpy_helper.from_array(bias, bias_name))
-        # The exporter splits the heads of the result and joins them again. `Attention` gives them joined, so it
-        # takes over the name of the last tensor of these reshapes, and the reshapes lose their use.
-        context = node.output[0]
-        while [child.op_type for child in graph.get_children(producers[context])] == ["Reshape"]:
-            context = graph.get_children(producers[context])[0].output[0]
-        inputs = [projections[0].source, weight_name, bias_name, node.input[4]]  # the last one is the mask
-        attention = helper.make_node("Attention", inputs, [context], domain="com.microsoft")
-        attention.attribute.extend(node.attribute)  # the number of heads and the scale keep their names
-        # No two nodes may write one tensor: the node that wrote `context` goes. Pruning removes what hung between.
-        graph.remove_nodes([node, producers[context]] if context != node.output[0] else [node])
-        graph.add_node(attention)
-    graph.prune_graph()
-    graph.topological_sort()
-
-
-def _find_projection(graph, producers: dict, name: str) -> Projection | None:
-    """The linear layer that the tensor ``name`` comes from; None if it does not come from one with a bias.
-
-    Args:
-        producers: name of a tensor -> the node that writes it.
-    """
-    from onnx import numpy_helper
-
-    node = producers.get(name)
-    # Between a projection and the attention lie the reshapes that split the heads and join them again.
-    while node is not None and node.op_type == "Reshape":
-        node = producers.get(node.input[0])
-    if node is None or node.op_type != "Add":
-        return None
-    product = producers.get(node.input[0])
-    if product is None or product.op_type != "MatMul":
-        return None
-    weight, bias = graph.get_initializer(product.input[1]), graph.get_initializer(node.input[1])
-    if weight is None or bias is None:  # computed, not stored: no linear layer
-        return None
-    return Projection(product.input[0], numpy_helper.to_array(weight), numpy_helper.to_array(bias))
+    options = FusionOptions("bert")
+    # Of ONNX Runtime's own fusions only those of layer norm and GELU from their parts are wanted. Its attention does
+    # not know the graph of Transformers 5; the others are slower on a CPU, or hide what INT8 needs as single nodes.
+    options.enable_attention = options.enable_embed_layer_norm = options.enable_bias_gelu = False
+    options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False
+    graph = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
+    fuse_attention(graph, model.config.num_attention_heads)
+    join_heads(graph)
+    if first_token:
+        keep_first_token(graph)
+    if pack:
+        pack_projections(graph)
+    name_nodes(graph.model.graph, model)
+    write_sums(graph, "Sub")
+    graph.save_model_to_file(str(path))
 
 
 def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:

@@ -133,14 +133,35 @@ def _split_pair(graph, first, second, units: list[int]) -> None:
         copied.output[0] = f"{node.output[0]}{BRANCH}"
         branch.append(copied)
     weight = take(second.input[1], axis=0)
-    branch.append(helper.make_node("MatMul", [branch[-1].output[0], weight], [f"{second.output[0]}{BRANCH}"]))
-    whole, second.output[0] = second.output[0], f"{second.output[0]}/rest"
-    branch.append(helper.make_node("Add", [second.output[0], branch[-1].output[0]], [whole]))
+    result = f"{second.output[0]}{BRANCH}"
+    branch.append(helper.make_node("MatMul", [branch[-1].output[0], weight], [result]))
+    residual = _residual_sum(graph, second)
+    if residual is not None:
+        # Added to the states that skip the pair, so that product, bias and sum stay side by side for other rewrites.
+        node, index = residual
+        branch.append(helper.make_node("Add", [node.input[index], result], [f"{result}/sum"]))
+        node.input[index] = branch[-1].output[0]
+    else:
+        whole, second.output[0] = second.output[0], f"{second.output[0]}/rest"
+        branch.append(helper.make_node("Add", [second.output[0], result], [whole]))
     # A graph lists its nodes in the order in which they run: the branch joins right behind the second product.
     place = list(graph.node).index(second) + 1
     for offset, node in enumerate(branch):
         node.name = f"{second.name}{BRANCH}{offset}"
         graph.node.insert(place + offset, node)
+
+
+def _residual_sum(graph, product):
+    """The node that adds a product with its bias to other states, and the index of these; None if there is none."""
+    name = product.output[0]
+    for _ in range(2):  # the sum with the bias, then that with the states
+        readers = [node for node in graph.node if name in node.input]
+        if [node.op_type for node in readers] != ["Add"]:
+            return None
+        before, name = name, readers[0].output[0]
+    index = 1 - list(readers[0].input).index(before)
+    constants = {tensor.name for tensor in graph.initializer}
+    return None if readers[0].input[index] in constants else (readers[0], index)
 
 
 def _nodes_between(graph, first, second) -> list:

@@ -9,7 +9,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import check_replaceable
 from emotion.common.recipe import RECIPE_FILE, Recipe, base_model_of
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
-from emotion.quantize.int8_onnx import quantize_onnx, quantize_onnx_static
+from emotion.quantize.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, find_layers
@@ -131,8 +131,10 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
         UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
     """
     plan = Plan(Path(folder), model, find_layers(model, arguments.keep_float))
-    if arguments.split_outliers and "onnx" in formats_to_make(arguments):  # no other format needs it
-        plan = replace(plan, outliers=find_outliers(plan, rows))
+    if "onnx" in formats_to_make(arguments):  # no other format needs these
+        plan = replace(plan, of_first_token=layers_of_first_token(plan))
+        if arguments.split_outliers:
+            plan = replace(plan, outliers=find_outliers(plan, rows))
     return plan_again(plan, arguments)
 
 
