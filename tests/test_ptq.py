@@ -76,7 +76,9 @@ def test_one_folder_three_runtimes_and_nothing_else(quantized):
 def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
     scheme = scheme_of(quantized, format)
     assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)
-    assert scheme["weights"] == "int8 per-channel" and "int8" in scheme["embeddings"]
+    assert scheme["weights"] == "int8 per-channel"
+    tables = {"torchao": "float8_e4m3fn", "onnx": "uint8 per-tensor", "openvino": "int8 per-channel"}
+    assert scheme["embeddings"] == tables[format]
     assert (
         scheme["activations"]
         == {

@@ -9,6 +9,8 @@ from emotion.quantize.levels import BRANCH, LEVELS
 import numpy as np
 
 FLOATS = {"float32", "float16", "bfloat16"}
+FLOAT8 = "float8_e4m3fn"  # torch's name: 4 bits of exponent, 3 of mantissa; it has no scales
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": FLOAT8}
 # ONNX Runtime's operators for dynamic INT8 -> the input that has one entry per scale of the weights. MatMulInteger
 # itself takes no scales, but its zero points have their shape.
 DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4, "DynamicQuantizeMatMul": 2}
@@ -38,13 +40,13 @@ class Matrix:
 
     @property
     def quantized(self) -> bool:
-        """Whether the file holds integers, or NF4's codes, in the place of floats."""
+        """Whether the file holds integers, NF4's codes or floats of 8 bits in the place of wider floats."""
         return self.dtype not in FLOATS
 
     @property
     def weights(self) -> str:
-        """The type, and for quantized weights what shares a scale: 'int8 per-channel'."""
-        return f"{self.dtype} {self.granularity}" if self.quantized else self.dtype
+        """The type, and what shares a scale where there are scales: 'int8 per-channel'."""
+        return f"{self.dtype} {self.granularity}" if self.quantized and self.dtype != FLOAT8 else self.dtype
 
 
 def describe_scheme(classifier, weights: Path, format: str) -> dict:
@@ -52,7 +54,7 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
 
     Args:
         classifier: the opened artifact; the formats of PyTorch are counted in its model.
-        weights: the artifact's file; the other formats are counted in it.
+        weights: the artifact's file; the other formats are counted in it, and the types of float weights read there.
         format: the format's name, as in `find_formats`.
 
     Returns:
@@ -64,7 +66,7 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
     elif format == "openvino":
         linear, embeddings = _openvino_matrices(weights)
     else:
-        linear, embeddings = _torch_matrices(classifier.model)
+        linear, embeddings = _torch_matrices(classifier.model, _stored_dtypes(weights))
     quantized = [matrix for matrix in linear if matrix.quantized]
     tables = [table for table in embeddings if table.quantized]
     kept_in_float, largest = [], None
@@ -102,20 +104,33 @@ def _largest(integers: np.ndarray) -> int:
     return int(np.abs(integers.astype(int)).max())
 
 
-def _torch_matrices(model) -> tuple[list[Matrix], list[Matrix]]:
-    """The linear layers and the embeddings of a PyTorch model."""
+def _stored_dtypes(weights: Path) -> dict[str, str]:
+    """Name of a float tensor in a safetensors file -> the type in which the file holds it."""
+    from safetensors import safe_open
+
+    found = {}
+    with safe_open(weights, framework="np") as file:
+        for name in sorted(file.keys()):
+            dtype = file.get_slice(name).get_dtype()
+            if dtype in SAFETENSORS_DTYPES:
+                found[name] = SAFETENSORS_DTYPES[dtype]
+    return found
+
+
+def _torch_matrices(model, stored: dict[str, str]) -> tuple[list[Matrix], list[Matrix]]:
+    """The linear layers and the embeddings of a PyTorch model; ``stored`` is that of `_stored_dtypes`."""
     from torch import nn
 
     linear, embeddings = [], []
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
-            linear.append(_torch_matrix(name, part))
+            linear.append(_torch_matrix(name, part, stored))
         elif isinstance(part, nn.Embedding):
-            embeddings.append(_torch_matrix(name, part))
+            embeddings.append(_torch_matrix(name, part, stored))
     return linear, embeddings
 
 
-def _torch_matrix(name: str, part) -> Matrix:
+def _torch_matrix(name: str, part, stored: dict[str, str]) -> Matrix:
     """The weight of one module: bitsandbytes' NF4, torchao's INT8 or a plain tensor."""
     weight = part.weight
     state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself holds packed bytes
@@ -125,7 +140,8 @@ def _torch_matrix(name: str, part) -> Matrix:
         return Matrix(name, state.quant_type, f"in blocks of {state.blocksize}", activations)
     integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself goes on saying float32
     if integers is None:
-        return Matrix(name, str(weight.dtype).removeprefix("torch."))
+        # Opening a file may widen a table; an adapter's model has other names than its files.
+        return Matrix(name, stored.get(f"{name}.weight", str(weight.dtype).removeprefix("torch.")))
     dtype = str(integers.dtype).removeprefix("torch.")
     # With these options torchao rounds the activations too, each token by its own range; without, the weights alone.
     dynamic = getattr(weight, "act_quant_kwargs", None) is not None

@@ -16,6 +16,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 
+from emotion.quantize.int8_torchao import TABLE_DTYPE
 from emotion.quantize.layers import Plan
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
 from emotion.quantize.lowbit import Scales, integers_of
@@ -81,6 +82,19 @@ def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[
 def round_by_first_token(values: torch.Tensor, whole: torch.Tensor | None = None):
     """As `round_all`, with the range of the first tokens of (texts, tokens, width): the file computes no others."""
     return round_all(values, values[:, :1])
+
+
+def round_float8(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds each value to the floats of 8 bits in which the torchao file holds embedding tables.
+
+    Args:
+        values: float, of any shape.
+        whole: not used, since no range is measured.
+
+    Returns:
+        The rounded values, in the type and shape of ``values``; and the scale 1, as they are no integers.
+    """
+    return values.to(TABLE_DTYPE).to(values.dtype), torch.ones((), device=values.device)
 
 
 class Rounding(FakeQuantizerBase):
@@ -259,7 +273,8 @@ class RoundedEmbedding(FakeQuantizedEmbedding):
         rows, quantizer = functional.embedding(ids, self.weight, self.padding_idx), self.weight_fake_quantizer
         if not quantizer.enabled:
             return rows
-        # Below 8 bits each row of the table has scales of its own; ONNX Runtime's INT8 has one range for the table.
+        # Below 8 bits each row of the table has scales of its own. ONNX Runtime has one range for its INT8 table; the
+        # float8 of torchao's file needs neither.
         return StraightThrough.apply(rows, partial(quantizer.round, ids=ids, whole=self.weight.detach()))
 
 
@@ -328,7 +343,7 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
             # A look-up multiplies nothing that could overflow: all 8 bits are used.
             part.__class__ = RoundedEmbedding
             part.weight_fake_quantizer = (
-                LowBitGroups(table, scales[name]) if scales else Rounding(table, round_all if onnx else round_rows)
+                LowBitGroups(table, scales[name]) if scales else Rounding(table, round_all if onnx else round_float8)
             )
 
 

@@ -87,7 +87,7 @@ def trace_weights(before, after) -> dict:
         before: the FP32 model, of Transformers.
         after: the same model with torchao's INT8 weights.
     """
-    # Of torchao's tensors only those of linear layers know how activations are rounded: this skips the embeddings.
+    # The embeddings come first and are plain tensors; the linear layers have torchao's.
     name = next(
         name for name, part in after.named_modules() if hasattr(getattr(part, "weight", None), "act_quant_kwargs")
     )
