@@ -1,6 +1,6 @@
 """Quantizes the fine-tuned baseline to INT8 without training (PTQ), once for each runtime.
 
-The artifact, `weights/ptq`, holds the same layers in INT8 for Transformers (`model.safetensors`, torchao), for ONNX
+The artifact, `weights/ptq`, holds the same layers in 8 bits for Transformers (`model.safetensors`, torchao), for ONNX
 Runtime and transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`). study_ptq.py has chosen the
 layers and methods on validation. This script never reads the test split; run_evaluation.py scores it.
 

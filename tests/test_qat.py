@@ -16,6 +16,7 @@ from emotion.model.artifact import files_to_serve, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.fake_quantizers import LowBitGroups, convert, prepare, round_all, round_rows, switch, to_integers
+from emotion.quantize.int8_torchao import quantize_torchao
 from emotion.quantize.layers import Layers, Plan, find_layers
 from emotion.quantize.levels import LEVELS
 from emotion.quantize.lowbit import choose_scales, pack, round_matrix
@@ -80,6 +81,20 @@ def test_a_fake_quantized_layer_computes_what_torchao_does():
     assert torch.equal(model(values), real(values))  # to the last digit
     switch(model, enabled=False)
     assert (model(values) - real(values)).abs().mean() > 1e-3  # the control: floats answer differently
+
+
+def test_a_model_prepared_for_torchao_answers_as_its_file(artifact, tmp_path):
+    model = load_trained_classifier(artifact).eval()
+    plan = Plan(artifact, model, find_layers(model))
+    quantize_torchao(plan, tmp_path)
+    prepare(plan, "torchao")
+    reopened, token_ids = load_trained_classifier(tmp_path).eval(), torch.randint(4, 23, (8, 12))
+    with torch.no_grad():
+        found, expected = model(token_ids).logits, reopened(token_ids).logits
+        switch(model, enabled=False)
+        floats = model(token_ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (floats - expected).abs().mean() > 1e-3  # the control
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
