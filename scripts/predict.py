@@ -32,22 +32,15 @@ def main(argv=None) -> None:
     batches = read_batches(arguments)  # before the model loads, so that a missing file is named at once
 
     # Imported here, so that --help and a wrong flag are answered without loading NumPy and the tokenizer.
-    from emotion.common.machine import choose_threads
-    from emotion.model.artifact import find_formats
-    from emotion.model.classifier import open_artifact
+    from emotion import EmotionClassifier
 
-    threads = choose_threads(arguments.threads)
-    folder = find_model(arguments.model, arguments.format)
-    formats = find_formats(folder)
-    # "onnx" opens fastest; the first format of another folder is its `model.safetensors`.
-    format = arguments.format or ("onnx" if "onnx" in formats else next(iter(formats)))
-    classifier = open_artifact(folder, format, threads=threads)
+    classifier = EmotionClassifier.from_pretrained(arguments.model, arguments.format, arguments.threads)
     # Batch by batch: the first answers are printed while the rest of a stream has not been written yet.
     empty = 0
     for texts in batches:
         empty += answer(classifier, texts, arguments)
-    if classifier.encode.texts_cut:
-        print(f"{classifier.encode.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
+    if classifier.texts_cut:
+        print(f"{classifier.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
     if empty:  # an error only now, and a status that scripts can see: the other texts have their answers
         raise UserError(f"{empty} of the texts were empty and got no answer")
 
@@ -70,30 +63,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if arguments.texts and arguments.file:
         raise UserError("give sentences or --file, not both")
     return arguments
-
-
-def find_model(name: str, format: str | None) -> Path:
-    """The folder of that name, or the downloaded files of the Hub's repository of that name.
-
-    Args:
-        format: the format to download; ONNX or else PyTorch if None.
-
-    Raises:
-        UserError: if there is neither, or the repository does not have the format.
-    """
-    # A word that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return Path(name)
-    # Imported here: a local folder needs no Hub.
-    from emotion.model.artifact import WEIGHT_FILES
-    from emotion.model.hub import fetch
-
-    if format not in {None, *WEIGHT_FILES}:
-        raise UserError(f"--format {format}: it takes one of {', '.join(WEIGHT_FILES)}")
-    try:
-        return fetch(name, [format] if format else ["onnx", "pytorch"])
-    except UserError as error:
-        raise UserError(f"--model {name}: no such folder; {error}") from error
 
 
 def read_batches(arguments):
@@ -128,22 +97,18 @@ def answer(classifier, texts: list[str], arguments) -> int:
     Returns:
         How many of the texts were empty.
     """
-    from emotion.task.scores import softmax
-
     full = [text.strip() for text in texts if text.strip()]
-    # Probabilities (full texts, labels), taken one by one below: empty texts keep their place among the lines.
-    answers = iter(softmax(classifier.logits(classifier.encode(full))) if full else [])
+    answers = iter(classifier.classify(full, top_k=arguments.top_k))  # empty texts keep their place among the lines
     lines = []
     for text in texts:
         if not text.strip():
             lines.append(json.dumps({"text": text, "error": "empty text"}) if arguments.json else "(empty)")
             continue
-        probabilities = next(answers)
-        best = probabilities.argsort()[::-1][: arguments.top_k]
-        classes = []
-        for index in best:
-            score = round(float(probabilities[index]), 6)
-            classes.append({"label": classifier.labels[index], "score": score})
+        classes = next(answers)
+        if arguments.top_k == 1:
+            classes = [classes]
+        for one in classes:
+            one["score"] = round(one["score"], 6)
         if arguments.json:
             # The best class stands at the top as well, for programs that want nothing else.
             lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=False))

@@ -21,7 +21,7 @@ from emotion.measure.inspection import describe_scheme
 from emotion.measure.record import describe_scored, explain, write_record
 from emotion.measure.ruler import measure_quality, measure_speed
 from emotion.model.artifact import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
-from emotion.model.classifier import open_artifact, predict
+from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.task.dataset import Task, get_split, load_task_of
 from emotion.task.scores import softmax
 
@@ -80,20 +80,22 @@ def main(argv=None) -> None:
     print(f"{folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
     # From here on everything is measured on what the saved folder answers; nothing is taken from the recipe.
-    classifier = open_artifact(folder, format, threads=threads)
-    token_ids, logits = answer_rows(classifier, folder, task, rows)
+    classifier = EmotionClassifier.from_pretrained(folder, format, threads)
+    logits = answer_rows(classifier, folder, task, rows)
     labels = np.asarray(rows["label"])
-    quality = measure_quality(logits, labels, task, rows, arguments.split)
+    quality = measure_quality(logits, labels, task, rows, arguments.split) | {"texts_cut": classifier.texts_cut}
+    # Speed is that of the runtime with all threads, from token ids on.
+    token_ids = classifier.runtime.encode(list(rows["text"]))
     record = {
         "variant": made_by.get("variant", folder.resolve().name),
         "format": format,
         "artifact": relative(folder),
         "date": datetime.date.today().isoformat(),
-        "scheme": explain(describe_scheme(classifier, weights, format), made_by),
+        "scheme": explain(describe_scheme(classifier.runtime, weights, format), made_by),
         "made": describe_scored(made_by, task, rows),
-        "quality": quality | {"texts_cut": classifier.encode.texts_cut},
+        "quality": quality,
         "size": describe_size(folder, format),
-        **measure_speed(classifier, token_ids, arguments.latency_runs),
+        **measure_speed(classifier.runtime, token_ids, arguments.latency_runs),
         "examples": answer_examples(classifier),
         "sha256": checksums_of(folder, format),
         "environment": describe_environment(threads),
@@ -101,8 +103,8 @@ def main(argv=None) -> None:
     print_summary(record, write_record(record, Path(arguments.results_dir), logits, labels))
 
 
-def answer_rows(classifier, folder: Path, task: Task, rows) -> tuple[list[list[int]], np.ndarray]:
-    """The token ids of each row, and its logits, float32 (rows, classes).
+def answer_rows(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:
+    """The logits of each row, float32 (rows, classes).
 
     Raises:
         UserError: if the artifact answers other labels than the dataset has, or a logit is not finite.
@@ -113,14 +115,13 @@ def answer_rows(classifier, folder: Path, task: Task, rows) -> tuple[list[list[i
             f"{folder} answers {len(classifier.labels)} labels ({', '.join(classifier.labels)}), "
             f"{task.name} has {len(task.labels)} ({', '.join(task.labels)})"
         )
-    token_ids = classifier.encode(list(rows["text"]))
-    if classifier.encode.texts_cut:
-        print(f"{classifier.encode.texts_cut} texts are longer than the model takes and were cut")
-    logits = predict(classifier, token_ids)
+    logits = classifier.logits(rows["text"])
+    if classifier.texts_cut:
+        print(f"{classifier.texts_cut} texts are longer than the model takes and were cut")
     # The largest of a row with a NaN is no answer, yet argmax would give one and the scores would look plausible.
     if not np.isfinite(logits).all():
         raise UserError(f"{folder}: the logits of row {np.argwhere(~np.isfinite(logits))[0][0]} are not finite")
-    return token_ids, logits
+    return logits
 
 
 def describe_size(folder: Path, format: str) -> dict:
@@ -139,11 +140,10 @@ def checksums_of(folder: Path, format: str) -> dict[str, str]:
     return {name: sha256(folder / name) for name in files_to_serve(folder, format)}
 
 
-def answer_examples(classifier) -> list[dict]:
+def answer_examples(classifier: EmotionClassifier) -> list[dict]:
     """The probabilities that the artifact gives our own sentences; the dataset's are not ours to publish."""
-    probabilities = softmax(predict(classifier, classifier.encode(list(EXAMPLES)))).tolist()
     answers = []
-    for text, scores in zip(EXAMPLES, probabilities, strict=True):
+    for text, scores in zip(EXAMPLES, softmax(classifier.logits(EXAMPLES)).tolist(), strict=True):
         answers.append({"text": text, "scores": dict(zip(classifier.labels, scores, strict=True))})
     return answers
 

@@ -8,6 +8,7 @@ first answer comes at once.
 """
 
 from pathlib import Path
+from queue import SimpleQueue
 
 from emotion.common.errors import UserError
 from emotion.model.artifact import read_labels, weights_of
@@ -16,9 +17,13 @@ from emotion.task.tokens import TextEncoder
 
 import numpy as np
 
+# Tokens of a batch, padding included, where many texts are answered. The values of one layer stay in the processor's
+# cache, and a batch is still large enough that its start costs nothing.
+TOKENS = 512
+
 
 class OnnxClassifier:
-    """Token ids to logits with ONNX Runtime on the CPU."""
+    """Token ids to logits with ONNX Runtime on the CPU; several callers may compute side by side."""
 
     def __init__(self, folder: Path, weights: Path, threads: int):
         """Opens ``weights``, an ONNX file in ``folder``; raises `UserError` if it cannot be opened."""
@@ -44,26 +49,32 @@ class OnnxClassifier:
 
 
 class OpenVinoClassifier:
-    """Token ids to logits with OpenVINO on the CPU, with its own setting for low latency.
+    """Token ids to logits with OpenVINO on the CPU.
 
     Attributes:
         float_precision: `f32` or `bf16`, the precision of the operators that are not quantized.
     """
 
-    def __init__(self, folder: Path, weights: Path, threads: int):
-        """Opens ``weights``, an .xml file in ``folder``; raises `UserError` if it cannot be opened."""
+    def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1):
+        """Opens ``weights``, an .xml file in ``folder``; raises `UserError` if it cannot be opened.
+
+        ``calls`` of `logits` may run side by side, and divide the threads among them; others wait.
+        """
         import openvino
 
         core = openvino.Core()
-        # LATENCY gives all threads to one text; its opposite would answer several texts side by side.
-        core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+        # LATENCY gives all threads to one call. A stream is a share of the threads, and computes one call.
+        share = {"PERFORMANCE_HINT": "LATENCY"} if calls == 1 else {"NUM_STREAMS": calls}
+        core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, **share})
         try:
             model = core.compile_model(core.read_model(weights), "CPU")
         except RuntimeError as error:
             raise UserError(f"{weights} cannot be opened by OpenVINO: {str(error).splitlines()[0]}") from error
         # OpenVINO chooses by the processor, without a word, so that it must be asked and recorded.
         self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self._request = model.create_infer_request()
+        self._idle = SimpleQueue()  # requests that compute nothing now: a request serves one caller at a time
+        for _ in range(calls):
+            self._idle.put(model.create_infer_request())
         self._inputs = [port.any_name for port in model.inputs]
         self.labels = read_labels(folder, weights, width=model.output(0).get_partial_shape()[1].get_length())
         self.encode = TextEncoder(folder)
@@ -71,8 +82,12 @@ class OpenVinoClassifier:
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 logits (texts, labels)."""
         arrays = self.encode.pad(token_ids)
-        # A copy, since the next request writes into the same memory.
-        return self._request.infer({name: arrays[name] for name in self._inputs})["logits"].copy()
+        request = self._idle.get()
+        try:
+            # A copy, since the request's next call writes into the same memory.
+            return request.infer({name: arrays[name] for name in self._inputs})["logits"].copy()
+        finally:
+            self._idle.put(request)
 
 
 class TorchClassifier:
@@ -120,21 +135,22 @@ class ModelInMemory(TorchClassifier):
         self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
 
 
-def open_artifact(folder: Path, format: str, threads: int):
+def open_artifact(folder: Path, format: str, threads: int, calls: int = 1):
     """Opens one format of a folder as a classifier.
 
     Args:
         format: one of `WEIGHT_FILES`.
         threads: how many the runtime may compute with.
+        calls: how many calls of `logits` run side by side, each with its share of the threads; PyTorch runs one.
 
     Raises:
         UserError: if the folder does not have this format, or the file cannot be opened.
     """
     weights = weights_of(folder, format)
     if format == "onnx":
-        return OnnxClassifier(folder, weights, threads=threads)
+        return OnnxClassifier(folder, weights, threads=threads // calls)  # these threads serve one call
     if format == "openvino":
-        return OpenVinoClassifier(folder, weights, threads=threads)
+        return OpenVinoClassifier(folder, weights, threads=threads, calls=calls)
     dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights come with their own
     return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
 
@@ -154,3 +170,23 @@ def batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.nd
     """
     order = np.argsort(list(map(len, token_ids)), kind="stable")  # stable: the same batches on every machine
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def batches_by_tokens(token_ids: list[list[int]]) -> list[np.ndarray]:
+    """The numbers of the texts in batches of nearly the same length and at most `TOKENS` tokens, int64 arrays.
+
+    Short texts stand in large batches and long ones in small batches. The batches depend on the texts alone: a file
+    with dynamic INT8 takes the range of its activations over the whole batch, so that other batches would give
+    slightly other logits.
+    """
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        shortest, longest = lengths[order[start]], lengths[order[min(end, len(order) - 1)]]
+        # The batch takes one more text if that stays within the tokens, and pads others by an eighth at most.
+        if end < len(order) and longest * (end + 1 - start) <= TOKENS and longest <= shortest + shortest // 8:
+            continue
+        batches.append(order[start:end])
+        start = end
+    return batches

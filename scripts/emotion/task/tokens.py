@@ -47,7 +47,7 @@ class TextEncoder:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
-        encodings = self._tokenizer.encode_batch(texts)
+        encodings = self._tokenizer.encode_batch_fast(texts)  # fast: without the place of each token in the text
         self.texts_cut += count_cut(encodings)
         return [encoding.ids for encoding in encodings]
 

@@ -1,0 +1,219 @@
+"""From strings to labels: opens a model folder or a repository on the Hub, and answers any number of texts.
+
+ONNX and OpenVINO files need neither torch nor transformers. Few texts are answered one batch after the other, with all
+threads. Many texts are answered side by side: each thread computes a batch of its own and waits for no other. The
+batches depend on the texts alone, so that the number of threads does not change the answers to many texts.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from emotion.common.errors import UserError
+from emotion.common.machine import choose_threads
+from emotion.model.artifact import WEIGHT_FILES, find_formats
+from emotion.model.classifier import batches_by_tokens, open_artifact
+from emotion.task.scores import softmax
+
+import numpy as np
+
+# The formats to look for if none is asked for. A repository's `model.safetensors` is fetched as "pytorch", whichever
+# of the three formats with this file its config.json names.
+PREFERRED = ("onnx", "openvino", "pytorch")
+SIDE_BY_SIDE = {"onnx", "openvino"}  # PyTorch sets its threads for the whole process
+FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
+CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at once, however many texts there are
+
+
+class EmotionClassifier:
+    """Names the most probable labels of texts.
+
+    Attributes:
+        labels: the names of the classes, in the order of the logits.
+        format: the format that was opened, one of `WEIGHT_FILES`.
+        runtime: the opened file, one of the classes in classifier.py, which computes a batch with all threads.
+    """
+
+    def __init__(self, folder: Path, format: str, threads: int):
+        """Opens one format of a folder; `from_pretrained` also finds the folder and the format."""
+        self.runtime = open_artifact(folder, format, threads=threads)
+        self.labels, self.format = self.runtime.labels, format
+        self._folder, self._threads = folder, threads
+        self._one_by_one = Workers(self.runtime, calls=1)
+        self._side_by_side = None  # opened by the first call with many texts
+        self._opening = threading.Lock()
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, format: str | None = None, threads: int | None = None):
+        """Opens a model folder, or a repository of the Hub, of which it fetches one format.
+
+        Args:
+            model: the folder, or the repository's id: owner/name.
+            format: one of `WEIGHT_FILES`; if None, ONNX, else OpenVINO, else the first that the folder has.
+            threads: how many to compute with; None takes all processors of this process.
+
+        Raises:
+            UserError: if there is neither folder nor repository, or it does not have the format.
+        """
+        threads = choose_threads(threads)
+        folder = find_model(str(model), format)
+        formats = find_formats(folder)
+        preferred = [one for one in PREFERRED if one in formats]
+        return cls(folder, format or next(iter([*preferred, *formats])), threads)
+
+    @property
+    def texts_cut(self) -> int:
+        """How many texts were longer than the model takes and were cut, so far."""
+        return self.runtime.encode.texts_cut
+
+    def classify(self, texts: Iterable[str], top_k: int | None = 1) -> list:
+        """Names the most probable labels of each text.
+
+        Args:
+            top_k: how many labels; None gives all.
+
+        Returns:
+            For each text, in order, ``{"label": str, "score": float}``; for another ``top_k`` than 1 a list of these,
+            most probable first. The scores of all labels sum to 1.
+
+        Raises:
+            TypeError: if ``texts`` is a single string.
+            UserError: if one of the texts is no string, or ``top_k`` is below 1.
+        """
+        return list(self.classify_stream(texts, top_k))
+
+    def classify_stream(self, texts: Iterable[str], top_k: int | None = 1) -> Iterator:
+        """Yields the answers of `classify` one by one, in flat memory, with the same errors.
+
+        It reads up to two chunks of `CHUNK` texts ahead of the answer. Pass the lines of a live stream to `classify`
+        as they come.
+        """
+        refuse_single_text(texts)
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k {top_k}: it takes 1 or more, or None for all labels")
+        return self._name_all(texts, top_k)
+
+    def _name_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
+        for logits in self._logits_in_chunks(texts):
+            yield from name_labels(logits, self.labels, top_k)
+
+    def logits(self, texts: Iterable[str]) -> np.ndarray:
+        """Returns float32 logits (texts, labels), in the order of the texts; it raises as `classify` does."""
+        refuse_single_text(texts)
+        nothing = np.empty((0, len(self.labels)), dtype=np.float32)  # the answer to no texts
+        return np.concatenate([nothing, *self._logits_in_chunks(texts)])
+
+    def _logits_in_chunks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields float32 (texts, labels) for one chunk of texts after the other."""
+        texts, position, started = iter(texts), 0, deque()
+        workers = None
+        try:
+            while chunk := list(islice(texts, CHUNK)):
+                check_texts(chunk, position)
+                position += len(chunk)
+                # The first chunk decides: a short one is all there is.
+                workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
+                # While the workers compute the chunk before, this thread tokenises the next.
+                started.append(workers.start(self.runtime.encode(chunk)))
+                if len(started) > 1:
+                    yield collect(started.popleft(), len(self.labels))
+            while started:
+                yield collect(started.popleft(), len(self.labels))
+        finally:  # after an error, or when the caller wants no more: the process would end only after all batches
+            for batches in started:
+                for _, future in batches:
+                    future.cancel()
+
+    def _open_side_by_side(self) -> "Workers":
+        """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
+        with self._opening:  # two threads may ask at once
+            if self._side_by_side is None:
+                self._side_by_side = self._one_by_one
+                if self._threads > 1 and self.format in SIDE_BY_SIDE:
+                    runtime = open_artifact(self._folder, self.format, threads=self._threads, calls=self._threads)
+                    self._side_by_side = Workers(runtime, calls=self._threads)
+            return self._side_by_side
+
+
+class Workers:
+    """An opened model, and the threads that call it; they end with the process or with this object."""
+
+    def __init__(self, runtime, calls: int):
+        """Takes a class of classifier.py, and how many calls it computes side by side."""
+        self._runtime = runtime
+        self._pool = ThreadPoolExecutor(max_workers=calls)
+
+    def start(self, token_ids: list[list[int]]) -> list[tuple[np.ndarray, Future]]:
+        """Starts all batches; returns the numbers of each batch's texts, and its logits to come."""
+        started = []
+        for rows in batches_by_tokens(token_ids):
+            batch = [token_ids[row] for row in rows]
+            started.append((rows, self._pool.submit(self._runtime.logits, batch)))
+        return started
+
+
+def collect(started: list[tuple[np.ndarray, Future]], width: int) -> np.ndarray:
+    """Waits for batches of `Workers.start`; returns float32 (texts, ``width``), in the order of the texts."""
+    logits = np.empty((sum(len(rows) for rows, _ in started), width), dtype=np.float32)
+    for rows, future in started:
+        logits[rows] = future.result()
+    return logits
+
+
+def name_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
+    """Yields the answer of `EmotionClassifier.classify` for each row of the logits, float (texts, labels)."""
+    probabilities = softmax(logits)
+    # Stable: of equal scores the first label wins, as `argmax` has it in the evaluation.
+    order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
+    scores = np.take_along_axis(probabilities, order, axis=-1)
+    for classes, values in zip(order.tolist(), scores.tolist(), strict=True):
+        answers = []
+        for index, score in zip(classes, values, strict=True):
+            answers.append({"label": labels[index], "score": score})
+        yield answers[0] if top_k == 1 else answers
+
+
+def refuse_single_text(texts) -> None:
+    """Raises `TypeError` for a string, whose characters would be answered one by one."""
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts must be a list of strings, not a single one; write [text]")
+
+
+def check_texts(texts: list, position: int) -> None:
+    """Raises `UserError` for the first item that cannot be answered; ``position`` is the number of the first item."""
+    for number, text in enumerate(texts, start=position):
+        # None and NaN stand for missing texts in tables; a pair of texts would be taken for one text of two parts.
+        if not isinstance(text, str):
+            raise UserError(f"text {number} (counted from 0) is {text!r:.40}, no string; leave it out or convert it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, say, cut by another program
+            raise UserError(
+                f"text {number} (counted from 0) has half a character at {error.start}; replace it"
+            ) from error
+
+
+def find_model(name: str, format: str | None) -> Path:
+    """The folder of that name, or the downloaded files of the Hub's repository of that name.
+
+    Args:
+        format: the format to download; the first of `PREFERRED` that the repository has if None.
+
+    Raises:
+        UserError: if there is neither, or the repository does not have the format.
+    """
+    # A word that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path(name)
+    if format not in {None, *WEIGHT_FILES}:
+        raise UserError(f"no format '{format}'; take one of {', '.join(WEIGHT_FILES)}")
+    # Imported here: a local folder needs no Hub.
+    from emotion.model.hub import fetch
+
+    try:
+        return fetch(name, [format] if format else [*PREFERRED])
+    except UserError as error:
+        raise UserError(f"no folder {name}; {error}") from error
