@@ -93,7 +93,7 @@ results-base: base-encoder
 	$(RUN) scripts/run_seeds.py qlora --seeds $(BASE_SEEDS) --model_name_or_path $(BASE) $(OF_BASE)
 	for variant in ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(BASE_SEEDS) $(OF_BASE) || exit 1; done
-	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(BASE_SEEDS) --choices false $(OF_BASE)
+	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(BASE_SEEDS) $(OF_BASE)
 	$(RUN) scripts/study_ptq.py weights/base/seeds/baseline-42 --results_dir results/base --work_dir build/ptq_study_base \
 		--layer_texts 200 --rounds 3 --leave_out "ONNX Runtime, static by entropy" "ONNX Runtime, static by extremes" \
 		"torchao, 8-bit weights" "OpenVINO, 8-bit weights"

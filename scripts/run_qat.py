@@ -19,7 +19,6 @@ from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.recipe import read_recipe_of
 from emotion.model.artifact import describe_origin, new_artifact
-from emotion.model.classifier import open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.model.training import (
     RecipeTrainingArguments,
@@ -47,7 +46,6 @@ from emotion.task.source import BaseModel
 from emotion.task.tokens import TextEncoder, load_training_rows
 
 import torch
-from torch.nn import functional
 from transformers import Trainer, set_seed
 
 RECIPE = ROOT / "configs" / "qat.yaml"
@@ -62,13 +60,6 @@ class QatArguments(SchemeArguments, RowsArguments):
         default=True, metadata={"help": "Round while training; false trains on in floats, to compare with."}
     )
     quantize_after: int = field(default=0, metadata={"help": "Steps of training in floats before rounding starts."})
-    distillation_weight: float = field(
-        default=0.0,
-        metadata={"help": "Share of the loss for the baseline's answers; the rest is for the labels."},
-    )
-    distillation_temperature: float = field(
-        default=2.0, metadata={"help": "Divides the logits of model and baseline before they are compared."}
-    )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}
     )
@@ -95,12 +86,10 @@ def main(argv=None) -> None:
     if arguments.fake_quantize:
         prepare(plan, runtime_to_train_for(arguments), arguments.reduce_range)
     frozen = freeze(plan.model, arguments.freeze)
-    if arguments.distillation_weight:
-        train_ids = add_teacher(base.path, train_ids, training)
 
     # 4. Train; afterwards the model has the weights of the best checkpoint on validation, scored with fake quantizers
     trainer = QatTrainer(
-        arguments=arguments,
+        quantize_after=arguments.quantize_after,
         model=plan.model,
         args=training,
         train_dataset=train_ids,
@@ -143,20 +132,17 @@ def load_origin(baseline: Path, dataset_name: str | None) -> tuple[BaseModel, Ta
 
 
 class QatTrainer(Trainer):
-    """The `Trainer` with fake quantizers that start after some steps, and the baseline's answers as a second target.
+    """The `Trainer` with fake quantizers that start after some steps, and are on when the model is scored."""
 
-    Distillation: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015.
-    """
-
-    def __init__(self, arguments: QatArguments, **kwargs):
+    def __init__(self, quantize_after: int, **kwargs):
         super().__init__(**kwargs)
-        self.arguments = arguments
+        self.quantize_after = quantize_after
 
     def training_step(self, model, inputs, *words, **options):
-        """One step, in floats for the first ``quantize_after``; raises `UserError` if the loss is no longer finite."""
+        """One step, in floats for the first `quantize_after`; raises `UserError` if the loss is no longer finite."""
         # Rounding may start late, when the training no longer changes much (Jacob et al., "Quantization and Training
         # of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
-        switch(model, enabled=self.state.global_step >= self.arguments.quantize_after)
+        switch(model, enabled=self.state.global_step >= self.quantize_after)
         loss = super().training_step(model, inputs, *words, **options)
         # A loss of NaN would train on to the end, and every later checkpoint would be worthless.
         if not torch.isfinite(loss):
@@ -170,31 +156,6 @@ class QatTrainer(Trainer):
         """Scores the model with its fake quantizers on, so that the best checkpoint is that of the rounded model."""
         switch(self.model, enabled=True)
         return super().evaluation_loop(*words, **options)
-
-    def compute_loss(self, model, inputs, return_outputs=False, **options):
-        """The loss of the labels, mixed with the divergence from the baseline's answers where there are any."""
-        teacher = inputs.pop("teacher_logits", None)  # (texts, classes); rows of validation have none
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
-        if teacher is not None:
-            # A higher temperature makes small differences between unlikely classes count more.
-            share, temperature = self.arguments.distillation_weight, self.arguments.distillation_temperature
-            wanted = functional.softmax(teacher / temperature, dim=-1)
-            found = functional.log_softmax(outputs["logits"].float() / temperature, dim=-1)
-            # Dividing by the temperature makes the gradients smaller by its square (Hinton et al., section 2).
-            gap = functional.kl_div(found, wanted, reduction="batchmean") * temperature**2
-            loss = (1 - share) * loss + share * gap
-        return (loss, outputs) if return_outputs else loss
-
-
-def add_teacher(baseline: str, rows, training: RecipeTrainingArguments):
-    """Adds the baseline's answers to the rows, as a column `teacher_logits`; makes ``training`` keep that column.
-
-    The answers are computed once, so that no step has to run a second model.
-    """
-    classifier = open_artifact(baseline, "onnx", threads=torch.get_num_threads())
-    logits = predict(classifier, list(rows["input_ids"]))
-    training.remove_unused_columns = False  # the Trainer would drop the column, since no model takes it
-    return rows.add_column("teacher_logits", logits.tolist())
 
 
 def take_back(trainer: QatTrainer):

@@ -17,13 +17,11 @@ from emotion.common.files import ROOT, read_json, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.recipe import base_model_of
-from emotion.measure.seeds import make, make_and_score, summarize_scores
+from emotion.measure.seeds import make_and_score, summarize_scores
 from emotion.quantize.scheme import CONTROL, name_variant
 from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
 
-# A setting of the recipe whose worth is measured -> the flags that undo it.
-CHOICES = {"as in the recipe": {}, "without distillation": {"distillation_weight": 0}}
 SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")
 
 
@@ -34,9 +32,7 @@ class BitsArguments:
     bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight."})
     seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines."})
     controls: bool = field(default=True, metadata={"help": "Train on in floats, too, to compare QAT with."})
-    choices: bool = field(default=True, metadata={"help": "Measure what distillation is worth at 2 bits, too."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
-    work_dir: str = field(default=str(ROOT / "build" / "bits_study"), metadata={"help": "Where choices are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
@@ -46,7 +42,7 @@ def main(argv=None) -> None:
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     path = results / "bits.json"
     # Cells of other bits, measured before, stay in the study.
-    study = read_json(path) if path.is_file() else {"cells": {}, "choices": {}}
+    study = read_json(path) if path.is_file() else {"cells": {}}
     study["base_model"] = base_model_of(weights / "seeds" / f"baseline-{arguments.seeds[0]}")
     for bits in arguments.bits:
         controls = [("qat", CONTROL)] if arguments.controls else []
@@ -56,10 +52,6 @@ def main(argv=None) -> None:
             cell = {"method": method + ending, "bits": bits} | describe_cell(variant, runs, results)
             study["cells"][variant] = cell
             write_study(study, path)  # after each cell: the ladder takes hours, and may be interrupted
-    # At 2 bits alone: the more that rounding loses, the more a setting has to win back.
-    if arguments.choices and 2 in arguments.bits:
-        study["choices"] = try_choices(arguments.seeds, weights, Path(arguments.work_dir))
-        write_study(study, path)
     print(write_studies(results)[page_of(results, "bits")])
 
 
@@ -95,25 +87,6 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
         "forms": forms,
         "runs": scores,
     }
-
-
-def try_choices(seeds: list[int], weights: Path, work: Path) -> dict:
-    """The worth of each setting of the recipe at 2 bits: validation macro F1 of the file with it and without."""
-    found = {}
-    for name, changes in CHOICES.items():
-        runs = []
-        for seed in seeds:
-            if changes:
-                folder = work / f"qat-{seed}"
-                for flag, value in changes.items():  # build/bits_study/qat-42-distillation_weight-0
-                    folder = folder.with_name(f"{folder.name}-{flag}-{value}")
-            else:  # the cell of the ladder itself, which stands already
-                folder = weights / "seeds" / f"{name_variant('qat', 2)}-{seed}"
-            # The same seed and baseline for both, so that the setting is all that differs.
-            made = make(folder, "qat", {"bits": 2} | changes, seed, weights)
-            runs.append({"seed": seed} | made["forms"]["onnx, reopened"])
-        found[name] = {"runs": runs} | summarize_scores(runs, ("validation_macro_f1", "mean_logit_gap"))
-    return found
 
 
 def write_study(study: dict, path: Path) -> None:

@@ -173,7 +173,7 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
         if node.op_type == "Gather":
             embeddings.append(matrix)
         else:
-            linear += _split_product(node, matrix)
+            linear += _split_product(node.op_type, matrix)
     # No layer multiplies with the remaining ones. They are embeddings: the file unpacks only the rows of a text.
     for name, table in packed.items():
         embeddings.append(replace(table, name=name))
@@ -231,10 +231,10 @@ def _matrix_input(node, constants: dict, restored: dict) -> tuple[str | None, st
     return None, None
 
 
-def _split_product(node, matrix: Matrix) -> list[Matrix]:
+def _split_product(kind: str, matrix: Matrix) -> list[Matrix]:
     """One matrix per linear layer: a product may hold several, side by side, and is then named after all of them."""
     names = matrix.name.split()
-    if "Attention" in node.op_type and len(names) != 3:
+    if "Attention" in kind and len(names) != 3:
         names = [matrix.name] * 3  # another exporter's graph: query, key and value all the same, without their names
     return [replace(matrix, name=name) for name in names or [""]]
 
@@ -271,7 +271,7 @@ def _openvino_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
     linear, embeddings = [], []
     for node in openvino.Core().read_model(weights).get_ordered_ops():
         kind = node.get_type_name()
-        # '__module.bert.pooler.dense/aten::linear/MatMul' -> 'bert.pooler.dense'
+        # 'bert.pooler.dense/WithoutBiases' -> 'bert.pooler.dense'; OpenVINO's own export puts '__module.' before it.
         name = node.get_friendly_name().removeprefix("__module.").split("/")[0]
         if kind == "MatMul":
             chain = _chain_to_constant(node.input_value(1).get_node(), RESTORING)
@@ -290,7 +290,10 @@ def _openvino_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
         activations = "int8 static per-tensor" if static else "float32"
         largest = _largest(constant.get_data()) if dtype == "i8" else None
         matrix = Matrix(name, OPENVINO_DTYPES[dtype], granularity(*scales), activations, largest)
-        (linear if kind == "MatMul" else embeddings).append(matrix)
+        if kind == "MatMul":
+            linear += _split_product(kind, matrix)
+        else:
+            embeddings.append(matrix)
     return linear, embeddings
 
 

@@ -211,12 +211,31 @@ def pack_projections(graph) -> None:
             graph.remove_node(node)
             graph.add_node(packed)
             continue
-        parts = [f"{name}_{index}" for index in together]
-        graph.add_node(helper.make_node("MatMul", [sources[1], f"{name}_weight"], [f"{name}_product"]))
-        graph.add_node(helper.make_node("Add", [f"{name}_product", f"{name}_bias"], [f"{name}_projected"]))
-        graph.add_node(helper.make_node("Split", [f"{name}_projected"], parts, axis=2, num_outputs=len(parts)))
+        parts = _split_behind(graph, sources[1], f"{name}_weight", f"{name}_bias", len(together))
         for index, part in zip(together, parts, strict=True):
             node.input[index] = part
+    tidy(graph)
+
+
+def _split_behind(graph, states: str, weight: str, bias: str, count: int, name: str = "") -> list[str]:
+    """Makes a linear layer whose outputs are ``count`` tensors of equal width; returns their names."""
+    product, projected = f"{weight}_product", f"{weight}_projected"
+    parts = [f"{projected}_{index}" for index in range(count)]
+    graph.add_node(helper.make_node("MatMul", [states, weight], [product], name=name))
+    graph.add_node(helper.make_node("Add", [product, bias], [projected]))
+    graph.add_node(helper.make_node("Split", [projected], parts, axis=2, num_outputs=count))
+    return parts
+
+
+def unpack_attention(graph) -> None:
+    """Takes the products out of `Attention` again, for other runtimes, which see each product by its own name."""
+    for node in graph.get_nodes_by_op_type("Attention"):
+        parts = _split_behind(graph, *node.input[:3], count=3, name=node.name)
+        inputs = [*parts, "", node.input[3]]
+        graph.remove_node(node)
+        attention = helper.make_node("MultiHeadAttention", inputs, list(node.output), domain=MICROSOFT)
+        attention.attribute.extend(node.attribute)
+        graph.add_node(attention)
     tidy(graph)
 
 

@@ -1,10 +1,14 @@
 """INT8 for OpenVINO, by NNCF: weights per channel, and activations whose ranges the calibration rows fix."""
 
+import io
 import logging
 import re
 from pathlib import Path
 
 from emotion.common.quiet import quiet_logging
+from emotion.model.artifact import weights_of
+from emotion.quantize.graph_passes import unpack_attention
+from emotion.quantize.int8_onnx import load_float_graph
 from emotion.quantize.layers import CalibrationRows, Plan, names_in_float
 
 
@@ -22,8 +26,7 @@ def quantize_openvino(
     from optimum.intel import OVConfig, OVModelForSequenceClassification, OVQuantizationConfig, OVQuantizer
 
     nncf.set_log_level(logging.ERROR)
-    # OpenVINO names an operator after the module that it was traced from.
-    kept = [f"__module\\.{re.escape(name)}/.*" for name in names_in_float(plan.model, plan.layers)]
+    kept = [f"{re.escape(name)}(/.*)?" for name in names_in_float(plan.model, plan.layers)]
     config = OVQuantizationConfig(
         sym=True,
         overflow_fix="enable" if reduce_range else "disable",
@@ -34,9 +37,7 @@ def quantize_openvino(
         ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False),
     )
     with quiet_logging():
-        exported = OVModelForSequenceClassification.from_pretrained(
-            plan.folder, export=True, load_in_8bit=False, compile=False, trust_remote_code=False
-        )
+        exported = OVModelForSequenceClassification(convert(plan), config=plan.model.config, compile=False)
         taken = {port.get_any_name() for port in exported.model.inputs}
         batches = []
         for ids in rows.token_ids:
@@ -46,3 +47,21 @@ def quantize_openvino(
             calibration_dataset=Dataset.from_list(batches), ov_config=OVConfig(quantization_config=config)
         )
         exported.save_pretrained(folder)
+
+
+def convert(plan: Plan):
+    """The FP32 file of the plan as OpenVINO's model, with its rewrites and with operators named after the layers.
+
+    OpenVINO's own export multiplies query, key and value one by one, and all tokens in the last layer.
+    """
+    import openvino
+
+    graph = load_float_graph(weights_of(plan.folder, "onnx"))
+    unpack_attention(graph)
+    (last,) = [node for node in graph.nodes() if "logits" in node.output]
+    model = openvino.convert_model(io.BytesIO(graph.model.SerializeToString()))
+    # An operator that writes an output of the model bears the output's name.
+    for operator in model.get_ops():
+        if operator.get_friendly_name() == "logits":
+            operator.set_friendly_name(last.name)
+    return model

@@ -212,7 +212,7 @@ def render_cost(cost: dict) -> str:
 
 @complete("the page of the bits")
 def render_bits(studies: list[dict]) -> str:
-    """`results/bits.md`: PTQ against QAT with ever fewer bits, the forms of QAT, and what distillation is worth."""
+    """`results/bits.md`: PTQ against QAT with ever fewer bits, and the forms of QAT."""
     parts = []  # per encoder
     for study in studies:
         parts.append(
@@ -222,7 +222,6 @@ def render_bits(studies: list[dict]) -> str:
                 "cpu": study["environment"]["cpu"],
                 "table": _ladder_table(study),
                 "forms": _forms_table(study),
-                "choices": _choices_table(study["choices"]),
             }
         )
     cell = next(iter(studies[0]["cells"].values()))  # dataset and activations are the same in all
@@ -304,13 +303,3 @@ def _forms_table(study: dict) -> str:
 def _over_seeds(cell: dict, form: str, name: str) -> np.ndarray:
     """One number per seed, float64 (seeds,)."""
     return np.array([one[form][name] for one in cell["forms"]])
-
-
-def _choices_table(choices: dict) -> str:
-    """What a setting of the recipe is worth, a line per setting; empty for a ladder without the step of 2 bits."""
-    rows = []
-    for name, one in choices.items():
-        each = ", ".join(f"{100 * run['validation_macro_f1']:.2f}" for run in one["runs"])
-        gap = f"{one['mean_logit_gap']['mean']:.3f}"
-        rows.append([name, f"{100 * one['validation_macro_f1']['mean']:.2f}", each, gap])
-    return markdown_table(["QAT", "macro F1 %, mean", "each seed", "mean logit gap"], rows) if rows else ""
