@@ -71,8 +71,8 @@ def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
     from transformers import AutoTokenizer
 
     path = target / "model.onnx"
-    # Neither fused nor packed: both are our own work on the graph, which a plain export does not have.
-    export_onnx(load_trained_classifier(folder), AutoTokenizer.from_pretrained(folder), path, pack=False, fuse=False)
+    # Not rewritten: that is our own work on the graph, which a plain export does not have.
+    export_onnx(load_trained_classifier(folder), AutoTokenizer.from_pretrained(folder), path, rewrite=False)
     if quantized:
         with quiet_logging():
             quantize_dynamic(path, target / "model_quantized.onnx")

@@ -14,11 +14,12 @@ import numpy as np
 from transformers import AutoTokenizer
 
 
-def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
+def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True, leave_out: tuple[str, ...] = ()) -> None:
     """Writes one INT8 file for ONNX Runtime, which measures the range of the activations anew for every batch.
 
     Args:
         reduce_range: weights of 7 bits; see levels.py.
+        leave_out: passes of graph_passes.py that are not wanted, by their names.
     """
     import onnx
     from onnxruntime.quantization import quantize_dynamic
@@ -28,8 +29,10 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     with quiet_logging():
         quantize_dynamic(graph, path, op_types_to_quantize=["MatMul", "Attention", "Gather"], **options)
     graph = OnnxModel(onnx.load(path))
-    merge_products(graph)
-    write_sums(graph, "Sub")
+    if "merge_products" not in leave_out:
+        merge_products(graph)
+    if "write_sums" not in leave_out:
+        write_sums(graph, "Sub")
     graph.save_model_to_file(str(path))
 
 
@@ -47,7 +50,7 @@ def quantize_onnx_static(
     with tempfile.TemporaryDirectory() as temporary:
         # ONNX Runtime has no static INT8 for attention with its three projections in one product.
         unpacked = Path(temporary) / "model.onnx"
-        export_onnx(plan.model, AutoTokenizer.from_pretrained(plan.folder), unpacked, pack=False)
+        export_onnx(plan.model, AutoTokenizer.from_pretrained(plan.folder), unpacked, leave_out=("pack_projections",))
         graph, options = _prepare(plan, unpacked, path, reduce_range)
     names = [value.name for value in graph.graph.input]
     with quiet_logging():

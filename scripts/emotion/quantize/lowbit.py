@@ -11,8 +11,8 @@ level as its number, the code, with several codes packed into a byte, and it hol
 
 - The weights of linear layers are unpacked once, while ONNX Runtime opens the file. Their operators depend on
   constants alone, and ONNX Runtime computes such operators in advance (constant folding).
-- Embeddings stay packed in memory. Their operators depend on the token ids, so they run for every text, on the few
-  rows that the text looks up.
+- Embeddings of words stay packed in memory. Their operators depend on the token ids, so they run for every text, on
+  the few rows that the text looks up. The small table of positions is unpacked once.
 """
 
 from dataclasses import dataclass, replace
@@ -37,6 +37,7 @@ LARGEST_MULTIPLIER = 16  # multipliers from 1 to 16 are stored less one, as 0 to
 # Shares of a group's largest weight at which its range may end. Below 1 the largest weights are cut off, and all
 # others are rounded more finely.
 CLIPPING = torch.linspace(0.4, 1.1, 15)
+SMALL_TABLE = 1024  # rows: positions, not words
 ROWS_AT_ONCE = 1024  # a part of a matrix that stays in the processor's cache while all of `CLIPPING` is tried
 
 
@@ -256,12 +257,22 @@ class Packer:
     def replace_look_up(self, gather, codes: np.ndarray, scales: Scales) -> None:
         """Replaces a look-up in a float table by nodes that look up packed rows and unpack only those.
 
+        A small table is unpacked once instead, like the weights: that takes little memory, and no text waits for it.
+
         Args:
             gather: the node; its ids may have any shape.
             codes: `codes_of` the table, uint8 (rows, groups, size).
         """
         table, ids = gather.input
         name, start = gather.name, len(self.pending)
+        if len(codes) <= SMALL_TABLE:
+            columns = self._constant(f"{name}/shape", np.array([len(codes), -1]))
+            levels = self._node("Reshape", [self._unpack(name, codes, scales), columns], name)
+            row_scales = self._constant(f"{name}/scales", scales.row.numpy())
+            # Under the old table's name: the look-up itself stays.
+            self._node("Mul", [levels, row_scales], name, output=table)
+            self._remove_constant(table)
+            return
         levels = self._unpack(name, codes, scales, ids)  # (ids..., and five dimensions)
         row_scales = self._constant(f"{name}/scales", scales.row.numpy().reshape(-1, 1, 1, 1, 1, 1))
         row_scales = self._node("Gather", [row_scales, ids], name)

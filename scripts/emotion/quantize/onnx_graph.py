@@ -54,15 +54,15 @@ def _padding_mask(attention_mask=None, **kwargs):
     return attention_mask.to(torch.int32)
 
 
-def export_onnx(model, tokenizer, path: Path, pack: bool = True, fuse: bool = True) -> dict:
+def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: tuple[str, ...] = ()) -> dict:
     """Writes the classifier to ``path`` as one FP32 file.
 
     Its inputs are int64 (batch, tokens), named as the tokenizer names them; its output `logits` is float32
     (batch, labels).
 
     Args:
-        pack: whether the three projections of attention become one product; ONNX Runtime has no static INT8 for that.
-        fuse: whether to rewrite the graph at all; without it this is the export that anyone gets.
+        rewrite: whether to rewrite the graph at all; without it this is the export that anyone gets.
+        leave_out: passes of graph_passes.py that are not wanted, by their names.
 
     Returns:
         `fused` (bool), `first_token` (bool: whether the last layer computes the first token alone) and
@@ -80,10 +80,11 @@ def export_onnx(model, tokenizer, path: Path, pack: bool = True, fuse: bool = Tr
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
     gap = float("inf")
-    attempts = ((True, True), (True, False), (False, False)) if fuse else ((False, False),)
+    first_token = "keep_first_token" not in leave_out
+    attempts = ((True, first_token), (True, False), (False, False)) if rewrite else ((False, False),)
     for fused, first_token in attempts:
         try:
-            _write(model, samples[0], path, fused, first_token, pack)
+            _write(model, samples[0], path, fused, leave_out if first_token else (*leave_out, "keep_first_token"))
             gap = _largest_gap(model, samples, path)
         except Exception:  # an architecture without this attention, or a pattern that a pass does not know
             if not fused:
@@ -110,8 +111,8 @@ def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, first_token: bool, pack: bool) -> None:
-    """Exports the graph by tracing ``inputs``, and rewrites it."""
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leave_out: tuple[str, ...]) -> None:
+    """Exports the graph by tracing ``inputs``, and rewrites it if it is to be ``fused``."""
     model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any length
     program = torch.onnx.export(
@@ -129,10 +130,10 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, firs
         node.metadata_props.clear()
     program.save(path, external_data=False)
     if fused:
-        _rewrite(model, path, first_token, pack)
+        _rewrite(model, path, leave_out)
 
 
-def _rewrite(model, path: Path, first_token: bool, pack: bool) -> None:
+def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> None:
     """Rewrites the file of the model for speed, and names its nodes after the model's layers."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -145,12 +146,12 @@ def _rewrite(model, path: Path, first_token: bool, pack: bool) -> None:
     graph = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
     fuse_attention(graph, model.config.num_attention_heads)
     join_heads(graph)
-    if first_token:
-        keep_first_token(graph)
-    if pack:
-        pack_projections(graph)
+    for change in (keep_first_token, pack_projections):
+        if change.__name__ not in leave_out:
+            change(graph)
     name_nodes(graph.model.graph, model)
-    write_sums(graph, "Sub")
+    if "write_sums" not in leave_out:
+        write_sums(graph, "Sub")
     graph.save_model_to_file(str(path))
 
 

@@ -38,7 +38,12 @@ def render_study_pages(results: Path) -> dict[Path, str]:
         "training_cost": render_cost,
     }
     # One page shows what both encoders say: a small one hides what a base-size one does not forgive.
-    of_both = {"ptq_study": render_study, "ptq_sensitivity": render_sensitivity, "bits": render_bits}
+    of_both = {
+        "ptq_study": render_study,
+        "ptq_sensitivity": render_sensitivity,
+        "bits": render_bits,
+        "graphs": render_graphs,
+    }
     pages = {}
     for name, render_one in (of_one | of_both).items():
         studies = []
@@ -208,6 +213,29 @@ def render_cost(cost: dict) -> str:
             )
         tables[model] = markdown_table(head, rows)
     return render("training_cost.md", cost=cost, tables=tables)
+
+
+@complete("the page of the graphs")
+def render_graphs(studies: list[dict]) -> str:
+    """`results/graphs.md`: what each rewrite of the ONNX graph gives, and forms that were not taken, per encoder."""
+    head = ["file", "p50 ms", "batch 1", "texts/s", "batch 32", "labels that differ", "MB"]
+    tables = []
+    for study in studies:
+        rows = []
+        for name, one in study["files"].items():
+            rows.append(
+                [
+                    name,
+                    f"{one['latency_ms']['p50']:.3f}",
+                    f"{one['times_faster_at_batch_1']['median']:.2f} x",  # of the file with all rewrites
+                    f"{one['throughput_per_s']['median']:.0f}",
+                    f"{one['times_faster_at_batch_32']['median']:.2f} x",
+                    str(one["flips"]),
+                    f"{one['bytes_to_serve'] / 1e6:.1f}",
+                ]
+            )
+        tables.append(markdown_table(head, rows))
+    return render("graphs.md", studies=studies, tables=tables)
 
 
 @complete("the page of the bits")
