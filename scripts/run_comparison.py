@@ -20,7 +20,7 @@ from emotion.common.files import ROOT, write_bytes, write_text
 from emotion.common.flags import parse_flags
 from emotion.measure.record import record_name
 from emotion.report.cards import render_cards
-from emotion.report.comparison import Family, read_family
+from emotion.report.comparison import MAIN_RUN, Family, read_family
 from emotion.report.document import REPORT, compile_report
 from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from emotion.report.pages import BASE_FAMILY, render_study_pages
@@ -92,7 +92,8 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
     before, after = text.split(START)[0], text.split(END)[1]  # a person wrote these parts: they stay as they are
-    cards = render_cards(records, readme.parent / "model_cards")
+    run = families[0].benchmarks.get(MAIN_RUN)
+    cards = render_cards(records, readme.parent / "model_cards", run)
     blocks = []
     for family in families:
         blocks.append(render_block(family.comparison, explained=family is families[0]))

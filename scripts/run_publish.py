@@ -22,6 +22,7 @@ from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
 from emotion.report.cards import BASELINE, order, render_card
+from emotion.report.comparison import MAIN_RUN, read_benchmarks
 from emotion.report.plots import plot_confusion_matrix
 
 import yaml
@@ -100,7 +101,8 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
     # The card shows FP32 beside the variant; the baseline's own card needs no second one.
     baseline = [record for record in records if record["variant"] == BASELINE != variant]
-    files["README.md"] = render_card(scored + baseline, variant, repo_id).encode()
+    run = read_benchmarks(results).get(MAIN_RUN)
+    files["README.md"] = render_card(scored + baseline, variant, repo_id, run=run).encode()
     shown = scored[0]  # the first of them is the one that the card shows
     files[f"results/confusion_matrices/{record_name(shown)}.png"] = draw_picture(shown)
     for path in files.values():

@@ -103,6 +103,11 @@ def record_name(record: dict) -> str:
     return f"{record['variant']}-{record['format']}"
 
 
+def artifact_name(record: dict) -> str:
+    """What run_benchmark.py calls the artifact of a record."""
+    return f"{record['artifact']}:{record['format']}"
+
+
 def explain(scheme: dict, made_by: dict) -> dict:
     """Adds to each layer that was counted as float the reason that the artifact's recipe.yaml gives."""
     reasons = made_by.get("kept_in_float", {})

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
-from emotion.measure.record import REQUIRED, check_record, record_name
+from emotion.measure.contenders import COMPILED
+from emotion.measure.record import REQUIRED, artifact_name, check_record, record_name
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.report.render import complete, render
 from emotion.task.dataset import DEFAULT_DATASET
@@ -31,21 +32,28 @@ RUNTIMES = {
 NEEDED = ("examples", "sha256")  # fields of a record that a card needs besides those that every record has
 
 
-def render_cards(records: list[dict], folder: Path) -> dict[Path, str]:
-    """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant."""
+def render_cards(records: list[dict], folder: Path, run: dict | None = None) -> dict[Path, str]:
+    """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant.
+
+    Args:
+        run: the JSON of run_benchmark.py that has timed the variants in turns; None if there is none.
+    """
     cards = {}
     for variant in sorted({record["variant"] for record in records}):
         # On the Hub `results/` lies beside the card, in this repository one folder higher.
-        cards[folder / f"{variant}.md"] = render_card(records, variant, f"user/bert-emotion-{variant}", root="../")
+        cards[folder / f"{variant}.md"] = render_card(
+            records, variant, f"user/bert-emotion-{variant}", root="../", run=run
+        )
     return cards
 
 
-def render_card(records: list[dict], variant: str, repo_id: str, root: str = "") -> str:
+def render_card(records: list[dict], variant: str, repo_id: str, root: str = "", run: dict | None = None) -> str:
     """The whole text of a card.
 
     Args:
         records: those of the variant and of the baseline that it is compared with; others are ignored.
         root: where the card finds `results/`.
+        run: as for `render_cards`.
 
     Raises:
         UserError: if a record lacks a field, or the records cannot be compared.
@@ -57,6 +65,7 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "")
     with complete(f"the card of {variant}"):
         data = describe(own, repo_id)
         facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
+        facts["speeds"] = list_speeds(own, baseline, run) if run else {}
         text = render(TEMPLATE, card_data=data.to_yaml(), **facts)
     card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
     check_metadata(card.data.to_dict(), variant)
@@ -193,6 +202,17 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         "percent": lambda share: format(100 * share, ".2f"),
         "or_dash": lambda value: "-" if value is None else value,
     }
+
+
+def list_speeds(own: list[dict], baseline: list[dict], run: dict) -> dict[str, float]:
+    """Form -> the median milliseconds of one text, of FP32 in PyTorch and the variant's own forms, in one run."""
+    speeds, timed = {}, run["artifacts"]
+    for record in [record for record in baseline if record["format"] == "pytorch"] + own:
+        title = RUNTIMES[record["format"]][0]
+        for ending, words in (("", ""), (COMPILED, " with torch.compile")):
+            if one := timed.get(f"{artifact_name(record)}{ending}"):
+                speeds[title + words] = one["latency_ms"]["p50"]
+    return speeds
 
 
 def weights_file(record: dict) -> str:

@@ -10,7 +10,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import read_json
 from emotion.measure.contenders import TITLES, is_alternative
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
-from emotion.measure.record import read_predictions, read_records, record_name
+from emotion.measure.record import artifact_name, read_predictions, read_records, record_name
 from emotion.model.artifact import WEIGHT_FILES
 
 import numpy as np
@@ -41,8 +41,13 @@ class Family:
 def read_family(folder: Path) -> Family:
     """Reads the records and the runs in a folder of results, and compares them."""
     records = read_records(folder)
-    benchmarks = {path.stem: read_json(path) for path in sorted((folder / "benchmark").glob("*.json"))}
+    benchmarks = read_benchmarks(folder)
     return Family(folder, records, build_comparison(records, folder, benchmarks.get(MAIN_RUN)), benchmarks)
+
+
+def read_benchmarks(folder: Path) -> dict[str, dict]:
+    """Name -> JSON of each interleaved run among the results in ``folder``."""
+    return {path.stem: read_json(path) for path in sorted((folder / "benchmark").glob("*.json"))}
 
 
 def build_comparison(records: list[dict], results: Path, run: dict | None) -> dict:
@@ -218,11 +223,6 @@ def seed_rows(summary: dict) -> list[dict]:
             }
         )
     return rows
-
-
-def artifact_name(record: dict) -> str:
-    """What run_benchmark.py calls the artifact of a record."""
-    return f"{record['artifact']}:{record['format']}"
 
 
 def format_of(name: str) -> str:
