@@ -18,7 +18,15 @@ from emotion.common.files import write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.recipe import read_recipe_of
-from emotion.measure.benchmark import Protocol, fastest_fp32, interleave, name_of, split_name
+from emotion.measure.benchmark import (
+    NOISE_LIMIT,
+    Protocol,
+    fastest_fp32,
+    interleave,
+    list_noisy,
+    name_of,
+    split_name,
+)
 from emotion.measure.contenders import make_contender
 from emotion.measure.roofline import add_roofline, count_work
 from emotion.task.dataset import get_split, load_task_of
@@ -78,6 +86,8 @@ def main(argv=None) -> None:
         "batches_a_round": arguments.batches,
         # By name: which of them is the fastest FP32 depends on the machine.
         "compared_with": fastest_fp32(measured),
+        "noise_limit": NOISE_LIMIT,
+        "too_noisy": list_noisy(measured),
         "artifacts": measured,
     }
     # After the timing: finding the peaks heats the processor and takes its memory.
@@ -96,6 +106,9 @@ def print_speeds(measured: dict[str, dict]) -> None:
             f"{name:34} p50 {one['latency_ms']['p50']:7.2f} ms ({faster['median']:.2f} x)"
             f"   {one['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches['median']:.2f} x)"
         )
+    if noisy := list_noisy(measured):
+        limit = f"{100 * NOISE_LIMIT:.0f} % of the median"
+        print(f"too noisy to tell, the middle half of the rounds spans more than {limit}: {', '.join(noisy)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Measures the memory and the time that a training step costs with each method, interleaved in one run (A B C A B C).
 
 The methods are full fine-tuning, training with fake quantizers (QAT), LoRA on a float base, and QLoRA. Each has a
-process of its own. A turn is a few steps on the same batches of real texts, the longest batch first. Peak memory is
-that of the steps. The memory of the libraries, before a model is loaded, is recorded too. With gradient checkpointing
-the backward pass computes a layer's inner values again instead of keeping them (Chen et al., "Training Deep Nets with
-Sublinear Memory Cost", 2016).
+process of its own. A turn is a few steps on the same batches of real texts, the longest batch first; the first turn of
+each method is not counted. Peak memory is that of the steps. The memory of the libraries, before a model is loaded, is
+recorded too. With gradient checkpointing the backward pass computes a layer's inner values again instead of keeping
+them (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
 
     python scripts/study_training_cost.py
 """
@@ -27,7 +27,7 @@ from emotion.common.machine import (
     reset_peak_memory,
 )
 from emotion.common.recipe import read_recipe
-from emotion.measure.benchmark import spread
+from emotion.measure.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.adapter import QloraArguments, build_qlora
 from emotion.quantize.fake_quantizers import prepare
@@ -46,7 +46,6 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding
 
 BATCH_SIZE = 32
-WARMUP_STEPS = 3  # not counted: the optimizer makes its state in the first step, and buffers find their sizes
 BITS = {"QAT, 8 bits": 8, "QAT, 2 bits": 2}
 # The first one is the reference of all ratios.
 METHODS = ("full fine-tuning", *BITS, "LoRA", "QLoRA", "QLoRA, checkpointing")
@@ -82,6 +81,8 @@ def main(argv=None) -> None:
         "rounds": arguments.rounds,
         "steps_a_round": arguments.steps,
         "compared_with": METHODS[0],
+        "noise_limit": NOISE_LIMIT,
+        "too_noisy": {model: list_noisy(methods) for model, methods in measured.items()},
         "shapes": measured,
     }
     results = Path(arguments.results_dir)
@@ -109,6 +110,11 @@ def measure(path: str, labels: list[str], batches: list[dict], rounds: int, thre
     spawn = multiprocessing.get_context("spawn")  # a forked process would begin with the memory of this one
     pools = {method: spawn.Pool(1, start, (method, path, labels, threads)) for method in METHODS}
     turns = {method: [] for method in METHODS}
+    # The first turn is not counted: the optimizer makes its state in it, and the allocator meets every size of batch.
+    # All methods finish it before one is timed: every ratio of a round is wrong if the reference is still cold in it.
+    for pool in pools.values():
+        pool.apply(take_steps, (batches,))
+        pool.apply(reset_peak_memory)
     for _ in tqdm(range(rounds), desc="interleaved rounds"):
         for method, pool in pools.items():
             turns[method].append(pool.apply(take_steps, (batches,)))
@@ -121,6 +127,7 @@ def measure(path: str, labels: list[str], batches: list[dict], rounds: int, thre
             "peak_memory_ratio": round(peak_memory_ratio, 3),
             "seconds_a_step": spread(turns[method]),
             "times_slower": spread(np.divide(turns[method], turns[first])),  # round by round
+            "noise": {"seconds_a_step": noise_of(turns[method])},
         }
     return measured
 
@@ -134,7 +141,6 @@ class Training:
     device: str
     bf16: bool
     before: int  # bytes that the process held before it loaded the model
-    warm: bool = False
 
 
 # The training of this process. A pool calls plain functions and keeps no object between two calls; its initializer,
@@ -184,11 +190,7 @@ def build_model(method: str, path: str, labels: list[str], bf16: bool):
 
 
 def take_steps(batches: list[dict]) -> float:
-    """Trains one step on each batch; returns seconds per step. The first call warms up before it counts."""
-    if not training.warm:
-        training.warm = True
-        take_steps(batches[:WARMUP_STEPS])
-        reset_peak_memory()
+    """Trains one step on each batch; returns seconds per step."""
     begin = time.perf_counter()
     for batch in batches:
         inputs = {name: torch.from_numpy(array).to(training.device) for name, array in batch.items()}

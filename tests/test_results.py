@@ -11,11 +11,12 @@ import run_seeds
 import study_dataset
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from emotion.common.errors import UserError
-from emotion.measure import contenders, roofline, seeds
+from emotion.measure import benchmark, contenders, roofline, seeds
 from emotion.report.comparison import seed_rows
 from emotion.report.pages import render_dataset, render_study_pages
 from emotion.report.tables import markdown_table, seeds_table
 
+import numpy as np
 import pytest
 import yaml
 
@@ -131,25 +132,51 @@ def test_no_records_is_said(tmp_path):
 
 
 def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
-    benchmark = read_json(measured / "benchmark" / "all.json")
+    run = read_json(measured / "benchmark" / "all.json")
     first_name, other_name = "baseline:pytorch", "baseline:onnx"
-    medians = {name: benchmark["artifacts"][name]["latency_ms"]["p50"] for name in (first_name, other_name)}
-    assert benchmark["compared_with"] == min(medians, key=medians.get) and benchmark["environment"]["threads"] == 1
+    medians = {name: run["artifacts"][name]["latency_ms"]["p50"] for name in (first_name, other_name)}
+    assert run["compared_with"] == min(medians, key=medians.get) and run["environment"]["threads"] == 1
     first_name, other_name = sorted(medians, key=medians.get)
-    first, other = benchmark["artifacts"][first_name], benchmark["artifacts"][other_name]
+    first, other = run["artifacts"][first_name], run["artifacts"][other_name]
     assert first["times_faster_at_batch_1"] == {"median": 1.0, "min": 1.0, "max": 1.0} and first["equal_labels"] == 1
     assert first["precision"] == "float32" and first["cold_start_ms"]["median"] > first["latency_ms"]["p50"]
     roofline = first["roofline"]["batch_1"]
     # Both are rounded, and with so small a model a digit in the last place is a percent of them.
     assert roofline["share"] == pytest.approx(roofline["least_ms"] / first["latency_ms"]["mean"], rel=0.02)
-    assert benchmark["artifacts"]["baseline:onnx-dynamic"]["precision"] == "int8"
-    assert benchmark["artifacts"]["baseline:openvino-plain"]["equal_labels"] > 0.95
-    assert all(one["latency_ms"]["runs"] == 60 for one in benchmark["artifacts"].values())
+    assert run["artifacts"]["baseline:onnx-dynamic"]["precision"] == "int8"
+    assert run["artifacts"]["baseline:openvino-plain"]["equal_labels"] > 0.95
+    assert all(one["latency_ms"]["runs"] == 60 for one in run["artifacts"].values())
     assert first["latency_ms"]["runs"] == 60
     ratio = first["latency_ms"]["p50"] / other["latency_ms"]["p50"]
     spread = other["times_faster_at_batch_1"]
     assert 0 < spread["min"] <= spread["median"] <= spread["max"]
     assert spread["min"] * 0.7 <= ratio <= spread["max"] * 1.4
+
+
+def test_every_round_draws_texts_of_the_same_lengths():
+    texts, rng = ["x" * length for length in range(1, 2001)], np.random.default_rng(0)
+    draws = [benchmark._draw(texts, 50, rng) for _ in range(5)]
+    medians = [np.median([len(text) for text in drawn]) for drawn in draws]
+    assert max(medians) - min(medians) < 60 and len({tuple(drawn) for drawn in draws}) == 5
+    assert draws[0] != sorted(draws[0], key=len)
+    assert len(benchmark._draw(texts[:3], 50, rng)) == 50  # more than there are
+
+
+def test_noise_is_the_spread_of_the_middle_half():
+    assert benchmark.noise_of([10, 10, 10, 10, 90]) == 0  # one disturbed round moves no median
+    assert benchmark.noise_of([8, 9, 10, 11, 12]) == pytest.approx(0.2)
+    steady, shaken = {"noise": {"batch_1": 0.02, "batch_32": 0.1}}, {"noise": {"batch_1": 0.02, "batch_32": 0.11}}
+    assert benchmark.list_noisy({"steady": steady, "shaken": shaken}) == ["shaken"]
+
+
+def test_the_page_says_when_the_machine_was_too_noisy(page, tmp_path):
+    path = tmp_path / "results" / "benchmark" / "all.json"
+    run = read_json(path)
+    assert run["too_noisy"] == benchmark.list_noisy(run["artifacts"])
+    for names, words in (([], "The machine was steady"), (["baseline:onnx"], "Too noisy to tell.*`baseline:onnx`")):
+        path.write_text(json.dumps(run | {"too_noisy": names}))
+        run_comparison.main(page)
+        assert re.search(words, (tmp_path / "results" / "comparison.md").read_text())
 
 
 def test_the_benchmark_names_what_is_not_there(artifact):

@@ -19,7 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 BATCH_SIZE = 32
+# Turns that are not counted. In the first one a runtime prepares itself for new lengths and batch sizes, and its
+# allocator grows; the second one shows nothing new to it.
+WARMUP_TURNS = 2
 SETTLE_RUNS = 5  # not counted: the artifact before has filled the processor's caches with its own weights
+# Every round draws texts of the same lengths, so that what is left between the rounds of one contender is the machine.
+# Where it moves the middle half of the rounds by more than a tenth, two contenders that differ by a tenth, as many of
+# ours do, cannot be told apart.
+NOISE_LIMIT = 0.1
 ANSWERED = 256  # texts that each contender labels once, to see whether two of them answer alike
 
 
@@ -42,7 +49,7 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
         texts: what they answer; each round draws from these, the same for all contenders.
 
     Returns:
-        Name -> its bytes, scheme, latency and throughput, how many times faster it was than the fastest FP32
+        Name -> its bytes, scheme, latency, throughput and noise, how many times faster it was than the fastest FP32
         contender, and the share of texts that both give the same label.
 
     Raises:
@@ -52,13 +59,15 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
     workers = {}
     for name, (folder, format) in tqdm(contenders.items(), desc="started"):
         workers[name] = Worker(name, folder, format, texts[:ANSWERED], protocol)
-    rng = np.random.default_rng(0)
-    for turn in tqdm(range(1 + protocol.rounds), desc="interleaved rounds"):
-        one_by_one = _draw(texts, SETTLE_RUNS + protocol.texts_per_round, rng)
+    rng, longest = np.random.default_rng(0), sorted(texts, key=len)[-BATCH_SIZE:]
+    for turn in tqdm(range(WARMUP_TURNS + protocol.rounds), desc="interleaved rounds"):
+        counted = turn >= WARMUP_TURNS
+        one_by_one = [*_draw(texts, SETTLE_RUNS, rng), *_draw(texts, protocol.texts_per_round, rng)]
         batched = _draw(texts, BATCH_SIZE * protocol.batches_per_round, rng)
+        if not counted:
+            batched += longest  # no later batch needs more memory than the contender has taken then
         for worker in workers.values():
-            # The first turn is not counted: a runtime prepares itself for each new length and batch size.
-            worker.take_turn(one_by_one, batched, counted=turn > 0)
+            worker.take_turn(one_by_one, batched, counted)
     for worker in workers.values():
         worker.close()
     summaries = {name: worker.summary() for name, worker in workers.items()}
@@ -67,8 +76,10 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
 
 
 def _draw(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
-    """Texts drawn with replacement."""
-    return [texts[row] for row in rng.integers(len(texts), size=count)]
+    """Texts in random order, one of each of ``count`` classes of length: every draw takes as long to answer."""
+    ordered = sorted(texts, key=len)  # by characters: the lengths in tokens are nearly in the same order
+    rows = (np.arange(count) + rng.random(count)) * len(texts) / count
+    return [ordered[int(row)] for row in rng.permutation(rows)]
 
 
 def fastest_fp32(measured: dict[str, dict]) -> str:
@@ -152,6 +163,10 @@ class Worker:
             "latency_ms": summarize_latency(np.concatenate(self._times_ms)),
             "throughput_per_s": {"batch_size": BATCH_SIZE, **spread(self._texts_per_s)},
             "cold_start_ms": spread(self._cold_start_ms) if self._cold_start_ms else None,
+            "noise": {
+                "batch_1": noise_of(np.median(self._times_ms, axis=1)),
+                "batch_32": noise_of(self._texts_per_s),
+            },
         }
 
     def compared_with(self, reference: "Worker") -> dict:
@@ -204,6 +219,20 @@ def precision_of(scheme: dict, classifier) -> str:
     # OpenVINO decides when it opens a file, by the processor; the other runtimes compute in the activations' type.
     computes_in = getattr(classifier, "float_precision", scheme["activations"])
     return "bfloat16" if computes_in in {"bf16", "bfloat16"} else "float32"
+
+
+def noise_of(values) -> float:
+    """How far the middle half of a contender's rounds lies apart (interquartile range), as a share of their median.
+
+    Quartiles and not extremes: one round that another program disturbed does not move the median that is published.
+    """
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return round(float((high - low) / median), 4)
+
+
+def list_noisy(measured: dict[str, dict]) -> list[str]:
+    """The names of those whose `noise` exceeds `NOISE_LIMIT` in any measurement: the machine was not steady enough."""
+    return [name for name, one in measured.items() if max(one["noise"].values()) > NOISE_LIMIT]
 
 
 def spread(values) -> dict:
