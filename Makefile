@@ -108,7 +108,8 @@ results-base: base-encoder
 	$(RUN) scripts/run_comparison.py
 
 benchmark-base: base-encoder
-	$(RUN) scripts/run_benchmark.py $(BASE_TIMED) --rounds 6 --batches 4 --cold_starts 3 --output results/base/benchmark/all.json
+	$(RUN) scripts/run_benchmark.py $(BASE_TIMED) --rounds 6 --batches 4 --strings 256 --cold_starts 3 \
+		--output results/base/benchmark/all.json
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py

@@ -40,6 +40,8 @@ def measured(artifact, tmp_path_factory):
                 "20",
                 "--batches",
                 "2",
+                "--strings",
+                "64",
                 "--threads",
                 "1",
                 "--cold_starts",
@@ -153,6 +155,18 @@ def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
     assert spread["min"] * 0.7 <= ratio <= spread["max"] * 1.4
 
 
+def test_strings_are_timed_to_their_labels(measured, page, tmp_path):
+    run = read_json(measured / "benchmark" / "all.json")
+    assert run["strings_a_round"] == 64
+    for one in run["artifacts"].values():
+        assert 0 < one["strings_per_s"]["min"] <= one["strings_per_s"]["max"]
+        assert set(one["noise"]) == {"batch_1", "batch_32", "strings"}
+    assert run["artifacts"][run["compared_with"]]["times_faster_from_strings"]["median"] == 1
+    run_comparison.main(page)
+    text = (tmp_path / "results" / "comparison.md").read_text()
+    assert "strings to labels, texts/s" in text and "64 strings in one call" in text
+
+
 def test_every_round_draws_texts_of_the_same_lengths():
     texts, rng = ["x" * length for length in range(1, 2001)], np.random.default_rng(0)
     draws = [benchmark._draw(texts, 50, rng) for _ in range(5)]
@@ -187,10 +201,11 @@ def test_the_benchmark_names_what_is_not_there(artifact):
 @pytest.mark.processes
 def test_a_compiled_model_is_timed(artifact, tmp_path):
     named = [f"{artifact}:{one}" for one in ("pytorch", "pytorch-compiled")]
-    words = ["--rounds", "3", "--texts", "20", "--batches", "2", "--threads", "1", "--cold_starts", "1"]
+    words = "--rounds 3 --texts 20 --batches 2 --strings 0 --threads 1 --cold_starts 1".split()
     run_benchmark.main([*named, *words, "--roofline", "false", "--output", "compiled.json"])
     compiled = read_json(tmp_path / "compiled.json")["artifacts"]["baseline:pytorch-compiled"]
     assert compiled["latency_ms"]["runs"] == 60 and compiled["equal_labels"] > 0.99
+    assert compiled["strings_per_s"] is None
 
 
 def test_compiling_needs_a_compiler(artifact, monkeypatch):

@@ -11,9 +11,10 @@ from emotion.common.errors import UserError
 from emotion.common.files import relative
 from emotion.measure.contenders import COMPILED
 from emotion.measure.inspection import describe_scheme
-from emotion.measure.ruler import WARMUP_RUNS, summarize_latency, time_batches, time_each
+from emotion.measure.ruler import WARMUP_RUNS, summarize_latency, time_batches, time_each, time_strings
 from emotion.model.artifact import files_to_serve, find_formats, weights_of
-from emotion.model.classifier import open_artifact, predict
+from emotion.model.classifier import predict
+from emotion.model.emotion_classifier import EmotionClassifier
 
 import numpy as np
 from tqdm import tqdm
@@ -38,6 +39,7 @@ class Protocol:
     rounds: int  # turns that each contender gets and that count
     texts_per_round: int = 50  # timed one at a time
     batches_per_round: int = 8  # of 32 texts
+    strings_per_round: int = 0  # answered in one call, from strings to labels; 0: not measured
     cold_starts: int = 0  # processes that are timed from their start to the first answer
 
 
@@ -50,7 +52,7 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
 
     Returns:
         Name -> its bytes, scheme, latency, throughput and noise, how many times faster it was than the fastest FP32
-        contender, and the share of texts that both give the same label.
+        contender, and the share of texts that both give the same label. Fields about strings are null if not measured.
 
     Raises:
         UserError: if a contender cannot be opened, or its process ends.
@@ -64,10 +66,11 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
         counted = turn >= WARMUP_TURNS
         one_by_one = [*_draw(texts, SETTLE_RUNS, rng), *_draw(texts, protocol.texts_per_round, rng)]
         batched = _draw(texts, BATCH_SIZE * protocol.batches_per_round, rng)
+        strings = _draw(texts, protocol.strings_per_round, rng)
         if not counted:
             batched += longest  # no later batch needs more memory than the contender has taken then
         for worker in workers.values():
-            worker.take_turn(one_by_one, batched, counted)
+            worker.take_turn((one_by_one, batched, strings), counted)
     for worker in workers.values():
         worker.close()
     summaries = {name: worker.summary() for name, worker in workers.items()}
@@ -113,7 +116,7 @@ class Worker:
         """Starts the process; ``texts`` are labelled once. Raises `UserError` if the contender cannot be opened."""
         self.name = name
         self._bytes_to_serve = sum(files_to_serve(folder, format.removesuffix(COMPILED)).values())
-        self._times_ms, self._texts_per_s = [], []  # an entry for each counted turn
+        self._times_ms, self._texts_per_s, self._strings_per_s = [], [], []  # an entry for each counted turn
         started_ms = [self._start(folder, format, protocol.threads, texts)]
         for _ in range(protocol.cold_starts - 1):
             self._process.kill()
@@ -146,36 +149,44 @@ class Worker:
             raise answer
         return answer
 
-    def take_turn(self, one_by_one: list[str], batched: list[str], counted: bool) -> None:
-        """Times these texts, one at a time and in batches, and keeps the times if the turn counts."""
-        self._pipe.send((one_by_one, batched))
-        times_ms, texts_per_s = self._receive()
+    def take_turn(self, texts: tuple[list[str], list[str], list[str]], counted: bool) -> None:
+        """Times these texts, and keeps the times if the turn counts.
+
+        Args:
+            texts: those to answer one at a time, in batches, and in one call from strings to labels, if there are any.
+        """
+        self._pipe.send(texts)
+        times_ms, texts_per_s, strings_per_s = self._receive()
         if counted:
             self._times_ms.append(times_ms)
             self._texts_per_s.append(texts_per_s)
+            self._strings_per_s += [strings_per_s] if strings_per_s else []
 
     def summary(self) -> dict:
         """Bytes and scheme, latency and throughput over all rounds, and the time from a start to an answer."""
+        noise = {"batch_1": noise_of(np.median(self._times_ms, axis=1)), "batch_32": noise_of(self._texts_per_s)}
+        if self._strings_per_s:
+            noise["strings"] = noise_of(self._strings_per_s)
         return {
             "bytes_to_serve": self._bytes_to_serve,
             "scheme": self._about["scheme"],
             "precision": self._about["precision"],
             "latency_ms": summarize_latency(np.concatenate(self._times_ms)),
             "throughput_per_s": {"batch_size": BATCH_SIZE, **spread(self._texts_per_s)},
+            "strings_per_s": spread(self._strings_per_s) if self._strings_per_s else None,
             "cold_start_ms": spread(self._cold_start_ms) if self._cold_start_ms else None,
-            "noise": {
-                "batch_1": noise_of(np.median(self._times_ms, axis=1)),
-                "batch_32": noise_of(self._texts_per_s),
-            },
+            "noise": noise,
         }
 
     def compared_with(self, reference: "Worker") -> dict:
         """How many times faster than another contender, round by round, and how often the labels are equal."""
         p50 = np.median(self._times_ms, axis=1)  # of each round, so that only neighbours in time are divided
         reference_p50 = np.median(reference._times_ms, axis=1)
+        from_strings = np.divide(self._strings_per_s, reference._strings_per_s)
         return {
             "times_faster_at_batch_1": spread(reference_p50 / p50),
             "times_faster_at_batch_32": spread(np.divide(self._texts_per_s, reference._texts_per_s)),
+            "times_faster_from_strings": spread(from_strings) if len(from_strings) else None,
             # Of the texts that each labelled when it was opened; the turns keep times only.
             "equal_labels": float(np.mean(self._about["answers"] == reference._about["answers"])),
         }
@@ -190,26 +201,30 @@ def serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> No
     """Runs in the worker's process: opens and warms the contender, then times each turn until None is sent.
 
     It sends the word "answered" after the first answer, then a dict with `scheme`, `precision` and `answers`, then for
-    each turn the milliseconds of its texts and the texts per second. A `UserError` is sent, and raised by the parent.
+    each turn the milliseconds of its texts, the texts per second in batches, and those from strings to labels, None if
+    the turn has no strings. A `UserError` is sent, and raised by the parent.
     """
     try:
         plain_format = format.removesuffix(COMPILED)
-        classifier = open_artifact(folder, plain_format, threads=threads)
+        # The same class for all, also for the plain files: from strings to labels it batches the texts for each alike.
+        classifier = EmotionClassifier(folder, plain_format, threads=threads)
+        runtime = classifier.runtime
         if format.endswith(COMPILED):
-            classifier.compile()
-        classifier.logits(classifier.encode(texts[:1]))
+            runtime.compile()
+        runtime.logits(runtime.encode(texts[:1]))
         pipe.send("answered")  # a cold start ends here
-        scheme = describe_scheme(classifier, weights_of(folder, plain_format), plain_format)
-        answers = predict(classifier, classifier.encode(texts)).argmax(axis=-1)
+        scheme = describe_scheme(runtime, weights_of(folder, plain_format), plain_format)
+        answers = predict(runtime, runtime.encode(texts)).argmax(axis=-1)
     except UserError as error:
         pipe.send(error)  # sent, since a raised one would end this process and never reach the parent
         return
-    time_each(classifier, classifier.encode(texts[:WARMUP_RUNS]))
-    pipe.send({"scheme": scheme, "precision": precision_of(scheme, classifier), "answers": answers})
+    time_each(runtime, runtime.encode(texts[:WARMUP_RUNS]))
+    pipe.send({"scheme": scheme, "precision": precision_of(scheme, runtime), "answers": answers})
     while turn := pipe.recv():  # waiting takes no processor time from the others
-        one_by_one, batched = turn
-        times_ms = time_each(classifier, classifier.encode(one_by_one))[SETTLE_RUNS:]
-        pipe.send((times_ms, time_batches(classifier, classifier.encode(batched), batch_size=BATCH_SIZE)))
+        one_by_one, batched, strings = turn
+        times_ms = time_each(runtime, runtime.encode(one_by_one))[SETTLE_RUNS:]
+        texts_per_s = time_batches(runtime, runtime.encode(batched), batch_size=BATCH_SIZE)
+        pipe.send((times_ms, texts_per_s, time_strings(classifier, strings) if strings else None))
 
 
 def precision_of(scheme: dict, classifier) -> str:

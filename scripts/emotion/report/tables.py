@@ -217,6 +217,7 @@ def classes_table(records: list[dict]) -> str:
 def benchmark_table(run: dict) -> str:
     """One interleaved run, a line per artifact: the only place where speeds are divided by each other."""
     with_peaks = "peaks" in run  # a run may leave out the measurement of the processor's peaks
+    with_strings = bool(run.get("strings_a_round"))  # and the way from strings to labels
     lines = []
     for artifact, one in run["artifacts"].items():
         cold = one.get("cold_start_ms")
@@ -228,13 +229,16 @@ def benchmark_table(run: dict) -> str:
             _spread(one["times_faster_at_batch_1"]),
             f"{one['throughput_per_s']['median']:.0f}",
             _spread(one["times_faster_at_batch_32"]),
-            f"{100 * one['equal_labels']:.1f}",
         ]
+        if with_strings:
+            cells += [f"{one['strings_per_s']['median']:.0f}", _spread(one["times_faster_from_strings"])]
+        cells.append(f"{100 * one['equal_labels']:.1f}")
         for batch in ("batch_1", "batch_32") if with_peaks else ():
             limit = one["roofline"][batch]  # `bound_by`: compute or memory
             cells.append(f"{100 * limit['share']:.0f} ({limit['bound_by']})")
         lines.append(cells)
     head = ["artifact", "MB", "cold start s", "p50 ms", "times faster", "texts/s", "times faster, batches of 32"]
+    head += ["strings to labels, texts/s", "times faster, strings"] if with_strings else []
     head += ["equal labels %", *(["% of peak, batch 1", "batch 32"] if with_peaks else [])]
     return markdown_table(head, lines)
 
