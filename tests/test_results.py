@@ -11,7 +11,10 @@ import run_seeds
 import study_dataset
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from emotion.common.errors import UserError
-from emotion.measure import benchmark, contenders, roofline, seeds
+from emotion.measure import benchmark, contenders, ctranslate2_peer, roofline, seeds
+from emotion.model.artifact import files_to_serve
+from emotion.model.classifier import open_artifact
+from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.report.comparison import seed_rows
 from emotion.report.pages import render_dataset, render_study_pages
 from emotion.report.tables import markdown_table, seeds_table
@@ -206,6 +209,39 @@ def test_a_compiled_model_is_timed(artifact, tmp_path):
     compiled = read_json(tmp_path / "compiled.json")["artifacts"]["baseline:pytorch-compiled"]
     assert compiled["latency_ms"]["runs"] == 60 and compiled["equal_labels"] > 0.99
     assert compiled["strings_per_s"] is None
+
+
+def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_path):
+    pytest.importorskip("ctranslate2", reason="make peers installs it")
+    folder, format = contenders.make_contender(artifact, "ctranslate2", tmp_path)
+    assert not (folder / "model.safetensors").exists()  # the floats are no part of what it serves
+    plain, texts = open_artifact(artifact, "pytorch", threads=1), build_rows(70)["text"]
+    expected = plain.logits(plain.encode(texts))
+    peer = EmotionClassifier(folder, format, 2, contenders.open_contender)
+    assert np.abs(peer.logits(texts) - expected).mean() < 0.02 * np.abs(expected).mean()
+    assert [one["label"] for one in peer.classify(texts)] == [peer.labels[row] for row in expected.argmax(axis=-1)]
+    scheme = contenders.describe_contender(peer.runtime, folder, format)
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)  # 6 per layer; the head is in floats
+    assert scheme["embeddings"] == "int8 per-row" and scheme["weights"] == "int8 per-channel"
+    float_bytes = sum(files_to_serve(artifact, "pytorch").values())
+    assert (folder / "ctranslate2" / "model.bin").stat().st_size < contenders.bytes_of(folder, format) < float_bytes
+
+
+def test_ctranslate2_says_which_encoders_it_cannot_convert(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mpnet"}')
+    with pytest.raises(UserError, match="cannot convert 'mpnet', only bert, distilbert, roberta; leave it out"):
+        ctranslate2_peer.convert(tmp_path, tmp_path / "made")
+
+
+def test_a_peer_that_is_not_installed_is_left_out(artifact, monkeypatch, capsys):
+    monkeypatch.setattr(ctranslate2_peer, "is_installed", lambda: False)
+    named = [(artifact, "onnx"), (artifact, "ctranslate2")]
+    assert contenders.leave_out_missing(named) == named[:1]
+    assert re.fullmatch(
+        "left out: .*:ctranslate2 needs CTranslate2; make peers installs it\n", capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="nothing is left to time"):
+        contenders.leave_out_missing(named[1:])
 
 
 def test_compiling_needs_a_compiler(artifact, monkeypatch):

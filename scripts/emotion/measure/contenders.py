@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.model.artifact import SHARED_FILES, weights_of
+from emotion.measure import ctranslate2_peer
+from emotion.measure.inspection import describe_scheme, summarize_matrices
+from emotion.model.artifact import SHARED_FILES, files_to_serve, weights_of
+from emotion.model.classifier import open_artifact
 
 COMPILED = "-compiled"  # ending of a format whose model goes through torch.compile
 # Made by another library, with its defaults, from the FP32 folder -> the format in which the result is opened.
@@ -15,6 +18,7 @@ PLAIN = {
     "onnx-plain": "onnx",
     "onnx-dynamic": "onnx",
     "openvino-plain": "openvino",
+    ctranslate2_peer.FORMAT: ctranslate2_peer.FORMAT,
 }
 TITLES = {  # how tables call them
     "pytorch-compiled": "torch.compile, FP32",
@@ -23,12 +27,30 @@ TITLES = {  # how tables call them
     "onnx-plain": "ONNX Runtime, plain FP32",
     "onnx-dynamic": "ONNX Runtime, plain INT8",
     "openvino-plain": "OpenVINO, plain",
+    ctranslate2_peer.FORMAT: "CTranslate2, INT8",
 }
 
 
 def is_alternative(format: str) -> bool:
     """Whether the format is made here, so that no artifact holds it."""
     return format in PLAIN or format.endswith(COMPILED)
+
+
+def leave_out_missing(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """The folders and formats that can be timed here; prints a line for each that needs a package which is not here.
+
+    Raises:
+        UserError: if nothing is left.
+    """
+    kept = []
+    for folder, format in named:
+        if format == ctranslate2_peer.FORMAT and not ctranslate2_peer.is_installed():
+            print(f"left out: {folder}:{format} needs CTranslate2; make peers installs it")
+        else:
+            kept.append((folder, format))
+    if not kept:
+        raise UserError("nothing is left to time")
+    return kept
 
 
 def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
@@ -54,7 +76,9 @@ def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
     made.mkdir(parents=True, exist_ok=True)
     for name in SHARED_FILES:
         shutil.copy(folder / name, made / name)
-    if format == "openvino-plain":
+    if format == ctranslate2_peer.FORMAT:
+        ctranslate2_peer.convert(folder, made)
+    elif format == "openvino-plain":
         _export_openvino(folder, made / "openvino")  # which it opens in bfloat16 where it can
     else:
         _export_onnx(folder, made / "onnx", quantized=format == "onnx-dynamic")
@@ -89,3 +113,24 @@ def _export_openvino(folder: Path, target: Path) -> None:
         OVModelForSequenceClassification.from_pretrained(
             folder, export=True, compile=False, trust_remote_code=False
         ).save_pretrained(target)
+
+
+def open_contender(folder: Path, format: str, threads: int, calls: int = 1):
+    """Opens what `make_contender` returned, without compiling it; arguments, result and errors of `open_artifact`."""
+    if format == ctranslate2_peer.FORMAT:
+        return ctranslate2_peer.CTranslate2Classifier(folder, threads, calls)
+    return open_artifact(folder, format, threads, calls)
+
+
+def describe_contender(runtime, folder: Path, format: str) -> dict:
+    """The field `scheme` of an opened contender, as `describe_scheme` counts it."""
+    if format == ctranslate2_peer.FORMAT:
+        return summarize_matrices(*ctranslate2_peer.list_matrices(folder), format)
+    return describe_scheme(runtime, weights_of(folder, format), format)
+
+
+def bytes_of(folder: Path, format: str) -> int:
+    """Bytes of all files that an answer of a contender needs."""
+    if format == ctranslate2_peer.FORMAT:  # its folder holds nothing else
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(files_to_serve(folder, format).values())

@@ -67,6 +67,11 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
         linear, embeddings = _openvino_matrices(weights)
     else:
         linear, embeddings = _torch_matrices(classifier.model, _stored_dtypes(weights))
+    return summarize_matrices(linear, embeddings, format)
+
+
+def summarize_matrices(linear: list[Matrix], embeddings: list[Matrix], format: str) -> dict:
+    """The result of `describe_scheme`, from what was counted."""
     quantized = [matrix for matrix in linear if matrix.quantized]
     tables = [table for table in embeddings if table.quantized]
     kept_in_float, largest = [], None

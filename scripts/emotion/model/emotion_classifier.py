@@ -15,7 +15,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.machine import choose_threads
 from emotion.model.artifact import WEIGHT_FILES, find_formats
-from emotion.model.classifier import batches_by_tokens, open_artifact
+from emotion.model.classifier import TorchClassifier, batches_by_tokens, open_artifact
 from emotion.task.scores import softmax
 
 import numpy as np
@@ -23,7 +23,6 @@ import numpy as np
 # The formats to look for if none is asked for. A repository's `model.safetensors` is fetched as "pytorch", whichever
 # of the three formats with this file its config.json names.
 PREFERRED = ("onnx", "openvino", "pytorch")
-SIDE_BY_SIDE = {"onnx", "openvino"}  # PyTorch sets its threads for the whole process
 FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
 CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at once, however many texts there are
 
@@ -33,13 +32,16 @@ class EmotionClassifier:
 
     Attributes:
         labels: the names of the classes, in the order of the logits.
-        format: the format that was opened, one of `WEIGHT_FILES`.
+        format: the format that was opened.
         runtime: the opened file, one of the classes in classifier.py, which computes a batch with all threads.
     """
 
-    def __init__(self, folder: Path, format: str, threads: int):
-        """Opens one format of a folder; `from_pretrained` also finds the folder and the format."""
-        self.runtime = open_artifact(folder, format, threads=threads)
+    def __init__(self, folder: Path, format: str, threads: int, open_runtime=open_artifact):
+        """Opens one format of a folder; `from_pretrained` also finds the folder and the format.
+
+        ``open_runtime`` is called as `open_artifact` is: a benchmark opens formats that no artifact has.
+        """
+        self.runtime, self._open_runtime = open_runtime(folder, format, threads=threads), open_runtime
         self.labels, self.format = self.runtime.labels, format
         self._folder, self._threads = folder, threads
         self._one_by_one = Workers(self.runtime, calls=1)
@@ -132,8 +134,9 @@ class EmotionClassifier:
         with self._opening:  # two threads may ask at once
             if self._side_by_side is None:
                 self._side_by_side = self._one_by_one
-                if self._threads > 1 and self.format in SIDE_BY_SIDE:
-                    runtime = open_artifact(self._folder, self.format, threads=self._threads, calls=self._threads)
+                # PyTorch sets its threads for the whole process, and runs one call at a time.
+                if self._threads > 1 and not isinstance(self.runtime, TorchClassifier):
+                    runtime = self._open_runtime(self._folder, self.format, threads=self._threads, calls=self._threads)
                     self._side_by_side = Workers(runtime, calls=self._threads)
             return self._side_by_side
 
