@@ -13,6 +13,9 @@ TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-c
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
 
+# Where their time goes: FP32 and what was made of it, in each runtime
+PROFILED := weights/baseline:onnx weights/baseline:openvino-plain weights/ptq:onnx weights/ptq:openvino weights/qat-int4:onnx
+
 # The base-size encoder's family: smaller tables, since each of its lines takes five times as long
 BASE := sentence-transformers/all-mpnet-base-v2
 OF_BASE := --weights_dir weights/base --results_dir results/base
@@ -87,6 +90,7 @@ results: $(READY)
 benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
+	$(RUN) scripts/study_operators.py $(PROFILED)
 
 score_base = $(call score,weights/base/$(1),$(2),--results_dir results/base)
 
@@ -112,6 +116,7 @@ results-base: base-encoder
 benchmark-base: base-encoder
 	$(RUN) scripts/run_benchmark.py $(BASE_TIMED) --rounds 6 --batches 4 --strings 256 --cold_starts 3 \
 		--output results/base/benchmark/all.json
+	$(RUN) scripts/study_operators.py $(subst weights/,weights/base/,$(PROFILED)) --results_dir results/base
 
 # Libraries that the variants are compared with, and that nothing else needs
 peers: $(READY)

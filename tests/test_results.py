@@ -9,6 +9,7 @@ import run_comparison
 import run_evaluation
 import run_seeds
 import study_dataset
+import study_operators
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from emotion.common.errors import UserError
 from emotion.measure import benchmark, contenders, ctranslate2_peer, roofline, seeds
@@ -170,13 +171,45 @@ def test_strings_are_timed_to_their_labels(measured, page, tmp_path):
     assert "strings to labels, texts/s" in text and "64 strings in one call" in text
 
 
+def test_the_time_of_a_call_goes_to_its_operators(artifact, page, tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "SIZE", 256)
+    monkeypatch.setattr(roofline, "COPIED_BYTES", 2**24)
+    monkeypatch.setattr(study_operators, "TEXTS", 40)
+    results = tmp_path / "results"
+    named = [f"{artifact}:onnx", f"{artifact}:openvino-plain"]
+    study_operators.main([*named, "--threads", "1", "--results_dir", str(results)])
+    study = read_json(results / "benchmark" / "operators.json")
+    norms = {"baseline:onnx": "LayerNormalization", "baseline:openvino-plain": "MVN"}
+    for name, one in study["artifacts"].items():
+        assert [one[size]["calls"] for size in ("batch_1", "batch_32")] == [120, 6]  # three passes over 40 texts
+        for size in one.values():
+            assert (
+                0 < sum(one["ms"] for one in size["operators"].values()) < 1.2 * size["call_ms"]
+            )  # whole microseconds
+        assert one["batch_32"]["operators"][norms[name]]["count"] == 5  # two per layer, and one of the embeddings
+    text = (results / "benchmark" / "operators.md").read_text()
+    assert "### baseline:onnx" in text and re.search(r"\| \*a call\* +\| +\| .* 100.0 \|", text)
+    run_comparison.main(page)  # as it renders all pages, and takes the study for no interleaved run
+    run_comparison.main([*page, "--check"])
+    assert (results / "benchmark" / "operators.md").read_text() == text
+    del study["peaks"]
+    (results / "benchmark" / "operators.json").write_text(json.dumps(study))
+    with pytest.raises(UserError, match="operators cannot be written: .*'peaks'"):
+        run_comparison.main(page)
+
+
+def test_only_two_runtimes_tell_the_time_of_an_operator(artifact):
+    with pytest.raises(UserError, match=":pytorch: only onnx and openvino tell the time"):
+        study_operators.main([f"{artifact}:pytorch"])
+
+
 def test_every_round_draws_texts_of_the_same_lengths():
     texts, rng = ["x" * length for length in range(1, 2001)], np.random.default_rng(0)
-    draws = [benchmark._draw(texts, 50, rng) for _ in range(5)]
+    draws = [benchmark.draw_texts(texts, 50, rng) for _ in range(5)]
     medians = [np.median([len(text) for text in drawn]) for drawn in draws]
     assert max(medians) - min(medians) < 60 and len({tuple(drawn) for drawn in draws}) == 5
     assert draws[0] != sorted(draws[0], key=len)
-    assert len(benchmark._draw(texts[:3], 50, rng)) == 50  # more than there are
+    assert len(benchmark.draw_texts(texts[:3], 50, rng)) == 50  # more than there are
 
 
 def test_noise_is_the_spread_of_the_middle_half():

@@ -63,9 +63,9 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
     rng, longest = np.random.default_rng(0), sorted(texts, key=len)[-BATCH_SIZE:]
     for turn in tqdm(range(WARMUP_TURNS + protocol.rounds), desc="interleaved rounds"):
         counted = turn >= WARMUP_TURNS
-        one_by_one = [*_draw(texts, SETTLE_RUNS, rng), *_draw(texts, protocol.texts_per_round, rng)]
-        batched = _draw(texts, BATCH_SIZE * protocol.batches_per_round, rng)
-        strings = _draw(texts, protocol.strings_per_round, rng)
+        one_by_one = [*draw_texts(texts, SETTLE_RUNS, rng), *draw_texts(texts, protocol.texts_per_round, rng)]
+        batched = draw_texts(texts, BATCH_SIZE * protocol.batches_per_round, rng)
+        strings = draw_texts(texts, protocol.strings_per_round, rng)
         if not counted:
             batched += longest  # no later batch needs more memory than the contender has taken then
         for worker in workers.values():
@@ -77,7 +77,7 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
     return {name: summaries[name] | worker.compared_with(reference) for name, worker in workers.items()}
 
 
-def _draw(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
+def draw_texts(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
     """Texts in random order, one of each of ``count`` classes of length: every draw takes as long to answer."""
     ordered = sorted(texts, key=len)  # by characters: the lengths in tokens are nearly in the same order
     rows = (np.arange(count) + rng.random(count)) * len(texts) / count

@@ -17,6 +17,7 @@ import numpy as np
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
 MAIN_RUN = "all"  # file of results/benchmark
+OPERATORS = "benchmark/operators"  # file of study_operators.py, without its ending
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
 RATIOS = ("times_smaller", "times_faster_at_batch_1", "times_faster_at_batch_32")
@@ -47,7 +48,11 @@ def read_family(folder: Path) -> Family:
 
 def read_benchmarks(folder: Path) -> dict[str, dict]:
     """Name -> JSON of each interleaved run among the results in ``folder``."""
-    return {path.stem: read_json(path) for path in sorted((folder / "benchmark").glob("*.json"))}
+    runs = {}
+    for path in sorted((folder / "benchmark").glob("*.json")):
+        if path != folder / f"{OPERATORS}.json":  # a study of single artifacts beside the interleaved runs
+            runs[path.stem] = read_json(path)
+    return runs
 
 
 def build_comparison(records: list[dict], results: Path, run: dict | None) -> dict:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from emotion.common.files import read_json
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
+from emotion.report.comparison import OPERATORS
 from emotion.report.render import complete, render
 from emotion.report.tables import markdown_table
 from emotion.task.scores import VALIDATION_NOISE
@@ -11,6 +12,7 @@ from emotion.task.scores import VALIDATION_NOISE
 import numpy as np
 
 BASE_FAMILY = "base"  # the folder inside results/ that holds those of the base-size encoder
+SMALLEST_SHARE = 0.01  # of a call: kinds of operators below it are shown as one
 WORTH_GIVING_BACK = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
 
 
@@ -43,6 +45,7 @@ def render_study_pages(results: Path) -> dict[Path, str]:
         "ptq_sensitivity": render_sensitivity,
         "bits": render_bits,
         "graphs": render_graphs,
+        OPERATORS: render_operators,
     }
     pages = {}
     for name, render_one in (of_one | of_both).items():
@@ -331,3 +334,39 @@ def _forms_table(study: dict) -> str:
 def _over_seeds(cell: dict, form: str, name: str) -> np.ndarray:
     """One number per seed, float64 (seeds,)."""
     return np.array([one[form][name] for one in cell["forms"]])
+
+
+@complete("the page of the operators")
+def render_operators(studies: list[dict]) -> str:
+    """`results/benchmark/operators.md`: where the time of a call goes, a table per artifact, per encoder."""
+    tables = []
+    for study in studies:
+        tables.append({name: _operators_table(one) for name, one in study["artifacts"].items()})
+    return render("operators.md", studies=studies, tables=tables, smallest=SMALLEST_SHARE)
+
+
+def _operators_table(profiled: dict) -> str:
+    """A line per kind of operator, those that take longest at batch 1 first; then small kinds, and what is left."""
+    sizes = [profiled["batch_1"], profiled["batch_32"]]
+    lines, other = {}, np.zeros(4)  # per line: count and milliseconds at batch 1, the same at batch 32
+    for kind in dict.fromkeys([*sizes[0]["operators"], *sizes[1]["operators"]]):
+        values, large = [], False
+        for size in sizes:
+            one = size["operators"].get(kind, {"count": 0, "ms": 0.0})  # OpenVINO may need it at one size alone
+            values += [one["count"], one["ms"]]
+            large |= one["ms"] >= SMALLEST_SHARE * size["call_ms"]
+        if large:
+            lines[kind] = values
+        else:
+            other += values
+    lines["other"] = other.tolist()
+    sums = [sum(one["ms"] for one in size["operators"].values()) for size in sizes]
+    lines["*between operators*"] = [None, sizes[0]["call_ms"] - sums[0], None, sizes[1]["call_ms"] - sums[1]]
+    lines["*a call*"] = [None, sizes[0]["call_ms"], None, sizes[1]["call_ms"]]
+    rows = []
+    for kind, (count, ms, count_32, ms_32) in lines.items():
+        # The same file computes the same operators at both sizes, or nearly so: one column tells how many.
+        counted = "" if count is None else f"{max(count, count_32):.0f}"
+        cells = [f"{ms:.3f}", f"{100 * ms / sizes[0]['call_ms']:.1f}"]
+        rows.append([kind, counted, *cells, f"{ms_32:.3f}", f"{100 * ms_32 / sizes[1]['call_ms']:.1f}"])
+    return markdown_table(["operator", "count", "ms, batch 1", "%", "ms, batch 32", "%"], rows)
