@@ -13,8 +13,8 @@ TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-c
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
 
-# Where their time goes: FP32 and what was made of it, in each runtime
-PROFILED := weights/baseline:onnx weights/baseline:openvino-plain weights/ptq:onnx weights/ptq:openvino weights/qat-int4:onnx
+# Where their time goes: what the libraries make of the baseline, and the files made here, in each runtime
+PROFILED := $(addprefix weights/baseline:,onnx-plain onnx onnx-dynamic openvino-plain) weights/ptq:onnx weights/ptq:openvino weights/qat-int4:onnx
 
 # The base-size encoder's family: smaller tables, since each of its lines takes five times as long
 BASE := sentence-transformers/all-mpnet-base-v2
