@@ -119,8 +119,11 @@ benchmark-base: base-encoder
 	$(RUN) scripts/study_operators.py $(subst weights/,weights/base/,$(PROFILED)) --results_dir results/base
 
 # Libraries that the variants are compared with, and that nothing else needs
-peers: $(READY)
+peers: $(VENV)/.peers
+
+$(VENV)/.peers: $(READY) requirements-peers.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	@touch $@
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py
@@ -138,7 +141,7 @@ test: $(READY)
 	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-web (Node.js, browser)"
 
 # Commands as their users start them: several processes, resumed after a kill, published and opened by strangers.
-test-processes: $(READY)
+test-processes: $(READY) peers
 	$(RUN) -m pytest -m processes
 
 # With Node.js, and Chromium from Debian where no other is there.

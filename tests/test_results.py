@@ -244,8 +244,8 @@ def test_a_compiled_model_is_timed(artifact, tmp_path):
     assert compiled["strings_per_s"] is None
 
 
+@pytest.mark.processes  # with its packages: `make peers` installs what the tests of `make test` do without
 def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_path):
-    pytest.importorskip("ctranslate2", reason="make peers installs it")
     folder, format = contenders.make_contender(artifact, "ctranslate2", tmp_path)
     assert not (folder / "model.safetensors").exists()  # the floats are no part of what it serves
     plain, texts = open_artifact(artifact, "pytorch", threads=1), build_rows(70)["text"]
