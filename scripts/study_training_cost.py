@@ -31,8 +31,8 @@ from emotion.measure.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.adapter import QloraArguments, build_qlora
 from emotion.quantize.fake_quantizers import prepare
-from emotion.quantize.layers import find_stack
-from emotion.quantize.scheme import SchemeArguments, make_plan
+from emotion.quantize.layers import Plan, find_layers, find_stack
+from emotion.quantize.scheme import SchemeArguments, plan_again
 from emotion.report.pages import render_cost
 from emotion.task.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.task.source import BASE_SIZE_MODEL, EMBEDDED_MODEL, find_base_model
@@ -174,9 +174,10 @@ def build_model(method: str, path: str, labels: list[str], bf16: bool):
     if method == METHODS[0] or method in BITS:
         model = build_classifier(path, labels, recipe["attention_dropout"])  # the same dropout for all methods
         if method in BITS:
-            # As run_qat.py does it.
-            plan = make_plan(path, model, SchemeArguments(bits=BITS[method]))
-            prepare(plan)
+            # As run_qat.py does it, but for the layers that see the first token alone in an ONNX file, which a base
+            # model does not have: here they take the range of all tokens.
+            scheme = SchemeArguments(bits=BITS[method])
+            prepare(plan_again(Plan(Path(path), model, find_layers(model, scheme.keep_float)), scheme))
         return model
     # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
     recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}
