@@ -38,6 +38,7 @@ def test_each_encoder_gets_all_rewrites(kind, baseline_of, tmp_path):
     assert len(layers_of_first_token(plan)) == 4
     quantize_onnx(plan, tmp_path / "int8.onnx")
     for path in (weights_of(baseline, "onnx"), tmp_path / "int8.onnx"):
+        assert not onnx.load(path).graph.value_info  # shapes from before the rewrites: a warning for each when opened
         graph = opened(path, tmp_path)
         kinds = {node.op_type for node in graph.nodes()}
         # The slow operator must not come back when a stranger opens the file; and no attention is left in parts.

@@ -34,6 +34,8 @@ def constant_of(graph, name: str) -> np.ndarray | None:
 
 def tidy(graph) -> None:
     """Removes what nothing reads any longer, and brings the nodes into the order in which they run."""
+    # The shapes that the exporter noted hold no longer, and ONNX Runtime warns of each that does not fit.
+    del graph.model.graph.value_info[:]
     graph.prune_graph()
     graph.topological_sort()
 
@@ -311,6 +313,7 @@ def name_nodes(graph, model) -> list[str]:
                 if None not in modules:
                     node.name = " ".join(modules)
                     named.append(node.name)
+                    break
     return named
 
 
