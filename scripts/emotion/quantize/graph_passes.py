@@ -34,8 +34,10 @@ def constant_of(graph, name: str) -> np.ndarray | None:
 
 def tidy(graph) -> None:
     """Removes what nothing reads any longer, and brings the nodes into the order in which they run."""
-    # The shapes that the exporter noted hold no longer, and ONNX Runtime warns of each that does not fit.
-    del graph.model.graph.value_info[:]
+    # The shapes that the exporter noted hold no longer, and ONNX Runtime warns of each that does not fit. The types
+    # stay, since quantizers read them.
+    for value in graph.model.graph.value_info:
+        value.type.tensor_type.ClearField("shape")
     graph.prune_graph()
     graph.topological_sort()
 
