@@ -135,6 +135,7 @@ def render_page(family: Family, pictures: list[Path]) -> str:
         pictures=pictures,
         benchmarks=benchmarks,
         benchmark_tables={name: benchmark_table(run) for name, run in benchmarks.items()},
+        fastest={name: fastest_of(run) for name, run in benchmarks.items()},
     )
 
 
@@ -241,6 +242,18 @@ def benchmark_table(run: dict) -> str:
     head += ["strings to labels, texts/s", "times faster, strings"] if with_strings else []
     head += ["equal labels %", *(["% of peak, batch 1", "batch 32"] if with_peaks else [])]
     return markdown_table(head, lines)
+
+
+def fastest_of(run: dict) -> dict[str, str]:
+    """What is measured -> the artifact, or plain alternative, that was fastest of all in an interleaved run."""
+    measured = run["artifacts"]
+    fastest = {
+        "one text": min(measured, key=lambda name: measured[name]["latency_ms"]["p50"]),
+        "batches of 32": max(measured, key=lambda name: measured[name]["throughput_per_s"]["median"]),
+    }
+    if run.get("strings_a_round"):
+        fastest["strings to labels"] = max(measured, key=lambda name: measured[name]["strings_per_s"]["median"])
+    return fastest
 
 
 def number(value: float | None, factor: float, form: str) -> str:
