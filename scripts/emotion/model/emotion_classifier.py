@@ -147,15 +147,25 @@ class Workers:
     def __init__(self, runtime, calls: int):
         """Takes a class of classifier.py, and how many calls it computes side by side."""
         self._runtime = runtime
-        self._pool = ThreadPoolExecutor(max_workers=calls)
+        # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
+        # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
+        self._pool = ThreadPoolExecutor(max_workers=calls) if calls > 1 else None
 
     def start(self, token_ids: list[list[int]]) -> list[tuple[np.ndarray, Future]]:
         """Starts all batches; returns the numbers of each batch's texts, and its logits to come."""
         started = []
         for rows in batches_by_tokens(token_ids):
             batch = [token_ids[row] for row in rows]
-            started.append((rows, self._pool.submit(self._runtime.logits, batch)))
+            started.append((rows, self._submit(batch)))
         return started
+
+    def _submit(self, batch: list[list[int]]) -> Future:
+        """The logits of a batch, to come or, without a pool, computed now."""
+        if self._pool:
+            return self._pool.submit(self._runtime.logits, batch)
+        future = Future()
+        future.set_result(self._runtime.logits(batch))
+        return future
 
 
 def collect(started: list[tuple[np.ndarray, Future]], width: int) -> np.ndarray:
