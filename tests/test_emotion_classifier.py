@@ -203,6 +203,6 @@ def test_a_repository_of_the_hub_is_opened(quantized, tmp_path):
 
 def test_pytorch_is_called_by_the_callers_own_thread(artifact):
     # A second thread would bring a second team of PyTorch's threads, and both would be slower.
-    classifier, before = EmotionClassifier.from_pretrained(artifact, "pytorch", threads=2), threading.active_count()
+    classifier, before = EmotionClassifier.from_pretrained(artifact, "pytorch", threads=2), threading.enumerate()
     classifier.classify(build_rows(90)["text"])
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= set(before)
