@@ -103,8 +103,11 @@ def load_float_graph(path: Path):
 
 def layers_of_first_token(plan: Plan) -> list[str]:
     """The linear layers that see the first token alone in the FP32 file of the plan: those of the last layer."""
-    graph = load_float_graph(weights_of(plan.folder, "onnx"))
-    name_nodes(graph.model.graph, plan.model)
+    import onnx
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    # A file that computes the first token alone is the exporter's, which has named its nodes after the layers.
+    graph = OnnxModel(onnx.load(weights_of(plan.folder, "onnx")))
     return [name for node in products_of_first_token(graph) for name in node.name.split()]
 
 
