@@ -7,7 +7,6 @@ change no answer; how many labels they and the rounding of the activations leave
     python scripts/study_graphs.py weights/base/baseline --results_dir results/base
 """
 
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,13 @@ from emotion.common.machine import choose_threads, describe_run
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.sensitivity import compare, logits_of, validation_rows
-from emotion.model.artifact import SHARED_FILES, weights_of
+from emotion.model.artifact import weights_of
 from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.graph_passes import tidy
+from emotion.quantize.graph_passes import MICROSOFT, constant_of, tidy
 from emotion.quantize.int8_onnx import quantize_onnx
 from emotion.quantize.layers import Plan, find_layers
 from emotion.quantize.onnx_graph import export_onnx
+from emotion.quantize.scheme import copy_shared_files
 from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
 from emotion.task.dataset import load_task_of
@@ -66,7 +66,7 @@ def fix_ranges(graph) -> None:
         rounded = f"{node.output[0]}/rounded"
         inputs = [rounded, weight, scale, weight_scale, zero, "", bias]
         graph.add_node(helper.make_node("QuantizeLinear", [states, scale, zero], [rounded]))
-        graph.add_node(helper.make_node("MatMulIntegerToFloat", inputs, list(node.output), domain="com.microsoft"))
+        graph.add_node(helper.make_node("MatMulIntegerToFloat", inputs, list(node.output), domain=MICROSOFT))
         graph.remove_node(node)
     tidy(graph)
 
@@ -76,9 +76,9 @@ def widen_embeddings(graph) -> None:
     producers = graph.output_name_to_node()
     for node in graph.get_nodes_by_op_type("DequantizeLinear"):
         look_up = producers[node.input[0]]
-        integers, scale, zero = (graph.get_initializer(name) for name in (look_up.input[0], *node.input[1:]))
-        values = numpy_helper.to_array(integers).astype(np.float32) - numpy_helper.to_array(zero)
-        table = numpy_helper.from_array(values * numpy_helper.to_array(scale), f"{integers.name}/float")
+        integers, scale, zero = (constant_of(graph, name) for name in (look_up.input[0], *node.input[1:]))
+        values = (integers.astype(np.float32) - zero) * scale
+        table = numpy_helper.from_array(values, f"{look_up.input[0]}/float")
         graph.add_initializer(table)
         graph.add_node(helper.make_node("Gather", [table.name, look_up.input[1]], list(node.output)))
         graph.remove_node(node)
@@ -148,8 +148,7 @@ def make_files(baseline: Path, work: Path) -> dict[str, Path]:
 def new_folder(folder: Path, baseline: Path) -> Path:
     """A folder with the baseline's tokenizer and configuration, for one ONNX file."""
     (folder / "onnx").mkdir(parents=True)
-    for name in SHARED_FILES:
-        shutil.copy(baseline / name, folder / name)
+    copy_shared_files(baseline, folder)
     return folder
 
 

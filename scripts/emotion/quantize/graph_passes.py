@@ -16,14 +16,14 @@ from onnx import helper, numpy_helper
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 FIRST = "/first"  # ends the name of a tensor that holds the first token of another
+SCORES = 5  # the input of attention that is added to its scores: (batch, heads, tokens of the queries, tokens)
 # Operators that work token by token -> the inputs that hold tokens: (batch, tokens, width). Attention does so for its
-# queries alone. Its input 5, added to the scores (batch, heads, tokens, tokens), has the queries' tokens in axis 2.
+# queries alone.
 TOKEN_INPUTS = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), (0, 1)),
     **dict.fromkeys(("MatMul", "LayerNormalization", "Gelu", "Relu", "Tanh", "Cast"), (0,)),
-    "MultiHeadAttention": (0, 5),
+    "MultiHeadAttention": (0, SCORES),
 }
-SCORES = 5
 
 
 def constant_of(graph, name: str) -> np.ndarray | None:
@@ -119,9 +119,9 @@ def keep_first_token(graph) -> None:
     """Computes only the first token wherever the answer needs no other: in the last layer, behind keys and values.
 
     The head of BERT, DistilBERT, RoBERTa and MPNet reads the first token alone. What leads to it token by token is
-    followed back from there, and the first token is taken where the path begins.
+    followed back from there, and the first token is taken where the path begins. The nodes must stand in the order in
+    which they run, as every pass leaves them.
     """
-    tidy(graph)
     consumers, outputs = graph.input_name_to_nodes(), {value.name for value in graph.model.graph.output}
     alone = []  # nodes of which only the first token is read, the last of the graph first
 

@@ -264,7 +264,7 @@ class Packer:
             codes: `codes_of` the table, uint8 (rows, groups, size).
         """
         table, ids = gather.input
-        name, start = gather.name, len(self.pending)
+        name = gather.name
         if len(codes) <= SMALL_TABLE:
             columns = self._constant(f"{name}/shape", np.array([len(codes), -1]))
             levels = self._node("Reshape", [self._unpack(name, codes, scales), columns], name)
@@ -273,6 +273,7 @@ class Packer:
             self._node("Mul", [levels, row_scales], name, output=table)
             self._remove_constant(table)
             return
+        start = len(self.pending)
         levels = self._unpack(name, codes, scales, ids)  # (ids..., and five dimensions)
         row_scales = self._constant(f"{name}/scales", scales.row.numpy().reshape(-1, 1, 1, 1, 1, 1))
         row_scales = self._node("Gather", [row_scales, ids], name)

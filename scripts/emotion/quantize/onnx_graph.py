@@ -80,18 +80,18 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: t
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
     gap = float("inf")
-    first_token = "keep_first_token" not in leave_out
-    attempts = ((True, first_token), (True, False), (False, False)) if rewrite else ((False, False),)
-    for fused, first_token in attempts:
+    # Whether to rewrite the graph, and the passes to leave out: the plainer, the later.
+    attempts = [(True, leave_out), (True, (*leave_out, "keep_first_token"))] if rewrite else []
+    for fused, left_out in [*attempts, (False, ("keep_first_token",))]:
         try:
-            _write(model, samples[0], path, fused, leave_out if first_token else (*leave_out, "keep_first_token"))
+            _write(model, samples[0], path, fused, left_out)
             gap = _largest_gap(model, samples, path)
         except Exception:  # an architecture without this attention, or a pattern that a pass does not know
             if not fused:
                 raise
             continue
         if gap <= TOLERANCE:
-            return {"fused": fused, "first_token": first_token, "largest_logit_gap": gap}
+            return {"fused": fused, "first_token": "keep_first_token" not in left_out, "largest_logit_gap": gap}
     raise UserError(
         f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
     )
