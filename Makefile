@@ -72,6 +72,7 @@ results: $(READY)
 	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
 	$(RUN) scripts/study_ptq.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 	$(RUN) scripts/study_graphs.py weights/seeds/baseline-42
+	$(RUN) scripts/study_openvino.py weights/seeds/baseline-42
 	$(RUN) scripts/study_qlora.py --seed 44
 	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
@@ -104,7 +105,8 @@ results-base: base-encoder
 	$(RUN) scripts/study_ptq.py weights/base/seeds/baseline-42 --results_dir results/base --work_dir build/ptq_study_base \
 		--layer_texts 200 --rounds 3 --leave_out "ONNX Runtime, static by entropy" "ONNX Runtime, static by extremes" \
 		"torchao, 8-bit weights" "OpenVINO, 8-bit weights"
-	$(RUN) scripts/study_graphs.py weights/base/seeds/baseline-42 --results_dir results/base
+	$(RUN) scripts/study_graphs.py weights/base/seeds/baseline-42 --rounds 5 --results_dir results/base
+	$(RUN) scripts/study_openvino.py weights/base/seeds/baseline-42 --rounds 5 --strings 256 --results_dir results/base
 	$(call score_base,baseline,pytorch bf16 onnx)
 	for variant in ptq qat; do $(call score_base,$$variant,torchao onnx openvino); done
 	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do $(call score_base,$$variant,onnx); done

@@ -1,9 +1,11 @@
 """The rewrites of ONNX graphs: what they do to real encoders, and where they keep their hands off."""
 
 import study_graphs
+import study_openvino
 from conftest import ENCODERS
 from emotion.common.files import read_json
 from emotion.common.recipe import read_recipe_of
+from emotion.measure.openvino_forms import FORMS
 from emotion.model.artifact import weights_of
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.graph_passes import FIRST, keep_first_token, write_sums
@@ -105,3 +107,16 @@ def test_the_study_times_the_file_without_each_rewrite(artifact, tmp_path, capsy
     assert study["files"]["embeddings in float32"]["bytes_to_serve"] > study["files"]["all rewrites"]["bytes_to_serve"]
     assert (tmp_path / "graphs.md").read_text() == render_study_pages(tmp_path)[tmp_path / "graphs.md"]
     assert "without the first token alone" in capsys.readouterr().out
+
+
+@pytest.mark.processes
+def test_the_study_of_openvino_times_each_form(artifact, tmp_path, capsys):
+    words = ["--rounds", "2", "--strings", "64", "--results_dir", str(tmp_path)]
+    study_openvino.main([str(artifact), *words])
+    study = read_json(tmp_path / "openvino.json")
+    titles = [title for form, title in FORMS.items() if form != study_openvino.ONE_STREAM]
+    assert list(study["forms"]) == [study_openvino.SHIPPED, study_openvino.APART, *titles]
+    assert study["forms"]["float parts in float32"]["times_faster_at_batch_1"]["median"] > 0
+    assert study["streams"][study_openvino.SHIPPED]["times_faster_from_strings"]["median"] == 1
+    assert (tmp_path / "openvino.md").read_text() == render_study_pages(tmp_path)[tmp_path / "openvino.md"]
+    assert "static shapes" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import study_dataset
 import study_operators
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from emotion.common.errors import UserError
-from emotion.measure import benchmark, contenders, ctranslate2_peer, roofline, seeds
+from emotion.measure import benchmark, contenders, ctranslate2_peer, openvino_forms, roofline, seeds
 from emotion.model.artifact import files_to_serve
 from emotion.model.classifier import open_artifact
 from emotion.model.emotion_classifier import EmotionClassifier
@@ -258,6 +258,16 @@ def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_pat
     assert scheme["embeddings"] == "int8 per-row" and scheme["weights"] == "int8 per-channel"
     float_bytes = sum(files_to_serve(artifact, "pytorch").values())
     assert (folder / "ctranslate2" / "model.bin").stat().st_size < contenders.bytes_of(folder, format) < float_bytes
+
+
+@pytest.mark.parametrize("form", openvino_forms.FORMS)
+def test_another_way_to_open_the_openvino_file_answers_alike(form, quantized, tmp_path):
+    texts = list(build_rows(70)["text"])
+    expected = EmotionClassifier.from_pretrained(quantized, "openvino", threads=2).logits(texts)
+    folder, format = contenders.make_contender(quantized, f"openvino{form}", tmp_path)
+    opened = EmotionClassifier(folder, format, 2, contenders.open_contender)
+    assert np.abs(opened.logits(texts) - expected).max() < 0.1 * np.abs(expected).max()
+    assert contenders.bytes_of(folder, format) == sum(files_to_serve(quantized, "openvino").values())
 
 
 def test_ctranslate2_says_which_encoders_it_cannot_convert(tmp_path):

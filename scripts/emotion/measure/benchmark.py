@@ -9,7 +9,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import relative
-from emotion.measure.contenders import COMPILED, bytes_of, describe_contender, open_contender
+from emotion.measure.contenders import bytes_of, describe_contender, open_contender
 from emotion.measure.ruler import WARMUP_RUNS, summarize_latency, time_batches, time_each, time_strings
 from emotion.model.artifact import find_formats
 from emotion.model.classifier import predict
@@ -113,7 +113,7 @@ class Worker:
     def __init__(self, name: str, folder: Path, format: str, texts: list[str], protocol: Protocol):
         """Starts the process; ``texts`` are labelled once. Raises `UserError` if the contender cannot be opened."""
         self.name = name
-        self._bytes_to_serve = bytes_of(folder, format.removesuffix(COMPILED))
+        self._bytes_to_serve = bytes_of(folder, format)
         self._times_ms, self._texts_per_s, self._strings_per_s = [], [], []  # an entry for each counted turn
         started_ms = [self._start(folder, format, protocol.threads, texts)]
         for _ in range(protocol.cold_starts - 1):
@@ -203,15 +203,12 @@ def serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> No
     the turn has no strings. A `UserError` is sent, and raised by the parent.
     """
     try:
-        plain_format = format.removesuffix(COMPILED)
         # The same class for all, also for the plain files: from strings to labels it batches the texts for each alike.
-        classifier = EmotionClassifier(folder, plain_format, threads, open_contender)
+        classifier = EmotionClassifier(folder, format, threads, open_contender)
         runtime = classifier.runtime
-        if format.endswith(COMPILED):
-            runtime.compile()
         runtime.logits(runtime.encode(texts[:1]))
         pipe.send("answered")  # a cold start ends here
-        scheme = describe_contender(runtime, folder, plain_format)
+        scheme = describe_contender(runtime, folder, format)
         answers = predict(runtime, runtime.encode(texts)).argmax(axis=-1)
     except UserError as error:
         pipe.send(error)  # sent, since a raised one would end this process and never reach the parent

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.measure import ctranslate2_peer
+from emotion.measure import ctranslate2_peer, openvino_forms
 from emotion.measure.inspection import describe_scheme, summarize_matrices
 from emotion.model.artifact import SHARED_FILES, files_to_serve, weights_of
 from emotion.model.classifier import open_artifact
@@ -34,6 +34,11 @@ TITLES = {  # how tables call them
 def is_alternative(format: str) -> bool:
     """Whether the format is made here, so that no artifact holds it."""
     return format in PLAIN or format.endswith(COMPILED)
+
+
+def file_of(format: str) -> str:
+    """The format whose file a contender opens: `pytorch` of `pytorch-compiled`, `openvino` of `openvino-f32`."""
+    return openvino_forms.FORMAT if openvino_forms.is_form(format) else format.removesuffix(COMPILED)
 
 
 def leave_out_missing(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
@@ -63,12 +68,12 @@ def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
         UserError: if the folder lacks the format that it is made from, or the machine has no compiler.
     """
     if format.endswith(COMPILED):
-        weights_of(folder, format.removesuffix(COMPILED))  # raises here, before anything is timed
+        weights_of(folder, file_of(format))  # raises here, before anything is timed
         # Found out now: torch.compile itself fails late, inside a worker, and with a trace of many pages.
         if not (shutil.which("g++") or shutil.which("clang++")):
             raise UserError(f"{folder}:{format}: torch.compile needs a C++ compiler; install g++ or leave it out")
         return folder, format
-    weights_of(folder, "pytorch" if format in PLAIN else format)
+    weights_of(folder, "pytorch" if format in PLAIN else file_of(format))
     if format not in PLAIN:
         return folder, format
     # The folder above is part of the name: several folders called `baseline` may be timed in one run.
@@ -116,21 +121,26 @@ def _export_openvino(folder: Path, target: Path) -> None:
 
 
 def open_contender(folder: Path, format: str, threads: int, calls: int = 1):
-    """Opens what `make_contender` returned, without compiling it; arguments, result and errors of `open_artifact`."""
+    """Opens what `make_contender` returned; arguments, result and errors are those of `open_artifact`."""
     if format == ctranslate2_peer.FORMAT:
         return ctranslate2_peer.CTranslate2Classifier(folder, threads, calls)
-    return open_artifact(folder, format, threads, calls)
+    if openvino_forms.is_form(format):
+        return openvino_forms.open_form(folder, format, threads, calls)
+    runtime = open_artifact(folder, file_of(format), threads, calls)
+    if format.endswith(COMPILED):
+        runtime.compile()
+    return runtime
 
 
 def describe_contender(runtime, folder: Path, format: str) -> dict:
     """The field `scheme` of an opened contender, as `describe_scheme` counts it."""
     if format == ctranslate2_peer.FORMAT:
         return summarize_matrices(*ctranslate2_peer.list_matrices(folder), format)
-    return describe_scheme(runtime, weights_of(folder, format), format)
+    return describe_scheme(runtime, weights_of(folder, file_of(format)), file_of(format))
 
 
 def bytes_of(folder: Path, format: str) -> int:
     """Bytes of all files that an answer of a contender needs."""
     if format == ctranslate2_peer.FORMAT:  # its folder holds nothing else
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return sum(files_to_serve(folder, format).values())
+    return sum(files_to_serve(folder, file_of(format)).values())

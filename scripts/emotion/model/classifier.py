@@ -55,22 +55,25 @@ class OpenVinoClassifier:
         float_precision: `f32` or `bf16`, the precision of the operators that are not quantized.
     """
 
-    def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1):
+    def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1, precision: str | None = None):
         """Opens ``weights``, an .xml file in ``folder``; raises `UserError` if it cannot be opened.
 
-        ``calls`` of `logits` may run side by side, and divide the threads among them; others wait.
+        ``calls`` of `logits` may run side by side, and divide the threads among them; others wait. OpenVINO chooses
+        the precision of the operators that are not quantized, unless ``precision`` says `f32` or `bf16`.
         """
         import openvino
 
         core = openvino.Core()
         # LATENCY gives all threads to one call. A stream is a share of the threads, and computes one call.
         share = {"PERFORMANCE_HINT": "LATENCY"} if calls == 1 else {"NUM_STREAMS": calls}
+        if precision:
+            share["INFERENCE_PRECISION_HINT"] = precision
         core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, **share})
         try:
             model = core.compile_model(core.read_model(weights), "CPU")
         except RuntimeError as error:
             raise UserError(f"{weights} cannot be opened by OpenVINO: {str(error).splitlines()[0]}") from error
-        # OpenVINO chooses by the processor, without a word, so that it must be asked and recorded.
+        # Its choice depends on the processor, and comes without a word, so that it must be asked and recorded.
         self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self._idle = SimpleQueue()  # requests that compute nothing now: a request serves one caller at a time
         for _ in range(calls):

@@ -45,6 +45,7 @@ def render_study_pages(results: Path) -> dict[Path, str]:
         "ptq_sensitivity": render_sensitivity,
         "bits": render_bits,
         "graphs": render_graphs,
+        "openvino": render_openvino,
         OPERATORS: render_operators,
     }
     pages = {}
@@ -239,6 +240,24 @@ def render_graphs(studies: list[dict]) -> str:
             )
         tables.append(markdown_table(head, rows))
     return render("graphs.md", studies=studies, tables=tables)
+
+
+@complete("the page of OpenVINO's forms")
+def render_openvino(studies: list[dict]) -> str:
+    """`results/openvino.md`: ways to make and to open OpenVINO's INT8 file, and streams, per encoder."""
+    head, streams_head = ["form", "p50 ms", "batch 1", "texts/s", "batch 32"], ["many strings", "texts/s", "speed"]
+    tables = []
+    for study in studies:
+        rows, streams = [], []
+        for name, one in study["forms"].items():
+            p50, rate = one["latency_ms"]["p50"], one["throughput_per_s"]["median"]
+            at_1, at_32 = one["times_faster_at_batch_1"], one["times_faster_at_batch_32"]
+            rows.append([name, f"{p50:.3f}", f"{at_1['median']:.2f} x", f"{rate:.0f}", f"{at_32['median']:.2f} x"])
+        for name, one in study["streams"].items():
+            faster = one["times_faster_from_strings"]["median"]
+            streams.append([name, f"{one['strings_per_s']['median']:.0f}", f"{faster:.2f} x"])
+        tables.append((markdown_table(head, rows), markdown_table(streams_head, streams)))
+    return render("openvino.md", studies=studies, tables=tables)
 
 
 @complete("the page of the bits")
