@@ -260,7 +260,7 @@ class Packer:
         A small table is unpacked once instead, like the weights: that takes little memory, and no text waits for it.
 
         Args:
-            gather: the node; its ids may have any shape.
+            gather: the node; the shape of its ids is (texts, tokens).
             codes: `codes_of` the table, uint8 (rows, groups, size).
         """
         table, ids = gather.input
@@ -274,13 +274,11 @@ class Packer:
             self._remove_constant(table)
             return
         start = len(self.pending)
-        levels = self._unpack(name, codes, scales, ids)  # (ids..., and five dimensions)
         row_scales = self._constant(f"{name}/scales", scales.row.numpy().reshape(-1, 1, 1, 1, 1, 1))
         row_scales = self._node("Gather", [row_scales, ids], name)
-        values = self._node("Mul", [levels, row_scales], name)
-        # The five dimensions become one again: the shape is that of the ids, then the columns.
-        columns = self._constant(f"{name}/width", np.array([codes.shape[1] * codes.shape[2]]))
-        shape = self._node("Concat", [self._node("Shape", [ids], name), columns], name, axis=0)
+        values = self._unpack(name, codes, scales, ids, row_scales)  # (texts, tokens, and five dimensions)
+        # The five dimensions become the columns again; 0 keeps a dimension as it is.
+        shape = self._constant(f"{name}/shape", np.array([0, 0, -1]))
         self._node("Reshape", [values, shape], name, output=gather.output[0])
 
         # These nodes stand where the old one stood: behind the nodes that compute the ids, before those that read the
@@ -300,12 +298,15 @@ class Packer:
         """
         self._insert(0, self.pending)
 
-    def _unpack(self, name: str, codes: np.ndarray, scales: Scales, ids: str | None = None) -> str:
+    def _unpack(
+        self, name: str, codes: np.ndarray, scales: Scales, ids: str | None = None, row_scales: str | None = None
+    ) -> str:
         """Makes the nodes that compute multiplier times level from packed bytes.
 
         Args:
             codes: uint8 (rows, groups, size).
             ids: name of the ids of the rows to unpack; all rows if not given.
+            row_scales: name of the scales of these rows, with five dimensions behind the rows, to be multiplied too.
 
         Returns:
             The name of a float32 tensor. Its six dimensions, in the order of the weights, are (rows, groups / pair,
@@ -333,11 +334,12 @@ class Packer:
         levels = parts[0] if len(parts) == 1 else self._node("Add", parts, name)
 
         packed = pack(scales.multiplier.numpy().astype(np.uint8) - 1, 8 // pair).reshape(rows, groups // pair)
-        table = byte_table(np.arange(1, 2 ** (8 // pair) + 1), 8 // pair)
+        # The table has the levels' last three dimensions, so that its results need no operator that adds them.
+        table = byte_table(np.arange(1, 2 ** (8 // pair) + 1), 8 // pair).reshape(256, pair, 1, 1, 1)
         source = self._bytes(name, "multipliers", packed, ids)
-        factors = self._look_up(name, source, table)  # (rows, groups / pair, pair)
-        last_three = self._constant("unpack/axes", np.array([-3, -2, -1]))
-        factors = self._node("Unsqueeze", [factors, last_three], name)  # (rows, groups / pair, pair, 1, 1, 1)
+        factors = self._look_up(name, source, table)  # (rows, groups / pair, pair, 1, 1, 1)
+        if row_scales:  # before the levels, of which there are many more
+            factors = self._node("Mul", [factors, row_scales], name)
         return self._node("Mul", [levels, factors], name)
 
     def _bytes(self, name: str, kind: str, packed: np.ndarray, ids: str | None) -> str:
@@ -351,7 +353,8 @@ class Packer:
 
     def _look_up(self, name: str, source: str, table: np.ndarray) -> str:
         """Looks up each byte of the tensor ``source`` in a table; the table's dimensions come last in the result."""
-        table_name = self.tables.setdefault(table.tobytes(), f"unpack/table{len(self.tables)}")
+        key = table.shape, table.tobytes()
+        table_name = self.tables.setdefault(key, f"unpack/table{len(self.tables)}")
         return self._node("Gather", [self._constant(table_name, table), source], name)
 
     def _constant(self, name: str, array: np.ndarray) -> str:
