@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.quantize.graph_passes import (
+    FIRST,
     fuse_attention,
     join_heads,
     keep_first_token,
@@ -84,14 +85,14 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: t
     attempts = [(True, leave_out), (True, (*leave_out, "keep_first_token"))] if rewrite else []
     for fused, left_out in [*attempts, (False, ("keep_first_token",))]:
         try:
-            _write(model, samples[0], path, fused, left_out)
+            first_token = _write(model, samples[0], path, fused, left_out)
             gap = _largest_gap(model, samples, path)
         except Exception:  # an architecture without this attention, or a pattern that a pass does not know
             if not fused:
                 raise
             continue
         if gap <= TOLERANCE:
-            return {"fused": fused, "first_token": "keep_first_token" not in left_out, "largest_logit_gap": gap}
+            return {"fused": fused, "first_token": first_token, "largest_logit_gap": gap}
     raise UserError(
         f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
     )
@@ -111,8 +112,12 @@ def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leave_out: tuple[str, ...]) -> None:
-    """Exports the graph by tracing ``inputs``, and rewrites it if it is to be ``fused``."""
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leave_out: tuple[str, ...]) -> bool:
+    """Exports the graph by tracing ``inputs``, and rewrites it if it is to be ``fused``.
+
+    Returns:
+        Whether some part of the graph computes the first token alone.
+    """
     model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any length
     program = torch.onnx.export(
@@ -129,12 +134,11 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leav
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     program.save(path, external_data=False)
-    if fused:
-        _rewrite(model, path, leave_out)
+    return _rewrite(model, path, leave_out) if fused else False
 
 
-def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> None:
-    """Rewrites the file of the model for speed, and names its nodes after the model's layers."""
+def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> bool:
+    """Rewrites the file of the model for speed, and names its nodes after its layers; returns what `_write` does."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -153,6 +157,8 @@ def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> None:
     if "write_sums" not in leave_out:
         write_sums(graph, "Sub")
     graph.save_model_to_file(str(path))
+    # A head that reads all tokens leaves the pass nothing to do.
+    return any(name.endswith(FIRST) for node in graph.nodes() for name in node.output)
 
 
 def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
