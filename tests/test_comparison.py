@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import run_evaluation
 import run_trace
 from conftest import ROOT, read_json
 from emotion.common.errors import UserError
-from emotion.measure.paired_tests import NO_LOSS_MARGIN, compare_with, holm, mean_interval, resampled_macro_f1
+from emotion.measure.paired_tests import NO_LOSS_MARGIN, compare_with, holm, mean_interval
 from emotion.model.classifier import open_artifact
 from emotion.report.document import compile_report
 from emotion.report.figures import same_picture
-from emotion.report.plots import plot_sensitivity
+from emotion.report.plots import MOST_NAMED, plot_confusion_matrix, plot_sensitivity
+from emotion.task import scores as task_scores
+from emotion.task.scores import macro_f1_interval, resampled_macro_f1
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -50,7 +53,7 @@ def change_rows(logits: np.ndarray, rows: int, seed: int) -> np.ndarray:
 def test_the_bootstrap_is_that_of_resampled_rows():
     """Against the plain way: draw rows, score both classifiers on them with scikit-learn, subtract."""
     before, after = answers_of(200, seed=1).argmax(axis=-1), answers_of(260, seed=2).argmax(axis=-1)
-    scores = resampled_macro_f1(LABELS, before, after, resamples=2000)
+    scores = resampled_macro_f1(LABELS, before, after, classes=3, resamples=2000)
     drawn = np.random.default_rng(3).integers(len(LABELS), size=(300, len(LABELS)))
     plain = np.array(
         [[f1_score(LABELS[rows], one[rows], average="macro") for rows in drawn] for one in (before, after)]
@@ -58,14 +61,41 @@ def test_the_bootstrap_is_that_of_resampled_rows():
     change, plain_change = scores[1] - scores[0], plain[1] - plain[0]
     assert change.mean() == pytest.approx(plain_change.mean(), abs=0.002)
     assert change.std() == pytest.approx(plain_change.std(), rel=0.15)
-    exact = resampled_macro_f1(LABELS, before, after, resamples=0)[:, 0]
+    exact = resampled_macro_f1(LABELS, before, after, classes=3, resamples=0)[:, 0]
     assert exact == pytest.approx([f1_score(LABELS, one, average="macro") for one in (before, after)])
 
 
 def test_a_class_that_is_only_predicted_counts():
-    scores = resampled_macro_f1(np.array([0, 0, 1]), np.array([0, 2, 1]), resamples=0)
+    scores = resampled_macro_f1(np.array([0, 0, 1]), np.array([0, 2, 1]), classes=3, resamples=0)
     expected = f1_score([0, 0, 1], [0, 2, 1], average="macro", labels=[0, 1, 2], zero_division=0)
     assert scores[0, 0] == pytest.approx(expected)
+
+
+def test_a_bootstrap_in_pieces_is_the_same(monkeypatch):
+    whole = resampled_macro_f1(LABELS, answers_of(200, seed=1).argmax(axis=-1), classes=3, resamples=100)
+    monkeypatch.setattr(task_scores, "DRAWN_AT_ONCE", 9 * 7)  # 9 cells: 7 resamples at once, and 2 in the end
+    pieces = resampled_macro_f1(LABELS, answers_of(200, seed=1).argmax(axis=-1), classes=3, resamples=100)
+    assert (whole == pieces).all()
+
+
+def test_many_classes_take_little_memory(tmp_path):
+    """Of 600 classes the counts of all cells and resamples would take 5.8 GB, and a picture with numbers minutes."""
+    rng, classes = np.random.default_rng(0), 600
+    labels = rng.integers(classes, size=1000)
+    answers = np.where(rng.random(1000) < 0.8, labels, rng.integers(classes, size=1000))
+    logits = np.zeros((1000, classes), dtype=np.float32)
+    logits[np.arange(1000), answers] = 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    low, high = macro_f1_interval(logits, labels)
+    assert low < f1_score(labels, answers, average="macro", labels=range(classes), zero_division=0) and low < high
+    matrix = np.zeros((classes, classes), dtype=int)
+    np.add.at(matrix, (labels, answers), 1)
+    names = [str(index) for index in range(classes)]
+    quality = {"labels": names, "split": "test", "examples": 1000, "macro_f1": 0.5, "confusion_matrix": matrix}
+    plot_confusion_matrix({"variant": "many", "format": "onnx", "quality": quality}, tmp_path / "many")
+    grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert classes > MOST_NAMED and grown_kb < 500_000
+    assert plt.imread(tmp_path / "many.png").shape[0] < 4000
 
 
 def test_holm_of_a_known_case():

@@ -5,7 +5,7 @@ McNemar's exact test (McNemar, 1947), and "no loss" by two one-sided tests withi
 p-values are corrected for the number of comparisons by Holm's method (1979).
 """
 
-from emotion.task.scores import expected_calibration_error
+from emotion.task.scores import expected_calibration_error, resampled_macro_f1
 
 import numpy as np
 from scipy import stats
@@ -48,8 +48,9 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
     """
     answers, other_answers = before.argmax(axis=-1), after.argmax(axis=-1)
     right, other_right = answers == labels, other_answers == labels
-    observed = resampled_macro_f1(labels, answers, other_answers, resamples=0)
-    scores = resampled_macro_f1(labels, answers, other_answers, resamples=RESAMPLES)
+    both = {"classes": before.shape[1]}
+    observed = resampled_macro_f1(labels, answers, other_answers, resamples=0, **both)
+    scores = resampled_macro_f1(labels, answers, other_answers, resamples=RESAMPLES, **both)
     change = scores[1] - scores[0]  # on each resample, the same rows for both: what both find hard cancels out
     lost, won = int((right & ~other_right).sum()), int((~right & other_right).sum())
     error = float(change.std(ddof=1))
@@ -70,28 +71,6 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
         "calibration_error_change": expected_calibration_error(after, labels)
         - expected_calibration_error(before, labels),
     }
-
-
-def resampled_macro_f1(labels, *predictions, resamples: int, seed: int = 0) -> np.ndarray:
-    """Macro F1 (classifiers, resamples) on rows drawn with replacement, the same rows for each classifier.
-
-    With no resamples the score of the rows themselves is returned, as one column.
-
-    Args:
-        labels, predictions: int arrays (rows,).
-    """
-    # Rows with the same label and the same answers are alike, and there are few such kinds ("cells"). To draw rows is
-    # therefore to draw how many of each cell there are, from a multinomial distribution.
-    cells, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
-    drawn = counts[None]  # (resamples, cells)
-    if resamples:
-        drawn = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=resamples)
-    present, *predicted = (cells[:, :, None] == np.arange(cells.max() + 1)).astype(int)  # (cells, classes) each
-    scores = []
-    for answers in predicted:
-        either = drawn @ (answers + present)  # predicted plus present: F1 is 2 right / either
-        scores.append((2 * (drawn @ (answers * present)) / np.maximum(either, 1)).mean(axis=1))
-    return np.array(scores)
 
 
 def share(hits: np.ndarray) -> float:

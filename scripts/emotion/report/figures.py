@@ -10,6 +10,7 @@ from emotion.report.comparison import MAIN_RUN, REFERENCE, Family
 from emotion.report.pages import families_of, render_study_pages
 from emotion.report.plots import (
     MARKERS,
+    MOST_NAMED,
     OTHER,
     colors_of,
     draw_cells,
@@ -231,7 +232,8 @@ def plot_classes(records: list[dict], colors: dict, path: Path) -> None:
             look = {"color": colors[record["variant"]], "markersize": 8, "markeredgecolor": "white"}
             axes.plot(np.arange(len(labels)) + shift, values, MARKERS[record["format"]], **look)
         names = [f"{name}\n{count} texts" for name, count in zip(labels, support, strict=True)]
-        axes.set_xticks(range(len(labels)), names)
+        if len(labels) <= MOST_NAMED:
+            axes.set_xticks(range(len(labels)), names)
         axes.set(ylabel="F1, %")
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)  # the grid under the markers

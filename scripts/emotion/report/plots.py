@@ -18,6 +18,7 @@ matplotlib.use("Agg")  # draws into files alone; the default looks for a screen
 STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
 MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
 OTHER = "0.45"  # grey, for marks that belong to no variant
+MOST_NAMED = 30  # classes; of more, nobody could read the names and numbers, and a picture would take gigabytes
 
 
 @contextlib.contextmanager
@@ -63,7 +64,8 @@ def plot_confusion_matrix(record: dict, path: Path) -> None:
     """Counts in the cells, colour by the share of the true class."""
     quality = record["quality"]
     with styled():
-        size = 2.2 + 0.75 * len(quality["labels"])  # inches: the margin with the names, and a cell per class
+        # Inches: the margin with the names, and a cell per class.
+        size = 2.2 + 0.75 * min(len(quality["labels"]), MOST_NAMED)
         figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the bar of colours
         draw_confusion(axes, quality["confusion_matrix"], quality["labels"], cbar=True)
         axes.set_title(
@@ -84,10 +86,13 @@ def draw_confusion(axes, counts, labels: list[str], cbar: bool = False, **option
 
 
 def draw_cells(axes, values, numbers, labels: list[str], **options) -> None:
-    """Draws a square heat map with numbers, true classes down and predicted ones across."""
-    names = {"xticklabels": labels, "yticklabels": labels}
-    seaborn.heatmap(values, annot=numbers, square=True, linewidths=0.5, ax=axes, **names, **options)
-    axes.set(xlabel="predicted", ylabel="true")
+    """Draws a square heat map, true classes down and predicted ones across; of many classes the colours alone."""
+    look = {"annot": numbers, "linewidths": 0.5, "xticklabels": labels, "yticklabels": labels}
+    what = ""
+    if len(labels) > MOST_NAMED:
+        look, what = {"xticklabels": False, "yticklabels": False}, f", {len(labels)} classes"
+    seaborn.heatmap(values, square=True, ax=axes, **options, **look)
+    axes.set(xlabel=f"predicted{what}", ylabel="true")
     axes.tick_params(axis="y", rotation=0)
     axes.tick_params(axis="x", rotation=30)
 

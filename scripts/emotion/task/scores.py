@@ -9,6 +9,7 @@ import numpy as np
 CALIBRATION_BINS = 15  # as in the paper that is named below
 # In macro F1. Validation has some 2,000 rows, and two scores count as equal if they are closer than four of them.
 VALIDATION_NOISE = 0.002
+DRAWN_AT_ONCE = 2**21  # counts that a bootstrap holds in memory: 16 MiB, however many classes and resamples there are
 
 
 @cache
@@ -41,17 +42,45 @@ def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2
         logits: float array (rows, classes).
         labels: int array (rows,).
     """
-    rows, classes = logits.shape
-    # Only the cell of the confusion matrix matters of a row. Drawing rows with replacement is therefore the same as
-    # drawing the counts of the cells from a multinomial distribution, which is much faster.
-    cells = np.bincount(labels * classes + logits.argmax(axis=-1), minlength=classes**2)
-    drawn = np.random.default_rng(seed).multinomial(rows, cells / rows, size=resamples)
-    drawn = drawn.reshape(resamples, classes, classes)
-    right = np.diagonal(drawn, axis1=1, axis2=2)
-    either = drawn.sum(axis=1) + drawn.sum(axis=2)  # predicted plus present: F1 is 2 right / either
-    # A class that was neither predicted nor drawn has an F1 of 0.
-    macro_f1 = (2 * right / np.maximum(either, 1)).mean(axis=1)
-    return np.percentile(macro_f1, [2.5, 97.5]).tolist()
+    (scores,) = resampled_macro_f1(
+        labels, logits.argmax(axis=-1), classes=logits.shape[1], resamples=resamples, seed=seed
+    )
+    return np.percentile(scores, [2.5, 97.5]).tolist()
+
+
+def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """Macro F1 (classifiers, resamples) on rows drawn with replacement, the same rows for each classifier.
+
+    With no resamples the score of the rows themselves is returned, as one column.
+
+    Args:
+        labels, predictions: int arrays (rows,).
+    """
+    from scipy import sparse  # here: who scores rows only needs no SciPy
+
+    # Rows with the same label and the same answers are alike, and there are few such kinds ("cells"). To draw rows is
+    # therefore to draw how many of each cell there are, from a multinomial distribution.
+    cells, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
+    # For each classifier, and for the labels first: (classes, cells), 1 where a cell has the class. Sparse, since of
+    # many classes nearly all of it is 0.
+    ones, places = np.ones(len(counts), dtype=int), np.arange(len(counts))
+    present, *predicted = (sparse.csr_array((ones, (of, places)), shape=(classes, len(counts))) for of in cells)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, DRAWN_AT_ONCE // max(classes, len(counts)))
+    scores = []
+    for start in range(0, max(resamples, 1), chunk):
+        drawn = counts[None]  # (resamples, cells)
+        if resamples:
+            size = min(chunk, resamples - start)
+            drawn = rng.multinomial(len(labels), counts / len(labels), size=size)
+        of_chunk = []
+        for answers in predicted:
+            either = (answers + present) @ drawn.T  # predicted plus present: F1 is 2 right / either
+            # A class that was neither predicted nor drawn has an F1 of 0.
+            right = answers.multiply(present) @ drawn.T
+            of_chunk.append((2 * right / np.maximum(either, 1)).mean(axis=0))
+        scores.append(of_chunk)
+    return np.concatenate(scores, axis=1)
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
