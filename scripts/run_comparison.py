@@ -10,18 +10,19 @@ the base-size encoder, which get a comparison of their own and a second table in
 """
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, write_bytes, write_text
+from emotion.common.files import ROOT, write_bytes
 from emotion.common.flags import parse_flags
 from emotion.measure.record import record_name
 from emotion.report.cards import render_cards
 from emotion.report.comparison import MAIN_RUN, Family, read_family
-from emotion.report.document import REPORT, compile_report
+from emotion.report.document import REPORT, SOURCE, compile_report
 from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from emotion.report.pages import BASE_FAMILY, render_study_pages
 from emotion.report.tables import render_block, render_page, render_table
@@ -108,13 +109,27 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
 
 
 def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
-    """Writes everything, each file whole; the report last, since it reads the others."""
-    for path, text in pages.items():
-        write_text(path, text)
-    for path, draw in tqdm(pictures.items(), desc="pictures"):
-        draw(path)
-    if report := compile_report(root):  # None without docs/report.typ: the results of somebody's own folder
-        write_bytes(root / REPORT, report)
+    """Writes everything, each file whole, once all of it could be made: a result that stops it changes no file."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {path: text.encode() for path, text in pages.items()}
+        for path, draw in tqdm(pictures.items(), desc="pictures"):
+            fresh = Path(folder) / path.name
+            draw(fresh)
+            files[path] = fresh.read_bytes()
+        if (root / SOURCE).is_file():  # not among the results of somebody's own folder
+            files[root / REPORT] = compile_with(files, root, Path(folder) / "root")
+    for path, content in files.items():
+        write_bytes(path, content)
+
+
+def compile_with(files: dict[Path, bytes], root: Path, folder: Path) -> bytes:
+    """The report as these files will make it, which it reads: compiled from a copy of the folders, in ``folder``."""
+    for name in ("docs", "results"):
+        shutil.copytree(root / name, folder / name)
+    for path, content in files.items():
+        if path.is_relative_to(root):
+            write_bytes(folder / path.relative_to(root), content)
+    return compile_report(folder)
 
 
 def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:

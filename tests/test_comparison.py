@@ -348,7 +348,7 @@ def test_a_file_of_other_answers_is_refused(artifact, tmp_path):
     record = read_json(path)
     record["quality"]["confusion_matrix"][0][0] += 1
     path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="not the answers that its record counts"):
+    with pytest.raises(UserError, match="'quality.confusion_matrix' is not what .*baseline-pytorch.parquet gives"):
         run_comparison.main([str(results), "--print_only"])
     (results / "predictions" / "baseline-pytorch.parquet").unlink()
     with pytest.raises(UserError, match="no file .*baseline-pytorch.parquet"):

@@ -6,6 +6,7 @@ A rename inside one folder happens at once or not at all, so that a killed progr
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -126,11 +127,25 @@ def read_json(path: Path) -> dict:
     """Reads a file of results.
 
     Raises:
-        UserError: if the file is missing or is not JSON; it names the file.
+        UserError: if the file is missing, is not JSON, or holds no object; it names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, and no UTF-8 holds it
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    except json.JSONDecodeError as error:
+    # The first is the parent of JSON's and UTF-8's errors; lists in lists a thousand times deep raise the second.
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object but {type(value).__name__}")
+    return value
+
+
+def _finite(word: str) -> float:
+    """A number of a JSON file; raises `ValueError` for NaN, Infinity and 1e999, which JSON does not have."""
+    number = float(word)
+    if not math.isfinite(number):
+        raise ValueError(f"{word} is no number")
+    return number

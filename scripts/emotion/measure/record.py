@@ -3,47 +3,49 @@
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import read_json, whole_file, without_path, write_json
+from emotion.common.files import whole_file, without_path, write_json
+from emotion.measure.evidence import check_evidence, read_predictions
+from emotion.measure.schema import check_result, read_result
 from emotion.task.dataset import Task, fingerprint
 
-# A record has all of these fields, and may have more. An unknown value is null, never a made-up number.
-REQUIRED = """
-variant format artifact date
-scheme.weights scheme.activations scheme.quantized_layers scheme.linear_layers scheme.embeddings scheme.kept_in_float
-scheme.largest_weight
-made.base_model made.dataset made.dataset_source made.dataset_fingerprint made.train_dataset_source
-made.recipe made.seed made.git_commit
-quality.split quality.examples quality.macro_f1 quality.accuracy quality.per_class_f1 quality.confusion_matrix
-quality.labels quality.macro_f1_ci95 quality.expected_calibration_error quality.conflict_free quality.texts_cut
-size.bytes_to_serve size.megabytes size.files
-latency_ms.batch_size latency_ms.p50 latency_ms.p95 latency_ms.p99 latency_ms.mean latency_ms.runs
-throughput_per_s.batch_size throughput_per_s.value
-environment.cpu environment.instruction_sets environment.threads environment.device environment.python
-environment.packages
-""".split()
+import numpy as np
 
 
-def check_record(record: dict, name, fields=REQUIRED) -> dict:
-    """Returns the record, or raises `UserError` naming the first of the fields that is missing."""
-    for dotted in fields:
-        value = record  # then one level down for each key
-        for key in dotted.split("."):
-            # A null is a value: only a field that does not exist is missing.
-            if not isinstance(value, dict) or key not in value:
-                raise UserError(f"{name}: the record has no field '{dotted}'; measure it again with run_evaluation.py")
-            value = value[key]
-    return record
+def check_record(record: dict, name, kind: str = "record") -> dict:
+    """Returns the record; raises `UserError` naming a field that is missing or not what it must be.
+
+    Args:
+        name: in front of the message: the record's, or its file's.
+        kind: `record`, or `card` for what a card needs besides.
+    """
+    return check_result(record, kind, name)
 
 
 def read_records(results_dir: Path) -> list[dict]:
-    """All records of a results folder, sorted by file name; raises `UserError` if there are none, or one is broken."""
+    """All records of a results folder, sorted by file name, each held against its predictions.
+
+    Raises:
+        UserError: if there are none, or one is damaged, or is not what its predictions give.
+    """
     # Sorted: what is written from the records must not depend on the order of a file system.
-    paths = sorted((Path(results_dir) / "metrics").glob("*.json"))
+    folder = Path(results_dir)
+    paths = sorted((folder / "metrics").glob("*.json"))
     if not paths:
-        raise UserError(
-            f"no records in {Path(results_dir) / 'metrics'}; measure with python scripts/run_evaluation.py"
-        )
-    return [check_record(read_json(path), path) for path in paths]
+        raise UserError(f"no records in {folder / 'metrics'}; measure with python scripts/run_evaluation.py")
+    records, seen = [], {}
+    for path in paths:
+        record = read_result(path, "record")
+        if record_name(record) != path.stem:
+            raise UserError(f"{path}: is the record of '{record_name(record)}' by its fields; measure it again")
+        labels = check_evidence(record, path, folder / "predictions" / f"{path.stem}.parquet")
+        # The same rows have the same labels in the same order: the paired tests go row by row.
+        first = seen.setdefault(record["made"]["dataset_fingerprint"], (path.stem, labels))
+        if not np.array_equal(first[1], labels):
+            raise UserError(
+                f"the predictions of {path.stem} and {first[0]} are not of the same rows; measure them again"
+            )
+        records.append(record)
+    return records
 
 
 def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
@@ -75,22 +77,6 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     path = Path(results_dir) / "metrics" / f"{name}.json"
     write_json(path, record)
     return path
-
-
-def read_predictions(path: Path) -> tuple:
-    """The labels, int64 (rows,), and the logits, float32 (rows, classes), of a predictions file.
-
-    Raises:
-        UserError: if there is no such file.
-    """
-    import numpy as np
-    from pyarrow import parquet
-
-    if not Path(path).is_file():
-        raise UserError(f"no file {path}; measure with python scripts/run_evaluation.py")
-    table = parquet.read_table(path)
-    # A column of lists has no NumPy array of two dimensions; it becomes one by way of Python lists.
-    return table["label"].to_numpy(), np.array(table["logits"].to_pylist(), dtype=np.float32)
 
 
 def read_logits(path: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.measure.contenders import COMPILED
-from emotion.measure.record import REQUIRED, artifact_name, check_record, record_name
+from emotion.measure.record import artifact_name, check_record, record_name
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.report.render import complete, render
 from emotion.task.dataset import DEFAULT_DATASET
@@ -29,7 +29,6 @@ RUNTIMES = {
     "onnx": ("ONNX Runtime", ("onnx", "transformers.js"), ("transformers", "onnxruntime")),
     "openvino": ("OpenVINO", ("openvino",), ("transformers", "optimum-intel", "openvino")),
 }
-NEEDED = ("examples", "sha256")  # fields of a record that a card needs besides those that every record has
 
 
 def render_cards(records: list[dict], folder: Path, run: dict | None = None) -> dict[Path, str]:
@@ -75,7 +74,7 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "",
 def check_comparable(own: list[dict], baseline: list[dict], variant: str) -> None:
     """Raises `UserError` unless there are records of both, whole, of real test rows, and of the same ones."""
     for record in own + baseline:
-        check_record(record, record_name(record), (*REQUIRED, *NEEDED))
+        check_record(record, record_name(record), "card")
         if record["quality"]["split"] != "test" or record["made"]["dataset_source"] == "sample":
             raise UserError(f"{record_name(record)} was not scored on a real dataset's test split: not for a card")
     if not own or not baseline:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import read_json
 from emotion.measure.contenders import TITLES, is_alternative
+from emotion.measure.evidence import read_predictions, read_seeds
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
-from emotion.measure.record import artifact_name, read_predictions, read_records, record_name
+from emotion.measure.record import artifact_name, read_records, record_name
+from emotion.measure.schema import read_result
 from emotion.model.artifact import WEIGHT_FILES
-
-import numpy as np
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
 MAIN_RUN = "all"  # file of results/benchmark
@@ -51,7 +50,7 @@ def read_benchmarks(folder: Path) -> dict[str, dict]:
     runs = {}
     for path in sorted((folder / "benchmark").glob("*.json")):
         if path != folder / f"{OPERATORS}.json":  # a study of single artifacts beside the interleaved runs
-            runs[path.stem] = read_json(path)
+            runs[path.stem] = read_result(path, "benchmark")
     return runs
 
 
@@ -64,7 +63,7 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         run: the interleaved run `MAIN_RUN`; None if there is none. Speeds are divided within it alone.
 
     Raises:
-        UserError: if the records are not of the same rows, or a file of predictions is not that of its record.
+        UserError: if the records are not of the same rows, or lack the reference, or a summary over seeds is damaged.
     """
     if len({record["made"]["dataset_fingerprint"] for record in records}) != 1:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
@@ -80,8 +79,8 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
     seeds = []
-    for path in sorted((results / "seeds").glob("*.json")):
-        seeds += seed_rows(read_json(path))
+    for summary in read_seeds(results):
+        seeds += seed_rows(summary)
     return rounded(
         {
             "about": describe(records, run),
@@ -132,17 +131,12 @@ def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
     """Record -> what the paired tests find against the reference; see measure/paired_tests.py.
 
     Raises:
-        UserError: if a file of predictions is missing or not that of its record, or the reference is missing.
+        UserError: if the reference is missing.
     """
     logits, labels = {}, None
     for record in records:
-        name, path = record_name(record), results / "predictions" / f"{record_name(record)}.parquet"
-        labels, logits[name] = read_predictions(path)
-        # The matrix again, counted from the file: a file of another run would be tested in place of this one.
-        counted = np.zeros_like(record["quality"]["confusion_matrix"])
-        np.add.at(counted, (labels, logits[name].argmax(axis=-1)), 1)
-        if counted.tolist() != record["quality"]["confusion_matrix"]:
-            raise UserError(f"{path}: not the answers that its record counts; measure {name} again")
+        name = record_name(record)
+        labels, logits[name] = read_predictions(results / "predictions" / f"{name}.parquet")
     if REFERENCE not in logits:
         raise UserError(f"no record {REFERENCE}, with which the others are compared; measure it first")
     return compare_with(logits.pop(REFERENCE), logits, labels)

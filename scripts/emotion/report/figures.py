@@ -3,8 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from emotion.common.files import read_json, write_text
-from emotion.measure.record import read_predictions, record_name
+from emotion.common.files import write_text
+from emotion.measure.evidence import read_predictions, read_study
+from emotion.measure.record import record_name
 from emotion.report.cards import order
 from emotion.report.comparison import MAIN_RUN, REFERENCE, Family
 from emotion.report.pages import families_of, render_study_pages
@@ -90,7 +91,7 @@ def list_study_pictures(results: Path) -> dict:
     for family in families:
         for name, draw in drawers.items():
             if (family / f"{name}.json").is_file():
-                pictures[family / f"{name}.png"] = partial(draw, read_json(family / f"{name}.json"))
+                pictures[family / f"{name}.png"] = partial(draw, read_study(family / f"{name}.json"))
     if families[0] / "bits.png" in pictures:  # it explains what the study measures, from no number of it
         pictures[families[0] / "rounding.png"] = plot_rounding
     return pictures

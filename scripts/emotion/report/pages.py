@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from emotion.common.files import read_json
+from emotion.measure.evidence import read_study
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
 from emotion.report.comparison import OPERATORS
 from emotion.report.render import complete, render
@@ -53,7 +53,7 @@ def render_study_pages(results: Path) -> dict[Path, str]:
         studies = []
         for family in families_of(results):
             if (family / f"{name}.json").is_file():
-                studies.append(read_json(family / f"{name}.json"))
+                studies.append(read_study(family / f"{name}.json"))
         if studies:
             pages[page_of(results, name)] = render_one(studies if name in of_both else studies[0])
     return pages

@@ -18,8 +18,9 @@ def complete(what: str):
     """
     try:
         yield
-    # Templates raise the first, Python the second; both raise the third when they format a null as a number.
-    except (jinja2.UndefinedError, KeyError, TypeError) as error:
+    # What it reads was checked field by field. This is for what only two files, or two fields, tell together:
+    # templates raise the first of these where something is missing, Python the others.
+    except (jinja2.UndefinedError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{what} cannot be written: {error}; measure it again") from error
 
 

@@ -7,7 +7,8 @@ as `docs/follow_one_text.md`, and needs nothing else than the records.
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import read_json, relative, write_json, write_text
+from emotion.common.files import relative, write_json, write_text
+from emotion.measure.evidence import read_study
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats, weights_of
 from emotion.model.classifier import open_artifact
@@ -122,7 +123,7 @@ def render_trace_page(results: Path, records: list[dict], root: Path, cards: dic
     """
     if not (results / "trace.json").is_file():
         return {}
-    trace = read_json(results / "trace.json")
+    trace = read_study(results / "trace.json")
     card = root / "model_cards" / f"{Path(trace['artifact']).name}.md"
     if cards is None and card.is_file():  # a trace is measured without rendering the cards again
         cards = {card: card.read_text(encoding="utf-8")}

@@ -80,8 +80,11 @@ def load_task(name: str, config_name: str | None = None) -> Task:
     """
     dataset, source = _find_dataset(name, config_name)
     # All splits, even those that this command will not read: better now than after an hour of training.
+    labels = None
     for split, rows in dataset.items():
-        labels = _check_columns(rows, name)
+        names = _check_columns(rows, name)
+        labels = labels or names
+        _check_names(names, labels, f"{name}, {split}")
         _check_rows(rows, split, len(labels))
     if source == "sample":
         display_name = "sample (written by this project)"  # never under the default's name: it is other data
@@ -115,7 +118,7 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
     if Path(name).is_dir():
         if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
             return _load(lambda: load_from_disk(name), name), "folder"
-        return _load(lambda: load_dataset(name, config_name), name), "folder"
+        return _load(lambda: _load_folder(name, config_name), name), "folder"
     if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
         raise UserError(f"--dataset_name {name}: no such folder")
     reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
@@ -130,7 +133,7 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
             raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
     # One of them is there: the sample is part of the repository.
     source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
-    return _load(lambda: load_dataset(str(folder), config_name), str(folder)), source
+    return _load(lambda: _load_folder(str(folder), config_name), str(folder)), source
 
 
 def _load(load, name: str):
@@ -165,6 +168,34 @@ def _check_columns(rows, name: str) -> list[str]:
             "convert it once with dataset.class_encode_column('label') and save it"
         )
     return feature.names
+
+
+def _check_names(names: list[str], labels: list[str], where: str) -> None:
+    """Raises `UserError` unless a split names the classes as the first one does: a label is a place among them."""
+    if names != labels:
+        raise UserError(
+            f"{where}: the labels are {', '.join(names)}, in other splits {', '.join(labels)}; "
+            "give all splits the same names in the same order"
+        )
+
+
+def _load_folder(folder: str, config_name: str | None):
+    """Loads a folder of files, which must name the classes alike.
+
+    `datasets` takes the names of the first parquet file for all: it would read another order as other answers.
+    """
+    from datasets import Features, load_dataset, load_dataset_builder
+    from pyarrow import parquet
+
+    first = None
+    for files in (load_dataset_builder(folder, config_name).config.data_files or {}).values():
+        for path in files:
+            if path.endswith(".parquet"):
+                feature = Features.from_arrow_schema(parquet.read_schema(path)).get("label")
+                if names := getattr(feature, "names", None):  # of a ClassLabel alone
+                    first = first or names
+                    _check_names(names, first, path)
+    return load_dataset(folder, config_name)
 
 
 def _check_rows(rows, split: str, classes: int) -> None:
