@@ -41,9 +41,7 @@ def read_records(results_dir: Path) -> list[dict]:
         # The same rows have the same labels in the same order: the paired tests go row by row.
         first = seen.setdefault(record["made"]["dataset_fingerprint"], (path.stem, labels))
         if not np.array_equal(first[1], labels):
-            raise UserError(
-                f"the predictions of {path.stem} and {first[0]} are not of the same rows; measure them again"
-            )
+            raise UserError(f"{path}: its predictions are not of the rows of {first[0]}; measure both again")
         records.append(record)
     return records
 

@@ -52,6 +52,7 @@ def _is_text(value) -> bool:
 # Word of a shape -> how a message calls it, and the test
 KINDS = {
     "any": ("anything", lambda value: True),
+    "string": ("a text", lambda value: isinstance(value, str)),
     "text": ("a text of one line", _is_text),
     "date": ("a date like 2026-01-31", _is_date),
     "format": (f"one of {', '.join(WEIGHT_FILES)}", lambda value: isinstance(value, str) and value in WEIGHT_FILES),

@@ -1,0 +1,211 @@
+"""Damaged results: each ends in one line that names the file and the field, before anything is written."""
+
+import json
+import random
+import shutil
+
+import run_comparison
+from conftest import ROOT, read_json, save_dataset
+from emotion.common.errors import UserError
+from emotion.measure import paired_tests
+from emotion.measure.record import read_records
+from emotion.task.dataset import load_task
+from mutations_results import mutate
+
+import pyarrow
+import pytest
+from datasets import ClassLabel, Features, Value
+from pyarrow import parquet
+
+RESULTS = ROOT / "results"
+NAMES = ("baseline-pytorch", "ptq-onnx")
+RECORD = "metrics/ptq-onnx.json"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A copy of two records, and of all studies, of the tracked results."""
+    monkeypatch.setattr(paired_tests, "RESAMPLES", 200)
+    folder = tmp_path / "results"
+    for name in NAMES:
+        for file in (f"metrics/{name}.json", f"predictions/{name}.parquet"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(RESULTS / file, folder / file)
+    for path in [*RESULTS.glob("*.json"), *RESULTS.glob("benchmark/*.json"), *RESULTS.glob("seeds/*.json")]:
+        target = folder / path.relative_to(RESULTS)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def pages_of(folder) -> dict:
+    """All pages as run_comparison.py would write them."""
+    readme = folder.parent / "README.md"
+    readme.write_text(f"{run_comparison.START}\n{run_comparison.END}\n")
+    family = run_comparison.read_family(folder)
+    return run_comparison.render_family(family, []) | run_comparison.render_pages([family], readme)
+
+
+def edit(path, place: str, value) -> None:
+    """Sets one field, named with slashes (`~` is one in a name); `...` as the value removes it."""
+    whole = inner = read_json(path)
+    *keys, last = [int(key) if key.isdigit() else key.replace("~", "/") for key in place.split("/")]
+    for key in keys:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    [
+        (RECORD, "quality/macro_f1", 0.9999),
+        (RECORD, "quality/macro_f1", 1.5),
+        (RECORD, "quality/macro_f1", None),
+        (RECORD, "quality/macro_f1", float("nan")),
+        (RECORD, "quality/accuracy", 0.5),
+        (RECORD, "quality/per_class_f1/joy", 0.5),
+        (RECORD, "quality/per_class_f1", None),
+        (RECORD, "quality/confusion_matrix/0/0", 7),
+        (RECORD, "quality/confusion_matrix", "none"),
+        (RECORD, "quality/macro_f1_ci95", [0.1, 0.2]),
+        (RECORD, "quality/macro_f1_ci95", [0.5, 0.99]),
+        (RECORD, "quality/expected_calibration_error", 0.0),
+        (RECORD, "quality/examples", 1999),
+        (RECORD, "quality/labels/0", "joy"),
+        (RECORD, "quality/conflict_free/examples", 2001),
+        (RECORD, "size/bytes_to_serve", 1),
+        (RECORD, "size/megabytes", 0.01),
+        (RECORD, "latency_ms/p50", -1.0),
+        (RECORD, "latency_ms/p50", 100.0),
+        (RECORD, "latency_ms/p50", None),
+        (RECORD, "throughput_per_s/value", 0),
+        (RECORD, "variant", "../../elsewhere"),
+        (RECORD, "environment", []),
+        (RECORD, "examples/1/scores/joy", 3.0),
+        ("benchmark/all.json", "compared_with", "nobody"),
+        ("benchmark/all.json", "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
+        (
+            "benchmark/all.json",
+            "artifacts/weights~ptq:onnx/times_faster_at_batch_1",
+            {"median": 9, "min": 1, "max": 2},
+        ),
+        ("benchmark/all.json", "artifacts/weights~ptq:onnx/roofline", ...),
+        ("seeds/ptq.json", "formats/onnx/macro_f1/mean", 0.99),
+        ("seeds/ptq.json", "runs/0/formats/onnx/macro_f1", 0.99),
+        ("seeds/ptq.json", "chosen_seed", 7),
+        ("bits.json", "cells/qat/change/mean", 0.5),
+        ("bits.json", "cells/qat/forms", None),
+        ("dataset.json", "splits/test/class_counts/0", 7),
+        ("dataset.json", "splits/test/class_counts", [2000]),
+        ("dataset.json", "splits/test/longest", 10**12),
+        ("graphs.json", "files/all rewrites/flips", "few"),
+        ("ptq_processors.json", "artifacts", {}),
+        ("ptq_sensitivity.json", "layers", []),
+        ("ptq_study.json", "chosen/onnx/candidate", "nobody"),
+        ("qlora_sweep.json", "chosen", "nobody"),
+        ("trace.json", "label", 6),
+        ("trace.json", "pieces", ["[CLS]"]),
+        ("trace.json", "logits/onnx", [1.0]),
+        ("training_cost.json", "rounds", "2026"),
+    ],
+)
+def test_a_damaged_field_is_named(file, place, value, results):
+    edit(results / file, place, value)
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=file.split("/")[-1]) as error:
+        pages_of(results)
+    assert len(str(error.value).splitlines()) == 1
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"[" * 5000, b'{"a": NaN}', b'{"a": "\xff"}'])
+@pytest.mark.parametrize("file", [RECORD, "bits.json", "benchmark/all.json", "seeds/qat.json", "trace.json"])
+def test_a_file_that_is_no_json_object_is_named(file, content, results):
+    (results / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.split('/')[-1]} (is not valid JSON|holds no JSON object)"):
+        pages_of(results)
+
+
+def reverse(row, label, logits):
+    return row[::-1], label[::-1], logits[::-1]
+
+
+def reverse_under_the_same_numbers(row, label, logits):
+    return row, label[::-1], logits[::-1]
+
+
+def shorten(row, label, logits):
+    return row[:-1], label[:-1], logits[:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (reverse, "'row' does not count from 0 on"),
+        (reverse_under_the_same_numbers, "its predictions are not of the rows of baseline-pytorch"),
+        (shorten, "'quality.examples' is not what"),
+        (lambda row, label, logits: ([], [], []), "'logits' is empty"),
+        (lambda row, label, logits: (row, [one + 1 for one in label], logits), "'label' has values outside"),
+        (
+            lambda row, label, logits: (row, label, [[float("nan")] * 6] + logits[1:]),
+            "'logits' of row 0",
+        ),
+        (
+            lambda row, label, logits: (row, label, [one[1:] for one in logits]),
+            "'label' has|6 'quality.labels'",
+        ),
+        (lambda row, label, logits: (row, label, [logits[0][1:]] + logits[1:]), "no predictions|different lengths"),
+        (lambda row, label, logits: (row, list(map(str, label)), logits), "ptq-onnx.parquet holds no predictions"),
+        (lambda row, label, logits: (row, label, [[2 * x for x in one] for one in logits]), "'quality.expected_cal"),
+    ],
+)
+def test_predictions_that_are_not_the_records_are_named(change, message, results):
+    path = results / "predictions" / "ptq-onnx.parquet"
+    table = parquet.read_table(path)
+    row, label, logits = change(*(table[name].to_pylist() for name in ("row", "label", "logits")))
+    if not row:
+        row, label = pyarrow.array(row, pyarrow.int64()), pyarrow.array(label, pyarrow.int64())
+    columns = {"row": row, "label": label, "logits": pyarrow.array(logits, pyarrow.list_(pyarrow.float32()))}
+    parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(UserError, match=message) as error:
+        read_records(results)
+    assert "ptq-onnx" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 100, 20_000])
+def test_truncated_predictions_are_named(kept, results):
+    path = results / "predictions" / "ptq-onnx.parquet"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="ptq-onnx.parquet holds no predictions"):
+        read_records(results)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_damage_ends_in_a_traceback(seed, results):
+    """What it did is either said in one line, or was in a field that no page shows, or is as good as another value."""
+    done = mutate(results, random.Random(seed))
+    try:
+        pages = pages_of(results)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, done
+    else:
+        assert not any(word in text.split() for text in pages.values() for word in ("nan", "inf")), done
+
+
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"], ["a", "c"]])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_splits_that_name_the_classes_otherwise_are_refused(names, on_disk, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    columns, splits = {"text": ["x", "y"], "label": [0, 1]}, {}
+    for split, one in (("train", ["a", "b"]), ("test", names)):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=one)})
+        splits[split] = Dataset.from_dict(columns, features=features)
+        save_dataset(tmp_path / "files", {split: columns}, features)
+    DatasetDict(splits).save_to_disk(tmp_path / "disk")
+    with pytest.raises(UserError, match="the labels are a|the labels are b"):
+        load_task(str(tmp_path / ("disk" if on_disk else "files")))
