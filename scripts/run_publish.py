@@ -29,6 +29,7 @@ import yaml
 
 PAGE = "index.html"  # what makes a folder a Space
 PAGE_FILES = (PAGE, "README.md")
+SCORES = "results/metrics/"  # folder of the scores in an artifact's repository; every one has some
 PAGE_MODEL = "user/bert-emotion-ptq"  # the repository that the page names until it is published
 
 
@@ -61,7 +62,8 @@ def main(argv=None) -> None:
         return
     repo_type = "space" if is_page else "model"
     message = f"Publish {folder.resolve().name}"
-    print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message)}")
+    marker = PAGE if is_page else SCORES
+    print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message, marker)}")
 
 
 def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
@@ -92,8 +94,8 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     for record in scored:
         for name in record["sha256"]:  # formats share the configuration and the tokenizer: the same names again
             files[name] = folder / name
-        name = f"metrics/{record_name(record)}.json"
-        files[f"results/{name}"] = results / name
+        name = f"{record_name(record)}.json"
+        files[SCORES + name] = results / "metrics" / name
     for path in sorted((folder / "adapter").glob("adapter_*")):  # not PEFT's own card, which is a form to fill in
         files[f"adapter/{path.name}"] = path
     if made_by:

@@ -22,13 +22,16 @@ import run_qat  # noqa: E402
 import run_qlora  # noqa: E402
 import study_qlora  # noqa: E402
 from emotion.measure import seeds  # noqa: E402
+from emotion.model import hub as hub_module  # noqa: E402
 from emotion.task.dataset import DEFAULT_DATASET, load_task  # noqa: E402
 from emotion.task.source import EMBEDDED_MODEL  # noqa: E402
+from hub_server import WRITE, running_hub  # noqa: E402
 
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
@@ -300,6 +303,40 @@ def in_this_process(monkeypatch):
 
     for module in (seeds, study_qlora):
         monkeypatch.setattr(module, "run_script", call)
+
+
+@pytest.fixture(scope="session")
+def shared_hub():
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(shared_hub, monkeypatch, tmp_path):
+    """The server, empty and in order; this process and those that it starts may write there."""
+    for kept in (shared_hub.repositories, shared_hub.blobs, shared_hub.faults, shared_hub.requests):
+        kept.clear()
+    for name, value in environment(shared_hub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", shared_hub.url)
+    files = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", shared_hub.url + files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub_module, "WAITS_S", (0, 0, 0))
+    return shared_hub
+
+
+def environment(hub, home: Path) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": WRITE,
+        "HF_HOME": str(home / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def read_json(path: Path) -> dict:

@@ -28,7 +28,11 @@ class Fault:
 
     method: str
     path: str
-    action: int | str  # a status, "cut" (half of the body, then the connection closes) or "slow"
+    # A status; a whole answer (status, body, headers); headers that replace those of the true answer (None: it lacks
+    # them); or one of: "cut" (half of the body, then the connection closes), "slow", "hang" (no answer ever), "stall"
+    # (half of the body, then nothing), "trickle" (a byte now and then), "endless", and "shorter" or "longer" than what
+    # was announced when the client asked for the headers alone.
+    action: int | str | dict | tuple
     times: int = 1
 
 
@@ -63,7 +67,7 @@ class Hub(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A client that went away is no news."""
 
-    def take_fault(self, method: str, path: str) -> int | str | None:
+    def take_fault(self, method: str, path: str) -> int | str | dict | tuple | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times and fault.method == method and fault.path in path:
@@ -130,6 +134,7 @@ def validate_card(content: str) -> list[str]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are written apart: each answer would take 40 ms
     server: Hub
 
     def log_message(self, *words):
@@ -145,13 +150,16 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.server.lock:
             self.server.requests.append((self.command, path))
-        fault = self.server.take_fault(self.command, path)
-        self.cut = fault == "cut"
+        self.fault = fault = self.server.take_fault(self.command, path)
         if fault == "slow":
             time.sleep(2)
         elif isinstance(fault, int):
             return self.send(fault, {"error": f"the server was told to answer {fault}"})
-        elif self.cut and self.command in {"PUT", "POST"}:  # the client gets no answer
+        elif isinstance(fault, tuple):
+            return self.send(*fault)
+        elif fault == "hang":
+            return self.wait_for_the_client()
+        elif fault == "cut" and self.command in {"PUT", "POST"}:  # the client gets no answer
             return self.hang_up()
         for method, pattern, handle in ROUTES:
             if self.command in method and (match := re.fullmatch(pattern, path)):
@@ -160,7 +168,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def hang_up(self):
         self.close_connection = True
-        self.connection.shutdown(2)
+        with contextlib.suppress(OSError):  # the client may have gone first
+            self.connection.shutdown(2)
+
+    def wait_for_the_client(self):
+        """Until it gives up."""
+        self.rfile.read(1)
+        self.hang_up()
+
+    def write_badly(self, content: bytes):
+        """The body as the fault has it; the connection is of no use afterwards."""
+        half = content[: len(content) // 2]
+        if self.fault in {"cut", "stall"}:
+            self.wfile.write(half)
+            self.wfile.flush()
+            if self.fault == "stall":
+                self.wait_for_the_client()
+        while self.fault in {"trickle", "endless"}:  # until the client closes the connection, which raises
+            self.wfile.write(b"1\r\n \r\n" if self.fault == "trickle" else b"10000\r\n" + b" " * 0x10000 + b"\r\n")
+            if self.fault == "trickle":
+                time.sleep(0.02)
+        self.hang_up()
 
     def send(self, status: int, body, headers: dict | None = None):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -173,15 +201,25 @@ class Handler(BaseHTTPRequestHandler):
         }
         if isinstance(body, dict) and "error" in body:
             headers["X-Error-Message"] = body["error"]
+        if isinstance(self.fault, dict):
+            headers |= self.fault
+        badly = self.fault if isinstance(self.fault, str) else None
+        if self.command != "HEAD" and badly in {"shorter", "longer"}:
+            content = content[: len(content) // 2] if badly == "shorter" else content + b" more"
+            headers["Content-Length"] = str(len(content))
+        if badly in {"trickle", "endless"}:
+            headers |= {"Content-Length": None, "Transfer-Encoding": "chunked"}
         self.send_response(status)
         for name, value in headers.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value.replace("{hub}", self.server.url))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if self.cut else content)
-            if self.cut:
-                self.wfile.flush()
-                self.hang_up()
+        if self.command == "HEAD":
+            return
+        if badly in {"cut", "stall", "trickle", "endless"}:
+            self.write_badly(content)
+        else:
+            self.wfile.write(content)
 
     # Who asks, and may they?
 
@@ -314,7 +352,7 @@ class Handler(BaseHTTPRequestHandler):
         files = repository.at(revision)
         if files is None:
             return self.send(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
-        headers = {"X-Repo-Commit": repository.sha()}
+        headers = {"X-Repo-Commit": repository.sha() if revision == "main" else revision}
         if file not in files:
             return self.send(404, {"error": "Entry not found"}, headers | {"X-Error-Code": "EntryNotFound"})
         content = files[file]

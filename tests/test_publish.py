@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import run_evaluation
 import run_ptq
@@ -14,17 +13,16 @@ import run_publish
 from conftest import ROOT, build_rows, run_script, train_flags
 from emotion.common.errors import UserError
 from emotion.measure.record import read_records
-from emotion.model import hub as hub_module
 from emotion.model.artifact import find_formats
 from emotion.model.classifier import open_artifact
 from emotion.model.training import RecipeTrainingArguments
 from emotion.task.scores import softmax
-from hub_server import READ, WRITE, Fault, Repository, running_hub
+from hub_server import READ, WRITE, Fault, Repository
 
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 
 VARIANTS = ["baseline", "ptq", "qat", "qlora"]
 TEXTS = build_rows(30)["text"]
@@ -55,37 +53,6 @@ def results(folders, tmp_path_factory):
                 ]
             )
     return results
-
-
-@pytest.fixture(scope="module")
-def shared_hub():
-    with running_hub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(shared_hub, monkeypatch, tmp_path):
-    """The server, empty and in order; this process and those that it starts may write there."""
-    for kept in (shared_hub.repositories, shared_hub.blobs, shared_hub.faults, shared_hub.requests):
-        kept.clear()
-    for name, value in environment(shared_hub, tmp_path).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", shared_hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_module, "WAITS_S", (0, 0, 0))
-    return shared_hub
-
-
-def environment(hub, home: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": WRITE,
-        "HF_HOME": str(home / "hub"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def publish(folder, results, *flags, repo_id="user/bert-emotion"):

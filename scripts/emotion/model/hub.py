@@ -4,7 +4,6 @@
 errors become one line that says what to do.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from emotion.common.machine import run_script
 from emotion.model.artifact import SHARED_FILES, WEIGHT_FILES, files_beside, find_formats
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
+MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository that nobody has written to
+LONGEST_WAIT_S = 120  # between two attempts, whatever the Hub asks for
 
 
 @dataclass
@@ -72,7 +73,9 @@ def score_and_publish(folder: Path, hub: HubArguments) -> None:
             raise UserError(f"{folder} is saved but not published; {name} failed")
 
 
-def upload(files: dict[str, Path | bytes], repo_id: str, repo_type: str, private: bool, message: str) -> str:
+def upload(
+    files: dict[str, Path | bytes], repo_id: str, repo_type: str, private: bool, message: str, marker: str
+) -> str:
     """Makes a repository hold these files and no others, with one commit, or with none if it holds them already.
 
     Args:
@@ -80,13 +83,16 @@ def upload(files: dict[str, Path | bytes], repo_id: str, repo_type: str, private
         repo_type: `model` or `space`.
         private: whether the repository must be one that only its owner sees.
         message: of the commit.
+        marker: the beginning of a name that a repository of this project holds; another's files are not replaced.
 
     Returns:
         The commit's address.
 
     Raises:
-        UserError: if the Hub refuses, or still fails at the last attempt.
+        UserError: if the Hub refuses, or still fails at the last attempt, or the repository holds something else.
     """
+    from emotion.model.hub_answers import one_line
+
     from huggingface_hub import HfApi
 
     check_can_publish(repo_id)
@@ -101,13 +107,20 @@ def upload(files: dict[str, Path | bytes], repo_id: str, repo_type: str, private
             space_sdk="static" if repo_type == "space" else None,
         )
         # Creating a repository that exists changes nothing, so a public one would stay public.
-        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        if private and api.repo_info(repo_id, repo_type=repo_type).private is not True:
             raise UserError(
                 f"{repo_id} exists and everybody can read it; make it private first, or leave out --private"
             )
+        present = set(api.list_repo_files(repo_id, repo_type=repo_type))
+        if present - MADE_BY_HUB and not any(name.startswith(marker) for name in present):
+            raise UserError(f"{repo_id} holds something else (no {marker} in it); name another repository")
         # One commit for all: a reader never finds new weights beside an old card. The Hub makes none of no changes.
-        operations = _operations(files, present=set(api.list_repo_files(repo_id, repo_type=repo_type)))
-        return api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type).commit_url
+        operations = _operations(files, present)
+        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
+        # The Hub leaves out, without a word, what a .gitignore in the repository names.
+        if absent := files.keys() - set(api.list_repo_files(repo_id, repo_type=repo_type)):
+            raise UserError(f"{repo_id} did not take {', '.join(sorted(absent))}; look for a .gitignore there")
+        return one_line(commit.commit_url)
 
     return try_again(attempt, repo_id)
 
@@ -174,68 +187,23 @@ def try_again(attempt, repo_id: str):
     Raises:
         UserError: for an error that will stay, at once; for one that may pass, after the last attempt.
     """
+    from emotion.model.hub_answers import explain, watched_requests
+
     waits_s = iter(WAITS_S)
     while True:
         try:
-            return attempt()
+            with watched_requests():
+                return attempt()
         except UserError:  # in the user's words already
             raise
         except Exception as error:
-            passing, reason = explain(error, repo_id)
+            passing, reason, asked_s = explain(error, repo_id)
             if reason is None:  # not the Hub's: an error of this program, whose traceback is needed
                 raise
             wait_s = next(waits_s, None) if passing else None  # None: there is nothing more to wait for
             if wait_s is None:
                 raise UserError(reason) from error
-            print(f"{reason}; trying again in {wait_s:.0f} s", file=sys.stderr)
+            wait_s = max(wait_s, min(asked_s, LONGEST_WAIT_S))
+            asks = f", though it asks for {asked_s:.0f} s" if asked_s > LONGEST_WAIT_S else ""
+            print(f"{reason}; trying again in {wait_s:.0f} s{asks}", file=sys.stderr)
         time.sleep(wait_s)
-
-
-def explain(error: BaseException, repo_id: str) -> tuple[bool, str | None]:
-    """Whether an error may pass by itself, and its meaning in one line; None for one that is not the Hub's."""
-    import httpx
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    # The Hub's library wraps errors in errors: the first of the chain with a meaning of its own counts.
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    for one in chain:
-        if isinstance(one, HfHubHTTPError) and one.response is not None:
-            return explain_status(one, repo_id)
-        if isinstance(one, HFValidationError):
-            return False, f"'{repo_id}' is no name for a repository"
-        if isinstance(one, OfflineModeIsEnabled):
-            return False, f"{repo_id} is not in the cache, and HF_HUB_OFFLINE keeps this program from the Hub"
-        # After a failed connection huggingface_hub goes on with a client that it has closed.
-        if isinstance(one, httpx.ConnectError) or "client has been closed" in str(one):
-            return False, f"the Hub ({constants.ENDPOINT}) cannot be reached"
-        if isinstance(one, httpx.TransportError):
-            return True, f"the connection to the Hub broke ({type(one).__name__})"
-        if isinstance(one, json.JSONDecodeError):  # a proxy's page, for instance
-            return True, "the Hub gave an answer that is not its own"
-    # huggingface_hub has no class for a card that the Hub's check refuses.
-    if isinstance(error, ValueError) and "metadata" in str(error):
-        return False, "the Hub refuses the card: " + " ".join(str(error).split())
-    if isinstance(error, LocalEntryNotFoundError):
-        return False, f"{repo_id} is not in the cache, and the Hub cannot be reached"
-    return False, None
-
-
-def explain_status(error, repo_id: str) -> tuple[bool, str]:
-    """Whether a refusal of the Hub may pass by itself, and its meaning in one line.
-
-    Args:
-        error: an `HfHubHTTPError` with a response.
-    """
-    status = error.response.status_code
-    if status == 429 or status >= 500:  # too many requests, or a failure on the Hub's side
-        return True, f"the Hub is busy or failing (status {status})"
-    # 401 stands for a missing repository too: the Hub does not tell a stranger which private ones there are.
-    reasons = {
-        401: f"the Hub does not know this token, or {repo_id} is not there; run `hf auth login` again",
-        403: f"this token may not do that with {repo_id}; take one that may write there",
-        404: f"no repository {repo_id} on the Hub, or no file of that name in it",
-    }
-    return False, reasons.get(status, f"the Hub refused (status {status}): {error.server_message or error}")

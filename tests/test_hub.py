@@ -1,0 +1,319 @@
+"""The Hub's odd answers: each is one line or a second try, never a traceback, a hang or the token."""
+
+import random
+import re
+import time
+from types import SimpleNamespace
+
+import mutations_hub
+from conftest import run_script
+from emotion.common.errors import UserError
+from emotion.model import hub as hub_module
+from emotion.model import hub_answers
+from hub_server import WRITE, Fault, Repository
+
+import pytest
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http, close_session
+
+REPOSITORY = "user/model"
+FILES = {
+    "README.md": b"---\nlicense: mit\n---\n",
+    "config.json": b'{"id2label": {}}',
+    "tokenizer.json": b'{"words": []}' * 50,
+    "tokenizer_config.json": b"{}",
+    "onnx/model_quantized.onnx": bytes(range(256)) * 1000,
+    "results/metrics/ptq-onnx.json": b'{"score": 1}',
+    "results/confusion_matrices/ptq-onnx.png": b"picture" * 100,
+}
+SERVED = [name for name in FILES if name.startswith(("config", "tokenizer", "onnx"))]
+FOREVER = 1000
+CONFLICT = b"Cannot create repo: another conflicting operation is in progress"
+QUOTA = {"objects": [{"oid": "1", "size": 1, "error": {"code": 413, "message": "private storage limit reached"}}]}
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that were waited for: none of them is, and a silent server is given up after a short while."""
+    waited = []
+    for module in (hub_module, _http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append))
+    for name, value in (("TIMEOUT_S", 0.2), ("GRACE_S", 0.2), ("LARGEST_ANSWER", 1_000_000)):
+        monkeypatch.setattr(hub_answers, name, value)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.2)
+    close_session()  # a connection of the test before may be in the midst of something
+    return waited
+
+
+def publish():
+    return hub_module.upload(dict(FILES), REPOSITORY, "model", private=False, message="m", marker="results/metrics/")
+
+
+def fetch():
+    return hub_module.fetch(REPOSITORY, ["onnx"])
+
+
+def hold(hub):
+    hub.repositories[REPOSITORY] = Repository(commits=[FILES | {".gitattributes": b""}])
+
+
+def is_whole(folder) -> bool:
+    return all((folder / name).read_bytes() == FILES[name] for name in SERVED)
+
+
+def is_published(hub) -> bool:
+    return FILES.items() <= hub.repositories[REPOSITORY].commits[-1].items()
+
+
+def check_line(message: str) -> None:
+    assert len(message) < 500 and message.isprintable() and WRITE not in message, message
+
+
+# Waiting
+
+
+@pytest.mark.parametrize(
+    ("headers", "waited"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "86400"}, 120),
+        ({"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}, 120),
+        ({"Retry-After": "Fri, 01 Jan 2010 00:00:00 GMT"}, 0),
+        ({"Retry-After": "Fri, 01 Jan 2100 00:00:00"}, 0),
+        ({"Retry-After": "soon"}, 0),
+        ({"Retry-After": "9" * 400}, 120),
+        ({"RateLimit": '"api";r=0;t=30'}, 30),
+        ({"RateLimit": '"api";r=0;t=99999'}, 120),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["HEAD", "POST"])
+def test_the_wait_that_is_asked_for_is_kept_and_bounded(method, headers, waited, hub, waits, capsys):
+    if method == "HEAD":
+        hold(hub)
+    # The library asks once more for the headers, and a few times more where no wait is asked for.
+    times = (2 if method == "HEAD" else 1) if waited else 1
+    hub.faults.append(
+        Fault(method, "config.json" if method == "HEAD" else "/objects/batch", (429, b"", headers), times)
+    )
+    fetch() if method == "HEAD" else publish()
+    if waited:
+        assert waits == [waited]
+        line = capsys.readouterr().err
+        assert f"status 429); trying again in {waited} s" in line
+        assert ("though it asks for" in line) == (waited == 120)
+
+
+# Publishing
+
+
+@pytest.mark.parametrize(
+    ("request_", "action", "message"),
+    [
+        ("POST /objects/batch", (200, QUOTA), "takes no large file of user/model: .*private storage limit reached"),
+        ("POST /objects/batch", 403, "may not do that with user/model .the server was told"),
+        ("POST /objects/batch", 413, "takes no more for user/model .status 413"),
+        ("PUT /lfs/", 507, "takes no more for user/model .status 507"),
+        ("PUT /lfs/", 401, "does not know this token"),
+        ("POST /commit/", 401, "does not know this token"),
+        ("POST /preupload/", (403, b"quota\nof the \x1b[2J" + WRITE.encode()), "quota of the .2J.the token."),
+        ("POST /preupload/", (418, b"x" * 9999, {"Content-Type": "text/plain"}), "refused .status 418.: x+ ...$"),
+        ("POST /preupload/", (400, ["a list"]), "status 400"),
+        ("POST /repos/create", (200, b"<html>Sign in</html>"), "does not speak as the Hub does"),
+        (
+            "POST /repos/create",
+            (409, b"Cannot create repo: another conflicting operation is in progress"),
+            "in circles",
+        ),
+        ("GET /api/models/", (200, ["a list"]), "does not speak as the Hub does"),
+        ("GET /api/models/", "endless", "is larger than"),
+        ("GET /tree/", {"Link": '<{hub}/api/models/user/model/tree/main>; rel="next"'}, "in circles"),
+        ("POST /preupload/", (200, {}), "does not speak as the Hub does"),
+        ("POST /preupload/", (200, None), "does not speak as the Hub does"),
+        ("POST /preupload/", (302, b""), "does not speak as the Hub does: status 302 leads nowhere"),
+        ("POST /preupload/", "hang", "gave no answer"),
+        ("PUT /lfs/", "hang", "gave no answer"),
+        ("POST /commit/", (200, {"success": True}), None),  # the commit is not made: the second try finds that out
+    ],
+)
+def test_what_a_publisher_is_told(request_, action, message, hub, waits, capsys):
+    method, path = request_.split()
+    hub.faults.append(Fault(method, path, action, times=1 if message is None else FOREVER))
+    if message is None:
+        publish()
+        assert len(hub.repositories[REPOSITORY].commits) == 2
+        return
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        publish()
+    check_line(str(caught.value))
+    assert WRITE not in capsys.readouterr().err and time.monotonic() - start < 20
+    assert REPOSITORY not in hub.repositories or len(hub.repositories[REPOSITORY].commits) == 1
+
+
+def test_a_repository_of_something_else_is_left_alone(hub, waits):
+    hub.repositories[REPOSITORY] = Repository(commits=[{".gitattributes": b"", "thesis.pdf": b"years of work"}])
+    with pytest.raises(UserError, match="user/model holds something else"):
+        publish()
+    assert len(hub.repositories[REPOSITORY].commits) == 1
+
+
+def test_a_private_repository_stays_private(hub, waits):
+    hub.repositories[REPOSITORY] = Repository(private=True)
+    publish()
+    assert hub.repositories[REPOSITORY].private
+
+
+def test_a_file_that_the_hub_ignores_is_named(hub, waits):
+    ignored = [{"path": name, "uploadMode": "regular", "shouldIgnore": name == "config.json"} for name in FILES]
+    hub.faults.append(Fault("POST", "/preupload/", (200, {"files": ignored})))
+    with pytest.raises(UserError, match="did not take config.json"):
+        publish()
+
+
+# Fetching
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET", "model_quantized.onnx", "cut"),
+        Fault("GET", "model_quantized.onnx", "stall"),
+        Fault("GET", "model_quantized.onnx", "trickle"),
+        Fault("GET", "model_quantized.onnx", "shorter"),
+        Fault("GET", "model_quantized.onnx", "longer"),
+        Fault("GET", "model_quantized.onnx", 500, times=2),
+        Fault("GET", "tokenizer.json", 503),
+        Fault("GET", "tokenizer.json", {"Content-Encoding": "gzip"}),
+        Fault("HEAD", "config.json", {"ETag": None}),
+        Fault("HEAD", "config.json", {"X-Repo-Commit": None}),
+        Fault("HEAD", "config.json", (200, b"<html>Sign in</html>")),
+        Fault("HEAD", "config.json", 500),
+        Fault("HEAD", "config.json", "hang"),
+    ],
+    ids=lambda fault: f"{fault.method} {fault.action}",
+)
+def test_what_passes_is_fetched_again(fault, hub, waits):
+    hold(hub)
+    hub.faults.append(fault)
+    assert is_whole(fetch()) and not fault.times
+
+
+@pytest.mark.parametrize(
+    ("request_", "action", "message"),
+    [
+        ("HEAD config.json", {"ETag": None}, "does not speak as the Hub does: .*ETag"),
+        ("HEAD config.json", {"ETag": '"../../../outside"'}, "ETag cannot be"),
+        ("HEAD config.json", {"X-Linked-ETag": "/outside"}, "X-Linked-Etag cannot be"),
+        ("HEAD config.json", {"X-Repo-Commit": "../outside"}, "X-Repo-Commit cannot be"),
+        ("HEAD tokenizer.json", {"X-Repo-Commit": "0" * 40}, "X-Repo-Commit cannot be"),
+        ("HEAD config.json", (200, b"<html>Sign in</html>"), "does not speak as the Hub does"),
+        ("HEAD config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "in circles"),
+        ("HEAD config.json", (302, b""), "status 302 leads nowhere"),
+        ("HEAD config.json", "hang", "no answer"),
+        (
+            "GET config.json",
+            (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}),
+            "http://127.0.0.1:9. cannot be reached",
+        ),
+        ("GET config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "in circles|broke"),
+        ("GET model_quantized.onnx", "cut", "broke|in circles"),
+        ("GET model_quantized.onnx", "trickle", "fewer than 1,000 bytes a second"),
+        ("GET model_quantized.onnx", "endless", "larger than"),
+        ("GET model_quantized.onnx", "shorter", "in another length than the Hub had announced"),
+        ("GET model_quantized.onnx", "longer", "in another length than the Hub had announced"),
+        ("GET model_quantized.onnx", 500, "busy or failing .status 500"),
+        ("GET model_quantized.onnx", 401, "does not know this token"),
+    ],
+)
+def test_what_a_reader_is_told(request_, action, message, hub, waits, capsys, tmp_path):
+    hold(hub)
+    method, path = request_.split()
+    hub.faults.append(Fault(method, path, action, times=FOREVER))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        fetch()
+    check_line(str(caught.value))
+    assert WRITE not in capsys.readouterr().err and time.monotonic() - start < 20
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_a_failing_hub_does_not_keep_from_the_cache(hub, waits):
+    hold(hub)
+    fetch()
+    for action in (500, "hang", {"ETag": None}, (429, b"", {"Retry-After": "60"})):
+        hub.faults[:] = [Fault("HEAD", "config.json", action)]
+        assert is_whole(fetch())
+
+
+def test_where_nothing_listens_nobody_asks_again(hub, waits, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    for attempt in (publish, fetch):
+        with pytest.raises(UserError, match="the Hub .http://127.0.0.1:9. cannot be reached"):
+            attempt()
+    assert capsys.readouterr().err == ""
+
+
+# The cache
+
+
+def predict(hub, tmp_path, offline: str, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    return run_script("predict.py", "--model", REPOSITORY, "text")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "onnx/model_quantized.onnx"])
+def test_half_a_download_is_no_model_offline(missing, hub, waits, tmp_path, monkeypatch):
+    hold(hub)
+    pointer = fetch() / missing
+    blob = pointer.resolve()
+    blob.rename(f"{blob}.12345678.incomplete")  # as a killed download leaves it
+    pointer.unlink()
+    done = predict(hub, tmp_path, "1", monkeypatch)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "user/model is not whole in the cache, and HF_HUB_OFFLINE" in done.stderr
+    assert is_whole(fetch())  # and with the Hub the rest comes
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, waits, tmp_path, monkeypatch):
+    hold(hub)
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "taken"))
+    done = predict(hub, tmp_path, "0", monkeypatch)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert re.search(r"taken.*HF_HOME names another place", done.stderr), done.stderr
+
+
+# Whatever else
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_random_fault_is_more_than_a_line(seed, hub, waits, capsys, tmp_path, monkeypatch):
+    draw = random.Random(seed)
+    for round_ in range(15):
+        hub.repositories.clear(), hub.blobs.clear(), hub.faults.clear(), close_session()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{round_}"))
+        attempt = draw.choice((publish, fetch))
+        if attempt is fetch:
+            hold(hub)
+        fault = mutations_hub.inject(hub, draw)
+        start = time.monotonic()
+        try:
+            result = attempt()
+            assert (
+                is_whole(result)
+                if attempt is fetch
+                else FILES.items() <= hub.repositories[REPOSITORY].commits[-1].items()
+            )
+        except UserError as error:
+            check_line(str(error))
+        except Exception as error:
+            raise AssertionError(f"{attempt.__name__} under {fault}") from error
+        assert time.monotonic() - start < 20, fault
+        assert sum(waits) <= 4 * 120 + 4 * 23, (fault, waits)
+        waits.clear()
+    for line in capsys.readouterr().err.splitlines():
+        check_line(line)
+    assert not list(tmp_path.rglob("outside*"))
