@@ -152,6 +152,13 @@ def test_what_a_publisher_is_told(request_, action, message, hub, waits, capsys)
     assert REPOSITORY not in hub.repositories or len(hub.repositories[REPOSITORY].commits) == 1
 
 
+def test_large_files_go_through_the_client_that_is_watched(hub, waits, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    publish()
+    assert is_whole(fetch()) and not any("xet" in path for _, path in hub.requests)
+    assert constants.HF_HUB_DISABLE_XET is False  # as the caller had it
+
+
 def test_a_repository_of_something_else_is_left_alone(hub, waits):
     hub.repositories[REPOSITORY] = Repository(commits=[{".gitattributes": b"", "thesis.pdf": b"years of work"}])
     with pytest.raises(UserError, match="user/model holds something else"):
@@ -203,6 +210,7 @@ def test_what_passes_is_fetched_again(fault, hub, waits):
 @pytest.mark.parametrize(
     ("request_", "action", "message"),
     [
+        ("HEAD config.json", (404, {}, {"ETag": 'W/"2-a/b+c="'}), "no repository user/model on the Hub"),
         ("HEAD config.json", {"ETag": None}, "does not speak as the Hub does: .*ETag"),
         ("HEAD config.json", {"ETag": '"../../../outside"'}, "ETag cannot be"),
         ("HEAD config.json", {"X-Linked-ETag": "/outside"}, "X-Linked-Etag cannot be"),

@@ -32,7 +32,6 @@ SLOWEST, GRACE_S = 1000, 30  # bytes a second that a body must come with on aver
 MOST_REQUESTS, MOST_OF_ONE_URL = 500, 50
 LARGEST_ANSWER = 100_000_000  # bytes, of what is no file of an announced length; answers are read into memory
 LONGEST_REASON = 300  # characters of a message
-ETAG = r'(W/)?"?\w[\w.-]*"?'
 
 
 class OddAnswerError(Exception):
@@ -46,9 +45,13 @@ def watched_requests():
     watch = Watch()
     hooks["request"].append(watch.before)
     hooks["response"].append(watch.after)
+    # Xet sends large files through a client of its own, which is silent for minutes where the Hub fails. Every
+    # repository takes and gives them by plain HTTP too.
+    xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
         yield
     finally:
+        constants.HF_HUB_DISABLE_XET = xet
         hooks["request"].remove(watch.before)
         hooks["response"].remove(watch.after)
 
@@ -103,12 +106,12 @@ def check_answer(response: httpx.Response) -> None:
 def check_names(response: httpx.Response) -> None:
     """Raises `FileMetadataError` if a header by which the cache names a folder or a file cannot be what it should."""
     asked = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
-    forms = {
-        constants.HUGGINGFACE_HEADER_X_REPO_COMMIT: asked[1] if asked else "[0-9a-f]{40}",
+    forms = {constants.HUGGINGFACE_HEADER_X_REPO_COMMIT: asked[1] if asked else "[0-9a-f]{40}"}
+    # Of the last answer, after which the library asks no more: errors and redirections have ETags of their own.
+    if response.is_success or response.headers.get("Location", "").startswith(("http", "//")):
+        linked = constants.HUGGINGFACE_HEADER_X_LINKED_ETAG
         # A path would put the file wherever the other side likes.
-        constants.HUGGINGFACE_HEADER_X_LINKED_ETAG: ETAG,
-        "ETag": ETAG,
-    }
+        forms[linked if linked in response.headers else "ETag"] = r'(W/)?"?\w[\w.-]*"?'
     for name, form in forms.items():
         value = response.headers.get(name)
         if value is not None and not re.fullmatch(form, value):  # huggingface_hub itself asks for those that it needs
