@@ -9,6 +9,7 @@ repository already holds the same files, there is no second commit.
     python scripts/run_publish.py docs/demo --repo_id user/emotions --model_id user/bert-emotion-ptq
 """
 
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,14 @@ from emotion.report.comparison import MAIN_RUN, read_benchmarks
 from emotion.report.plots import plot_confusion_matrix
 
 import yaml
+from huggingface_hub import get_token
 
 PAGE = "index.html"  # what makes a folder a Space
 PAGE_FILES = (PAGE, "README.md")
 SCORES = "results/metrics/"  # folder of the scores in an artifact's repository; every one has some
-PAGE_MODEL = "user/bert-emotion-ptq"  # the repository that the page names until it is published
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # how the Hub's tokens look
+PAGE_MODEL = "MODEL_ID"  # what stands in the page for the repository until it is published: no repository's name
 
 
 @dataclass
@@ -41,7 +45,7 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "Where to: user/name."})
     private: bool = field(default=False, metadata={"help": "Create the repository for your eyes only."})
     dry_run: bool = field(default=False, metadata={"help": "List the files, their bytes and the card; send nothing."})
-    model_id: str = field(default=PAGE_MODEL, metadata={"help": "For the demo page: the repository that it loads."})
+    model_id: str | None = field(default=None, metadata={"help": "For the demo page: the repository that it loads."})
     results_dir: str = field(
         default=str(ROOT / "results"), metadata={"help": "Folder with the records of the artifact and the baseline."}
     )
@@ -53,9 +57,12 @@ def main(argv=None) -> None:
     folder = Path(arguments.artifact)
     is_page = (folder / PAGE).is_file()  # no artifact has one
     if is_page:
+        if not arguments.model_id:  # a name that somebody else may own must not stand there by default
+            raise UserError("name the repository that the page loads with --model_id user/name")
         files = collect_page(folder, arguments.model_id)
     else:
         files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
+    refuse_tokens(files)
     list_files(files, folder)
     if arguments.dry_run:  # needs no token and no network
         print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {arguments.repo_id}")
@@ -64,6 +71,15 @@ def main(argv=None) -> None:
     message = f"Publish {folder.resolve().name}"
     marker = PAGE if is_page else SCORES
     print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message, marker)}")
+
+
+def refuse_tokens(files: dict[str, Path | bytes]) -> None:
+    """Raises `UserError` for a file that holds the token of this user, or what looks like another's."""
+    own = get_token()
+    for name, content in files.items():
+        content = content if isinstance(content, bytes) else content.read_bytes()
+        if TOKEN.search(content) or (own and own.encode() in content):
+            raise UserError(f"{name} holds a token of the Hub; take it out, and get a new token")
 
 
 def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
@@ -96,8 +112,9 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
             files[name] = folder / name
         name = f"{record_name(record)}.json"
         files[SCORES + name] = results / "metrics" / name
-    for path in sorted((folder / "adapter").glob("adapter_*")):  # not PEFT's own card, which is a form to fill in
-        files[f"adapter/{path.name}"] = path
+    for path in sorted((folder / "adapter").glob("adapter_*")):
+        if path.name in ADAPTER_FILES:  # neither PEFT's own card, which is a form to fill in, nor somebody's notes
+            files[f"adapter/{path.name}"] = path
     if made_by:
         # The recipe tells the folders that it read; others need not know where this user keeps them.
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()

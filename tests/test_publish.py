@@ -144,6 +144,32 @@ def test_only_what_was_scored_is_sent(folders, results, hub, tmp_path, capsys):
     assert repository.private and b"secret" not in repository.commits[-1].values()
 
 
+def test_of_an_adapter_only_its_files_are_sent(folders, results, hub, tmp_path, capsys):
+    folder = tmp_path / "qlora"
+    shutil.copytree(folders["qlora"], folder)
+    for name in ("adapter_notes.txt", "adapter_model.safetensors.bak"):
+        (folder / "adapter" / name).write_text("secret")
+    publish(folder, results, "--dry_run")
+    sent, _, left_out = capsys.readouterr().out.partition("left out: ")
+    assert "adapter/adapter_model.safetensors\n" in sent and "adapter_notes" not in sent and ".bak" not in sent
+    assert "adapter/adapter_notes.txt" in left_out
+
+
+@pytest.mark.parametrize("token", [WRITE, "hf_" + "aB3" * 12], ids=["own", "another's"])
+def test_a_token_is_never_published(token, hub, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"note": token}))
+    for content in (tmp_path / "config.json", f"recipe: {token}".encode()):
+        with pytest.raises(UserError, match="file holds a token of the Hub") as caught:
+            run_publish.refuse_tokens({"good": b"hf_hub_download", "file": content})
+        assert token not in str(caught.value)
+
+
+def test_a_page_names_the_model_that_it_loads(hub):
+    with pytest.raises(UserError, match="--model_id user/name"):
+        publish(ROOT / "docs" / "demo", "unused", repo_id="user/emotions")
+    assert not hub.requests
+
+
 def test_a_dry_run_sends_nothing(folders, results, hub, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     publish(folders["qlora"], results, "--dry_run")
@@ -178,7 +204,8 @@ def test_the_demo_page_becomes_a_static_space(hub):
     publish(ROOT / "docs" / "demo", "unused", "--model_id", "user/mine", repo_id="user/emotions")
     files = hub.repositories["spaces/user/emotions"].commits[-1]
     assert files.keys() == {"index.html", "README.md", ".gitattributes"}
-    assert b'"user/mine"' in files["index.html"] and b"bert-emotion-ptq" not in files["index.html"]
+    assert b'"user/mine"' in files["index.html"]
+    assert not any(run_publish.PAGE_MODEL.encode() in content for content in files.values())
     about = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
     assert about["sdk"] == "static" and about["app_file"] == "index.html" and about["models"] == ["user/mine"]
 

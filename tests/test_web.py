@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import run_ptq
+import run_publish
 from conftest import ROOT
 from emotion.model.artifact import weights_of
 from emotion.model.classifier import open_artifact, predict
@@ -20,6 +21,7 @@ import pytest
 
 pytestmark = pytest.mark.web
 WEB, REPOSITORY = ROOT / "tests" / "web", "user/bert-emotion-ptq"
+NO_MODEL = "No model is named. Type owner/name below and press Load"
 TOLERANCE = 1e-3  # of a probability; the runtimes multiply the same integers, and sum what is float in other orders
 # WebAssembly now and then rounds an activation the other way: over 200 test texts the largest gap was 0.03, the median
 # 2e-8, and no label differed; a text between two emotions feels it most.
@@ -95,10 +97,22 @@ def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
     assert float(re.search(r"score: ([\d.]+)", shown)[1]) == pytest.approx(expected.max(), abs=TOLERANCE)
 
 
-def test_the_demo_page_in_a_browser(published, python_scores, tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The demo page's folder as it is published."""
+    folder = tmp_path_factory.mktemp("page")
+    for name, content in run_publish.collect_page(ROOT / "docs" / "demo", REPOSITORY).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def find_browser() -> str:
+    return next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
+
+
+def test_the_demo_page_in_a_browser(published, python_scores, page, tmp_path):
     """Opened at the width of a phone and used by keyboard alone; see browse.mjs."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
-    words = ("browse.mjs", browser, ROOT / "docs" / "demo", REPOSITORY, tmp_path / "screenshot.png")
+    words = ("browse.mjs", find_browser(), page, tmp_path / "screenshot.png")
     seen = json.loads(run_node(*words, env=published[1]))
     labels, scores = python_scores
     texts = {
@@ -121,3 +135,53 @@ def test_the_demo_page_in_a_browser(published, python_scores, tmp_path):
     assert seen["empty"]["bars"] == [] and "user/nowhere cannot be loaded" in seen["nowhere"]["status"]
     assert seen["refused"] == []  # it asks the CDN and the Hub alone
     assert (tmp_path / "screenshot.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def failures(page):
+    """What the demo page says under each fault of faults.mjs; no model is needed."""
+    with running_hub() as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url}
+        return json.loads(run_node("faults.mjs", find_browser(), page, env=env))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("libraryRefused", "The library of cdn.jsdelivr.net cannot be loaded: "),
+        ("libraryIsHtml", "The library of cdn.jsdelivr.net cannot be loaded: "),
+        ("libraryIsBroken", "The library of cdn.jsdelivr.net cannot be loaded: "),
+        ("libraryNeverComes", "No progress for 30 s. Check the connection and reload"),
+        ("modelRefused", f"{REPOSITORY} cannot be loaded: "),
+        ("modelFails", f"{REPOSITORY} cannot be loaded: "),
+        ("modelIsHtml", f"{REPOSITORY} cannot be loaded: "),
+        ("modelNeverComes", "No progress for 30 s. Check the connection and reload"),
+        ("answerFails", "The model failed on this text: out of memory. Change the text, or reload"),
+        ("answerThrowsNumber", "The model failed on this text: 7340032. Change the text, or reload"),
+        ("answerIsNaN", "The model failed on this text: it gives no probabilities. Change"),
+        ("answerIsEmpty", "The model failed on this text: it gives no probabilities. Change"),
+    ],
+)
+def test_the_demo_page_says_what_fails(fault, words, failures):
+    seen = failures[fault]
+    assert seen["status"].startswith(words) and "reload the page" in seen["status"] and len(seen["status"]) < 400
+    assert seen["bars"] == [] and set(seen["opened"]) <= {REPOSITORY}
+
+
+def test_the_demo_page_opens_no_model_that_nobody_named(failures):
+    for link in ("linkNamesAnother", "linkNamesPath", "linkNamesMarkup"):
+        assert failures[link]["opened"] == [] and failures[link]["images"] == 0
+    assert "names another model, someone/else. Press Load" in failures["linkNamesAnother"]["status"]
+    assert "No model is named" in failures["linkNamesPath"]["status"]
+    assert failures["linkNamesSame"]["opened"] == [REPOSITORY]
+    assert failures["personOpensAnother"]["opened"] == ["someone/else"]
+    assert failures["personOpensAnother"]["status"].startswith("joy, 75.0 % in")
+    assert failures["slowFirst"]["bars"] == ["user/second"]
+
+
+def test_the_page_of_nobody_opens_no_model(tmp_path):
+    """As it stands in this repository, before it is published."""
+    with running_hub() as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url}
+        seen = json.loads(run_node("faults.mjs", find_browser(), ROOT / "docs" / "demo", "answerFails", env=env))
+    assert seen["answerFails"] == {"status": NO_MODEL, "bars": [], "opened": [], "images": 0}

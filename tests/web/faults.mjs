@@ -1,0 +1,77 @@
+// node faults.mjs CHROMIUM PAGE_FOLDER [FAULT ...]: what the demo page says when something fails. Prints, as JSON, for each fault
+// the status, how many bars are shown, and which models were opened.
+import { CDN, HUB, openBrowser, openPage } from "./page.mjs";
+
+const [executablePath, folder, ...chosen] = process.argv.slice(2);
+const browser = await openBrowser(executablePath);
+
+// A library whose pipelines answer as `answer` does; the names of the models that it opened are kept.
+const library = (answer, open = "") => `
+  export const env = {};
+  export const pipeline = async (task, name, options) => {
+    (window.opened ??= []).push(name);
+    ${open}
+    return Object.assign(async () => { ${answer} },
+                         { model: { config: { id2label: { 0: "joy", 1: "fear" } } } });
+  };`;
+const script = (body) => ({ body, contentType: "text/javascript", headers: { "Access-Control-Allow-Origin": "*" } });
+const serve = (...words) => (page) => page.route(CDN, (route) => route.fulfill(script(library(...words))));
+const GOOD = 'return [{ label: "joy", score: 0.75 }, { label: "fear", score: 0.25 }];';
+const hub = (action) => (page) => page.route(HUB, action);
+
+// The clock runs ahead only where a fault needs it: the library itself waits for timers.
+const late = (page) => page.addInitScript(() => {
+  const wait = window.setTimeout;
+  window.setTimeout = (call, delay, ...words) => wait(call, delay / 100, ...words);
+});
+
+const FAULTS = {
+  libraryRefused: { prepare: (page) => page.route(CDN, (route) => route.abort()) },
+  libraryIsHtml: { prepare: (page) => page.route(CDN, (route) => route.fulfill({ body: "<html>", contentType: "text/html" })) },
+  libraryIsBroken: { prepare: (page) => page.route(CDN, (route) => route.fulfill(script("export const pipeline ="))) },
+  libraryNeverComes: { prepare: async (page) => { await late(page); await page.route(CDN, () => {}); } },
+  modelRefused: { prepare: hub((route) => route.abort()) },
+  modelFails: { prepare: hub((route) => route.fulfill({ status: 500 })) },
+  modelIsHtml: { prepare: hub((route) => route.fulfill({ body: "<html>Sign in</html>", contentType: "text/html" })) },
+  modelNeverComes: { prepare: async (page) => { await late(page); await serve(GOOD, "await new Promise(() => {});")(page); } },
+  answerFails: { prepare: serve('throw new Error("out of memory");') },
+  answerThrowsNumber: { prepare: serve("throw 7340032;") },
+  answerIsNaN: { prepare: serve('return [{ label: "joy", score: NaN }];') },
+  answerIsEmpty: { prepare: serve("return [];") },
+  linkNamesAnother: { prepare: serve(GOOD), query: "?model=someone/else" },
+  linkNamesPath: { prepare: serve(GOOD), query: "?model=../.." },
+  linkNamesMarkup: { prepare: serve(GOOD), query: "?model=<img src=x>" },
+  linkNamesSame: { prepare: serve(GOOD), query: "?model=user/bert-emotion-ptq" },
+  personOpensAnother: {
+    prepare: serve(GOOD), query: "?model=someone/else", act: (page) => page.click("#choose button") },
+  // The first model comes after the second, which is the one that was asked for last.
+  slowFirst: {
+    prepare: serve("return [{ label: name, score: 1 }];",
+                   'if (name !== "user/second") await new Promise((done) => { window.release = done; });'),
+    act: async (page) => {
+      await page.waitForFunction(() => window.opened);
+      await page.click("summary");
+      await page.fill("#model", "user/second");
+      await page.click("#choose button");
+      await page.waitForFunction(() => document.querySelector("#bars li"));
+      await page.evaluate(() => window.release());
+    } },
+};
+
+const seen = {};
+for (const [name, { prepare, query = "", act }] of Object.entries(FAULTS)) {
+  if (chosen.length && !chosen.includes(name)) continue;
+  const { page } = await openPage(browser, folder);
+  page.setDefaultTimeout(20_000);
+  await prepare(page);
+  await page.goto(`https://demo.page/${query}`);
+  if (act) await act(page);
+  await page.waitForFunction(() => !/^$|^Loading/.test(document.getElementById("status").textContent));
+  seen[name] = await page.evaluate(() => ({
+    status: document.getElementById("status").textContent,
+    bars: [...document.querySelectorAll("#bars li")].map((row) => row.firstChild.textContent),
+    opened: window.opened ?? [], images: document.images.length }));
+  await page.context().close();
+}
+console.log(JSON.stringify(seen));
+await browser.close();
