@@ -17,9 +17,12 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.machine import THREADS
+from emotion.common.ranges import COUNT, speak_plainly
 
 BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines
+LINE = 1 << 20  # bytes of a line: hundreds of pages, of which no model takes more than the first few
 
 
 def main(argv=None) -> None:
@@ -54,12 +57,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--format", help="format to open; ONNX if the folder has it")
     parser.add_argument("--file", help="file with one text per line")
-    parser.add_argument("--top_k", type=int, default=1, help="how many classes to show, most probable first")
+    parser.add_argument(
+        "--top_k", type=int, default=1, choices=COUNT, help="how many classes to show, most probable first"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument("--threads", type=int, help="threads to compute with; all by default")
+    parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
+    speak_plainly(parser)
     arguments = parser.parse_args(argv)
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: it takes 1 or more")
     if arguments.texts and arguments.file:
         raise UserError("give sentences or --file, not both")
     return arguments
@@ -72,23 +76,43 @@ def read_batches(arguments):
         UserError: if the file does not exist.
     """
     if arguments.texts:
-        return iter([arguments.texts])
+        # Bytes that are not UTF-8 reach us as halves of characters; a file's bytes are read in the same way.
+        return iter([[decode(os.fsencode(text)) for text in arguments.texts]])
     if arguments.file and not Path(arguments.file).is_file():
         raise UserError(f"--file {arguments.file}: no such file")
+    if not arguments.file and not sys.stdin:
+        raise UserError("standard input is closed; give sentences or --file")
     # A bare descriptor: Python's own files wait until a buffer is full, and a user at a terminal would wait too.
     descriptor = os.open(arguments.file, os.O_RDONLY) if arguments.file else sys.stdin.fileno()
     return read_lines(descriptor)
 
 
 def read_lines(descriptor: int):
-    """Yields lists of at most `BATCH` lines, without waiting for more; memory stays flat however long the input is."""
-    rest = b""  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
+    """Yields lists of at most `BATCH` lines, without waiting for more; memory stays flat however long the input is.
+
+    Of a line longer than `LINE` the beginning is kept, and a warning tells its number.
+    """
+    rest = bytearray()  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
+    ended = 0  # lines so far
     while chunk := os.read(descriptor, CHUNK):
-        *lines, rest = (rest + chunk).split(b"\n")
+        first, *lines = chunk.split(b"\n")
+        if len(rest) <= LINE < len(rest) + len(first):
+            print(f"line {ended + 1} is longer than {LINE:,} bytes; the rest of it is not read", file=sys.stderr)
+        rest += first[: max(0, LINE + 1 - len(rest))]
+        if not lines:
+            continue
+        lines = [bytes(rest[:LINE]), *lines]
+        rest = bytearray(lines.pop())
+        ended += len(lines)
         for start in range(0, len(lines), BATCH):
-            yield [line.decode("utf-8", errors="replace") for line in lines[start : start + BATCH]]
+            yield [decode(line) for line in lines[start : start + BATCH]]
     if rest:  # a last line without a line end
-        yield [rest.decode("utf-8", errors="replace")]
+        yield [decode(bytes(rest[:LINE]))]
+
+
+def decode(line: bytes) -> str:
+    """A line as text, with a mark in the place of what is not UTF-8."""
+    return line.decode("utf-8", errors="replace")
 
 
 def answer(classifier, texts: list[str], arguments) -> int:
@@ -100,6 +124,8 @@ def answer(classifier, texts: list[str], arguments) -> int:
     full = [text.strip() for text in texts if text.strip()]
     answers = iter(classifier.classify(full, top_k=arguments.top_k))  # empty texts keep their place among the lines
     lines = []
+    # Where the output cannot show every character, JSON has escapes of its own.
+    ascii_alone = not sys.stdout.encoding.lower().startswith("utf")
     for text in texts:
         if not text.strip():
             lines.append(json.dumps({"text": text, "error": "empty text"}) if arguments.json else "(empty)")
@@ -111,7 +137,7 @@ def answer(classifier, texts: list[str], arguments) -> int:
             one["score"] = round(one["score"], 6)
         if arguments.json:
             # The best class stands at the top as well, for programs that want nothing else.
-            lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=False))
+            lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
         else:
             shown = "  ".join(f"{one['label']} {one['score']:.3f}" for one in classes)
             lines.append(f"{shown}\t{text.strip()}")

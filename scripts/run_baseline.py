@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
+from emotion.common.ranges import Range
 from emotion.model.artifact import describe_made, describe_origin, new_artifact
 from emotion.model.pretrained import build_classifier
 from emotion.model.training import (
@@ -42,7 +43,10 @@ class BaselineArguments(TaskArguments):
 
     layer_decay: float = field(
         default=1.0,
-        metadata={"help": "Learning rate of a layer as a share of that of the layer above it."},
+        metadata={
+            "help": "Learning rate of a layer as a share of that of the layer above it.",
+            "choices": Range(0, 1, above=True),
+        },
     )
 
 

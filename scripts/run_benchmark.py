@@ -21,7 +21,8 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import write_json
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads, describe_run
+from emotion.common.machine import THREADS, choose_threads, describe_run
+from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure import ctranslate2_peer
 from emotion.measure.benchmark import (
@@ -44,18 +45,30 @@ class BenchmarkArguments:
 
     artifacts: list[str] = field(metadata={"help": "folder:format words."})
     # Enough for a spread that shows how steady the machine was, in a few minutes per artifact.
-    rounds: int = field(default=12, metadata={"help": "Turns that each artifact gets; the spread is over these."})
-    texts: int = field(default=50, metadata={"help": "Texts per turn at batch 1."})
-    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per turn."})
+    rounds: int = field(
+        default=12, metadata={"help": "Turns that each artifact gets; the spread is over these.", "choices": COUNT}
+    )
+    texts: int = field(default=50, metadata={"help": "Texts per turn at batch 1.", "choices": COUNT})
+    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per turn.", "choices": COUNT})
     # Enough that each of several threads computes many batches; few would show which thread got the last one.
     strings: int = field(
-        default=1024, metadata={"help": "Texts per turn from strings to labels, in one call; 0 leaves this out."}
+        default=1024,
+        metadata={
+            "help": "Texts per turn from strings to labels, in one call; 0 leaves this out.",
+            "choices": Range(0),
+        },
     )
     # Three, since the first start may read the libraries from disk; the median leaves it out.
     cold_starts: int = field(
-        default=3, metadata={"help": "Processes per artifact that are timed from their start to the first answer."}
+        default=3,
+        metadata={
+            "help": "Processes per artifact that are timed from their start to the first answer.",
+            "choices": Range(0),
+        },
     )
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     roofline: bool = field(
         default=True, metadata={"help": "Measure the machine's peaks, and how close each artifact comes."}
     )

@@ -15,7 +15,8 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, relative, sha256
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads, describe_environment
+from emotion.common.machine import THREADS, choose_threads, describe_environment
+from emotion.common.ranges import Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.inspection import describe_scheme
 from emotion.measure.record import describe_scored, explain, write_record
@@ -53,11 +54,16 @@ class EvaluationArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     split: str = field(default="test", metadata={"help": "Split to score."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     latency_runs: int = field(
         # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
         default=500,
-        metadata={"help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput."},
+        metadata={
+            "help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput.",
+            "choices": Range(0),
+        },
     )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 

@@ -15,6 +15,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.machine import choose_threads
+from emotion.common.ranges import SEED
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.remedies import WatchedArguments, save_watched
 from emotion.measure.sensitivity import validation_rows
@@ -43,7 +44,7 @@ class PtqArguments(WatchedArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset of the calibration rows; by default that of the baseline."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed by which the calibration rows are drawn."})
+    seed: int = field(default=42, metadata={"help": "Seed by which the calibration rows are drawn.", "choices": SEED})
 
 
 def main(argv=None) -> None:

@@ -17,6 +17,7 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
+from emotion.common.ranges import Range
 from emotion.common.recipe import read_recipe_of
 from emotion.model.artifact import describe_origin, new_artifact
 from emotion.model.pretrained import load_trained_classifier
@@ -59,7 +60,9 @@ class QatArguments(SchemeArguments, RowsArguments):
     fake_quantize: bool = field(
         default=True, metadata={"help": "Round while training; false trains on in floats, to compare with."}
     )
-    quantize_after: int = field(default=0, metadata={"help": "Steps of training in floats before rounding starts."})
+    quantize_after: int = field(
+        default=0, metadata={"help": "Steps of training in floats before rounding starts.", "choices": Range(0)}
+    )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT, whole_folder, write_json
 from emotion.common.flags import parse_flags
+from emotion.common.ranges import SEED
 from emotion.common.recipe import RECIPE_FILE
 from emotion.measure.seeds import choose_seed, make_and_score, summarize
 
@@ -36,7 +37,9 @@ class SeedsArguments:
         default=None, metadata={"help": "Base model of a variant that starts from one; that of its recipe by default."}
     )
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
-    seeds: list[int] = field(default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use."})
+    seeds: list[int] = field(
+        default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use.", "choices": SEED}
+    )
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads
+from emotion.common.machine import THREADS, choose_threads
 from emotion.common.recipe import read_recipe_of
 from emotion.report.trace import ARTIFACT, BASELINE, measure_trace, write_trace
 from emotion.task.dataset import load_task_of
@@ -29,7 +29,9 @@ class TraceArguments:
         default=ARTIFACT, metadata={"help": "The quantized folder; it must have the format torchao."}
     )
     baseline: str = field(default=BASELINE, metadata={"help": "The FP32 folder that it was made from."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     results_dir: str = field(
         default=str(ROOT / "results"),
         metadata={"help": "Where trace.json is written; the page goes to docs/ beside it."},

@@ -16,8 +16,10 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, read_json, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
+from emotion.common.ranges import SEED
 from emotion.common.recipe import base_model_of
 from emotion.measure.seeds import make_and_score, summarize_scores
+from emotion.quantize.levels import BITS
 from emotion.quantize.scheme import CONTROL, name_variant
 from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
@@ -29,8 +31,12 @@ SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")
 class BitsArguments:
     """Which cells of the ladder are drawn, and where they go."""
 
-    bits: list[int] = field(default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight."})
-    seeds: list[int] = field(default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines."})
+    bits: list[int] = field(
+        default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight.", "choices": BITS}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines.", "choices": SEED}
+    )
     controls: bool = field(default=True, metadata={"help": "Train on in floats, too, to compare QAT with."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})

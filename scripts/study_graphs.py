@@ -14,7 +14,8 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads, describe_run
+from emotion.common.machine import THREADS, choose_threads, describe_run
+from emotion.common.ranges import COUNT
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.sensitivity import compare, logits_of, validation_rows
@@ -98,8 +99,10 @@ class GraphArguments:
     """The baseline to make the files from, and how long they are timed."""
 
     baseline: str = field(metadata={"help": "Folder of run_baseline.py."})
-    rounds: int = field(default=12, metadata={"help": "Turns that each file gets."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    rounds: int = field(default=12, metadata={"help": "Turns that each file gets.", "choices": COUNT})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 

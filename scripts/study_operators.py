@@ -13,7 +13,7 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads, describe_run
+from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import draw_texts, name_of, split_name
 from emotion.measure.contenders import make_contender
@@ -34,7 +34,9 @@ class OperatorsArguments:
     """Which artifacts are profiled, and where the results go."""
 
     artifacts: list[str] = field(metadata={"help": "folder:format words, of onnx or openvino."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 

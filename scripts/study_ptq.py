@@ -16,6 +16,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
+from emotion.common.ranges import COUNT
 from emotion.common.recipe import Recipe, base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.inspection import describe_scheme
@@ -83,10 +84,15 @@ class StudyArguments:
     work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
     layer_texts: int | None = field(
-        default=None, metadata={"help": "Texts of validation that show a layer on its own; all if not given."}
+        default=None,
+        metadata={"help": "Texts of validation that show a layer on its own; all if not given.", "choices": COUNT},
     )
-    leave_out: list[str] = field(default_factory=list, metadata={"help": "Candidates that are not made."})
-    rounds: int = field(default=10, metadata={"help": "Turns that each candidate gets when speed is measured."})
+    leave_out: list[str] = field(
+        default_factory=list, metadata={"help": "Candidates that are not made.", "choices": CANDIDATES}
+    )
+    rounds: int = field(
+        default=10, metadata={"help": "Turns that each candidate gets when speed is measured.", "choices": COUNT}
+    )
 
 
 def main(argv=None) -> None:

@@ -17,6 +17,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
+from emotion.common.ranges import POSITIVE, SEED
 from emotion.common.recipe import comparable, read_recipe_of
 from emotion.model.artifact import adapter_bytes
 from emotion.report.pages import render_sweep
@@ -60,12 +61,15 @@ class SweepArguments:
     """Which candidates are trained, and where the results go."""
 
     candidates: list[str] = field(
-        default_factory=lambda: list(CANDIDATES), metadata={"help": f"Some of {', '.join(CANDIDATES)}."}
+        default_factory=lambda: list(CANDIDATES),
+        metadata={"help": f"Some of {', '.join(CANDIDATES)}.", "choices": CANDIDATES},
     )
     recipe: str = field(default=str(RECIPE), metadata={"help": "The recipe that the candidates change."})
     # As many as the recipe has: the learning rate falls over all of them, so fewer would be another recipe.
-    epochs: float = field(default=3.0, metadata={"help": "Epochs that each candidate is trained for."})
-    seed: int = field(default=42, metadata={"help": "Seed of each training."})
+    epochs: float = field(
+        default=3.0, metadata={"help": "Epochs that each candidate is trained for.", "choices": POSITIVE}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of each training.", "choices": SEED})
     work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
@@ -73,9 +77,6 @@ class SweepArguments:
 def main(argv=None) -> None:
     """Trains the candidates, chooses one and writes the page; ``argv``: the flags, the command line's if not given."""
     (arguments,) = parse_flags((SweepArguments,), positional="candidates", argv=argv)
-    unknown = set(arguments.candidates) - set(CANDIDATES)
-    if unknown:
-        raise UserError(f"--candidates {' '.join(unknown)}: there are {', '.join(CANDIDATES)}")
     learnt = {name: learn(name, arguments) for name in arguments.candidates}
     made = next(iter(learnt.values()))["made"]  # of any candidate: all have the same base model and dataset
     sweep = describe_run(choose_threads(None)) | {

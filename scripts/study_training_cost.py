@@ -19,6 +19,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
 from emotion.common.machine import (
+    THREADS,
     choose_threads,
     describe_run,
     has_bf16,
@@ -26,6 +27,7 @@ from emotion.common.machine import (
     peak_memory_mb,
     reset_peak_memory,
 )
+from emotion.common.ranges import COUNT
 from emotion.common.recipe import read_recipe
 from emotion.measure.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
 from emotion.model.pretrained import build_classifier
@@ -60,9 +62,13 @@ class CostArguments:
         metadata={"help": "Base models: Hub ids or folders."},
     )
     dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Dataset of the texts."})
-    rounds: int = field(default=6, metadata={"help": "Turns that each method gets; the spread is over these."})
-    steps: int = field(default=5, metadata={"help": "Steps per turn."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    rounds: int = field(
+        default=6, metadata={"help": "Turns that each method gets; the spread is over these.", "choices": COUNT}
+    )
+    steps: int = field(default=5, metadata={"help": "Steps per turn.", "choices": COUNT})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 

@@ -1,12 +1,63 @@
 """The command line of every command: turns a recipe and flags into dataclasses, and names what it does not know."""
 
 import difflib
+import json
 import sys
+from argparse import ArgumentError
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 
-from emotion.common.errors import UserError
+from emotion.common.errors import UserError, raised_by
+from emotion.common.ranges import COUNT, DROPOUT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, speak_plainly
 from emotion.common.recipe import PER, Recipe, read_recipe, resolve
+
+# What `TrainingArguments` take. Their own checks are few: most of these would train something else, or end the
+# training in the middle. A flag of ours has its range beside its help, as ``choices`` of its field.
+TAKEN = {
+    "learning_rate": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range(-1),  # -1: as many as the epochs have
+    "warmup_steps": NOT_NEGATIVE,
+    "warmup_ratio": SHARE,
+    "weight_decay": SHARE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "adam_beta1": DROPOUT,
+    "adam_beta2": DROPOUT,
+    "adam_epsilon": POSITIVE,
+    "label_smoothing_factor": DROPOUT,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "eval_accumulation_steps": COUNT,
+    "eval_delay": NOT_NEGATIVE,
+    "eval_steps": POSITIVE,
+    "save_steps": POSITIVE,
+    "logging_steps": POSITIVE,
+    "save_total_limit": COUNT,
+    "torch_empty_cache_steps": COUNT,
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": Range(0, 64),  # each is a process
+    "dataloader_prefetch_factor": COUNT,
+    "ddp_bucket_cap_mb": COUNT,
+    "ddp_timeout": COUNT,
+    "resume_from_checkpoint": ("last",),
+    # What the trainings compute on validation; the Trainer would miss another one after the first epoch.
+    "metric_for_best_model": ("macro_f1", "accuracy", "loss", "eval_macro_f1", "eval_accuracy", "eval_loss"),
+    "report_to": ("none", *filter(find_spec, ("tensorboard", "wandb", "mlflow", "trackio"))),  # those installed
+}
+# What the entries of a recipe's mappings are named by
+NAMED_BY = {"per_model": (str, "name of a model"), "per_bits": (int, "number of bits")}
+# Flags of `TrainingArguments` that hold a mapping, which a recipe may write out
+DICTIONARIES = {
+    "accelerator_config",
+    "gradient_checkpointing_kwargs",
+    "lr_scheduler_kwargs",
+    "fsdp_config",
+    "deepspeed",
+}
 
 
 def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
@@ -34,12 +85,12 @@ def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
     path = Path(leading[0]) if leading else default
     values = read_recipe(path)
     parser = _parser(classes)
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} - {"help"}
     _check_keys(path, values, known)
     if values.get("per_model") and not find_model:
         raise UserError(f"{path}: per_model needs a flag that names a model, which this script does not have")
-    values = _choose_values(parser, values, flags, find_model)
-    parser.set_defaults(**_as_typed(values))
+    values = _choose_values(parser, path, values, flags, find_model)
+    parser.set_defaults(**_as_typed(parser, path, values))
     parsed = _into_dataclasses(parser, flags)
     return (*parsed, Recipe(path=path, values=_collect_used(parsed, values, flags)))
 
@@ -55,28 +106,38 @@ def parse_flags(classes, positional: str, argv=None) -> tuple:
     return _into_dataclasses(_parser(classes), [f"--{positional}", *leading, *flags] if leading else flags)
 
 
-def _check_keys(path: Path, values: dict, known: set[str]) -> None:
-    """Raises `UserError` for a key of the recipe, or of a mapping in it, that is no flag of this command."""
-    keys = [key for key in values if key not in PER]
-    for name in PER:
-        mapping = values.get(name) or {}
-        if not isinstance(mapping, dict) or not all(isinstance(part, dict) for part in mapping.values()):
-            raise UserError(f"{path}: {name} must hold lines such as 'value: {{learning_rate: 1.0e-4}}'")
-        for part in mapping.values():
-            _check_keys(path, part, known)
-    if values.get("per_bits") and "bits" not in known:
-        raise UserError(f"{path}: per_bits needs the flag --bits, which this script does not have")
-    for key in keys:
-        if key not in known:
-            raise UserError(f"{path}: unknown key '{key}'.{_did_you_mean(key, known)}")
+def _check_keys(path: Path, values: dict, known: set[str], inside: tuple[str, ...] = ()) -> None:
+    """Raises `UserError` for a key of the recipe, or of a mapping in it, that is no flag of this command.
+
+    Args:
+        inside: the mappings of `PER` that hold these values; none may hold itself again, nor per_bits a per_model.
+    """
+    for key, value in values.items():
+        if key not in PER:
+            if key not in known:
+                raise UserError(f"{path}: unknown key '{key!s:.80}'.{_did_you_mean(str(key), known)}")
+            continue
+        if key in inside or "per_bits" in inside:
+            raise UserError(f"{path}: {key} stands inside {inside[-1]}; write it beside it")
+        if value is None:  # all its entries are commented out
+            continue
+        if not isinstance(value, dict) or not all(isinstance(part, dict) for part in value.values()):
+            raise UserError(f"{path}: {key} must hold lines such as 'value: {{learning_rate: 1.0e-4}}'")
+        kind, meaning = NAMED_BY[key]
+        for name, part in value.items():
+            if type(name) is not kind:  # it would never be chosen, since '8' is not 8
+                raise UserError(f"{path}: {key} holds {name!r:.80}, which is no {meaning}")
+            _check_keys(path, part, known, (*inside, key))
+        if key == "per_bits" and "bits" not in known:
+            raise UserError(f"{path}: per_bits needs the flag --bits, which this script does not have")
 
 
-def _choose_values(parser, values: dict, flags: list[str], find_model) -> dict:
+def _choose_values(parser, path: Path, values: dict, flags: list[str], find_model) -> dict:
     """The recipe's values for the model and the bits that recipe and flags name together."""
     # Those two are flags like any other, so the flags are parsed here once before they are parsed for good: which
     # values replace the recipe's depends on them. The recipe's own values come first, for `--help` to show.
     own_values = {key: value for key, value in values.items() if key not in PER}
-    parser.set_defaults(**_as_typed(own_values))
+    parser.set_defaults(**_as_typed(parser, path, own_values))
     first, _ = parser.parse_known_args(flags)
     model = find_model(first) if values.get("per_model") else None
     return resolve(values, model, getattr(first, "bits", None))
@@ -95,19 +156,67 @@ def _collect_used(parsed: tuple, values: dict, flags: list[str]) -> dict:
     return used
 
 
-def _as_typed(values: dict) -> dict:
-    """Numbers as words, so that a recipe's values are checked by the parser like those of the command line."""
-    # argparse checks defaults that are strings and takes all others as they are.
-    return {key: str(value) if isinstance(value, int | float) else value for key, value in values.items()}
+def _as_typed(parser, path: Path, values: dict) -> dict:
+    """The values of a recipe, checked and converted by the parser like the words of the command line.
+
+    Raises:
+        UserError: naming the recipe, the key and what it takes.
+    """
+    # Of several actions for one name (`--no_x` beside `--x`) the first is the one that takes a value.
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    typed = {}
+    for key, value in values.items():
+        try:
+            typed[key] = _as_typed_value(parser, actions[key], value)
+        except (UserError, ArgumentError) as error:
+            raise UserError(f"{path}: {str(error).removeprefix('argument ')}") from error
+    return typed
+
+
+def _as_typed_value(parser, action, value):
+    """One value of a recipe; raises `UserError` or argparse's error if its flag does not take it."""
+    if value is None and action.default is None:
+        return None
+    if action.nargs == "+":
+        return [_as_typed_word(parser, action, one) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(value, dict) and action.dest in DICTIONARIES:
+        value = json.dumps(value)  # as on the command line; `TrainingArguments` reads it back
+    return _as_typed_word(parser, action, value)
+
+
+def _as_typed_word(parser, action, value):
+    # YAML reads `no` as false and 2026-11-26 as a date: neither is what a flag with a word of its own means.
+    is_word = isinstance(value, str | int | float) and not (isinstance(value, bool) and action.type is str)
+    if not is_word:
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"--{action.dest} takes a word or a number, and this is {kind}; quotes make a word of it")
+    _check_word(str(value))
+    typed = parser._get_value(action, str(value))
+    parser._check_value(action, typed)
+    return typed
 
 
 def _split(argv) -> tuple[list[str], list[str]]:
     """The words before the first flag, and the rest."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for word in argv:
+        _check_word(word)
     for index, word in enumerate(argv):
         if word.startswith("-"):
             return argv[:index], argv[index:]
     return argv, []
+
+
+def _check_word(word: str) -> None:
+    """Raises `UserError` for what can be no name of a file, and could not be written into a record either."""
+    try:
+        word.encode()  # Python keeps bytes that are not UTF-8 as halves of characters
+    except UnicodeEncodeError as error:
+        raise UserError(f"{word.encode(errors='backslashreplace').decode():.80} is not UTF-8; rename it") from error
+    if "\0" in word:
+        raise UserError(f"{word!r:.80} holds a character of value 0; leave it out")
+    if word.endswith("=--"):  # argparse would make an empty list of it
+        raise UserError(f"{word:.80}: '--' is no value")
 
 
 def _parser(classes):
@@ -119,15 +228,22 @@ def _parser(classes):
     # No abbreviations: a misspelt flag must be an error, and not another flag. The parser's formatter shows each
     # flag's default in the help, which for a command with a recipe is the recipe's value.
     parser = HfArgumentParser(classes, allow_abbrev=False)
-    parser.error = _raise_user_error  # argparse would print its usage, which is long, and exit
+    speak_plainly(parser)
+    for action in parser._actions:
+        action.choices = TAKEN.get(action.dest, action.choices)
     return parser
 
 
 def _into_dataclasses(parser, flags: list[str]) -> tuple:
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
-    except (ValueError, ImportError) as error:  # raised by the checks of the dataclasses themselves
-        raise UserError(str(error)) from error
+    except Exception as error:
+        # The dataclasses check their own values. What a library raises there, of whatever kind, speaks of a flag; of
+        # our own code a ValueError alone does.
+        if raised_by(error) == "emotion" and not isinstance(error, ValueError):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"{kind}{error}") from error
     if unknown:
         known = [action.dest for action in parser._actions]
         raise UserError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), known)}")
@@ -138,7 +254,3 @@ def _did_you_mean(name: str, known) -> str:
     # One suggestion, if there is a name that is similar enough to be meant.
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def _raise_user_error(message: str):
-    raise UserError(message)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.ranges import Range
 
 SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
 # Packages whose version a result may depend on, by their names on PyPI; each record lists them.
@@ -36,17 +37,25 @@ PACKAGES = (
 )
 
 
+def count_processors() -> int:
+    """The processors that this process may use."""
+    # A container or `taskset` may grant fewer processors than the machine has. macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# More threads than processors only wait for each other, and each takes memory; some more are taken for comparisons.
+THREADS = Range(1, max(64, 8 * count_processors()))
+
+
 def choose_threads(threads: int | None) -> int:
     """The number of threads asked for, or of all processors that this process may use.
 
     Raises:
-        UserError: if fewer than one is asked for.
+        UserError: if fewer than one is asked for, or many more than there are processors.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: it takes 1 or more")
-    # A container or `taskset` may grant fewer processors than the machine has. macOS cannot tell.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return threads or available
+    if threads is not None and threads not in THREADS:
+        raise UserError(f"threads {threads}: it takes {THREADS}")
+    return threads or count_processors()
 
 
 def has_bf16(use_cpu: bool) -> bool:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.ranges import NOT_NEGATIVE
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
 from emotion.model.artifact import files_to_serve
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
@@ -33,7 +34,11 @@ class WatchedArguments(SchemeArguments):
     """How a model is quantized, and how much it may lose."""
 
     max_loss: float = field(
-        default=0.5, metadata={"help": "Points of validation macro F1 that a format may lose before it gets a remedy."}
+        default=0.5,
+        metadata={
+            "help": "Points of validation macro F1 that a format may lose before it gets a remedy.",
+            "choices": NOT_NEGATIVE,
+        },
     )
     save_worse: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.ranges import COUNT, DROPOUT, Range
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.nf4 import nf4_options, start_from_rounding_error
 from emotion.task.dataset import TaskArguments
@@ -28,9 +29,13 @@ FORMATS = ("adapter", "nf4", "onnx")
 class QloraArguments(TaskArguments):
     """The adapter; the base is always NF4 with double quantization."""
 
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the two matrices beside each layer."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter is multiplied by alpha / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's inputs."})
+    lora_rank: int = field(
+        default=16, metadata={"help": "Rank of the two matrices beside each layer.", "choices": Range(1, 1024)}
+    )
+    lora_alpha: int = field(
+        default=32, metadata={"help": "The adapter is multiplied by alpha / rank.", "choices": COUNT}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter's inputs.", "choices": DROPOUT})
     target_modules: list[str] = field(
         default_factory=list,
         metadata={"help": "Layers that get an adapter, by the ends of their names; all of the encoder's by default."},
@@ -48,20 +53,19 @@ class QloraArguments(TaskArguments):
     )
     init_lora_weights: str = field(
         default="default",
-        metadata={"help": "How the adapter starts: default, gaussian, or loftq (Li et al., ICLR 2024)."},
+        metadata={
+            "help": "How the adapter starts: default, gaussian, or loftq (Li et al., ICLR 2024).",
+            "choices": ("default", "gaussian", "loftq"),
+        },
     )
     load_in_4bit: bool = field(default=True, metadata={"help": "False for LoRA on a float base, to compare with."})
     formats: list[str] = field(
         default_factory=lambda: list(FORMATS),
-        metadata={"help": f"Which of {', '.join(FORMATS)} to save; the adapter is always saved."},
+        metadata={"help": f"Which of {', '.join(FORMATS)} to save; the adapter is always saved.", "choices": FORMATS},
     )
 
     def __post_init__(self):
         # ValueError, as the dataclasses of Transformers raise it: the command line makes one line of either.
-        if not set(self.formats) <= set(FORMATS):
-            raise ValueError(f"--formats {' '.join(self.formats)}: it takes some of {', '.join(FORMATS)}")
-        if self.init_lora_weights not in {"default", "gaussian", "loftq"}:
-            raise ValueError(f"--init_lora_weights {self.init_lora_weights}: it takes default, gaussian or loftq")
         if self.init_lora_weights == "loftq" and not self.load_in_4bit:
             raise ValueError(
                 "--init_lora_weights loftq makes up for rounding to 4 bits; take default for a float base"

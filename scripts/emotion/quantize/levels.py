@@ -1,5 +1,6 @@
 """What integers a quantized weight may be."""
 
+BITS = (8, 4, 3, 2)  # of a weight
 # Bits below 8 -> the levels of a weight. Odd ones spend none on zero, which would leave one side with fewer.
 LEVELS = {2: range(-3, 4, 2), 3: range(-7, 8, 2), 4: range(-8, 8)}
 # The seven-bit limit: a processor without VNNI adds two products with an 8-bit activation in 16 bits, where weights of

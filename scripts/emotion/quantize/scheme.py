@@ -7,13 +7,14 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import check_replaceable
+from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import RECIPE_FILE, Recipe, base_model_of
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
 from emotion.quantize.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, find_layers
-from emotion.quantize.levels import LEVELS
+from emotion.quantize.levels import BITS
 from emotion.quantize.lowbit import check_group_size, choose_scales, write_lowbit_onnx
 from emotion.quantize.outliers import find_outliers, weight_without_outliers
 from emotion.task.dataset import Task, get_split, stratified_sample
@@ -29,13 +30,19 @@ class SchemeArguments:
     """How a model is quantized: the flags of run_ptq.py and run_qat.py alike."""
 
     # The weights
-    bits: int = field(default=8, metadata={"help": "Bits of a weight: 8, 4, 3 or 2. Activations always have 8."})
+    bits: int = field(
+        default=8, metadata={"help": "Bits of a weight: 8, 4, 3 or 2. Activations always have 8.", "choices": BITS}
+    )
     group_size: int = field(
-        default=32, metadata={"help": "Below 8 bits: how many weights of a row share a multiplier."}
+        default=32,
+        metadata={"help": "Below 8 bits: how many weights of a row share a multiplier.", "choices": Range(8)},
     )
     formats: list[str] | None = field(
         default=None,
-        metadata={"help": f"Formats to make, of {', '.join(FORMATS)}; all that can hold the bits if not given."},
+        metadata={
+            "help": f"Formats to make, of {', '.join(FORMATS)}; all that can hold the bits if not given.",
+            "choices": FORMATS,
+        },
     )
     keep_float: list[str] = field(
         default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
@@ -43,7 +50,10 @@ class SchemeArguments:
     # Each runtime's own choices: how activations are rounded, and what keeps the sums right
     onnx_calibration: str = field(
         default="none",
-        metadata={"help": "ONNX activation ranges: 'none' (dynamic), or static by 'minmax' or 'entropy'."},
+        metadata={
+            "help": "ONNX activation ranges: 'none' (dynamic), or static by 'minmax' or 'entropy'.",
+            "choices": ("none", "minmax", "entropy"),
+        },
     )
     split_outliers: bool = field(
         default=False,
@@ -58,7 +68,11 @@ class SchemeArguments:
         metadata={"help": "OpenVINO: move outliers of activations into the weights (SmoothQuant, ICML 2023)."},
     )
     calibration_rows: int = field(
-        default=300, metadata={"help": "Rows of train, drawn class by class, that calibrate static activation ranges."}
+        default=300,
+        metadata={
+            "help": "Rows of train, drawn class by class, that calibrate static activation ranges.",
+            "choices": COUNT,
+        },
     )
 
 
@@ -73,16 +87,12 @@ def check_scheme(arguments: SchemeArguments, output_dir: str) -> None:
     Nothing is loaded for that, so a command fails at once and not after minutes.
     """
     baseline, formats = Path(arguments.baseline), arguments.formats
-    if arguments.bits not in {8, *LEVELS}:
-        raise UserError(f"--bits {arguments.bits}: it takes 8, 4, 3 or 2")
-    # None stands for all that can hold the bits. An empty list would make an artifact without weights.
-    if formats is not None and (not formats or not set(formats) <= set(FORMATS)):
-        raise UserError(f"--formats {' '.join(formats)}: it takes some of {', '.join(FORMATS)}")
+    # None stands for all that can hold the bits. An empty list, in a recipe, would make an artifact without weights.
+    if formats == []:
+        raise UserError(f"--formats: it takes some of {', '.join(FORMATS)}")
     for format in formats or ():
         if format not in formats_of(arguments.bits):
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
-    if arguments.onnx_calibration not in {"none", "minmax", "entropy"}:
-        raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: it takes none, minmax or entropy")
     # The packed file has dynamic activation ranges alone.
     if arguments.bits < 8 and arguments.onnx_calibration != "none":
         raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: with {arguments.bits} bits it takes none")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.ranges import COUNT, DROPOUT, Range
 from emotion.task.source import DEFAULT_MODEL, hub_is_reachable
 
 import numpy as np
@@ -19,6 +20,7 @@ DEFAULT_DATASET = "dair-ai/emotion"
 # Where the default dataset is looked for without the Hub, in this order: the same rows beside the repository, then the
 # small sample that every clone has.
 LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sample", ROOT / "sample"))
+LEAST_LENGTH = 3  # of a text in word pieces: one between the marks at both ends
 
 
 @dataclass
@@ -29,10 +31,18 @@ class RowsArguments:
         default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
     )
     max_train_rows: int | None = field(
-        default=None, metadata={"help": "Train on this many rows at most, drawn at random; for trying things out."}
+        default=None,
+        metadata={
+            "help": "Train on this many rows at most, drawn at random; for trying things out.",
+            "choices": COUNT,
+        },
     )
     max_length: int = field(
-        default=128, metadata={"help": "Longest text in word pieces; longer texts are cut, counted and reported."}
+        default=128,
+        metadata={
+            "help": "Longest text in word pieces; longer texts are cut, counted and reported.",
+            "choices": Range(LEAST_LENGTH),
+        },
     )
 
 
@@ -51,7 +61,8 @@ class TaskArguments(RowsArguments):
         default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
     )
     attention_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the attention weights; the base model's own if not given."}
+        default=None,
+        metadata={"help": "Dropout of the attention weights; the base model's own if not given.", "choices": DROPOUT},
     )
 
 

@@ -9,6 +9,9 @@ from emotion.task.source import BaseModel
 
 import numpy as np
 
+# How many letters of a text are read for each token that the model takes. The first number is three times what English
+# has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
+LETTERS = (16, 128, 1024)
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
 
 
@@ -37,7 +40,8 @@ class TextEncoder:
             # tokenizer.json may bring a padding and a length of its own, those of its last use. Texts are padded per
             # batch, by `pad`, and cut where the training cut them.
             self._tokenizer.no_padding()
-            self._tokenizer.enable_truncation(max_length=int(settings["model_max_length"]))
+            self._max_length = int(settings["model_max_length"])
+            self._tokenizer.enable_truncation(max_length=self._max_length)
         except Exception as error:  # `tokenizers` has no class of its own for what it cannot read
             raise UserError(f"{folder}: its tokenizer cannot be used: {type(error).__name__} {error}") from error
         # A word, or a mapping that holds the word as `content`: Transformers has written both.
@@ -47,8 +51,10 @@ class TextEncoder:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
-        encodings = self._tokenizer.encode_batch_fast(texts)  # fast: without the place of each token in the text
-        self.texts_cut += count_cut(encodings)
+        beginnings = [shorten(text, self._tokenizer, self._max_length) for text in texts]
+        # Fast: without the place of each token in the text.
+        encodings = self._tokenizer.encode_batch_fast(beginnings)
+        self.texts_cut += count_cut(encodings, texts, beginnings)
         return [encoding.ids for encoding in encodings]
 
     def pieces(self, token_ids: list[int]) -> list[str]:
@@ -71,9 +77,33 @@ class TextEncoder:
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
 
 
-def count_cut(encodings: list) -> int:
-    """How many texts were cut; ``encodings`` are those of `tokenizers`, which keep the rest of a text beside it."""
-    return sum(bool(encoding.overflowing) for encoding in encodings)
+def shorten(text: str, tokenizer, max_length: int) -> str:
+    """The beginning of a text that gives the same first tokens as the whole: a long one would take minutes.
+
+    Args:
+        tokenizer: of the library `tokenizers`.
+        max_length: how many tokens are kept, special ones included.
+    """
+    # Longer and longer beginnings, until the tokens that are kept end before the last word: the cut falls into that
+    # word or behind it, and no tokenizer of words looks further ahead. Most texts are shorter than the first of them.
+    for letters in LETTERS:
+        length = letters * max_length
+        if len(text) <= length:
+            return text
+        encoding = tokenizer.encode(text[:length])
+        words = [encoding.word_ids, *(rest.word_ids for rest in encoding.overflowing)]
+        words = [word for part in words for word in part if word is not None]
+        if len(words) > max_length and words[max_length] < words[-1]:
+            break
+    return text[:length]
+
+
+def count_cut(encodings: list, texts: list[str], beginnings: list[str]) -> int:
+    """How many texts were cut, as tokens or by `shorten`; `tokenizers` keeps the rest of the tokens beside them."""
+    cut = 0
+    for encoding, text, beginning in zip(encodings, texts, beginnings, strict=True):
+        cut += bool(encoding.overflowing) or len(beginning) < len(text)
+    return cut
 
 
 def load_tokenizer(path: str, max_length: int):
@@ -114,8 +144,10 @@ def tokenize(rows, tokenizer, split: str):
 
     def encode(batch):
         nonlocal cut
-        encoded = tokenizer(batch["text"], truncation=True)  # not padded: the collator does that batch by batch
-        cut += count_cut(encoded.encodings)
+        texts, backend = batch["text"], tokenizer.backend_tokenizer
+        beginnings = [shorten(text, backend, tokenizer.model_max_length) for text in texts]
+        encoded = tokenizer(beginnings, truncation=True)  # not padded: the collator does that batch by batch
+        cut += count_cut(encoded.encodings, texts, beginnings)
         return encoded
 
     # In memory, not through the library's cache: a result from there would skip `encode`, and no cut text would be
