@@ -73,7 +73,8 @@ def _explain(error: BaseException) -> str | None:
     # The libraries have exceptions of their own for a full disk; only their text tells.
     if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
         return f"cannot write the weights: {error}; free some space or choose another folder"
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save
+    # torch.save, in which the second one is what a disk gives that fills up while a file is open
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)):
         return "cannot write a checkpoint: the disk is full or a limit was reached; free some space"
     if isinstance(error, RuntimeError) and "iostream error" in str(error):  # OpenVINO
         return "cannot write the weights: the disk is full or a limit was reached; free some space"

@@ -91,6 +91,8 @@ def load_task(name: str, config_name: str | None = None) -> Task:
     """
     dataset, source = _find_dataset(name, config_name)
     # All splits, even those that this command will not read: better now than after an hour of training.
+    if not dataset:
+        raise UserError(f"--dataset_name {name}: it has no splits; it needs train, validation and test")
     labels = None
     for split, rows in dataset.items():
         names = _check_columns(rows, name)
@@ -149,28 +151,31 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
 
 def _load(load, name: str):
     """Calls ``load``; turns the error of a broken file into a `UserError`, and lets that of a missing one pass."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError
 
     try:
         return load()
     except (DatasetNotFoundError, ConnectionError):
         raise
     # Let through above, though a ConnectionError is an OSError too: the caller may have another place to look.
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        # The library's own message says only that something went wrong; the cause names the file and the line.
+    except Exception as error:
+        # Any kind: nothing but the library runs here, on files of any content, and it lets the errors of its readers
+        # through. Its own message says only that something went wrong; the cause names the file and the line.
         reason = error.__cause__ or error
-        raise UserError(f"--dataset_name {name}: cannot be read: {reason}") from error
+        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {reason}") from error
 
 
 def _check_columns(rows, name: str) -> list[str]:
-    """Raises `UserError` unless there are texts and named labels; returns the names of the labels."""
-    from datasets import ClassLabel
+    """Raises `UserError` unless there are texts, and two named labels or more; returns the names of the labels."""
+    from datasets import ClassLabel, Value
 
     for column in ("text", "label"):
         if column not in rows.column_names:
             raise UserError(
                 f"{name}: no column '{column}' (it has {', '.join(rows.column_names)}); rename yours to it"
             )
+    if not isinstance(rows.features["text"], Value):  # a list, an image, ...: reading its rows may need a library
+        raise UserError(f"{name}: column 'text' is no text but {type(rows.features['text']).__name__}")
     # Bare numbers do not say which class is which, and the model's config.json would not either.
     feature = rows.features["label"]
     if not isinstance(feature, ClassLabel):
@@ -178,6 +183,8 @@ def _check_columns(rows, name: str) -> list[str]:
             f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel with names; "
             "convert it once with dataset.class_encode_column('label') and save it"
         )
+    if len(feature.names) < 2:
+        raise UserError(f"{name}: column 'label' has {len(feature.names)} classes; telling texts apart needs two")
     return feature.names
 
 
@@ -211,9 +218,15 @@ def _load_folder(folder: str, config_name: str | None):
 
 def _check_rows(rows, split: str, classes: int) -> None:
     """Raises `UserError` naming the first row without a text, or with a label that is no class."""
-    for row, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True)):
+    if not len(rows):
+        raise UserError(f"{split} has no rows; fill it or leave it out")
+    try:
+        pairs = list(zip(rows["text"], rows["label"], strict=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{split}: a text is not UTF-8 ({error}); convert the file") from error
+    for row, (text, label) in enumerate(pairs):
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{split} row {row}: text is {text!r}; each row needs a text that is not empty")
+            raise UserError(f"{split} row {row}: text is {text!r:.80}; each row needs a text that is not empty")
         # -1 is the mark that `datasets` gives a row without a label, in a hidden test split for instance.
         if label is None or not 0 <= label < classes:
             raise UserError(f"{split} row {row}: label {label} is outside 0..{classes - 1}")
@@ -241,6 +254,8 @@ def select_train_rows(rows, arguments: RowsArguments, seed: int):
         conflicting = conflicting_texts(rows)
         kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
         print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
+        if not kept:
+            raise UserError("train: no rows are left; mend their labels, or set --drop_conflicting_rows false")
         rows = rows.select(kept)
     # Drawn after the others have left, so that as many remain as were asked for.
     if arguments.max_train_rows is not None and arguments.max_train_rows < len(rows):
