@@ -1,0 +1,406 @@
+"""Whatever a user hands over ends in an answer or in one line that says what to do, before anything is loaded."""
+
+import ast
+import importlib
+import io
+import os
+import random
+import subprocess
+import sys
+import threading
+import tracemalloc
+from dataclasses import is_dataclass
+
+import predict
+import run_baseline
+import run_ptq
+import run_qat
+import run_qlora
+from conftest import ROOT, run_script
+from emotion.common import command
+from emotion.common.errors import UserError
+from emotion.common.flags import _parser, parse_recipe
+from emotion.common.machine import THREADS, choose_threads
+from emotion.model.training import RecipeTrainingArguments
+from emotion.task import tokens
+from emotion.task.dataset import Task, load_task
+from emotion.task.source import EMBEDDED_MODEL, find_base_model
+from emotion.task.tokens import TextEncoder
+from mutations_inputs import DATASETS, LETTERS, draw_flag, draw_recipe, draw_text
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TRAININGS = {
+    run_baseline: (run_baseline.BaselineArguments, RecipeTrainingArguments),
+    run_qat: (run_qat.QatArguments, RecipeTrainingArguments),
+    run_qlora: (run_qlora.QloraArguments, RecipeTrainingArguments),
+}
+COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "predict")
+
+
+class Loaded(Exception):
+    """The command went on to load its data."""
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def refuse(*words):
+        raise Loaded
+
+    for module, name in ((run_baseline, "load_task"), (run_qlora, "load_task")):
+        monkeypatch.setattr(module, name, refuse)
+    for module in (run_ptq, run_qat):
+        monkeypatch.setattr(module, "load_task_of", refuse)
+
+
+def end_of(main, capsys) -> tuple[int, str]:
+    """The status with which a command's process would end, and its standard error."""
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "flag", "value", "message"),
+    [
+        (run_baseline, "seed", "-1", "--seed -1: it takes 0 to 4294967295"),
+        (run_baseline, "seed", "9" * 5000, "--seed"),
+        (run_baseline, "learning_rate", "-1", "--learning_rate -1.0: it takes above 0"),
+        (run_baseline, "learning_rate", "nan", "--learning_rate nan: it takes above 0"),
+        (run_baseline, "num_train_epochs", "0", "--num_train_epochs 0.0: it takes above 0"),
+        (run_baseline, "num_train_epochs", "inf", "--num_train_epochs inf: it takes above 0"),
+        (run_baseline, "weight_decay", "-1", "--weight_decay -1.0: it takes 0 to 1"),
+        (run_baseline, "warmup_steps", "-0.1", "--warmup_steps -0.1: it takes 0 or more"),
+        (run_baseline, "per_device_train_batch_size", "0", "--per_device_train_batch_size 0: it takes 1 or more"),
+        (run_baseline, "per_device_eval_batch_size", "1" + "0" * 30, "it takes at most 1000000000"),
+        (run_baseline, "max_grad_norm", "-1", "--max_grad_norm -1.0: it takes 0 or more"),
+        (run_baseline, "max_length", "0", "--max_length 0: it takes 3 or more"),
+        (run_baseline, "max_train_rows", "0", "--max_train_rows 0: it takes 1 or more"),
+        (run_baseline, "attention_dropout", "-1", "--attention_dropout -1.0: it takes 0 and below 1"),
+        (run_baseline, "layer_decay", "0", "--layer_decay 0.0: it takes above 0 to 1"),
+        (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model f1: it takes macro_f1, accuracy"),
+        (run_baseline, "report_to", "nobody", "--report_to nobody: it takes none"),
+        (run_baseline, "resume_from_checkpoint", "weights/checkpoints/x", "it takes last"),
+        (run_baseline, "accelerator_config", "nowhere.json", "FileNotFoundError"),
+        (run_baseline, "deepspeed", "nowhere.json", ""),
+        (run_baseline, "output_dir", "caf\udce9", "is not UTF-8"),
+        (run_baseline, "output_dir", "a\0b", "holds a character of value 0"),
+        (run_qlora, "lora_rank", "0", "--lora_rank 0: it takes 1 to 1024"),
+        (run_qlora, "lora_dropout", "1", "--lora_dropout 1.0: it takes 0 and below 1"),
+        (run_qlora, "init_lora_weights", "zero", "it takes default, gaussian or loftq"),
+        (run_qlora, "formats", "gguf", "--formats gguf: it takes adapter, nf4 or onnx"),
+        (run_qat, "quantize_after", "-1", "--quantize_after -1: it takes 0 or more"),
+        (run_qat, "baseline", "nowhere", "no folder nowhere"),
+        (run_ptq, "bits", "7", "--bits 7: it takes 8, 4, 3 or 2"),
+        (run_ptq, "max_loss", "-1", "--max_loss -1.0: it takes 0 or more"),
+        (run_ptq, "calibration_rows", "0", "--calibration_rows 0: it takes 1 or more"),
+        (run_ptq, "baseline", "nowhere", "no folder nowhere"),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused_before_anything_is_loaded(
+    module, flag, value, message, nothing_is_loaded, encoder, capsys
+):
+    model = [] if module in (run_ptq, run_qat) else ["--model_name_or_path", str(encoder)]
+    words = [*model, "--output_dir", "out", f"--{flag}={value}"]
+    status, error = end_of(lambda: module.main(words), capsys)
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert len(error) < 2100  # also of a value of 5,000 letters
+
+
+def classes_of(name: str) -> list:
+    """The dataclasses whose fields are the flags of a command."""
+    module = importlib.import_module(name)
+    tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8"))
+    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = [vars(module)[one] for one in defined if is_dataclass(vars(module)[one]) and one.endswith("Arguments")]
+    return [*found, RecipeTrainingArguments] if module in TRAININGS else found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
+    classes = classes_of(name)
+    assert classes
+    parser = _parser(classes)
+    shown = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        if action.type in (int, float) and action.dest != "local_rank":  # the launcher's, not the user's
+            assert action.choices, f"{name}: --{action.dest} takes any number"
+            assert f"--{action.dest} {{{','.join(map(str, action.choices))}}}" in shown
+            assert float("nan") not in action.choices and float("inf") not in action.choices
+
+
+def test_random_flags_end_in_one_line_or_are_taken(nothing_is_loaded, encoder, capsys):
+    rng = random.Random(0)
+    names = [action.dest for action in _parser(TRAININGS[run_qlora])._actions if action.dest != "help"]
+    ends = []
+    for _ in range(60):
+        about, words = draw_flag(rng, names)
+        given = ["--model_name_or_path", str(encoder), "--output_dir", "out", *words]
+        try:
+            run_qlora.main(given)
+        except (UserError, Loaded) as end:
+            ends.append(type(end))
+        except OSError as error:  # of a name of 5,000 letters; the boundary names the file
+            assert error.filename and error.strerror, about
+    assert ends.count(UserError) > 20 and ends.count(Loaded) > 3
+
+
+def test_random_recipes_end_in_one_line_or_are_taken(encoder, tmp_path):
+    rng = random.Random(0)
+    names = ["learning_rate", "seed", "output_dir", "eval_strategy", "bf16", "target_modules", "lr_scheduler_kwargs"]
+    refused = 0
+    for _ in range(150):
+        about, content = draw_recipe(rng, names)
+        (tmp_path / "recipe.yaml").write_bytes(content)
+        try:
+            flags = ["--model_name_or_path", str(encoder), "--output_dir", "out"]
+            parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", flags, lambda _: None)
+        except UserError as error:
+            refused += 1
+            assert "recipe.yaml" in str(error) or "--" in str(error), about
+    assert refused > 90
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: -1", "--seed -1: it takes 0 to"),
+        (b"learning_rate: .nan", "--learning_rate nan: it takes above 0"),
+        (b"learning_rate: [1, 2]", "--learning_rate takes a word or a number, and this is a list"),
+        (b"learning_rate: null", "--learning_rate takes a word or a number, and this is nothing"),
+        (b"target_modules: [[1]]", "--target_modules takes a word or a number, and this is a list"),
+        (b"output_dir: 2026-11-26", "this is a date; quotes make a word of it"),
+        (b"output_dir: no", "this is a bool; quotes make a word of it"),
+        (b"seed: 1\nseed: 2", "line 1: 'seed' is there 2 times"),
+        (b"1: 2", "unknown key '1'"),
+        (b"help: x", "unknown key 'help'"),
+        (b"seed: caf\xe9", "is not valid YAML"),
+        (b"a: &a [*a]", "takes no aliases and no tags"),
+        (b"seed: !!python/object/apply:os.getpid []", "takes no aliases and no tags"),
+        (b"seed: " + b"[" * 50_000, "is not valid YAML"),
+        (b"#" * 100_001, "100,001 bytes and is no recipe"),
+        (b"per_model: {a: {per_model: {b: {seed: 1}}}}", "per_model stands inside per_model"),
+        (b"per_model: {5: {seed: 1}}", "per_model holds 5, which is no name of a model"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(content, message, encoder, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", ["--output_dir", "out"], lambda _: None)
+    assert message in str(error.value)
+
+
+def test_a_recipe_may_write_out_a_mapping(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "lr_scheduler_kwargs: {num_cycles: 2}\noutput_dir: out\ntarget_modules: query"
+    )
+    arguments, training, _ = parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", [])
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.target_modules == ["query"]
+
+
+# What no reader of rows can refuse, since the rows are as they must be
+GOOD = {
+    "good",
+    "text of a megabyte",
+    "text of one long word",
+    "text of zero characters",
+    "one row each",
+    "100 classes",
+}
+GOOD |= {"no train", "no validation", "no test", "classes without letters", "classes of two lines"}
+EITHER = {
+    "Parquet with flipped bits",
+    "program",
+    "card of other columns",
+    "saved to disk",
+}  # by chance, or the library's own choice
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_a_dataset_of_any_content_opens_or_is_refused(kind, tmp_path):
+    (tmp_path / "data").mkdir()
+    DATASETS[kind](random.Random(kind), tmp_path / "data")
+    try:
+        task = load_task(str(tmp_path / "data"))
+    except UserError as error:
+        assert str(error) and kind not in GOOD
+    else:
+        assert isinstance(task, Task) and (kind in GOOD or kind in EITHER)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(tmp_path_factory):
+    """A tokenizer of RoBERTa's kind, whose words hold the space before them."""
+    folder = tmp_path_factory.mktemp("bytes")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<pad>"])
+    tokenizer.train_from_iterator(["i feel so happy today and the sky is red"] * 9, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "model_max_length": 64}')
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "words", "bytes"])
+def test_a_text_that_is_cut_before_the_tokenizer_has_the_same_tokens(kind, encoder, bytes_tokenizer, monkeypatch):
+    folders = {"wordpiece": find_base_model(EMBEDDED_MODEL).path, "words": encoder, "bytes": bytes_tokenizer}
+    cutting, whole = TextEncoder(folders[kind]), TextEncoder(folders[kind])
+    rng, shortened = random.Random(0), 0
+    for _ in range(60):
+        about, text = draw_text(rng)
+        expected = whole._tokenizer.encode(text)
+        found = cutting([text])[0]
+        read = tokens.shorten(text, cutting._tokenizer, cutting._max_length)
+        shortened += len(read) < len(text)
+        last = tokens.LETTERS[-1] * cutting._max_length
+        if len(read) < last:  # beyond that bound a text is cut even if its tokens are few
+            assert found == expected.ids, about
+    assert shortened > 10 and cutting.texts_cut >= shortened
+
+
+def test_of_an_endless_text_a_bounded_part_is_tokenised(encoder):
+    read = []
+
+    class Watched(TextEncoder):
+        def __init__(self, folder):
+            super().__init__(folder)
+            tokenizer, self._tokenizer = self._tokenizer, self
+            self.encode, self.encode_batch_fast = self.watch(tokenizer.encode), self.watch(tokenizer.encode_batch_fast)
+
+        def watch(self, function):
+            return lambda texts: (read.append(len(texts if isinstance(texts, str) else texts[0])), function(texts))[1]
+
+    watched = Watched(encoder)
+    for text in ("s" * 20_000_000, "sky " * 5_000_000, " " * 20_000_000 + "sky"):
+        watched([text])
+    assert watched.texts_cut == 3
+    assert max(read) <= tokens.LETTERS[-1] * watched._max_length
+    assert read[-3:] != [20_000_000] * 3
+
+
+def test_a_line_without_an_end_takes_bounded_memory(capsys):
+    """64 MB without a line end, then short lines, of which none is lost."""
+    reading, writing = os.pipe()
+
+    def write():
+        with os.fdopen(writing, "wb") as stream:
+            stream.write(b"first\n")
+            for _ in range(64):
+                stream.write(b"x" * 1_000_000)
+            stream.write(b"\nlast\nno end")
+
+    threading.Thread(target=write, daemon=True).start()
+    tracemalloc.start()
+    lines = [line for batch in predict.read_lines(reading) for line in batch]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    os.close(reading)
+    assert [lines[0], *lines[2:]] == ["first", "last", "no end"]
+    assert lines[1] == "x" * predict.LINE and peak < 12 * predict.LINE
+    assert "line 2 is longer than 1,048,576 bytes" in capsys.readouterr().err
+
+
+def test_lines_are_the_same_however_they_are_read(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    text = "".join(rng.choices([*LETTERS, "\n"], k=3000)).encode(errors="replace") + rng.randbytes(300)
+    (tmp_path / "text").write_bytes(text)
+    expected = text.split(b"\n")[: None if not text.endswith(b"\n") else -1]
+    for chunk in (1, 7, 1 << 14):
+        monkeypatch.setattr(predict, "CHUNK", chunk)
+        descriptor = os.open(tmp_path / "text", os.O_RDONLY)
+        lines = [line for batch in predict.read_lines(descriptor) for line in batch]
+        os.close(descriptor)
+        assert lines == [line.decode(errors="replace") for line in expected]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000])
+def test_threads_are_bounded(threads, capsys):
+    with pytest.raises(UserError, match="it takes 1 to"):
+        choose_threads(threads)
+    status, error = end_of(lambda: predict.main(["--threads", str(threads), "red"]), capsys)
+    assert status == 1 and f"--threads {threads}: it takes" in error and THREADS.most < 100_000
+
+
+def test_words_and_output_of_other_encodings(artifact):
+    """One process for each: what Python makes of its words and streams is decided as it starts."""
+    words = [sys.executable, ROOT / "scripts" / "predict.py", "--model", artifact]
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run([*words, b"the red caf\xe9", "snow \u2603"], capture_output=True, env=latin, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.endswith(b"the red caf\\ufffd") and second.endswith(b"snow \\u2603")
+    done = subprocess.run([*words, "--json", "\U0001f600 \xe9"], capture_output=True, env=latin, check=True)
+    assert b'"\\ud83d\\ude00 \\u00e9"' in done.stdout  # JSON, not Python's own escapes
+
+
+@pytest.mark.parametrize(
+    ("closed", "status", "error"),
+    [
+        ("<&-", 1, "error: standard input is closed; give sentences or --file\n"),
+        ("red >&-", 0, ""),
+        ("red 2>&-", 0, ""),
+    ],
+)
+def test_a_closed_stream_is_no_traceback(closed, status, error, artifact):
+    command = f"{sys.executable} {ROOT}/scripts/predict.py --model {artifact} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (status, error)
+
+
+def test_a_wrong_flag_is_one_line_of_a_process():
+    done = run_script("predict.py", "--top_k", "many", "red")
+    assert done.returncode == 1 and done.stderr == "error: --top_k: invalid int value: 'many'\n"
+
+
+def raise_(error):
+    raise error
+
+
+def write_past_the_end():
+    """As torch.save on a disk that fills up."""
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 14144 vs 14102")
+
+
+@pytest.mark.parametrize(
+    ("main", "message"),
+    [
+        (lambda: (_ for _ in ()).throw(UserError("two\nlines")), "two lines"),
+        (lambda: (_ for _ in ()).throw(UserError("x" * 10**6)), "xxx ... xxx"),
+        (lambda: open("nowhere/file"), "nowhere/file: No such file or directory"),  # noqa: PTH123, SIM115
+        (lambda: open("/"), "/: Is a directory"),  # noqa: PTH123, SIM115
+        (lambda: open("x" * 5000), "File name too long"),  # noqa: PTH123, SIM115
+        (lambda: importlib.import_module("nobody_has_this"), "pip install -r requirements.txt installs it"),
+        (lambda: transformers.get_scheduler("cosine_with_min_lr", None, 1, None), "EMOTION_TRACEBACK=1 shows where"),
+        (lambda: raise_(MemoryError()), "take smaller batches"),
+        (write_past_the_end, "the disk is full"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(main, message, capsys):
+    status, error = end_of(main, capsys)
+    assert status == 1 and message in error and error.count("\n") == 1 and len(error) < 2100
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda: {}["key"],
+        lambda: int("x"),
+        lambda: [][1],
+        lambda: None.name,
+        lambda: importlib.import_module("emotion.x"),
+    ],
+)
+def test_a_mistake_of_the_program_keeps_its_traceback(main, capsys):
+    status, error = end_of(main, capsys)
+    assert status == 1 and "Traceback" in error
+
+
+def test_the_boundary_prints_into_any_stream(monkeypatch):
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        command.run(lambda: print("\u2603 caf\udce9"))
+        stream.flush()
+        assert stream.buffer.getvalue().endswith(b"caf\\udce9\n")
