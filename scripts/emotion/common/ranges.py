@@ -35,7 +35,7 @@ class Range:
         start = f"above {self.least}" if self.above else str(self.least)
         if self.most in (ENDLESS, math.inf):
             return start if self.above else f"{start} or more"
-        return f"{start} {'and below' if self.below else 'to'} {self.most}"
+        return f"{start} {'to below' if self.below else 'to'} {self.most}"
 
 
 COUNT = Range(1)
