@@ -212,7 +212,7 @@ def _check_word(word: str) -> None:
     try:
         word.encode()  # Python keeps bytes that are not UTF-8 as halves of characters
     except UnicodeEncodeError as error:
-        raise UserError(f"{word.encode(errors='backslashreplace').decode():.80} is not UTF-8; rename it") from error
+        raise UserError(f"{word.encode(errors='backslashreplace').decode():.80} is not UTF-8; write it so") from error
     if "\0" in word:
         raise UserError(f"{word!r:.80} holds a character of value 0; leave it out")
     if word.endswith("=--"):  # argparse would make an empty list of it
