@@ -155,7 +155,7 @@ def _load(load, name: str):
 
     try:
         return load()
-    except (DatasetNotFoundError, ConnectionError):
+    except (UserError, DatasetNotFoundError, ConnectionError):
         raise
     # Let through above, though a ConnectionError is an OSError too: the caller may have another place to look.
     except Exception as error:
