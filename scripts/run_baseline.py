@@ -15,15 +15,18 @@ from emotion.common.command import run
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.ranges import Range
+from emotion.common.recipe import Recipe
 from emotion.model.artifact import describe_made, describe_origin, new_artifact
+from emotion.model.checkpoints import find_checkpoint
 from emotion.model.pretrained import build_classifier
 from emotion.model.training import (
+    FiniteTrainer,
     RecipeTrainingArguments,
     compute_metrics,
-    find_checkpoint,
     finish,
     patched,
     summarize_training,
+    training_place,
 )
 from emotion.quantize.layers import find_stack
 from emotion.quantize.onnx_graph import export_onnx
@@ -32,7 +35,7 @@ from emotion.task.source import find_base_model, name_base_model
 from emotion.task.tokens import load_training_rows
 
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, set_seed
 
 RECIPE = ROOT / "configs" / "baseline.yaml"
 
@@ -54,6 +57,12 @@ def main(argv=None) -> None:
     # 1. Parse
     classes = (BaselineArguments, RecipeTrainingArguments)
     arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_base_model)
+    with training_place(training, arguments, recipe):
+        train(arguments, training, recipe)
+
+
+def train(arguments: BaselineArguments, training: RecipeTrainingArguments, recipe: Recipe) -> None:
+    """The other moves, while no other process may write to the same place."""
     set_seed(training.seed)
 
     # 2. Load the task
@@ -75,7 +84,7 @@ def main(argv=None) -> None:
         processing_class=tokenizer,  # pads each batch to its longest text
         compute_metrics=compute_metrics,
     )
-    checkpoint = find_checkpoint(trainer, recipe)
+    checkpoint = find_checkpoint(trainer, recipe, rows)
     with patched(trainer) as clock:
         trainer.train(resume_from_checkpoint=checkpoint)
     summary = summarize_training(trainer, clock, resumed=checkpoint is not None)
@@ -88,7 +97,7 @@ def main(argv=None) -> None:
         finish(training, summary)
 
 
-class BaselineTrainer(Trainer):
+class BaselineTrainer(FiniteTrainer):
     """The `Trainer` with layer-wise learning rates.
 
     Each layer has ``layer_decay`` times the learning rate of the layer above it. The lower a layer, the more general

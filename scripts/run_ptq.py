@@ -16,10 +16,10 @@ from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.machine import choose_threads
 from emotion.common.ranges import SEED
-from emotion.common.recipe import read_recipe_of
+from emotion.common.recipe import Recipe, read_recipe_of
 from emotion.measure.remedies import WatchedArguments, save_watched
 from emotion.measure.sensitivity import validation_rows
-from emotion.model.artifact import new_artifact
+from emotion.model.artifact import new_artifact, own_place
 from emotion.model.hub import HubArguments, score_and_publish
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.scheme import (
@@ -50,7 +50,13 @@ class PtqArguments(WatchedArguments):
 def main(argv=None) -> None:
     # 1. Parse
     arguments, hub, recipe = parse_recipe((PtqArguments, HubArguments), RECIPE, argv, name_model_of_baseline)
-    check_scheme(arguments, arguments.output_dir)
+    check_scheme(arguments)
+    with own_place(Path(arguments.output_dir), arguments, recipe):
+        quantize(arguments, hub, recipe)
+
+
+def quantize(arguments: PtqArguments, hub: HubArguments, recipe: Recipe) -> None:
+    """The other moves, while no other process may write to the same place."""
     baseline, artifact = Path(arguments.baseline), Path(arguments.output_dir)
 
     # 2. Load the task: rows of train that calibrate, and those of validation that show what is lost

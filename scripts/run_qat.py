@@ -14,21 +14,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.ranges import Range
-from emotion.common.recipe import read_recipe_of
+from emotion.common.recipe import Recipe, read_recipe_of
 from emotion.model.artifact import describe_origin, new_artifact
+from emotion.model.checkpoints import find_checkpoint
 from emotion.model.pretrained import load_trained_classifier
 from emotion.model.training import (
+    FiniteTrainer,
     RecipeTrainingArguments,
     compute_metrics,
-    find_checkpoint,
     finish,
     freeze,
     patched,
     summarize_training,
+    training_place,
 )
 from emotion.quantize.conversion import save_converted, save_float
 from emotion.quantize.fake_quantizers import prepare, switch
@@ -46,8 +47,7 @@ from emotion.task.dataset import RowsArguments, Task, get_split, load_task_of
 from emotion.task.source import BaseModel
 from emotion.task.tokens import TextEncoder, load_training_rows
 
-import torch
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 RECIPE = ROOT / "configs" / "qat.yaml"
 
@@ -75,7 +75,13 @@ def main(argv=None) -> None:
     # 1. Parse
     classes = (QatArguments, RecipeTrainingArguments)
     arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_model_of_baseline)
-    check_scheme(arguments, training.artifact)
+    check_scheme(arguments)
+    with training_place(training, arguments, recipe):
+        train(arguments, training, recipe)
+
+
+def train(arguments: QatArguments, training: RecipeTrainingArguments, recipe: Recipe) -> None:
+    """The other moves, while no other process may write to the same place."""
     set_seed(training.seed)
 
     # 2. Load the task
@@ -100,7 +106,7 @@ def main(argv=None) -> None:
         processing_class=tokenizer,  # pads each batch to its longest text
         compute_metrics=compute_metrics,
     )
-    checkpoint = find_checkpoint(trainer, recipe)
+    checkpoint = find_checkpoint(trainer, recipe, rows)
     with patched(trainer) as clock:
         trainer.train(resume_from_checkpoint=checkpoint)
     summary = summarize_training(trainer, clock, resumed=checkpoint is not None) | {"frozen_parameters": frozen}
@@ -134,7 +140,7 @@ def load_origin(baseline: Path, dataset_name: str | None) -> tuple[BaseModel, Ta
     return BaseModel(name, str(baseline), source), task, made_by
 
 
-class QatTrainer(Trainer):
+class QatTrainer(FiniteTrainer):
     """The `Trainer` with fake quantizers that start after some steps, and are on when the model is scored."""
 
     def __init__(self, quantize_after: int, **kwargs):
@@ -142,18 +148,11 @@ class QatTrainer(Trainer):
         self.quantize_after = quantize_after
 
     def training_step(self, model, inputs, *words, **options):
-        """One step, in floats for the first `quantize_after`; raises `UserError` if the loss is no longer finite."""
+        """One step, in floats for the first `quantize_after`."""
         # Rounding may start late, when the training no longer changes much (Jacob et al., "Quantization and Training
         # of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
         switch(model, enabled=self.state.global_step >= self.quantize_after)
-        loss = super().training_step(model, inputs, *words, **options)
-        # A loss of NaN would train on to the end, and every later checkpoint would be worthless.
-        if not torch.isfinite(loss):
-            checkpoints = Path(self.args.output_dir).glob("checkpoint-*")
-            last = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
-            good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise UserError(f"the loss is {loss} in step {self.state.global_step + 1}; {good}; lower --learning_rate")
-        return loss
+        return super().training_step(model, inputs, *words, **options)
 
     def evaluation_loop(self, *words, **options):
         """Scores the model with its fake quantizers on, so that the best checkpoint is that of the rounded model."""

@@ -20,17 +20,20 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
+from emotion.common.recipe import Recipe
 from emotion.measure.remedies import WatchedArguments, save_watched
 from emotion.measure.sensitivity import Rows, logits_of, validation_rows
 from emotion.model.artifact import describe_made, describe_origin, find_formats, new_artifact, quantized_by
+from emotion.model.checkpoints import find_checkpoint
 from emotion.model.pretrained import load_trained_classifier
 from emotion.model.training import (
+    FiniteTrainer,
     RecipeTrainingArguments,
     compute_metrics,
-    find_checkpoint,
     finish,
     patched,
     summarize_training,
+    training_place,
 )
 from emotion.quantize.adapter import QloraArguments, build_qlora, merge
 from emotion.quantize.layers import CalibrationRows
@@ -43,7 +46,7 @@ from emotion.task.source import BaseModel, find_base_model, name_base_model
 from emotion.task.tokens import TextEncoder, load_training_rows
 
 import torch
-from transformers import Trainer, set_seed
+from transformers import set_seed
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
 CALIBRATION_ROWS = 300  # rows of train, on which rounding the merged model should change its answers least
@@ -53,6 +56,12 @@ def main(argv=None) -> None:
     # 1. Parse
     classes = (QloraArguments, RecipeTrainingArguments)
     arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_base_model)
+    with training_place(training, arguments, recipe):
+        train(arguments, training, recipe)
+
+
+def train(arguments: QloraArguments, training: RecipeTrainingArguments, recipe: Recipe) -> None:
+    """The other moves, while no other process may write to the same place."""
     set_seed(training.seed)
 
     # 2. Load the task
@@ -67,7 +76,7 @@ def main(argv=None) -> None:
     parameters = count_parameters(model)
 
     # 4. Train; afterwards the model has the weights of the best checkpoint on validation
-    trainer = Trainer(
+    trainer = FiniteTrainer(
         model=model,
         args=training,
         train_dataset=train_ids,
@@ -75,7 +84,7 @@ def main(argv=None) -> None:
         processing_class=tokenizer,  # pads each batch to its longest text
         compute_metrics=compute_metrics,
     )
-    checkpoint = find_checkpoint(trainer, recipe)
+    checkpoint = find_checkpoint(trainer, recipe, rows)
     with patched(trainer) as clock:
         trainer.train(resume_from_checkpoint=checkpoint)
     summary = summarize_training(trainer, clock, resumed=checkpoint is not None) | parameters

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import ROOT, whole_folder, write_json
+from emotion.common.files import ROOT, check_replaceable, whole_folder, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.ranges import SEED
-from emotion.common.recipe import RECIPE_FILE
 from emotion.measure.seeds import choose_seed, make_and_score, summarize
+from emotion.model.artifact import ARTIFACT
 
 
 @dataclass
@@ -48,13 +48,14 @@ def main(argv=None) -> None:
     """Makes, scores and summarizes; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
+    check_replaceable(weights / arguments.variant, ARTIFACT)  # now, not after hours of training
     # One seed is made and scored before the next begins: an interrupted run keeps all that was finished.
     runs = []
     for seed in arguments.seeds:
         runs.append(make_and_score(seed, arguments.variant, weights, results, arguments.model_name_or_path))
     chosen, chosen_by = choose_seed(arguments.variant, runs, results)
     # A copy: the artifacts of all seeds stay where they are, for the variants that start from them.
-    with whole_folder(weights / arguments.variant, marker=RECIPE_FILE) as folder:
+    with whole_folder(weights / arguments.variant, ARTIFACT) as folder:
         shutil.copytree(weights / "seeds" / f"{arguments.variant}-{chosen}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,

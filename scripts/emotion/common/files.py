@@ -1,20 +1,42 @@
 """Files and folders that are whole or not there: written under a temporary name, then renamed.
 
 A rename inside one folder happens at once or not at all, so that a killed program leaves the old file or the new one.
+
+While a place is written, one process holds the lock `.<name>.lock` beside it, and makes what is new in
+`.<name>.partial`. The system frees the lock of a process that has died; whoever holds it next clears what that one
+left. A folder that stands there is replaced only if this project has made it and all that it holds.
 """
 
 import contextlib
 import hashlib
 import json
 import math
-import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from emotion.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository: <root>/scripts/emotion/common/
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that this project makes, and how it is told from a user's own.
+
+    Attributes:
+        name: what messages call it, with its article.
+        is_ours: whether the content of a folder shows that this project has made it.
+        entries: fits the name of each file and folder that it may hold, from its root on.
+    """
+
+    name: str
+    is_ours: Callable[[Path], bool]
+    entries: re.Pattern
 
 
 def relative(path: Path) -> str:
@@ -33,7 +55,11 @@ def without_path(value):
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):  # a state of an optimizer would fill the memory that is measured
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,67 +86,182 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds, and is removed if not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, since a rename to another disk would be a copy; with the process's number, since two programs may
-    # write the same file at once.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # after the rename it is gone already
+    """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds, and is removed if not.
+
+    Two processes may write the same file: the second waits for the first. A link stays one: its target is written.
+
+    Raises:
+        UserError: if ``path`` is no file, or its folder cannot be written.
+    """
+    check_is_file(path)
+    with taken(path, wait=True) as place:
+        partial = _partial(place)  # beside it, since a rename to another disk would be a copy
+        try:
+            yield partial
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)  # after the rename it is gone already
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, marker: str):
-    """Yields an empty temporary folder beside ``folder``; it takes that place when the block succeeds.
+def whole_folder(folder: Path, kind: FolderKind | None = None):
+    """Yields an empty temporary folder; it takes the place ``folder`` when the block succeeds.
 
-    An older folder of that name stays untouched until then. It is replaced only if it holds ``marker``, the file that
-    this project leaves in its own folders.
+    What stands there stays untouched until then. If the place is a link, the folder that it leads to is replaced.
+
+    Args:
+        kind: the kind of folder that is replaced; None to take an empty place only.
 
     Raises:
-        UserError: if ``folder`` cannot be written, or holds something else.
+        UserError: as `check_replaceable` and `taken` do.
     """
-    folder = Path(folder)
-    check_replaceable(folder, marker)
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # a run was killed between the two renames below
-        old.rename(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
-    try:
-        yield partial
-        for path in partial.rglob("*"):  # safetensors writes files that only their owner can read
-            if path.is_file():
-                path.chmod(0o644)
-        # A folder that is not empty cannot be renamed over. The old one steps aside, so that it can be brought back.
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)  # a failure hurts nobody: the new folder is in its place
-    finally:
+    check_replaceable(folder, kind)
+    with taken(folder) as place:
+        partial = _partial(place)
+        new, old = partial / "new", partial / "old"
+        new.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
+        try:
+            yield new
+            for path in new.rglob("*"):  # safetensors writes files that only their owner can read
+                if path.is_file():
+                    path.chmod(0o644)
+            check_replaceable(folder, kind)  # again: the user may have put a file there meanwhile
+            # A folder that is not empty cannot be renamed over. The old one steps aside, to be brought back by `taken`
+            # if this process is killed between the two renames.
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a failure hurts nobody: the next run clears it
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder that this project has made; a process killed meanwhile leaves no half of it in its place."""
+    with taken(folder) as place:
+        partial = _partial(place)
+        partial.mkdir()
+        place.rename(partial / "discarded")
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(folder: Path, marker: str) -> None:
-    """Raises `UserError` if ``folder`` cannot be written, or holds something that this project did not make.
+@contextlib.contextmanager
+def taken(path: Path, wait: bool = False):
+    """Holds the place of a file or folder while the block runs; the process that holds it may do so again inside.
+
+    Args:
+        wait: whether to wait for a process that holds it.
+
+    Yields:
+        The place itself: where ``path`` leads to if it is a link.
+
+    Raises:
+        UserError: if another process holds it, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout  # imported here: a program that only answers writes nothing
+
+    place = _target(path)
+    # One lock object per place: a second one of the same process would wait for the first.
+    lock = FileLock(place.with_name(f".{place.name}.lock"), is_singleton=True)
+    inside = lock.is_locked  # this process holds it already
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+    except Timeout as error:
+        raise UserError(f"another process is writing {path}; wait until it ends, or name another place") from error
+    except OSError as error:
+        raise UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder") from error
+    try:
+        if not inside:
+            _clear(place)
+        yield place
+    finally:
+        # Removed while it is held: one who waits for a file that is gone looks for the new one.
+        if not inside:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def check_replaceable(folder: Path, kind: FolderKind | None, inputs: Iterable[Path] = ()) -> None:
+    """Raises `UserError` if a folder cannot be written without destroying what is the user's.
 
     Commands call this first, so that the error comes before the training and not after it.
+
+    Args:
+        kind: the kind of folder that may be replaced; None for an empty place only.
+        inputs: files and folders that the run reads. The folder must not be one, nor hold one, nor lie in one.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name a folder")
+    place = _target(folder)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{folder} is a {_what_is(place)}; name a folder")
+    if place.is_mount() or Path.cwd().is_relative_to(place):  # neither can be renamed, or not without harm
+        raise UserError(f"{folder} is a mount point, or holds the folder you are in; name a folder below it")
+    for one in inputs:
+        read = Path(one).resolve()
+        if read.is_relative_to(place) or (read.is_dir() and place.is_relative_to(read)):
+            raise UserError(f"{folder}: this run reads {one}, which must stay as it is; name another folder")
     # An empty folder is free to take: users make one first, and so do the programs that run this one.
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise UserError(f"{folder} holds something else (no {marker} in it); name another folder")
+    if place.is_dir() and any(place.iterdir()):
+        if not (kind and kind.is_ours(place)):
+            what = kind.name if kind else "an empty folder"
+            raise UserError(f"{folder} holds something else (it is not {what} of this project); name another folder")
+        if strangers := list(islice(_strangers(place, kind), 3)):  # three say enough
+            raise UserError(
+                f"{folder} holds {', '.join(strangers)}, which {kind.name} does not; move that away, or name another "
+                "folder"
+            )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()  # permissions alone do not tell: a disk can be full
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=place.parent).cleanup()  # permissions alone do not tell: a disk can be full
     except OSError as error:
-        raise UserError(f"cannot write in {folder.parent}: {error.strerror}; choose another folder") from error
+        raise UserError(f"cannot write in {Path(folder).parent}: {error.strerror}; choose another folder") from error
+
+
+def check_is_file(path: Path) -> None:
+    """Raises `UserError` if something that is no file stands where a file is to be written."""
+    place = _target(path)
+    if place.exists() and not place.is_file():
+        raise UserError(f"{path} is a {_what_is(place)}; name a file")
+
+
+def _strangers(folder: Path, kind: FolderKind) -> Iterator[str]:
+    """The entries of a folder that none of its kind has. A link is one, wherever it leads; a device is one."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        plain = not path.is_symlink() and (path.is_dir() or path.is_file())
+        if not plain or not kind.entries.fullmatch(name):
+            yield name
+
+
+def _what_is(path: Path) -> str:
+    if path.is_dir() or path.is_file():
+        return "folder" if path.is_dir() else "file"
+    if path.is_fifo() or path.is_socket():
+        return "pipe" if path.is_fifo() else "socket"
+    return "device"
+
+
+def _target(path: Path) -> Path:
+    """Where a path leads to, through all links: what is new goes beside that, on the same disk."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+        raise UserError(f"{path} is a link that leads in a circle; name another place") from error
+
+
+def _partial(place: Path) -> Path:
+    """Where what is new is made. One fixed name: only who holds the lock of the place may use it."""
+    return place.with_name(f".{place.name}.partial")
+
+
+def _clear(place: Path) -> None:
+    """Brings back what a killed process had put aside, and removes what it had begun."""
+    partial = _partial(place)
+    if (partial / "old").exists() and not place.exists():
+        (partial / "old").rename(place)
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict:

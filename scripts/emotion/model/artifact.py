@@ -6,10 +6,12 @@ folder whole or not at all.
 
 import contextlib
 import json
+import os
+import re
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import whole_folder, write_text
+from emotion.common.files import FolderKind, check_replaceable, taken, whole_folder, write_text
 from emotion.common.machine import git_commit, package_versions
 from emotion.common.recipe import PLACES, RECIPE_FILE, Recipe
 from emotion.task.dataset import Task, fingerprint
@@ -31,6 +33,32 @@ WEIGHT_FILES = {
 # Three formats share the name `model.safetensors`; config.json tells which of them it is. Library that quantized the
 # file, None for none -> the formats that it can then be opened as
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
+
+MADE_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "made", "training", "versions"}  # of `describe_made`
+INPUTS = ("baseline", "model_name_or_path", "dataset_name")  # flags that name what a command reads
+
+
+def _is_ours(folder: Path) -> bool:
+    import yaml
+
+    try:
+        made = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(made, dict) and made.keys() >= MADE_FIELDS
+
+
+# No README.md: no command writes one there, so it is the user's own.
+ARTIFACT = FolderKind(
+    "an artifact",
+    _is_ours,
+    re.compile(
+        r"(config|tokenizer|tokenizer_config)\.json|recipe\.yaml|SHA256SUMS|model(\.bf16)?\.safetensors"
+        r"|onnx(/model(_quantized)?\.onnx)?|openvino(/(openvino_model\.(xml|bin)|(openvino_)?config\.json))?"
+        r"|adapter(/adapter_(config\.json|model\.safetensors))?"
+        r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"  # of other encoders' tokenizers
+    ),
+)
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
@@ -114,6 +142,28 @@ def files_beside(weights: Path, format: str) -> list[Path]:
     return [weights.with_suffix(".bin"), weights.with_name("config.json")] if format == "openvino" else []
 
 
+def inputs_of(arguments, recipe: Recipe) -> list[Path]:
+    """The files and folders that a command reads, by its flags: a name on the Hub is none."""
+    named = [getattr(arguments, flag, None) for flag in INPUTS]
+    return [recipe.path, *(Path(name) for name in named if name and Path(name).exists())]
+
+
+@contextlib.contextmanager
+def own_place(folder: Path, arguments, recipe: Recipe):
+    """Holds the place of an artifact while the block runs, so that no other process writes there.
+
+    Raises:
+        UserError: before any work, if an artifact there would destroy something, or another process holds the place.
+    """
+    # Of several processes that train together the first one saves, and speaks for all.
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    check_replaceable(folder, ARTIFACT, inputs_of(arguments, recipe))
+    with taken(folder):
+        yield
+
+
 @contextlib.contextmanager
 def new_artifact(folder: Path, made: dict):
     """Yields a temporary folder to save into; if the block succeeds, it becomes the artifact with its recipe.yaml.
@@ -127,8 +177,8 @@ def new_artifact(folder: Path, made: dict):
     """
     import yaml
 
-    # The recipe is also the marker by which a later run knows that it may replace the folder.
-    with whole_folder(folder, marker=RECIPE_FILE) as partial:
+    # By the recipe a later run knows that it may replace the folder.
+    with whole_folder(folder, ARTIFACT) as partial:
         yield partial
         write_text(partial / RECIPE_FILE, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
 

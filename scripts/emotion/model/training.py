@@ -1,9 +1,7 @@
-"""The parts around the `Trainer` that every training shares: arguments, patches, resuming, and a summary."""
+"""The parts around the `Trainer` that every training shares: arguments, its place, patches, and a summary."""
 
 import contextlib
-import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,16 +9,16 @@ from functools import partial
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, check_replaceable, write_json
+from emotion.common.files import ROOT, check_replaceable
 from emotion.common.machine import choose_threads, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
-from emotion.common.recipe import RECIPE_FILE, Recipe, comparable
+from emotion.common.recipe import Recipe
+from emotion.model.artifact import inputs_of, own_place
+from emotion.model.checkpoints import CHECKPOINTS, GoodCheckpoints, checkpoints_of, diverged, drop_checkpoints
 from emotion.model.hub import HubArguments, score_and_publish
 from emotion.task.scores import score
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-
-RECIPE_OF_RUN = "recipe.json"  # beside the checkpoints: only a run with the same recipe may resume from them
 
 
 @dataclass
@@ -28,7 +26,7 @@ class RecipeTrainingArguments(TrainingArguments):
     """`TrainingArguments` that fit themselves to the machine: no GPU means CPU, no bfloat16 means FP32.
 
     Checkpoints go to ``checkpoints/`` beside the artifact, so that the artifact holds only the files that answering
-    needs. An output folder that cannot be written is an error before the training, not after it.
+    needs.
 
     Attributes:
         artifact: the folder to save into; `output_dir` is that of the checkpoints.
@@ -53,8 +51,7 @@ class RecipeTrainingArguments(TrainingArguments):
         if not self.output_dir:
             raise ValueError("name the folder to save into, with --output_dir or in the recipe")
         self.artifact = Path(self.output_dir)
-        check_replaceable(self.artifact, marker=RECIPE_FILE)
-        self.output_dir = str(self.artifact.parent / "checkpoints" / self.artifact.name)
+        self.output_dir = str(checkpoints_of(self.artifact))
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
@@ -62,6 +59,30 @@ class RecipeTrainingArguments(TrainingArguments):
             torch.set_num_threads(max(1, choose_threads(None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / self.artifact.name))
         super().__post_init__()
+
+
+@contextlib.contextmanager
+def training_place(training: RecipeTrainingArguments, arguments, recipe: Recipe):
+    """As `own_place`, for a training: its checkpoints must be its own too.
+
+    Args:
+        arguments: the other flags of the command.
+    """
+    with own_place(training.artifact, arguments, recipe):
+        check_replaceable(training.output_dir, CHECKPOINTS, inputs_of(arguments, recipe))
+        yield
+
+
+class FiniteTrainer(Trainer):
+    """The `Trainer` that ends at the step in which the loss is no longer finite."""
+
+    def training_step(self, model, inputs, *words, **options):
+        """One step; raises `UserError`, naming the last good checkpoint, if its loss is not finite."""
+        loss = super().training_step(model, inputs, *words, **options)
+        # A loss of NaN would train on to the end, and every later checkpoint would be worthless.
+        if not torch.isfinite(loss):
+            raise diverged(f"the loss is {loss}", self.args, self.state.global_step + 1)
+        return loss
 
 
 def compute_metrics(prediction) -> dict:
@@ -114,22 +135,6 @@ class ProgressLines(ProgressCallback):
             )
 
 
-def find_checkpoint(trainer: Trainer, recipe: Recipe) -> str | None:
-    """The checkpoint to resume from, if asked to; None to start afresh, in an empty folder of checkpoints.
-
-    Raises:
-        UserError: if the checkpoints are those of another recipe.
-    """
-    folder = Path(trainer.args.output_dir)
-    checkpoint = _newest_checkpoint(trainer.args, recipe) if trainer.args.resume_from_checkpoint else None
-    # Another run's checkpoints must go: the best one of them could be taken for this run's.
-    if trainer.is_world_process_zero() and not checkpoint:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(folder / RECIPE_OF_RUN, comparable(recipe.values))
-    trainer.accelerator.wait_for_everyone()
-    return checkpoint
-
-
 @dataclass
 class Clock:
     """The time that a training took, both in seconds."""
@@ -153,6 +158,7 @@ def patched(trainer: Trainer):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ProgressLines)
+    trainer.add_callback(GoodCheckpoints)
     # The Trainer loads a checkpoint back by the names of the modules, while save_pretrained writes LayerNorm's legacy
     # names by default: the best checkpoint, or the one to resume from, would lose every LayerNorm without a word.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
@@ -174,7 +180,7 @@ def patched(trainer: Trainer):
 
 
 def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
-    """The part of the artifact's recipe.yaml on its training: validation scores of the best epoch, time, peak memory.
+    """The part of the artifact's recipe.yaml on its training: validation scores of the saved weights, time, memory.
 
     Args:
         resumed: whether the training went on from a checkpoint; then the seconds count from there on.
@@ -185,20 +191,21 @@ def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
     arguments, best_checkpoint = trainer.args, trainer.state.best_model_checkpoint
     if arguments.load_best_model_at_end and not (best_checkpoint and Path(best_checkpoint).is_dir()):
         raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train afresh without resuming")
-    # With `load_best_model_at_end` the Trainer keeps the same one; see metric_for_best_model in the recipe.
-    logs = [log for log in trainer.state.log_history if "eval_macro_f1" in log]
-    best = max(logs, key=lambda log: log["eval_macro_f1"], default={})
-    if best.get("eval_predicted_classes") == 1:
+    # Of the weights that are saved: those of the best evaluation, or of the last step if it was evaluated.
+    step = trainer.state.best_global_step if arguments.load_best_model_at_end else trainer.state.global_step
+    logs = [log for log in trainer.state.log_history if "eval_macro_f1" in log and log["step"] == step]
+    saved = logs[-1] if logs else {}
+    if saved.get("eval_predicted_classes") == 1:
         print(
             "WARNING: this model gives every validation text the same class; lower the learning rate", file=sys.stderr
         )
     return {
-        "validation_macro_f1": best.get("eval_macro_f1"),
-        "validation_accuracy": best.get("eval_accuracy"),
-        "validation_loss": best.get("eval_loss"),
-        "validation_rows": best.get("eval_rows"),
-        "predicted_classes": best.get("eval_predicted_classes"),
-        "best_epoch": best.get("epoch"),
+        "validation_macro_f1": saved.get("eval_macro_f1"),
+        "validation_accuracy": saved.get("eval_accuracy"),
+        "validation_loss": saved.get("eval_loss"),
+        "validation_rows": saved.get("eval_rows"),
+        "predicted_classes": saved.get("eval_predicted_classes"),
+        "best_epoch": saved.get("epoch"),
         "steps": trainer.state.global_step,
         "seconds": round(clock.seconds, 1),
         "cpu_seconds": round(clock.cpu_seconds, 1),  # not stretched by what else the machine did
@@ -212,39 +219,6 @@ def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
 
 def finish(training: RecipeTrainingArguments, summary: dict) -> None:
     """Ends a run whose artifact is saved: removes its checkpoints, prints its score, and publishes it if asked to."""
-    shutil.rmtree(training.output_dir)
+    drop_checkpoints(training)
     print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
     score_and_publish(training.artifact, training.hub)
-
-
-def _newest_checkpoint(arguments: TrainingArguments, recipe: Recipe) -> str | None:
-    """The newest checkpoint that was written whole; None to start afresh.
-
-    Raises:
-        UserError: if the checkpoints are those of another recipe.
-    """
-    if arguments.resume_from_checkpoint != "last":
-        raise UserError(f"--resume_from_checkpoint {arguments.resume_from_checkpoint}: it takes 'last'")
-    folder = Path(arguments.output_dir)
-    if not (folder / RECIPE_OF_RUN).is_file():
-        print(f"nothing to resume in {folder}; starting from the beginning")
-        return None
-    before, now = json.loads((folder / RECIPE_OF_RUN).read_text(encoding="utf-8")), comparable(recipe.values)
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        raise UserError(
-            f"cannot resume {folder}: {', '.join(changed)} changed since it started; set back what changed, or delete "
-            "that folder to start afresh"
-        )
-    # By the number of their steps: as words, checkpoint-900 would come after checkpoint-1000.
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for checkpoint in checkpoints:
-        # The `Trainer` writes this file last: if it cannot be read, the checkpoint was cut off.
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            print(f"{checkpoint} was cut off while it was written and is not used")
-            continue
-        print(f"resuming from {checkpoint}")
-        return str(checkpoint)
-    return None

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import check_replaceable
 from emotion.common.ranges import COUNT, Range
-from emotion.common.recipe import RECIPE_FILE, Recipe, base_model_of
+from emotion.common.recipe import Recipe, base_model_of
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
 from emotion.quantize.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
@@ -81,8 +80,8 @@ def name_model_of_baseline(arguments: SchemeArguments) -> str | None:
     return base_model_of(Path(arguments.baseline))
 
 
-def check_scheme(arguments: SchemeArguments, output_dir: str) -> None:
-    """Raises `UserError` for a wrong argument, a baseline that cannot be quantized, or an output folder in use.
+def check_scheme(arguments: SchemeArguments) -> None:
+    """Raises `UserError` for a wrong argument, or a baseline that cannot be quantized.
 
     Nothing is loaded for that, so a command fails at once and not after minutes.
     """
@@ -101,7 +100,6 @@ def check_scheme(arguments: SchemeArguments, output_dir: str) -> None:
     if quantizer := quantized_by(baseline):
         raise UserError(f"{baseline} is quantized already (by {quantizer}); name the folder it was made from")
     weights_of(baseline, "pytorch")  # raises if the folder has none
-    check_replaceable(Path(output_dir), marker=RECIPE_FILE)
 
 
 # Ends the name of a variant that was trained on without rounding, to compare QAT with; measure/seeds.py reads it back.

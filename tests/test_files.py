@@ -1,0 +1,285 @@
+"""What commands write: nothing of the user's is destroyed, half a file is never seen, two at once never mix."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import run_baseline
+import run_ptq
+import run_qat
+from conftest import ROOT, qat_flags, train_flags
+from emotion.common.errors import UserError
+from emotion.common.files import check_replaceable, discard, taken, whole_file, whole_folder, write_text
+from emotion.model.artifact import ARTIFACT, MADE_FIELDS
+from emotion.model.checkpoints import CHECKPOINTS
+
+import pytest
+import yaml
+
+OURS = {
+    "config.json": "{}",
+    "recipe.yaml": yaml.safe_dump(dict.fromkeys(MADE_FIELDS)),
+    "onnx/model.onnx": "graph",
+    "adapter/adapter_config.json": "{}",
+}
+STARTED = {"recipe.json": '{"train_fingerprint": "0"}', "checkpoint-5/optimizer.pt": "state"}
+
+
+def fill(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def link_to_a_device(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+def replace(folder: Path, kind=ARTIFACT) -> None:
+    with whole_folder(folder, kind) as new:
+        (new / "config.json").write_text("new")
+
+
+@pytest.mark.parametrize(("kind", "files"), [(ARTIFACT, OURS), (CHECKPOINTS, STARTED), (ARTIFACT, {})])
+def test_what_this_project_made_is_replaced(kind, files, tmp_path):
+    (tmp_path / "out").mkdir()
+    replace(fill(tmp_path / "out", files), kind)
+    assert contents(tmp_path) == {"out/config.json": "new"}  # and nothing is left beside it
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        (ARTIFACT, {"thesis.txt": "all of it"}, "holds something else .it is not an artifact of this project."),
+        (ARTIFACT, {"recipe.yaml": "title: pancakes"}, "holds something else"),
+        (ARTIFACT, {"recipe.yaml": "- a list"}, "holds something else"),
+        (ARTIFACT, {"recipe.yaml": "{not: [yaml"}, "holds something else"),
+        (ARTIFACT, OURS | {"thesis.txt": "all of it"}, "holds thesis.txt, which an artifact does not; move that away"),
+        (ARTIFACT, OURS | {"README.md": "my notes"}, "holds README.md"),
+        (ARTIFACT, OURS | {"onnx/config.json": "{}"}, "holds onnx/config.json"),
+        (ARTIFACT, OURS | {"photos/one.jpg": ""}, "holds photos, photos/one.jpg"),
+        (CHECKPOINTS, {"checkpoint-5/optimizer.pt": "not by this project"}, "holds something else"),
+        (CHECKPOINTS, {"recipe.json": '{"title": "pancakes"}'}, "holds something else"),
+        (CHECKPOINTS, {"recipe.json": "{cut off"}, "holds something else"),
+        (CHECKPOINTS, STARTED | {"notes.txt": "mine"}, "holds notes.txt"),
+        (CHECKPOINTS, STARTED | {"checkpoint-5/notes.txt": "mine"}, "holds checkpoint-5/notes.txt"),
+        (None, OURS, "holds something else .it is not an empty folder"),
+    ],
+)
+def test_what_the_user_made_is_not(kind, files, message, tmp_path):
+    fill(tmp_path / "out", files)
+    with pytest.raises(UserError, match=message):
+        replace(tmp_path / "out", kind)
+    with pytest.raises(UserError, match=message):
+        check_replaceable(tmp_path / "out", kind)
+    assert contents(tmp_path / "out") == files
+
+
+def test_a_link_inside_is_the_users(tmp_path):
+    fill(tmp_path / "out", OURS)
+    (tmp_path / "out" / "openvino").symlink_to(fill(tmp_path / "large", {"file": "theirs"}))
+    with pytest.raises(UserError, match="holds openvino"):
+        replace(tmp_path / "out")
+    assert contents(tmp_path / "large") == {"file": "theirs"}
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(Path.touch, "file"), (os.mkfifo, "pipe"), (make_socket, "socket"), (link_to_a_device, "device")],
+)
+def test_what_is_no_folder_stays(make, what, tmp_path):
+    make(tmp_path / "out")
+    before = os.lstat(tmp_path / "out")
+    with pytest.raises(UserError, match=f"is a {what}; name a folder"):
+        replace(tmp_path / "out")
+    if what != "file":
+        with pytest.raises(UserError, match=f"is a {what}; name a file"):
+            write_text(tmp_path / "out", "new")
+    assert os.lstat(tmp_path / "out") == before and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_the_device_is_still_there():
+    with pytest.raises(UserError, match="/dev/null is a device; name a folder"):
+        replace(Path("/dev/null"))
+    with pytest.raises(UserError, match="/dev/null is a device; name a file"):
+        write_text(Path("/dev/null"), "new")
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "../.."])
+def test_a_folder_that_holds_the_current_one_is_refused(output, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(UserError, match="holds the folder you are in"):
+        replace(Path(output))
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("output", ["read", "read/below", "."])
+def test_an_input_is_never_the_output(output, tmp_path, monkeypatch):
+    fill(tmp_path / "work" / "read", OURS)
+    with pytest.raises(UserError, match="this run reads .*read, which must stay as it is"):
+        check_replaceable(tmp_path / "work" / output, ARTIFACT, [tmp_path / "work" / "read"])
+    (tmp_path / "link").symlink_to(tmp_path / "work" / output)
+    with pytest.raises(UserError, match="this run reads"):
+        check_replaceable(tmp_path / "link", ARTIFACT, [tmp_path / "work" / "read"])
+    check_replaceable(tmp_path / "work" / "other", ARTIFACT, [tmp_path / "work" / "read"])
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_a_folder_stays_a_link(exists, tmp_path):
+    (tmp_path / "large").mkdir()
+    if exists:
+        fill(tmp_path / "large" / "weights", OURS)
+    (tmp_path / "out").symlink_to(tmp_path / "large" / "weights")
+    replace(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and contents(tmp_path / "large") == {"weights/config.json": "new"}
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    fill(tmp_path, {"large/result.json": "old"})
+    (tmp_path / "result.json").symlink_to("large/result.json")
+    write_text(tmp_path / "result.json", "new")
+    assert (tmp_path / "result.json").is_symlink() and contents(tmp_path / "large") == {"result.json": "new"}
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(UserError, match="name another place|cannot write"):
+        replace(tmp_path / "out")
+
+
+def test_what_the_user_puts_there_meanwhile_stays(tmp_path):
+    fill(tmp_path / "out", OURS)
+    with pytest.raises(UserError, match="holds late.txt"), whole_folder(tmp_path / "out", ARTIFACT):
+        fill(tmp_path / "out", {"late.txt": "mine"})
+    assert contents(tmp_path) == {f"out/{name}": text for name, text in (OURS | {"late.txt": "mine"}).items()}
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from emotion.common import files
+from emotion.model.artifact import ARTIFACT
+place, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+rename = pathlib.Path.rename
+
+def die(*words):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killed_before(self, target):
+    if self.name == "new":
+        die()
+    return rename(self, target)
+
+def killed_after(self, target):
+    renamed = rename(self, target)
+    if self.name == "new":
+        die()
+    return renamed
+
+pathlib.Path.rename = {"before": killed_before, "after": killed_after}.get(moment, rename)
+with files.whole_folder(place, ARTIFACT) as new:
+    (new / "config.json").write_text("new")
+    if moment == "inside":
+        die()
+"""
+
+
+@pytest.mark.parametrize(("moment", "left"), [("inside", OURS), ("before", OURS), ("after", {"config.json": "new"})])
+def test_a_killed_process_leaves_the_old_or_the_new(moment, left, tmp_path):
+    fill(tmp_path / "out", OURS)
+    script = [sys.executable, "-c", KILLED, str(tmp_path / "out"), moment]
+    done = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")})
+    assert done.returncode < 0 and len(list(tmp_path.iterdir())) > 1  # its lock, and what it had begun
+    with taken(tmp_path / "out") as place:  # the next one
+        assert contents(place) == left
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_process_leaves_no_half_file(tmp_path):
+    fill(tmp_path, {"result.json": "old", ".result.json.partial": "ne"})
+    write_text(tmp_path / "result.json", "new")
+    assert contents(tmp_path) == {"result.json": "new"}
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "result.json") as partial:
+        partial.write_text("ne")
+        raise ZeroDivisionError
+    assert contents(tmp_path) == {"result.json": "new"}
+
+
+def test_a_place_belongs_to_one_process(tmp_path):
+    other = (
+        "from emotion.common.files import taken; import sys\nwith taken(sys.argv[1]): print('in', flush=True); input()"
+    )
+    script = [sys.executable, "-c", other, str(tmp_path / "out")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(script, env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")}, **pipes)
+    assert process.stdout.readline() == "in\n"
+    with pytest.raises(UserError, match="another process is writing .*out; wait until it ends, or name another"):
+        replace(tmp_path / "out")
+    with taken(tmp_path / "other"):  # another place is free
+        pass
+    process.communicate("\n")
+    replace(tmp_path / "out")
+    with taken(tmp_path / "out"), taken(tmp_path / "out"):  # the same process may come in again
+        discard(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def flags_of(command, artifact, encoder, colors, out) -> list[str]:
+    if command is run_ptq:
+        return ["--baseline", str(artifact), "--output_dir", str(out)]
+    return qat_flags(artifact, out) if command is run_qat else train_flags(encoder, colors, out)
+
+
+@pytest.mark.parametrize("command", [run_ptq, run_qat])
+@pytest.mark.parametrize("where", ["", "below"])
+def test_the_baseline_is_never_the_output(command, where, artifact, encoder, colors):
+    before = {path: path.stat().st_mtime_ns for path in artifact.rglob("*")}
+    with pytest.raises(UserError, match="this run reads .*baseline, which must stay"):
+        command.main(flags_of(command, artifact, encoder, colors, artifact / where))
+    assert {path: path.stat().st_mtime_ns for path in artifact.rglob("*")} == before
+
+
+@pytest.mark.parametrize("of", ["encoder", "colors"])
+def test_nor_is_the_base_model_or_the_dataset(of, encoder, colors, request):
+    out = request.getfixturevalue(of)
+    with pytest.raises(UserError, match="this run reads"):
+        run_baseline.main(train_flags(encoder, colors, out))
+    assert any(out.iterdir())
+
+
+@pytest.mark.parametrize("command", [run_baseline, run_ptq, run_qat])
+def test_a_command_refuses_before_any_work(command, artifact, encoder, colors, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "train" if command is not run_ptq else "quantize", None)  # it would be called
+    fill(tmp_path / "out", OURS | {"thesis.txt": "all of it"})
+    with pytest.raises(UserError, match="holds thesis.txt"):
+        command.main(flags_of(command, artifact, encoder, colors, tmp_path / "out"))
+    if command is run_ptq:
+        return
+    fill(tmp_path / "checkpoints" / "new", {"thesis.txt": "all of it"})
+    with pytest.raises(UserError, match="checkpoints/new holds something else"):
+        command.main(flags_of(command, artifact, encoder, colors, tmp_path / "new"))
+    assert contents(tmp_path / "checkpoints") == {"new/thesis.txt": "all of it"}
+
+
+def test_the_recipe_stays(encoder, colors, tmp_path):
+    recipe = tmp_path / "mine" / "recipe.yaml"
+    recipe.parent.mkdir()
+    shutil.copy(ROOT / "configs" / "baseline.yaml", recipe)
+    with pytest.raises(UserError, match="this run reads .*recipe.yaml"):
+        run_baseline.main([str(recipe), *train_flags(encoder, colors, tmp_path / "mine")])
+    assert re.search("learning_rate", recipe.read_text())

@@ -1,0 +1,260 @@
+"""Trainings that are killed, started twice, poisoned or damaged: what is resumed, what is refused, what is said."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import run_baseline
+import run_qat
+import run_qlora
+from conftest import ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
+from emotion.common.errors import UserError
+from emotion.common.files import sha256
+from emotion.common.recipe import read_recipe_of
+from emotion.model.checkpoints import CHECKSUMS, RECIPE_OF_RUN, newest_checkpoint
+
+import pytest
+from datasets import load_dataset
+from transformers import Trainer, TrainingArguments
+
+COMMANDS = {"baseline": run_baseline, "qat": run_qat, "qlora": run_qlora}
+# How often a training is killed, over all three commands, and how often two start at once; the long run asks for more.
+KILLS = int(os.environ.get("EMOTION_KILLS", "3"))
+PAIRS = int(os.environ.get("EMOTION_PAIRS", "2"))
+EVERY_2 = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 3}
+
+
+def flags_of(name: str, artifact: Path, encoder: Path, colors: Path, out: Path, **changes) -> list[str]:
+    changes = {"max_steps": 8, **EVERY_2, **changes}
+    if name == "qat":
+        return qat_flags(artifact, out, bits=4, formats="onnx", **changes)
+    flags = train_flags if name == "baseline" else qlora_flags
+    return flags(encoder, colors, out, **changes)
+
+
+def poison(monkeypatch, at_step: int, what: str) -> None:
+    """Makes the loss, or the gradients, of one step NaN."""
+    take_step = Trainer.training_step
+
+    def poisoned(self, model, *words, **options):
+        loss = take_step(self, model, *words, **options)
+        if self.state.global_step + 1 != at_step:
+            return loss
+        for parameter in model.parameters():
+            if what == "gradients" and parameter.grad is not None:
+                parameter.grad.fill_(float("nan"))
+        return loss * float("nan") if what == "loss" else loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_loss_of_nan_ends_every_training_at_its_step(name, artifact, encoder, colors, tmp_path, monkeypatch):
+    poison(monkeypatch, 5, "loss")
+    message = "the loss is nan in step 5; the last good checkpoint is .*checkpoint-4; lower --learning_rate"
+    with pytest.raises(UserError, match=message):
+        COMMANDS[name].main(flags_of(name, artifact, encoder, colors, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "message"),
+    [
+        (4, {}, "in step 4; the last good checkpoint is .*checkpoint-2;"),  # where a checkpoint would be written
+        (8, {"save_strategy": "no", "load_best_model_at_end": False}, "in step 8; there is no checkpoint yet;"),
+        (
+            8,
+            {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1, "eval_strategy": "epoch"},
+            "in step 9;",
+        ),
+    ],
+)
+def test_weights_that_are_no_numbers_are_never_saved(step, changes, message, encoder, colors, tmp_path, monkeypatch):
+    poison(monkeypatch, step, "gradients")
+    with pytest.raises(UserError, match=message):
+        run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
+    assert not list(tmp_path.glob("checkpoints/out/checkpoint-[48]")) and not (tmp_path / "out").exists()
+
+
+def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3, 0.2] * 2)
+    monkeypatch.setattr(run_baseline, "compute_metrics", lambda _: {"macro_f1": next(scores), "accuracy": 0.0})
+    for best, expected in ((True, 0.9), (False, 0.2)):
+        changes = {"load_best_model_at_end": best}
+        run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
+        assert read_recipe_of(tmp_path / "out")["training"]["validation_macro_f1"] == expected
+    monkeypatch.undo()
+    run_baseline.main(
+        flags_of("baseline", None, encoder, colors, tmp_path / "out", load_best_model_at_end=False, eval_steps=3)
+    )
+    assert read_recipe_of(tmp_path / "out")["training"]["validation_macro_f1"] is None  # step 8 was not scored
+
+
+@pytest.fixture(scope="module")
+def interrupted(encoder, colors, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A training that ended before its artifact was saved: its folder, with a dataset of its own, and its flags."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    shutil.copytree(colors, folder / "data")
+    flags = flags_of("baseline", None, encoder, folder / "data", folder / "out")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_baseline, "save_forms", _interrupt)
+        run_baseline.main(flags)
+    return folder, flags
+
+
+def _interrupt(*words):
+    raise KeyboardInterrupt
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forget(name: str):
+    """As if `Trainer` had never written that file."""
+
+    def change(checkpoint: Path) -> None:
+        (checkpoint / name).unlink()
+        sums = json.loads((checkpoint / CHECKSUMS).read_text())
+        del sums[name]
+        (checkpoint / CHECKSUMS).write_text(json.dumps(sums))
+
+    return change
+
+
+DAMAGES = {
+    "cut off": (lambda folder: (folder / CHECKSUMS).unlink(), "was cut off while it was written"),
+    "cut off in the checksums": (lambda folder: (folder / CHECKSUMS).write_text('{"a'), "was cut off while"),
+    "checksums of another kind": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "was cut off while"),
+    "a bit of the weights": (
+        lambda folder: flip_a_bit(folder / "model.safetensors"),
+        "is damaged .model.safetensors.",
+    ),
+    "a bit of the optimizer": (lambda folder: flip_a_bit(folder / "optimizer.pt"), "is damaged .optimizer.pt."),
+    "half a state": (lambda folder: os.truncate(folder / "trainer_state.json", 40), "is damaged .trainer_state"),
+    "lost weights": (lambda folder: (folder / "model.safetensors").unlink(), "is damaged .model.safetensors."),
+    "no optimizer": (forget("optimizer.pt"), "has no optimizer.pt"),
+    "no scheduler": (forget("scheduler.pt"), "has no scheduler.pt"),
+    "no random state": (forget("rng_state.pth"), "has no rng_state.pth"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_whole_one_before_it(damage, interrupted, tmp_path, capsys):
+    folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
+    last, before = (folder / f"checkpoint-{step}" for step in (8, 6))
+    change, reason = DAMAGES[damage]
+    started = json.loads((folder / RECIPE_OF_RUN).read_text())
+    arguments = TrainingArguments(str(folder), resume_from_checkpoint="last", use_cpu=True, report_to="none")
+    assert newest_checkpoint(arguments, started) == str(last)
+    change(last)
+    capsys.readouterr()
+    assert newest_checkpoint(arguments, started) == str(before)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and re.search(f"checkpoint-8 {reason}.*: it is not used", said[0])
+
+
+def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
+    folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
+    state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
+    state["best_model_checkpoint"] = "elsewhere/checkpoint-4"
+    (folder / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
+    sums = json.loads((folder / "checkpoint-8" / CHECKSUMS).read_text())
+    sums["trainer_state.json"] = sha256(folder / "checkpoint-8" / "trainer_state.json")
+    (folder / "checkpoint-8" / CHECKSUMS).write_text(json.dumps(sums))
+    flip_a_bit(folder / "checkpoint-4" / "model.safetensors")
+    arguments = TrainingArguments(
+        str(folder), resume_from_checkpoint="last", load_best_model_at_end=True, eval_strategy="steps", use_cpu=True
+    )
+    newest_checkpoint(arguments, json.loads((folder / RECIPE_OF_RUN).read_text()))
+    assert "checkpoint-8 needs the best one, " in capsys.readouterr().out
+
+
+def test_other_rows_behind_the_same_path_are_not_resumed(interrupted):
+    folder, flags = interrupted
+    rows = load_dataset(str(folder / "data"))
+    changed = {split: {"text": list(rows[split]["text"]), "label": list(rows[split]["label"])} for split in rows}
+    changed["train"]["text"][7] = "the very red house"
+    save_dataset(folder / "data", changed, color_features())
+    with pytest.raises(UserError, match="cannot resume .*: the rows of train changed since it started"):
+        run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+    assert (folder / "checkpoints" / "out" / "checkpoint-8").is_dir()
+
+
+def start(name: str, flags: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the order of sums depends on the number of threads
+    with log.open("w") as output:
+        command = [sys.executable, str(ROOT / "scripts" / f"run_{name}.py"), *flags]
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def weights_in(folder: Path) -> dict[str, str]:
+    """Checksums of the files that hold weights."""
+    paths = [*folder.rglob("*.safetensors"), *folder.rglob("*.onnx")]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(200 + 120 * KILLS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_training_that_is_killed_ends_as_if_nothing_had_happened(name, artifact, encoder, colors, tmp_path):
+    draw, kills = random.Random(f"{name} {KILLS}"), len(range(list(COMMANDS).index(name), KILLS, len(COMMANDS)))
+    began = time.monotonic()
+    whole = flags_of(name, artifact, encoder, colors, tmp_path / "whole", max_steps=24)
+    assert start(name, whole, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
+    took, expected = time.monotonic() - began, weights_in(tmp_path / "whole")
+    assert expected
+    done, moments = 0, []
+    while done < kills:
+        out = tmp_path / f"out-{done}"
+        flags = [*flags_of(name, artifact, encoder, colors, out, max_steps=24), "--resume_from_checkpoint", "last"]
+        ended = None
+        while ended is None:  # killed again and again, then left alone
+            process = start(name, flags, tmp_path / "log")
+            wait = draw.uniform(0.2, 1) * took if done < kills else None
+            try:
+                ended = process.wait(wait)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                done += 1
+                moments.append(f"{wait:.1f} s, {len(list(tmp_path.glob(f'checkpoints/{out.name}/checkpoint-*')))}")
+        assert ended == 0, (tmp_path / "log").read_text()
+        assert weights_in(out) == expected
+        assert not list(tmp_path.glob(".*")) and not list((tmp_path / "checkpoints").iterdir())
+    print(f"{name}: {done} kills (after, checkpoints then): {'; '.join(moments)}")
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(200 + 120 * PAIRS)
+def test_two_trainings_at_once_never_mix(encoder, colors, tmp_path):
+    expected, lost = {}, 0
+    for seed in (1, 2):
+        flags = flags_of("baseline", None, encoder, colors, tmp_path / f"whole-{seed}", seed=seed)
+        assert start("baseline", flags, tmp_path / "log").wait() == 0
+        expected[seed] = weights_in(tmp_path / f"whole-{seed}")
+    assert expected[1] != expected[2]
+    for _ in range(PAIRS):
+        out, both = tmp_path / "out", []
+        for seed in (1, 2):
+            log = tmp_path / f"log-{seed}"
+            both.append((start("baseline", flags_of("baseline", None, encoder, colors, out, seed=seed), log), log))
+        statuses = [process.wait() for process, _ in both]
+        for status, (_, log) in zip(statuses, both, strict=True):
+            last = log.read_text().splitlines()[-1]
+            refused = status == 1 and last.startswith("error: another process is writing")
+            assert status == 0 or refused, log.read_text()
+            lost += status
+        assert 0 in statuses
+        assert weights_in(out) == expected[read_recipe_of(out)["seed"]]
+        assert not list((tmp_path / "checkpoints").iterdir()) and not list(tmp_path.glob(".*"))
+    print(f"{PAIRS} pairs: {lost} second processes were refused")
+    assert lost > 0
