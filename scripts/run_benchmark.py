@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import write_json
+from emotion.common.files import check_result, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.ranges import COUNT, Range
@@ -81,6 +81,8 @@ class BenchmarkArguments:
 def main(argv=None) -> None:
     """Times the artifacts and writes the result; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((BenchmarkArguments,), positional="artifacts", argv=argv)
+    if arguments.output:
+        check_result(Path(arguments.output), ("artifacts",))  # now, not after the timing
     named = leave_out_missing([split_name(name) for name in arguments.artifacts])
     first_folder = named[0][0]  # it tells the dataset, and the architecture that the roofline counts
     # The speed depends on the lengths of the texts, so that all artifacts get those of one dataset.

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, relative, sha256
+from emotion.common.files import ROOT, check_result, relative, sha256
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment
+from emotion.common.names import check_name
 from emotion.common.ranges import Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.inspection import describe_scheme
@@ -80,6 +81,9 @@ def main(argv=None) -> None:
     threads = choose_threads(arguments.threads)
     Path(arguments.results_dir).mkdir(parents=True, exist_ok=True)  # an error now, not after the measuring
     made_by = read_recipe_of(folder)
+    variant = made_by.get("variant", folder.resolve().name)
+    check_name(variant, folder)
+    check_result(Path(arguments.results_dir) / "metrics" / f"{variant}-{format}.json", ("variant",))
     task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
     rows = get_split(task, arguments.split)
     # Where the data came from is said before it counts: the sample's scores mean nothing.
@@ -93,7 +97,7 @@ def main(argv=None) -> None:
     # Speed is that of the runtime with all threads, from token ids on.
     token_ids = classifier.runtime.encode(list(rows["text"]))
     record = {
-        "variant": made_by.get("variant", folder.resolve().name),
+        "variant": variant,
         "format": format,
         "artifact": relative(folder),
         "date": datetime.date.today().isoformat(),

@@ -18,6 +18,7 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, sha256, without_path
 from emotion.common.flags import parse_flags
+from emotion.common.names import check_repo_id
 from emotion.common.recipe import RECIPE_FILE, read_recipe_of
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
@@ -54,6 +55,8 @@ class PublishArguments:
 def main(argv=None) -> None:
     """Lists the files, and sends them unless it is a dry run."""
     (arguments,) = parse_flags((PublishArguments,), positional="artifact", argv=argv)
+    for repository in (arguments.repo_id, arguments.model_id):
+        check_repo_id(repository)  # they go into cards, and into the script of the page
     folder = Path(arguments.artifact)
     is_page = (folder / PAGE).is_file()  # no artifact has one
     if is_page:

@@ -1,5 +1,6 @@
 """What commands write: nothing of the user's is destroyed, half a file is never seen, two at once never mix."""
 
+import json
 import os
 import re
 import shutil
@@ -9,13 +10,21 @@ import sys
 from pathlib import Path
 
 import run_baseline
+import run_benchmark
+import run_evaluation
 import run_ptq
+import run_publish
 import run_qat
 from conftest import ROOT, qat_flags, train_flags
 from emotion.common.errors import UserError
-from emotion.common.files import check_replaceable, discard, taken, whole_file, whole_folder, write_text
+from emotion.common.files import check_replaceable, discard, taken, whole_file, whole_folder, write_json, write_text
+from emotion.common.names import check_repo_id
+from emotion.measure.record import check_record
 from emotion.model.artifact import ARTIFACT, MADE_FIELDS
 from emotion.model.checkpoints import CHECKPOINTS
+from emotion.model.hub import check_can_publish, fetch
+from emotion.task.dataset import load_task
+from emotion.task.source import find_base_model
 
 import pytest
 import yaml
@@ -283,3 +292,80 @@ def test_the_recipe_stays(encoder, colors, tmp_path):
     with pytest.raises(UserError, match="this run reads .*recipe.yaml"):
         run_baseline.main([str(recipe), *train_flags(encoder, colors, tmp_path / "mine")])
     assert re.search("learning_rate", recipe.read_text())
+
+
+def test_a_result_replaces_an_earlier_one_alone(tmp_path):
+    path = tmp_path / "dataset.json"
+    for before in ('{"macro_f1": 1, "older": 2}', ""):
+        path.write_text(before)
+        write_json(path, {"macro_f1": 2})
+        assert json.loads(path.read_text()) == {"macro_f1": 2}
+    for before in ('{"text": "i see", "label": 1}', '{"text": "a"}\n{"text": "b"}', "[1]", "\xff"):
+        path.write_text(before)
+        with pytest.raises(UserError, match="dataset.json holds something else than results of this command"):
+            write_json(path, {"macro_f1": 2})
+        assert path.read_text() == before
+
+
+def test_a_benchmark_replaces_no_other_file(artifact, tmp_path):
+    fill(tmp_path, {"notes.json": '{"mine": 1}'})
+    with pytest.raises(UserError, match="notes.json holds something else"):
+        run_benchmark.main([f"{artifact}:onnx", "--output", str(tmp_path / "notes.json")])
+    with pytest.raises(UserError, match="/dev/null is a device"):
+        run_benchmark.main([f"{artifact}:onnx", "--output", "/dev/null"])
+    assert contents(tmp_path) == {"notes.json": '{"mine": 1}'}
+
+
+@pytest.mark.parametrize("variant", ["../../X", "/tmp/X", "..", "a/b", "a\\b", "x\n", "", 7, None, ["x"]])
+def test_a_strangers_variant_is_a_name_and_no_path(variant, artifact, tmp_path):
+    folder = shutil.copytree(artifact, tmp_path / "in" / "downloaded")
+    made = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made | {"variant": variant}))
+    with pytest.raises(UserError, match="recipe.yaml: .* is no name for a file"):
+        run_evaluation.main([str(folder), "--results_dir", str(tmp_path / "in" / "results"), "--latency_runs", "0"])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("changes", [{"variant": "../x"}, {"format": "a/b"}, {"sha256": {"../../.ssh/id": "0"}}])
+def test_a_strangers_record_names_no_path(changes, tmp_path):
+    record = {"variant": "ptq", "format": "onnx", "sha256": {"onnx/model.onnx": "0"}}
+    assert check_record(record, "file", fields=()) == record
+    with pytest.raises(UserError, match="file: .* (is no name|leads out)"):
+        check_record(record | changes, "file", fields=())
+
+
+DEMO = str(ROOT / "docs" / "demo")
+BAD_IDS = [
+    "user/x\n",
+    "user/x\ny",
+    'x"); alert(1); ("',
+    "</script>",
+    "user/x y",
+    "a/b/c",
+    "../x",
+    "user/",
+    "/x",
+    "",
+    "û/x",
+]
+
+
+@pytest.mark.parametrize("repo_id", BAD_IDS)
+def test_a_repositorys_name_is_one_wherever_it_enters(repo_id, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    refused = pytest.raises(UserError, match="is no name for a repository|no config.json there|no such folder")
+    enter = [
+        lambda: check_can_publish(repo_id),
+        lambda: fetch(repo_id, ["onnx"]),
+        lambda: find_base_model(repo_id),
+        lambda: load_task(repo_id),
+        lambda: run_publish.main(
+            [str(ROOT / "docs" / "demo"), "--repo_id", "user/x", "--model_id", repo_id, "--dry_run"]
+        ),
+        lambda: run_publish.main([str(ROOT / "docs" / "demo"), "--repo_id", repo_id, "--dry_run"]),
+    ]
+    for one in enter:
+        with refused:
+            one()
+    for good in ("user/bert-emotion-ptq", "gpt2", "o_0/a.b-c"):
+        check_repo_id(good)

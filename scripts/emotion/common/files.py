@@ -78,8 +78,10 @@ def write_json(path: Path, value) -> None:
     """Writes indented JSON.
 
     Raises:
+        UserError: as `check_result` does.
         ValueError: if a number is not finite. JSON has no such number, and other programs could not read the file.
     """
+    check_result(path, value)
     # Texts and labels stay readable (no \u escapes). One space: more would mostly indent the numbers of matrices.
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -94,13 +96,9 @@ def whole_file(path: Path):
         UserError: if ``path`` is no file, or its folder cannot be written.
     """
     check_is_file(path)
-    with taken(path, wait=True) as place:
-        partial = _partial(place)  # beside it, since a rename to another disk would be a copy
-        try:
-            yield partial
-            partial.replace(place)
-        finally:
-            partial.unlink(missing_ok=True)  # after the rename it is gone already
+    with taken(path, wait=True) as place:  # which removes what an error leaves
+        yield _partial(place)  # beside it, since a rename to another disk would be a copy
+        _partial(place).replace(place)
 
 
 @contextlib.contextmanager
@@ -117,31 +115,26 @@ def whole_folder(folder: Path, kind: FolderKind | None = None):
     """
     check_replaceable(folder, kind)
     with taken(folder) as place:
-        partial = _partial(place)
-        new, old = partial / "new", partial / "old"
+        new, old = _partial(place) / "new", _partial(place) / "old"
         new.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
-        try:
-            yield new
-            for path in new.rglob("*"):  # safetensors writes files that only their owner can read
-                if path.is_file():
-                    path.chmod(0o644)
-            check_replaceable(folder, kind)  # again: the user may have put a file there meanwhile
-            # A folder that is not empty cannot be renamed over. The old one steps aside, to be brought back by `taken`
-            # if this process is killed between the two renames.
-            if place.exists():
-                place.rename(old)
-            new.rename(place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # a failure hurts nobody: the next run clears it
+        yield new
+        for path in new.rglob("*"):  # safetensors writes files that only their owner can read
+            if path.is_file():
+                path.chmod(0o644)
+        check_replaceable(folder, kind)  # again: the user may have put a file there meanwhile
+        # A folder that is not empty cannot be renamed over. The old one steps aside; `taken` brings it back if the
+        # second rename fails, now or, if this process is killed between the two, in the next run.
+        if place.exists():
+            place.rename(old)
+        new.rename(place)
+        _clear(place)
 
 
 def discard(folder: Path) -> None:
     """Removes a folder that this project has made; a process killed meanwhile leaves no half of it in its place."""
     with taken(folder) as place:
-        partial = _partial(place)
-        partial.mkdir()
-        place.rename(partial / "discarded")
-        shutil.rmtree(partial, ignore_errors=True)
+        _partial(place).mkdir()
+        place.rename(_partial(place) / "discarded")
 
 
 @contextlib.contextmanager
@@ -172,11 +165,12 @@ def taken(path: Path, wait: bool = False):
         raise UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder") from error
     try:
         if not inside:
-            _clear(place)
+            _clear(place)  # what a process that was killed has left
         yield place
     finally:
-        # Removed while it is held: one who waits for a file that is gone looks for the new one.
         if not inside:
+            _clear(place)
+            # Removed while it is held: one who waits for a file that is gone looks for the new one.
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
@@ -223,6 +217,23 @@ def check_is_file(path: Path) -> None:
         raise UserError(f"{path} is a {_what_is(place)}; name a file")
 
 
+def check_result(path: Path, fields: Iterable[str]) -> None:
+    """Raises `UserError` if a file of results would replace something else than an earlier one.
+
+    Args:
+        fields: of the new file. An earlier one, of another version too, has one of them.
+    """
+    check_is_file(path)
+    if not Path(path).is_file() or not Path(path).stat().st_size:
+        return
+    try:
+        before = read_json(path)
+    except (UserError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, dict) or not before.keys() & set(fields):
+        raise UserError(f"{path} holds something else than results of this command; move it away, or name another")
+
+
 def _strangers(folder: Path, kind: FolderKind) -> Iterator[str]:
     """The entries of a folder that none of its kind has. A link is one, wherever it leads; a device is one."""
     for path in folder.rglob("*"):
@@ -259,7 +270,7 @@ def _clear(place: Path) -> None:
     if (partial / "old").exists() and not place.exists():
         (partial / "old").rename(place)
     if partial.is_dir():
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # a failure hurts nobody: the next run tries again
     else:
         partial.unlink(missing_ok=True)
 

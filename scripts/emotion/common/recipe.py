@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.names import check_name
 
 RECIPE_FILE = "recipe.yaml"
 # Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
@@ -90,7 +91,10 @@ def read_recipe_of(folder: Path) -> dict:
     import yaml
 
     # Written by this project, and held to be whole: `new_artifact` puts it into place with its folder.
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    made = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "variant" in made:  # it names files of results, and the folder may come from a stranger
+        check_name(made["variant"], path)
+    return made
 
 
 def base_model_of(folder: Path) -> str | None:

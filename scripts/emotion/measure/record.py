@@ -4,6 +4,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import whole_file, without_path, write_json
+from emotion.common.names import check_inside, check_name
 from emotion.measure.evidence import check_evidence, read_predictions
 from emotion.measure.schema import check_result, read_result
 from emotion.task.dataset import Task, fingerprint
@@ -18,7 +19,13 @@ def check_record(record: dict, name, kind: str = "record") -> dict:
         name: in front of the message: the record's, or its file's.
         kind: `record`, or `card` for what a card needs besides.
     """
-    return check_result(record, kind, name)
+    check_result(record, kind, name)
+    # These become names of files, and paths below the artifact's folder.
+    for key in ("variant", "format"):
+        check_name(record[key], name)
+    for path in record.get("sha256", {}):
+        check_inside(path, name)
+    return record
 
 
 def read_records(results_dir: Path) -> list[dict]:

@@ -127,7 +127,9 @@ class GoodCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / CHECKSUMS, {path.name: sha256(path) for path in sorted(checkpoint.iterdir())})
+            (checkpoint / CHECKSUMS).unlink(missing_ok=True)  # of a damaged one that is written again
+            files = [path for path in sorted(checkpoint.iterdir()) if CHECKSUMS not in path.name]
+            write_json(checkpoint / CHECKSUMS, {path.name: sha256(path) for path in files})
 
 
 def diverged(what: str, arguments: TrainingArguments, step: int) -> UserError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.machine import run_script
+from emotion.common.names import check_repo_id
 from emotion.model.artifact import SHARED_FILES, WEIGHT_FILES, files_beside, find_formats
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
@@ -46,6 +47,7 @@ def check_can_publish(repo_id: str) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    check_repo_id(repo_id)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -152,6 +154,8 @@ def fetch(repo_id: str, formats: list[str]) -> Path:
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    check_repo_id(repo_id)
 
     def attempt() -> Path:
         folder = Path(hf_hub_download(repo_id, SHARED_FILES[0])).parent

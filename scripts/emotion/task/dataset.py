@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.names import check_repo_id
 from emotion.common.ranges import COUNT, DROPOUT, Range
 from emotion.task.source import DEFAULT_MODEL, hub_is_reachable
 
@@ -134,6 +135,7 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
         return _load(lambda: _load_folder(name, config_name), name), "folder"
     if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
         raise UserError(f"--dataset_name {name}: no such folder")
+    check_repo_id(name)
     reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
     try:
         return _load(lambda: load_dataset(name, config_name), name), "hub"

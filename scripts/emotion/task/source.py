@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, relative, sha256, taken, whole_folder
+from emotion.common.names import check_repo_id
 from emotion.common.recipe import read_recipe_of
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -53,6 +54,7 @@ def find_base_model(name_or_path: str) -> BaseModel:
     # A Hub id is "name" or "owner/name"; any other word was meant as a path, and asking the Hub would hide that.
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
+    check_repo_id(name_or_path)
     if _hub_has_model(name_or_path):
         return BaseModel(name=name_or_path, path=name_or_path, source="hub")
     if name_or_path == BASE_SIZE_MODEL:

@@ -1,0 +1,33 @@
+"""Names that come from a file or a command line: checked where they enter, so that none becomes a path or a page."""
+
+import re
+from pathlib import PurePosixPath
+
+from emotion.common.errors import UserError
+
+PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a repository's name
+
+
+def check_name(name, where) -> None:
+    """Raises `UserError` unless a variant or a format can be part of a file's name: no path, and one line.
+
+    Args:
+        where: the file that it stands in.
+    """
+    # Without one a folder's own name stands for it, so that letters of any language and blanks are allowed.
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
+        raise UserError(f"{where}: {name!r} is no name for a file; it takes letters, digits, blanks and '_.+=-'")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises `UserError` unless a word is 'name' or 'owner/name' in the letters that the Hub takes."""
+    # The Hub's own check lets a line break at the end pass.
+    if not re.fullmatch(f"({PART}/)?{PART}", repo_id):
+        raise UserError(f"{repo_id!r} is no name for a repository; it takes owner/name")
+
+
+def check_inside(name, where) -> None:
+    """Raises `UserError` unless a name that a record gives leads to a file inside the artifact's folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise UserError(f"{where}: {name!r} leads out of the artifact's folder")
