@@ -166,6 +166,8 @@ def _damage_of(checkpoint: Path) -> str | None:
     try:
         checksums = read_json(checkpoint / CHECKSUMS)
     except (UserError, UnicodeDecodeError):
+        checksums = None
+    if not isinstance(checksums, dict):
         return "was cut off while it was written"
     for name, was in checksums.items():
         if not (checkpoint / name).is_file() or sha256(checkpoint / name) != was:
