@@ -19,6 +19,7 @@ from conftest import ROOT, qat_flags, train_flags
 from emotion.common.errors import UserError
 from emotion.common.files import check_replaceable, discard, taken, whole_file, whole_folder, write_json, write_text
 from emotion.common.names import check_repo_id
+from emotion.common.recipe import read_recipe_of
 from emotion.measure.record import check_record
 from emotion.model.artifact import ARTIFACT, MADE_FIELDS
 from emotion.model.checkpoints import CHECKPOINTS
@@ -324,6 +325,14 @@ def test_a_strangers_variant_is_a_name_and_no_path(variant, artifact, tmp_path):
     with pytest.raises(UserError, match="recipe.yaml: .* is no name for a file"):
         run_evaluation.main([str(folder), "--results_dir", str(tmp_path / "in" / "results"), "--latency_runs", "0"])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("name", ["x\ny", "<script>", "a|b", 7])
+@pytest.mark.parametrize("key", ["base_model", "dataset"])
+def test_a_strangers_model_is_one_line(key, name, tmp_path):
+    fill(tmp_path, {"recipe.yaml": yaml.safe_dump({"made": {key: name}})})
+    with pytest.raises(UserError, match="recipe.yaml: .* is no name of a model or a dataset"):
+        read_recipe_of(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"variant": "../x"}, {"format": "a/b"}, {"sha256": {"../../.ssh/id": "0"}}])

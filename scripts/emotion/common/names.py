@@ -19,6 +19,12 @@ def check_name(name, where) -> None:
         raise UserError(f"{where}: {name!r} is no name for a file; it takes letters, digits, blanks and '_.+=-'")
 
 
+def check_line(name, where) -> None:
+    """Raises `UserError` unless the name of a model or of a dataset is one line that a page can show as it is."""
+    if name is not None and (not isinstance(name, str) or not name.isprintable() or set(name) & set('<>`|"')):
+        raise UserError(f"{where}: {name!r} is no name of a model or a dataset; it takes one line without markup")
+
+
 def check_repo_id(repo_id: str) -> None:
     """Raises `UserError` unless a word is 'name' or 'owner/name' in the letters that the Hub takes."""
     # The Hub's own check lets a line break at the end pass.

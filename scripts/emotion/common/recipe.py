@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.names import check_name
+from emotion.common.names import check_line, check_name
 
 RECIPE_FILE = "recipe.yaml"
 # Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
@@ -92,8 +92,14 @@ def read_recipe_of(folder: Path) -> dict:
 
     # Written by this project, and held to be whole: `new_artifact` puts it into place with its folder.
     made = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "variant" in made:  # it names files of results, and the folder may come from a stranger
+    if not isinstance(made, dict):
+        raise UserError(f"{path} must hold 'key: value' lines")
+    # The folder may come from a stranger: the first names files of results, the others stand in cards and pages.
+    if "variant" in made:
         check_name(made["variant"], path)
+    origin = made.get("made")
+    for key in ("base_model", "dataset"):
+        check_line(origin.get(key, "") if isinstance(origin, dict) else "", path)
     return made
 
 
