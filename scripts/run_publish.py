@@ -55,8 +55,9 @@ class PublishArguments:
 def main(argv=None) -> None:
     """Lists the files, and sends them unless it is a dry run."""
     (arguments,) = parse_flags((PublishArguments,), positional="artifact", argv=argv)
-    for repository in (arguments.repo_id, arguments.model_id):
-        check_repo_id(repository)  # they go into cards, and into the script of the page
+    check_repo_id(arguments.repo_id)  # both go into cards, and into the script of the page
+    if arguments.model_id is not None:
+        check_repo_id(arguments.model_id)
     folder = Path(arguments.artifact)
     is_page = (folder / PAGE).is_file()  # no artifact has one
     if is_page:

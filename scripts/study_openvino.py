@@ -16,7 +16,8 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
-from emotion.common.machine import choose_threads, describe_run
+from emotion.common.machine import THREADS, choose_threads, describe_run
+from emotion.common.ranges import COUNT
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.openvino_forms import FORMAT, FORMS
@@ -42,9 +43,13 @@ class OpenVinoArguments:
     """The baseline to make the files from, and how long they are timed."""
 
     baseline: str = field(metadata={"help": "Folder of run_baseline.py."})
-    rounds: int = field(default=10, metadata={"help": "Turns that each form gets."})
-    strings: int = field(default=1024, metadata={"help": "Texts per turn from strings to labels, in one call."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    rounds: int = field(default=10, metadata={"help": "Turns that each form gets.", "choices": COUNT})
+    strings: int = field(
+        default=1024, metadata={"help": "Texts per turn from strings to labels, in one call.", "choices": COUNT}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
+    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.ranges import NOT_NEGATIVE
+from emotion.common.ranges import Range
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
 from emotion.model.artifact import files_to_serve
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
@@ -36,8 +36,8 @@ class WatchedArguments(SchemeArguments):
     max_loss: float = field(
         default=0.5,
         metadata={
-            "help": "Points of validation macro F1 that a format may lose before it gets a remedy.",
-            "choices": NOT_NEGATIVE,
+            "help": "Points of validation macro F1 that a format may lose before it gets a remedy; below 0 it must gain.",
+            "choices": Range(-100, 100),
         },
     )
     save_worse: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})

@@ -129,7 +129,7 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # no name at all would be the folder that the command is started in
         if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
             return _load(lambda: load_from_disk(name), name), "folder"
         return _load(lambda: _load_folder(name, config_name), name), "folder"
