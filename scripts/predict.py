@@ -37,7 +37,9 @@ def main(argv=None) -> None:
     # Imported here, so that --help and a wrong flag are answered without loading NumPy and the tokenizer.
     from emotion import EmotionClassifier
 
-    classifier = EmotionClassifier.from_pretrained(arguments.model, arguments.format, arguments.threads)
+    classifier = EmotionClassifier.from_pretrained(
+        arguments.model, arguments.format, arguments.threads, verify=not arguments.no_verify
+    )
     # Batch by batch: the first answers are printed while the rest of a stream has not been written yet.
     empty = 0
     for texts in batches:
@@ -62,6 +64,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
+    parser.add_argument("--no_verify", action="store_true", help="open files that differ from the folder's SHA256SUMS")
     speak_plainly(parser)
     arguments = parser.parse_args(argv)
     if arguments.texts and arguments.file:

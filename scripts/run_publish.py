@@ -9,6 +9,7 @@ repository already holds the same files, there is no second commit.
     python scripts/run_publish.py docs/demo --repo_id user/emotions --model_id user/bert-emotion-ptq
 """
 
+import hashlib
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from emotion.common.files import ROOT, sha256, without_path
 from emotion.common.flags import parse_flags
 from emotion.common.names import check_repo_id
 from emotion.common.recipe import RECIPE_FILE, read_recipe_of
+from emotion.common.sums import SUMS_FILE, check_sums, format_sums
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
@@ -46,6 +48,7 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "Where to: user/name."})
     private: bool = field(default=False, metadata={"help": "Create the repository for your eyes only."})
     dry_run: bool = field(default=False, metadata={"help": "List the files, their bytes and the card; send nothing."})
+    no_verify: bool = field(default=False, metadata={"help": "Send files that differ from the folder's SHA256SUMS."})
     model_id: str | None = field(default=None, metadata={"help": "For the demo page: the repository that it loads."})
     results_dir: str = field(
         default=str(ROOT / "results"), metadata={"help": "Folder with the records of the artifact and the baseline."}
@@ -65,6 +68,8 @@ def main(argv=None) -> None:
             raise UserError("name the repository that the page loads with --model_id user/name")
         files = collect_page(folder, arguments.model_id)
     else:
+        if not arguments.no_verify:
+            check_sums(folder)
         files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
     refuse_tokens(files)
     list_files(files, folder)
@@ -131,7 +136,16 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     for path in files.values():
         if isinstance(path, Path) and not path.is_file():
             raise UserError(f"no file {path}; measure {folder} again with run_evaluation.py")
+    files[SUMS_FILE] = sum_up(files)
     return files
+
+
+def sum_up(files: dict[str, Path | bytes]) -> bytes:
+    """The repository's SHA256SUMS: the recipe and the card differ from the folder's, and the records are added."""
+    sums = {}
+    for name, content in files.items():
+        sums[name] = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    return format_sums(sums).encode()
 
 
 def draw_picture(record: dict) -> bytes:

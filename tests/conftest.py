@@ -4,7 +4,8 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")  # neither the user's cache nor its contents
+# Neither the user's caches nor their contents
+os.environ["HF_HOME"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="emotion-tests-")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -337,6 +338,11 @@ def environment(hub, home: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def copy_to_edit(artifact: Path, folder: Path) -> Path:
+    """A copy of an artifact without its SHA256SUMS, so that what is edited in it is opened."""
+    return shutil.copytree(artifact, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
 
 
 def read_json(path: Path) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import predict
 import run_baseline
 import run_evaluation
-from conftest import ENCODERS, ROOT, build_encoder, train_flags
+from conftest import ENCODERS, ROOT, build_encoder, copy_to_edit, train_flags
 from emotion.common import command
 from emotion.common.errors import UserError
 from emotion.model.classifier import open_artifact
@@ -30,6 +30,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments, 
 def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
     files = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
     assert files == {
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
         "model.bf16.safetensors",
@@ -200,7 +201,7 @@ def test_a_folder_that_is_not_ours_is_not_replaced(encoder, colors, tmp_path):
 
 def test_a_classifier_of_other_classes_is_no_base(artifact, tmp_path):
     base = tmp_path / "two"
-    shutil.copytree(artifact, base)
+    copy_to_edit(artifact, base)
     config = json.loads((base / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "no", "1": "yes"}, {"no": 0, "yes": 1}
     (base / "config.json").write_text(json.dumps(config))

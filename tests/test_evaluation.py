@@ -4,7 +4,7 @@ import json
 import shutil
 
 import run_evaluation
-from conftest import build_rows, color_features, read_json, run_script, save_dataset
+from conftest import build_rows, color_features, copy_to_edit, read_json, run_script, save_dataset
 from emotion.common.errors import UserError
 from emotion.measure.record import check_record
 from emotion.measure.ruler import summarize_latency
@@ -141,18 +141,21 @@ def cut_weights(folder):
     [
         (remove_head, "is not a trained classifier: it has no weights for classifier.bias"),
         (rename_labels, "answers 3 labels (warm, cold, colourless)"),
-        (cut_weights, "cannot be opened"),
+        (cut_weights, "model.safetensors cannot be read"),
         (add_label, "classifier.bias is [3] in the weights and [4] by config.json"),
-        (break_tokenizer, "its tokenizer cannot be used"),
+        (break_tokenizer, "tokenizer.json cannot be used: EOF while parsing an object"),
         (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer (tokenizer.json is missing)"),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            "tokenizer.json cannot be used: No such file",
+        ),
         (lambda folder: [path.unlink() for path in folder.rglob("model.*")], "has none of the formats"),
         (shutil.rmtree, "no folder"),
     ],
 )
 def test_a_folder_that_cannot_be_scored_is_refused(damage, message, artifact, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(artifact, folder)
+    copy_to_edit(artifact, folder)
     damage(folder)
     with pytest.raises(UserError, match=".*") as error:
         run_evaluation.main([str(folder), "--results_dir", "results"])

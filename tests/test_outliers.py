@@ -1,11 +1,10 @@
 """Outliers: an encoder that has them on purpose keeps its labels in every format, and the split changes no answer."""
 
-import shutil
 from dataclasses import replace
 
 import run_evaluation
 import run_ptq
-from conftest import build_rows, read_json
+from conftest import build_rows, copy_to_edit, read_json
 from emotion.common.errors import UserError
 from emotion.measure.inspection import describe_scheme
 from emotion.model.artifact import weights_of
@@ -34,7 +33,7 @@ TEXTS = build_rows(90)["text"]
 
 def make_outliers(artifact, folder):
     """The artifact with a unit of constant activation in each layer, whose effect the next bias takes back."""
-    shutil.copytree(artifact, folder)
+    copy_to_edit(artifact, folder)
     model = load_trained_classifier(artifact)
     with torch.no_grad():
         for layer in model.bert.encoder.layer:

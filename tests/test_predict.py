@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 
-from conftest import ROOT, run_script
+from conftest import ROOT, copy_to_edit, run_script
 
 import pytest
 
@@ -129,9 +129,7 @@ def test_what_cannot_be_answered_is_said(words, message):
 
 
 def test_a_broken_onnx_file_is_said(artifact, tmp_path):
-    import shutil
-
-    shutil.copytree(artifact, tmp_path / "broken")
+    copy_to_edit(artifact, tmp_path / "broken")
     (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
     done = run_script("predict.py", "--model", tmp_path / "broken", "red")
     assert done.returncode == 1 and "cannot be opened by ONNX Runtime" in done.stderr

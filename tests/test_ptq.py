@@ -63,6 +63,7 @@ def scheme_of(folder, format):
 def test_one_folder_three_runtimes_and_nothing_else(quantized):
     files = {path.relative_to(quantized).as_posix() for path in quantized.rglob("*") if path.is_file()}
     assert files == {
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

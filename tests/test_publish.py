@@ -10,8 +10,9 @@ import sys
 import run_evaluation
 import run_ptq
 import run_publish
-from conftest import ROOT, build_rows, run_script, train_flags
+from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
 from emotion.common.errors import UserError
+from emotion.common.sums import SUMS_FILE, check_sums, read_sums
 from emotion.measure.record import read_records
 from emotion.model.artifact import find_formats
 from emotion.model.classifier import open_artifact
@@ -183,7 +184,7 @@ def test_a_dry_run_sends_nothing(folders, results, hub, capsys, monkeypatch):
 
 def test_weights_that_changed_after_scoring_are_refused(folders, results, hub, tmp_path):
     folder = tmp_path / "ptq"
-    shutil.copytree(folders["ptq"], folder)
+    copy_to_edit(folders["ptq"], folder)
     with (folder / "onnx" / "model_quantized.onnx").open("ab") as file:
         file.write(b" ")
     with pytest.raises(
@@ -350,7 +351,29 @@ def test_predict_takes_only_what_it_needs(folders, results, hub, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "onnx/model_quantized.onnx",
+        "SHA256SUMS",
     }
+
+
+def test_the_sums_are_those_of_what_was_published(folders, results, hub, tmp_path):
+    publish(folders["qlora"], results)
+    files = hub.repositories["user/bert-emotion"].commits[-1]
+    for name, content in files.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert read_sums(tmp_path / "copy").keys() == files.keys() - {SUMS_FILE, ".gitattributes"}
+    check_sums(tmp_path / "copy")
+
+
+def test_a_download_that_is_not_what_was_published_is_refused(folders, results, hub):
+    publish(folders["ptq"], results)
+    files = hub.repositories["user/bert-emotion"].commits[-1]
+    files["config.json"] = files["config.json"].replace(b'"warm"', b'"hot"')
+    words = ("--model", "user/bert-emotion", "a red house")
+    done = run_script("predict.py", *words)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "config.json differs from" in done.stderr and "hf cache rm model/user/bert-emotion" in done.stderr
+    assert run_script("predict.py", *words, "--no_verify").stdout.startswith("hot")
 
 
 def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):

@@ -39,6 +39,7 @@ def answers(folder, format):
 def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
     files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
     assert files == {
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

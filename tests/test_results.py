@@ -10,7 +10,7 @@ import run_evaluation
 import run_seeds
 import study_dataset
 import study_operators
-from conftest import ROOT, build_rows, color_features, read_json, save_dataset
+from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
 from emotion.common.errors import UserError
 from emotion.measure import benchmark, contenders, openvino_forms, roofline, seeds
 from emotion.model.artifact import files_to_serve
@@ -313,7 +313,7 @@ def test_compiling_needs_a_compiler(artifact, monkeypatch):
 
 
 def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
-    shutil.copytree(artifact, tmp_path / "broken")
+    copy_to_edit(artifact, tmp_path / "broken")
     (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(UserError, match="cannot be opened by ONNX Runtime"):
         run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])

@@ -1,5 +1,7 @@
 """The error that a user can mend, which `emotion.common.command` prints as one line, and whose code raised another."""
 
+LONGEST_REASON = 300  # characters; some libraries put a page into their message
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the file, flag or row, and says what to do."""
@@ -11,3 +13,21 @@ def raised_by(error: BaseException) -> str:
     while trace.tb_next:
         trace = trace.tb_next
     return trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    if isinstance(error, OSError) and error.strerror:  # without the file, which the caller names
+        return error.strerror
+    kind, lines = type(error).__name__, []
+    for line in map(str.strip, str(error).splitlines()):
+        # OpenVINO begins with the places in its own source files; the reason stands below them.
+        if line and not line.startswith(("Exception from ", "Check '")):
+            lines.append(line)
+    if not lines:
+        return kind
+    # What another library found, and where PyYAML stood, is told in the second line.
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") or lines[0].startswith("while ") else lines[0]
+    # Python's own errors name an object and no fault: "'model_type'" alone would say nothing.
+    named = isinstance(error, LookupError | AttributeError | TypeError)
+    return (f"{kind}: {reason}" if named else reason)[:LONGEST_REASON]

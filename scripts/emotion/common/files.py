@@ -56,9 +56,9 @@ def without_path(value):
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):  # a state of an optimizer would fill the memory that is measured
-            digest.update(block)
+    with Path(path).open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):  # a model need not fit into memory
+            digest.update(piece)
     return digest.hexdigest()
 
 

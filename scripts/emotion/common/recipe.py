@@ -6,13 +6,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.fields import read_fields
 from emotion.common.names import check_line, check_name
+from emotion.common.sums import SUMS_FILE, read_sums
 
 RECIPE_FILE = "recipe.yaml"
 # Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
 PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
 
 LONGEST_RECIPE = 100_000  # bytes; ours have two thousand
+# What is read of an artifact's recipe.yaml
+TEXT, NUMBER = (str, type(None)), (int, type(None))
+TASK_KINDS = {"dataset_name?": str, "dataset_config_name?": TEXT}
+MADE_KINDS = {
+    "variant": str,
+    "recipe": {**TASK_KINDS, "baseline?": TASK_KINDS},  # a quantized artifact keeps its baseline's inside its own
+    "seed": NUMBER,
+    "made": {
+        "base_model?": TEXT,
+        "base_model_source?": TEXT,
+        "dataset?": TEXT,
+        "dataset_source?": TEXT,
+        "train_rows?": NUMBER,
+        "train_fingerprint?": TEXT,
+        "git_commit?": TEXT,
+    },
+    "training": (dict, type(None)),
+    "kept_in_float?": dict,
+    "seconds?": dict,
+    "forms?": dict,
+    "remedies?": dict,
+    "outliers?": dict,
+    "merged?": dict,
+    "onnx?": dict,
+}
 
 # Mappings in a recipe: by base model, and by the bits of a weight. The values of an entry replace the recipe's own. An
 # entry of per_model may hold a per_bits of its own.
@@ -84,22 +111,23 @@ class Recipe:
 
 
 def read_recipe_of(folder: Path) -> dict:
-    """The recipe.yaml of an artifact; empty for a folder that another program made."""
+    """The recipe.yaml of an artifact; empty for a folder that another program made.
+
+    Raises:
+        UserError: if it is lost or cannot be read, or does not hold what `new_artifact` writes.
+    """
     path = Path(folder) / RECIPE_FILE
     if not path.is_file():
+        if RECIPE_FILE in (read_sums(folder) or {}):
+            raise UserError(f"{folder} has lost its {RECIPE_FILE}, which {SUMS_FILE} names; make the artifact again")
         return {}
     import yaml
 
-    # Written by this project, and held to be whole: `new_artifact` puts it into place with its folder.
-    made = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(made, dict):
-        raise UserError(f"{path} must hold 'key: value' lines")
+    made = read_fields(path, yaml.safe_load, MADE_KINDS, most_bytes=300_000)
     # The folder may come from a stranger: the first names files of results, the others stand in cards and pages.
-    if "variant" in made:
-        check_name(made["variant"], path)
-    origin = made.get("made")
+    check_name(made["variant"], path)
     for key in ("base_model", "dataset"):
-        check_line(origin.get(key, "") if isinstance(origin, dict) else "", path)
+        check_line(made["made"].get(key), path)
     return made
 
 

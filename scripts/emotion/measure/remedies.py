@@ -36,7 +36,7 @@ class WatchedArguments(SchemeArguments):
     max_loss: float = field(
         default=0.5,
         metadata={
-            "help": "Points of validation macro F1 that a format may lose before it gets a remedy; below 0 it must gain.",
+            "help": "Points of validation macro F1 that a format may lose without a remedy; below 0 it must gain.",
             "choices": Range(-100, 100),
         },
     )

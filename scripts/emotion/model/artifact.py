@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.fields import read_fields
 from emotion.common.files import FolderKind, check_replaceable, taken, whole_folder, write_text
 from emotion.common.machine import git_commit, package_versions
 from emotion.common.recipe import PLACES, RECIPE_FILE, Recipe
+from emotion.common.sums import check_sums, write_sums
 from emotion.task.dataset import Task, fingerprint
 from emotion.task.source import BaseModel
 
@@ -30,6 +32,8 @@ WEIGHT_FILES = {
     "onnx": ("onnx/model_quantized.onnx", "onnx/model.onnx"),
     "openvino": ("openvino/openvino_model.xml",),
 }
+# What is read of config.json here; Transformers reads far more, and has errors of its own
+CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant_method": str}, "vocab_size?": int}
 # Three formats share the name `model.safetensors`; config.json tells which of them it is. Library that quantized the
 # file, None for none -> the formats that it can then be opened as
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
@@ -92,27 +96,26 @@ def quantized_by(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict:
-    """The folder's config.json.
+    """The folder's config.json; raises `UserError` if it is not one."""
+    return read_fields(Path(folder) / "config.json", json.loads, CONFIG_KINDS)
+
+
+def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
+    """The weights file of one format. Whatever opens a folder asks here, so that nothing unchecked is opened.
+
+    Args:
+        verify: whether the files of this format are compared with the folder's SHA256SUMS.
 
     Raises:
-        UserError: if it is not valid JSON.
+        UserError: naming the formats that there are, if the folder has no such format; or the file that differs.
     """
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
-def weights_of(folder: Path, format: str) -> Path:
-    """The weights file of one format.
-
-    Raises:
-        UserError: naming the formats that there are, if the folder has no such format.
-    """
-    formats = find_formats(folder)
+    folder, formats = Path(folder), find_formats(folder)
     if format not in formats:
         raise UserError(f"{folder} has no format '{format}'; it has {', '.join(formats)}")
+    if verify:
+        names = names_to_serve(folder, formats[format], format)
+        # Read as well, wherever a folder is measured or made into another one; the Hub's cache may not hold it.
+        check_sums(folder, [*names, RECIPE_FILE] if (folder / RECIPE_FILE).exists() else names)
     return formats[format]
 
 
@@ -123,11 +126,14 @@ def files_to_serve(folder: Path, format: str) -> dict[str, int]:
         UserError: if the folder has no such format.
     """
     folder = Path(folder)
-    weights = weights_of(folder, format)
-    sizes = {}
-    for path in [*(folder / name for name in SHARED_FILES), weights, *files_beside(weights, format)]:
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    return sizes
+    names = names_to_serve(folder, weights_of(folder, format, verify=False), format)
+    return {name: (folder / name).stat().st_size for name in names}
+
+
+def names_to_serve(folder: Path, weights: Path, format: str) -> list[str]:
+    """The names of all files that a format needs, relative to the folder."""
+    beside = [path.relative_to(folder).as_posix() for path in [weights, *files_beside(weights, format)]]
+    return [*SHARED_FILES, *beside]
 
 
 def adapter_bytes(folder: Path) -> int | None:
@@ -166,7 +172,9 @@ def own_place(folder: Path, arguments, recipe: Recipe):
 
 @contextlib.contextmanager
 def new_artifact(folder: Path, made: dict):
-    """Yields a temporary folder to save into; if the block succeeds, it becomes the artifact with its recipe.yaml.
+    """Yields a temporary folder to save into; if the block succeeds, it becomes the artifact.
+
+    It gets its recipe.yaml and its SHA256SUMS here.
 
     Args:
         folder: the artifact's place. One that stands there stays untouched until the new one is whole.
@@ -181,6 +189,7 @@ def new_artifact(folder: Path, made: dict):
     with whole_folder(folder, ARTIFACT) as partial:
         yield partial
         write_text(partial / RECIPE_FILE, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
+        write_sums(partial)
 
 
 def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
@@ -191,12 +200,21 @@ def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
         width: the number of logits that it gives per text.
 
     Raises:
-        UserError: if config.json names another number of labels.
+        UserError: if config.json names another number of labels, or names that cannot be told apart.
     """
+    config = Path(folder) / "config.json"
     names = read_config(folder).get("id2label") or {}
     if width != len(names):
         raise UserError(f"{weights} gives {width} logits and config.json names {len(names)} labels")
-    return [names[key] for key in sorted(names, key=int)]  # JSON's keys are words: "10" would come before "2"
+    labels = {}  # in order; each is there once
+    for number in range(width):  # JSON's keys are words
+        label = names.get(str(number))
+        # Answers are lines: a label of two lines would look like two answers.
+        if not isinstance(label, str) or len(label.splitlines()) != 1 or not label.strip():
+            raise UserError(f"{config}: the name of label {number} is {label!r:.40}, and not one line of text")
+        if labels.setdefault(label, number) != number:
+            raise UserError(f"{config} names two labels {label!r:.40}")
+    return list(labels)
 
 
 def describe_made(variant: str, recipe: Recipe, seed: int | None, origin: dict, training: dict | None) -> dict:

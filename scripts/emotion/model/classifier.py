@@ -7,10 +7,11 @@ A runtime is imported when one of its files is opened. ONNX Runtime needs neithe
 first answer comes at once.
 """
 
+import contextlib
 from pathlib import Path
 from queue import SimpleQueue
 
-from emotion.common.errors import UserError
+from emotion.common.errors import UserError, reason_of
 from emotion.model.artifact import read_labels, weights_of
 from emotion.model.pretrained import load_trained_classifier
 from emotion.task.tokens import TextEncoder
@@ -22,6 +23,42 @@ import numpy as np
 TOKENS = 512
 
 
+# What a file may take, int64 (texts, longest) each
+INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+@contextlib.contextmanager
+def one_line(fault: str):
+    """Makes one `UserError` of whatever a library raises in the block; ``fault`` begins its message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # no two of these libraries have the same classes, and some have none
+        raise UserError(f"{fault}: {reason_of(error)}") from error
+
+
+def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
+    """Compares the inputs and outputs of a graph with what `TextEncoder.pad` gives and what an answer needs.
+
+    Args:
+        inputs: name -> type of a number, and number of dimensions.
+        outputs: the same.
+
+    Raises:
+        UserError: naming the first input or output that does not fit.
+    """
+    if "input_ids" not in inputs:
+        raise UserError(f"{weights} does not take input_ids; it takes {', '.join(inputs) or 'nothing'}")
+    for name, shape in inputs.items():
+        if name not in INPUTS:
+            raise UserError(f"{weights} takes an input {name}, which texts do not give; they give {', '.join(INPUTS)}")
+        if shape != ("int64", 2):
+            raise UserError(f"{weights}: its input {name} is {shape[0]} of {shape[1]} dimensions, not int64 of 2")
+    if outputs.get("logits") != ("float32", 2):
+        raise UserError(f"{weights} does not give logits, float32 of 2 dimensions; it gives {outputs or 'nothing'}")
+
+
 class OnnxClassifier:
     """Token ids to logits with ONNX Runtime on the CPU; several callers may compute side by side."""
 
@@ -29,23 +66,31 @@ class OnnxClassifier:
         """Opens ``weights``, an ONNX file in ``folder``; raises `UserError` if it cannot be opened."""
         import onnxruntime
 
-        onnxruntime.set_default_logger_severity(3)  # errors only
+        onnxruntime.set_default_logger_severity(4)  # its errors come as exceptions, and one line tells them
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1  # the graph is a chain: there are no two operators to run side by side
-        try:
+        self._weights = weights
+        with one_line(f"{weights} cannot be opened by ONNX Runtime"):
             self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has no public class for its errors
-            raise UserError(f"{weights} cannot be opened by ONNX Runtime: {str(error).splitlines()[0]}") from error
-        # Not every encoder takes token types: DistilBERT's file has two inputs, BERT's three.
-        self._inputs = [value.name for value in self._session.get_inputs()]
-        self.labels = read_labels(folder, weights, width=self._session.get_outputs()[0].shape[-1])
+        inputs, outputs = describe_values(self._session.get_inputs()), self._session.get_outputs()
+        check_graph(weights, inputs, describe_values(outputs))
+        self._inputs = list(inputs)  # not every encoder takes token types: DistilBERT's file has two, BERT's three
+        (logits,) = [value for value in outputs if value.name == "logits"]
+        self.labels = read_labels(folder, weights, width=logits.shape[-1])
         self.encode = TextEncoder(folder)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 logits (texts, labels)."""
         arrays = self.encode.pad(token_ids)
-        return self._session.run(["logits"], {name: arrays[name] for name in self._inputs})[0]
+        with one_line(f"{self._weights} cannot answer"):
+            return self._session.run(["logits"], {name: arrays[name] for name in self._inputs})[0]
+
+
+def describe_values(values) -> dict[str, tuple[str, int]]:
+    """Name -> type and number of dimensions, of the inputs or outputs of an ONNX file, for `check_graph`."""
+    types = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+    return {value.name: (types.get(value.type, value.type), len(value.shape)) for value in values}
 
 
 class OpenVinoClassifier:
@@ -69,17 +114,22 @@ class OpenVinoClassifier:
         if precision:
             share["INFERENCE_PRECISION_HINT"] = precision
         core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, **share})
-        try:
-            model = core.compile_model(core.read_model(weights), "CPU")
-        except RuntimeError as error:
-            raise UserError(f"{weights} cannot be opened by OpenVINO: {str(error).splitlines()[0]}") from error
+        self._weights = weights
+        with one_line(f"{weights} cannot be opened by OpenVINO"):
+            if b"<net" not in weights.read_bytes()[:1000]:  # it would try the formats of other libraries
+                raise ValueError("it is no graph in XML")
+            graph = core.read_model(weights)
+            inputs = describe_ports(graph.inputs)
+            check_graph(weights, inputs, describe_ports(graph.outputs))
+            width = graph.output("logits").get_partial_shape()[1].to_string()  # "?" where it is not fixed
+            model = core.compile_model(graph, "CPU")
         # Its choice depends on the processor, and comes without a word, so that it must be asked and recorded.
         self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self._idle = SimpleQueue()  # requests that compute nothing now: a request serves one caller at a time
         for _ in range(calls):
             self._idle.put(model.create_infer_request())
-        self._inputs = [port.any_name for port in model.inputs]
-        self.labels = read_labels(folder, weights, width=model.output(0).get_partial_shape()[1].get_length())
+        self._inputs = list(inputs)
+        self.labels = read_labels(folder, weights, width=int(width) if width.isdigit() else width)
         self.encode = TextEncoder(folder)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
@@ -88,9 +138,22 @@ class OpenVinoClassifier:
         request = self._idle.get()
         try:
             # A copy, since the request's next call writes into the same memory.
-            return request.infer({name: arrays[name] for name in self._inputs})["logits"].copy()
+            with one_line(f"{self._weights} cannot answer"):
+                return request.infer({name: arrays[name] for name in self._inputs})["logits"].copy()
         finally:
             self._idle.put(request)
+
+
+def describe_ports(ports) -> dict[str, tuple[str, int]]:
+    """Name -> type and number of dimensions, of the inputs or outputs of an OpenVINO graph, for `check_graph`."""
+    described = {}
+    for port in ports:
+        rank = port.get_partial_shape().rank
+        dimensions = rank.get_length() if rank.is_static else 0
+        # A port may have more names than the one that is asked for.
+        name = next(iter(port.names & (INPUTS | {"logits"})), port.any_name)
+        described[name] = (port.get_element_type().to_dtype().name, dimensions)
+    return described
 
 
 class TorchClassifier:
@@ -105,8 +168,10 @@ class TorchClassifier:
         import torch
 
         torch.set_num_threads(threads)
+        self._weights = weights
         variant = "bf16" if ".bf16." in weights.name else None  # Transformers' word for the middle of the file's name
-        self.model = load_trained_classifier(folder, variant=variant, dtype=dtype).eval()
+        # `open_artifact` has compared the files with their sums.
+        self.model = load_trained_classifier(folder, verify=False, variant=variant, dtype=dtype).eval()
         self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
         self.encode = TextEncoder(folder)
 
@@ -124,7 +189,7 @@ class TorchClassifier:
         import torch
 
         arrays = self.encode.pad(token_ids)
-        with torch.inference_mode():
+        with torch.inference_mode(), one_line(f"{self._weights} cannot answer"):
             # No token types: every model fills in zeros, which is what they are.
             ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
             return self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()  # NumPy has no bfloat16
@@ -136,20 +201,22 @@ class ModelInMemory(TorchClassifier):
     def __init__(self, model, encoder: TextEncoder):
         """Takes the model as it is, and the number of threads that the process has."""
         self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
+        self._weights = "the model in memory"
 
 
-def open_artifact(folder: Path, format: str, threads: int, calls: int = 1):
+def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verify: bool = True):
     """Opens one format of a folder as a classifier.
 
     Args:
         format: one of `WEIGHT_FILES`.
         threads: how many the runtime may compute with.
         calls: how many calls of `logits` run side by side, each with its share of the threads; PyTorch runs one.
+        verify: whether the files are compared with the folder's SHA256SUMS.
 
     Raises:
-        UserError: if the folder does not have this format, or the file cannot be opened.
+        UserError: if the folder does not have this format, a file differs from its sum, or it cannot be opened.
     """
-    weights = weights_of(folder, format)
+    weights = weights_of(folder, format, verify)
     if format == "onnx":
         return OnnxClassifier(folder, weights, threads=threads // calls)  # these threads serve one call
     if format == "openvino":

