@@ -26,7 +26,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 TEXTS = build_rows(12)["text"]
-OPENED = [("artifact", "pytorch"), ("artifact", "bf16"), ("artifact", "onnx")] + [
+OPENED = [("adapted", "nf4"), ("artifact", "pytorch"), ("artifact", "bf16"), ("artifact", "onnx")] + [
     ("quantized", format) for format in ("onnx", "openvino", "torchao")
 ]
 

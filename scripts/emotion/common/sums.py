@@ -17,7 +17,7 @@ from emotion.common.files import sha256, write_text
 
 SUMS_FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-REMEMBERED_BYTES = 1_000_000  # smaller files are hashed each time, in less than a millisecond
+REMEMBERED_BYTES = 100_000  # smaller files are hashed each time, in a tenth of a millisecond
 REMEMBERED_FILES = 500
 RACY_NS = 2 * 10**9  # a file may be written again within one tick of its clock, on FAT two seconds
 

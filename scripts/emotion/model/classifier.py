@@ -172,8 +172,10 @@ class TorchClassifier:
         variant = "bf16" if ".bf16." in weights.name else None  # Transformers' word for the middle of the file's name
         # `open_artifact` has compared the files with their sums.
         self.model = load_trained_classifier(folder, verify=False, variant=variant, dtype=dtype).eval()
-        self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
         self.encode = TextEncoder(folder)
+        # Asked of the model itself: Transformers lets a head of another width pass where weights are quantized.
+        width = self.logits([[self.encode.pad_id]]).shape[-1]
+        self.labels = read_labels(folder, weights, width)
 
     def compile(self) -> None:
         """Compiles the model's forward pass, for any number and length of texts; the first call is slow."""
