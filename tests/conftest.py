@@ -44,6 +44,8 @@ from transformers import (  # noqa: E402
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+# How many times as many seeds the random tests take: 1 in `make test`
+FUZZ = int(os.environ.get("EMOTION_FUZZ", "1"))
 COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}
 FILLERS = ["a", "the", "i", "see", "sky", "house", "today", "now", "very", "and"]
 WORDS = FILLERS + sum(COLORS.values(), [])
@@ -73,6 +75,21 @@ ENCODERS = {
 
 
 THREADS = torch.get_num_threads()
+
+
+def seeds_for(few: int) -> range:
+    """The seeds of a test that draws its faults: a few in the suite, many in `make fuzz`."""
+    return range(few * FUZZ)
+
+
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_runtest_protocol(item):
+    """Gives a test more time where more processes wait for a core than there are: it would be slow, and no more."""
+    marker = item.get_closest_marker("timeout")
+    limit_s = marker.args[0] if marker else float(item.config.getini("timeout"))
+    waiting = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    item.add_marker(pytest.mark.timeout(limit_s * max(1, waiting)), append=False)
+    return (yield)
 
 
 @pytest.fixture(autouse=True)

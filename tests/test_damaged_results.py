@@ -5,7 +5,7 @@ import random
 import shutil
 
 import run_comparison
-from conftest import ROOT, read_json, save_dataset
+from conftest import ROOT, read_json, save_dataset, seeds_for
 from emotion.common.errors import UserError
 from emotion.measure import paired_tests
 from emotion.measure.record import read_records
@@ -184,8 +184,9 @@ def test_truncated_predictions_are_named(kept, results):
         read_records(results)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_no_damage_ends_in_a_traceback(seed, results):
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", seeds_for(40))
+def test_no_damage_of_results_ends_in_a_traceback(seed, results):
     """What it did is either said in one line, or was in a field that no page shows, or is as good as another value."""
     done = mutate(results, random.Random(seed))
     try:

@@ -15,7 +15,7 @@ import run_evaluation
 import run_ptq
 import run_publish
 import run_qat
-from conftest import ROOT, qat_flags, train_flags
+from conftest import ROOT, copy_to_edit, qat_flags, train_flags
 from emotion.common.errors import UserError
 from emotion.common.files import check_replaceable, discard, taken, whole_file, whole_folder, write_json, write_text
 from emotion.common.names import check_repo_id
@@ -320,10 +320,10 @@ def test_a_benchmark_replaces_no_other_file(artifact, tmp_path):
 
 @pytest.mark.parametrize("variant", ["../../X", "/tmp/X", "..", "a/b", "a\\b", "x\n", "", 7, None, ["x"]])
 def test_a_strangers_variant_is_a_name_and_no_path(variant, artifact, tmp_path):
-    folder = shutil.copytree(artifact, tmp_path / "in" / "downloaded")
+    folder = copy_to_edit(artifact, tmp_path / "in" / "downloaded")
     made = yaml.safe_load((folder / "recipe.yaml").read_text())
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made | {"variant": variant}))
-    with pytest.raises(UserError, match="recipe.yaml: .* is no name for a file"):
+    with pytest.raises(UserError, match="recipe.yaml: .* (is no name for a file|cannot be)"):
         run_evaluation.main([str(folder), "--results_dir", str(tmp_path / "in" / "results"), "--latency_runs", "0"])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -331,8 +331,9 @@ def test_a_strangers_variant_is_a_name_and_no_path(variant, artifact, tmp_path):
 @pytest.mark.parametrize("name", ["x\ny", "<script>", "a|b", 7])
 @pytest.mark.parametrize("key", ["base_model", "dataset"])
 def test_a_strangers_model_is_one_line(key, name, tmp_path):
-    fill(tmp_path, {"recipe.yaml": yaml.safe_dump({"made": {key: name}})})
-    with pytest.raises(UserError, match="recipe.yaml: .* is no name of a model or a dataset"):
+    made = {"variant": "ptq", "recipe": {}, "seed": 1, "made": {key: name}, "training": None}
+    fill(tmp_path, {"recipe.yaml": yaml.safe_dump(made)})
+    with pytest.raises(UserError, match="recipe.yaml: .* (is no name of a model or a dataset|cannot be)"):
         read_recipe_of(tmp_path)
 
 

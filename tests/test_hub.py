@@ -6,7 +6,7 @@ import time
 from types import SimpleNamespace
 
 import mutations_hub
-from conftest import run_script
+from conftest import run_script, seeds_for
 from emotion.common.errors import UserError
 from emotion.model import hub as hub_module
 from emotion.model import hub_answers
@@ -297,9 +297,11 @@ def test_a_cache_that_cannot_be_written_is_named(hub, waits, tmp_path, monkeypat
 # Whatever else
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_no_random_fault_is_more_than_a_line(seed, hub, waits, capsys, tmp_path, monkeypatch):
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", seeds_for(4))
+def test_no_fault_of_a_hub_is_more_than_a_line(seed, hub, waits, capsys, tmp_path, monkeypatch, record_property):
     draw = random.Random(seed)
+    record_property("draws", 15)
     for round_ in range(15):
         hub.repositories.clear(), hub.blobs.clear(), hub.faults.clear(), close_session()
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{round_}"))

@@ -16,7 +16,8 @@ import run_baseline
 import run_ptq
 import run_qat
 import run_qlora
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, seeds_for
+from emotion import EmotionClassifier
 from emotion.common import command
 from emotion.common.errors import UserError
 from emotion.common.flags import _parser, parse_recipe
@@ -26,7 +27,7 @@ from emotion.task import tokens
 from emotion.task.dataset import Task, load_task
 from emotion.task.source import EMBEDDED_MODEL, find_base_model
 from emotion.task.tokens import TextEncoder
-from mutations_inputs import DATASETS, LETTERS, draw_flag, draw_recipe, draw_text
+from mutations_inputs import DATASETS, LETTERS, draw_dataset, draw_flag, draw_recipe, draw_text
 
 import pytest
 import transformers
@@ -94,7 +95,7 @@ def end_of(main, capsys) -> tuple[int, str]:
         (run_qat, "quantize_after", "-1", "--quantize_after -1: it takes 0 or more"),
         (run_qat, "baseline", "nowhere", "no folder nowhere"),
         (run_ptq, "bits", "7", "--bits 7: it takes 8, 4, 3 or 2"),
-        (run_ptq, "max_loss", "-1", "--max_loss -1.0: it takes 0 or more"),
+        (run_ptq, "max_loss", "-101", "--max_loss -101.0: it takes -100 to 100"),
         (run_ptq, "calibration_rows", "0", "--calibration_rows 0: it takes 1 or more"),
         (run_ptq, "baseline", "nowhere", "no folder nowhere"),
     ],
@@ -131,8 +132,11 @@ def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
             assert float("nan") not in action.choices and float("inf") not in action.choices
 
 
-def test_random_flags_end_in_one_line_or_are_taken(nothing_is_loaded, encoder, capsys):
-    rng = random.Random(0)
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", seeds_for(1))
+def test_random_flags_end_in_one_line_or_are_taken(seed, nothing_is_loaded, encoder, capsys, record_property):
+    rng = random.Random(seed)
+    record_property("draws", 60)
     names = [action.dest for action in _parser(TRAININGS[run_qlora])._actions if action.dest != "help"]
     ends = []
     for _ in range(60):
@@ -147,8 +151,11 @@ def test_random_flags_end_in_one_line_or_are_taken(nothing_is_loaded, encoder, c
     assert ends.count(UserError) > 20 and ends.count(Loaded) > 3
 
 
-def test_random_recipes_end_in_one_line_or_are_taken(encoder, tmp_path):
-    rng = random.Random(0)
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", seeds_for(1))
+def test_random_recipes_end_in_one_line_or_are_taken(seed, encoder, tmp_path, record_property):
+    rng = random.Random(seed)
+    record_property("draws", 80)
     names = ["learning_rate", "seed", "output_dir", "eval_strategy", "bf16", "target_modules", "lr_scheduler_kwargs"]
     refused = 0
     for _ in range(80):
@@ -230,6 +237,31 @@ def test_a_dataset_of_any_content_opens_or_is_refused(kind, tmp_path):
         assert isinstance(task, Task) and (kind in GOOD or kind in EITHER)
 
 
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", seeds_for(4))
+def test_a_random_dataset_opens_or_is_refused(seed, tmp_path):
+    about = draw_dataset(random.Random(seed), tmp_path / "data")
+    try:
+        task = load_task(str(tmp_path / "data"))
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, about
+    else:
+        assert isinstance(task, Task), about
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", seeds_for(2))
+def test_random_texts_have_one_finite_answer_each(seed, artifact, record_property):
+    rng = random.Random(seed)
+    texts = [draw_text(rng)[1] for _ in range(40)]
+    record_property("draws", len(texts))
+    classifier = EmotionClassifier.from_pretrained(artifact, "onnx", threads=1)
+    answers = classifier.classify(texts, top_k=None)
+    assert len(answers) == len(texts)
+    for one in answers:
+        assert abs(sum(label["score"] for label in one) - 1) < 1e-4
+
+
 @pytest.fixture(scope="module")
 def bytes_tokenizer(tmp_path_factory):
     """A tokenizer of RoBERTa's kind, whose words hold the space before them."""
@@ -240,6 +272,7 @@ def bytes_tokenizer(tmp_path_factory):
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<pad>"])
     tokenizer.train_from_iterator(["i feel so happy today and the sky is red"] * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "model_max_length": 64}')
     return folder
 

@@ -270,7 +270,7 @@ def test_calibration_rows_are_drawn_class_by_class():
     ("flags", "message"),
     [
         (["--calibration_rows", "0"], "--calibration_rows 0: it takes 1 or more"),
-        (["--max_loss", "-1"], "--max_loss -1.0: it takes 0 or more"),
+        (["--max_loss", "-101"], "--max_loss -101.0: it takes -100 to 100"),
         (["--calibration_rows", "481"], "--calibration_rows 481: train has 480 rows"),
         (["--formats", "gguf"], "--formats gguf: it takes torchao, onnx or openvino"),
         (["--formats"], "--formats"),

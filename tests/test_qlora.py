@@ -139,7 +139,7 @@ def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
 def test_the_adapter_alone(encoder, colors, tmp_path):
     run_qlora.main(qlora_flags(encoder, colors, tmp_path / "qlora", formats="adapter", num_train_epochs=1))
     files = {path.name for path in (tmp_path / "qlora").rglob("*") if path.is_file()}
-    assert files == {"recipe.yaml", "adapter_config.json", "adapter_model.safetensors"}
+    assert files == {"recipe.yaml", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"}
     assert adapter_bytes(tmp_path / "qlora") == (tmp_path / "qlora/adapter/adapter_model.safetensors").stat().st_size
 
 

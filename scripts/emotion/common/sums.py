@@ -114,5 +114,5 @@ def remembered():
     yield known
     if path.name and len(known) > before:
         newest = dict(list(known.items())[-REMEMBERED_FILES:])
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             write_text(path, json.dumps(newest, indent=0))

@@ -141,7 +141,7 @@ def _operations(files: dict[str, Path | bytes], present: set[str]) -> list:
     return operations
 
 
-def fetch(repo_id: str, formats: list[str], verify: bool) -> Path:
+def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
     """Downloads the files that one format of a published artifact needs, or takes them from the cache.
 
     Args:
