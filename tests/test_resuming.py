@@ -13,7 +13,7 @@ from pathlib import Path
 import run_baseline
 import run_qat
 import run_qlora
-from conftest import ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
+from conftest import FUZZ, ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
 from emotion.common.errors import UserError
 from emotion.common.files import sha256
 from emotion.common.recipe import read_recipe_of
@@ -24,9 +24,8 @@ from datasets import load_dataset
 from transformers import Trainer, TrainingArguments
 
 COMMANDS = {"baseline": run_baseline, "qat": run_qat, "qlora": run_qlora}
-# How often a training is killed, over all three commands, and how often two start at once; the long run asks for more.
-KILLS = int(os.environ.get("EMOTION_KILLS", "3"))
-PAIRS = int(os.environ.get("EMOTION_PAIRS", "2"))
+# How often a training is killed, over all three commands, and how often two start at once
+KILLS, PAIRS = (20, 10) if FUZZ > 1 else (3, 2)
 EVERY_2 = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 3}
 
 
@@ -197,6 +196,7 @@ def weights_in(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
+@pytest.mark.fuzz
 @pytest.mark.processes
 @pytest.mark.timeout(200 + 120 * KILLS)
 @pytest.mark.parametrize("name", COMMANDS)
@@ -226,12 +226,15 @@ def test_a_training_that_is_killed_ends_as_if_nothing_had_happened(name, encoder
         assert ended == 0, (tmp_path / "log").read_text()
         assert weights_in(out) == expected
         assert not list(tmp_path.glob(".*")) and not list((tmp_path / "checkpoints").iterdir())
+        request.node.user_properties.append(("draws", len(moments)))
         print(f"{name}: killed {len(moments)} times (checkpoints: {', '.join(moments)}), equal weights", flush=True)
 
 
+@pytest.mark.fuzz
 @pytest.mark.processes
 @pytest.mark.timeout(200 + 120 * PAIRS)
-def test_two_trainings_at_once_never_mix(encoder, colors, tmp_path):
+def test_two_trainings_at_once_never_mix(encoder, colors, tmp_path, record_property):
+    record_property("draws", PAIRS)
     expected, lost = {}, 0
     for seed in (1, 2):
         flags = flags_of("baseline", None, encoder, colors, tmp_path / f"whole-{seed}", seed=seed)

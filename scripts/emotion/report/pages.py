@@ -38,6 +38,7 @@ def render_study_pages(results: Path) -> dict[Path, str]:
         "ptq_processors": render_processors,
         "qlora_sweep": render_sweep,
         "training_cost": render_cost,
+        "reliability": render_reliability,
     }
     # One page shows what both encoders say: a small one hides what a base-size one does not forgive.
     of_both = {
@@ -217,6 +218,18 @@ def render_cost(cost: dict) -> str:
             )
         tables[model] = markdown_table(head, rows)
     return render("training_cost.md", cost=cost, tables=tables)
+
+
+@complete("the page of what was drawn at random")
+def render_reliability(study: dict) -> str:
+    """`results/reliability.md`: how many faults of each kind `make fuzz` drew, and how many tests they failed."""
+    rows = []
+    for kind, one in study["kinds"].items():
+        rows.append([kind, f"{one['draws']:,}", str(one["failed_tests"]), f"{one['seconds']:.0f}"])
+    sums = [sum(one[name] for one in study["kinds"].values()) for name in ("draws", "failed_tests", "seconds")]
+    rows.append(["all", f"{sums[0]:,}", str(sums[1]), f"{sums[2]:.0f}"])
+    table = markdown_table(["kind", "draws", "failed tests", "seconds"], rows)
+    return render("reliability.md", study=study, table=table)
 
 
 @complete("the page of the graphs")
