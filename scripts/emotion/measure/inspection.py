@@ -128,6 +128,9 @@ def _torch_matrices(model, stored: dict[str, str]) -> tuple[list[Matrix], list[M
 
     linear, embeddings = [], []
     for name, part in model.named_modules():
+        if ".lora_" in name:  # an adapter's thin matrices are no layers of their own
+            continue
+        name = name.removeprefix("base_model.model.").removesuffix(".base_layer")  # PEFT's, around the model's own
         if isinstance(part, nn.Linear):
             linear.append(_torch_matrix(name, part, stored))
         elif isinstance(part, nn.Embedding):

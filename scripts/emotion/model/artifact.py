@@ -31,12 +31,15 @@ WEIGHT_FILES = {
     "nf4": ("model.safetensors",),
     "onnx": ("onnx/model_quantized.onnx", "onnx/model.onnx"),
     "openvino": ("openvino/openvino_model.xml",),
+    "adapter": ("adapter/adapter_model.safetensors",),
 }
 # What is read of config.json here; Transformers reads far more, and has errors of its own
 CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant_method": str}, "vocab_size?": int}
 # Three formats share the name `model.safetensors`; config.json tells which of them it is. Library that quantized the
 # file, None for none -> the formats that it can then be opened as
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
+# A root that is a language model is no classifier by itself: its format is the adapter, on that root.
+FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
 
 MADE_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "made", "training", "versions"}  # of `describe_made`
 INPUTS = ("baseline", "model_name_or_path", "dataset_name")  # flags that name what a command reads
@@ -77,7 +80,9 @@ def find_formats(folder: Path) -> dict[str, Path]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
     of_root = FORMATS_OF_ROOT.get(quantized_by(folder), ())  # none for a library that this project does not know
-    of_any_root = sum(FORMATS_OF_ROOT.values(), ())
+    if is_language_model(folder):
+        of_root = FORMATS_OF_LANGUAGE_MODEL
+    of_any_root = sum(FORMATS_OF_ROOT.values(), FORMATS_OF_LANGUAGE_MODEL)
     found = {}
     for format, names in WEIGHT_FILES.items():
         if format in of_any_root and format not in of_root:
@@ -93,6 +98,11 @@ def find_formats(folder: Path) -> dict[str, Path]:
 def quantized_by(folder: Path) -> str | None:
     """The library that quantized `model.safetensors`, by its name in config.json; None for float weights."""
     return read_config(folder).get("quantization_config", {}).get("quant_method")
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether the folder's root generates text, by its config.json, and does not classify."""
+    return any(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or [])
 
 
 def read_config(folder: Path) -> dict:
@@ -145,7 +155,12 @@ def adapter_bytes(folder: Path) -> int | None:
 def files_beside(weights: Path, format: str) -> list[Path]:
     """The files that a weights file cannot do without."""
     # OpenVINO's .xml is the graph alone: the weights lie in the .bin. optimum-intel reads the config.json.
-    return [weights.with_suffix(".bin"), weights.with_name("config.json")] if format == "openvino" else []
+    if format == "openvino":
+        return [weights.with_suffix(".bin"), weights.with_name("config.json")]
+    if format == "adapter":  # it lies one folder below its base and the template of the prompt
+        root = weights.parent.parent
+        return [weights.with_name("adapter_config.json"), root / "model.safetensors", root / "chat_template.jinja"]
+    return []
 
 
 def inputs_of(arguments, recipe: Recipe) -> list[Path]:

@@ -197,6 +197,26 @@ class TorchClassifier:
             return self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()  # NumPy has no bfloat16
 
 
+class GenerativeClassifier(TorchClassifier):
+    """Prompts to the log-likelihoods of the class names as answers, by a language model in 4 bits and its adapter."""
+
+    def __init__(self, folder: Path, weights: Path, threads: int):
+        """Opens the language model in ``folder`` and ``weights``, its adapter; sets the threads of the process."""
+        from emotion.model.likelihood import AnswerTree, PromptEncoder, open_adapted
+
+        import torch
+
+        torch.set_num_threads(threads)
+        self.model = open_adapted(folder, weights.parent)
+        self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
+        self.encode = PromptEncoder(folder)
+        self._answers = AnswerTree([self.encode.answer(label) for label in self.labels])
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 log-likelihoods (texts, labels), which softmax makes probabilities."""
+        return self._answers.log_likelihoods(self.model, token_ids)
+
+
 class ModelInMemory(TorchClassifier):
     """A classifier of a model that is not saved yet."""
 
@@ -223,6 +243,8 @@ def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verif
         return OnnxClassifier(folder, weights, threads=threads // calls)  # these threads serve one call
     if format == "openvino":
         return OpenVinoClassifier(folder, weights, threads=threads, calls=calls)
+    if format == "adapter":
+        return GenerativeClassifier(folder, weights, threads=threads)
     dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights come with their own
     return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
 

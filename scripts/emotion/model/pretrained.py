@@ -1,4 +1,4 @@
-"""Classifiers as `from_pretrained` opens them: from a base model without a head, or trained."""
+"""Models as `from_pretrained` opens them: from a base model without a head, or trained."""
 
 from pathlib import Path
 
@@ -15,9 +15,15 @@ UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def open_classifier(folder, **options):
-    """`AutoModelForSequenceClassification.from_pretrained`, from safetensors and without remote code.
+    """`open_model` with `AutoModelForSequenceClassification`."""
+    return open_model("AutoModelForSequenceClassification", folder, **options)
+
+
+def open_model(auto_class: str, folder, **options):
+    """Calls `from_pretrained` of one of Transformers' auto classes, from safetensors and without remote code.
 
     Args:
+        auto_class: its name; the class itself would load Transformers where this file is imported.
         folder: a local folder or a Hub id.
         options: more options of `from_pretrained`; those on trust cannot be overridden.
 
@@ -27,12 +33,12 @@ def open_classifier(folder, **options):
     Raises:
         UserError: if the files cannot be read, in one line.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     # A pickle or a file of Python code from a stranger's repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     try:
-        return AutoModelForSequenceClassification.from_pretrained(folder, **options)
+        return getattr(transformers, auto_class).from_pretrained(folder, **options)
     # For a wrong value in config.json, Transformers may raise whatever Python or PyTorch has.
     except Exception as error:
         raise UserError(f"{folder} cannot be opened: {reason_of(error)}") from error

@@ -37,16 +37,25 @@ def nf4_options(base: str, labels: list[str], bf16: bool) -> dict:
     int4 = {name for name in find_layers(skeleton).linear if linear[name].in_features % BLOCK == 0}
     if not int4:
         raise UserError(f"{base}: the width of no layer is a multiple of {BLOCK}, as bitsandbytes wants it")
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-            # Valid for layers of 4 bits too, whatever its name says.
-            llm_int8_skip_modules=[name for name in linear if name not in int4],
-        )
-    }
+    kept = [name for name in linear if name not in int4]
+    # The option is valid for layers of 4 bits too, whatever its name says.
+    return {"quantization_config": nf4_config(bf16, llm_int8_skip_modules=kept)}
+
+
+def nf4_config(bf16: bool, **options) -> BitsAndBytesConfig:
+    """Transformers' configuration for linear layers in NF4 with double quantization.
+
+    Args:
+        bf16: whether the layers compute in bfloat16; in float32 otherwise.
+        options: more options of the configuration.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        **options,
+    )
 
 
 def start_from_rounding_error(model: PeftModel, exact) -> None:
