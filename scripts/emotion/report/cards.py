@@ -38,12 +38,17 @@ def render_cards(records: list[dict], folder: Path, run: dict | None = None) -> 
         run: the JSON of run_benchmark.py that has timed the variants in turns; None if there is none.
     """
     cards = {}
-    for variant in sorted({record["variant"] for record in records}):
+    for variant in variants_with_card(records):
         # On the Hub `results/` lies beside the card, in this repository one folder higher.
         cards[folder / f"{variant}.md"] = render_card(
             records, variant, f"user/bert-emotion-{variant}", root="../", run=run
         )
     return cards
+
+
+def variants_with_card(records: list[dict]) -> list[str]:
+    """The variants of the records, sorted; a language model has no card, since it is there to compare with alone."""
+    return sorted({record["variant"] for record in records if record["format"] in RUNTIMES})
 
 
 def render_card(records: list[dict], variant: str, repo_id: str, root: str = "", run: dict | None = None) -> str:
@@ -73,6 +78,8 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "",
 
 def check_comparable(own: list[dict], baseline: list[dict], variant: str) -> None:
     """Raises `UserError` unless there are records of both, whole, of real test rows, and of the same ones."""
+    if own and variant not in variants_with_card(own):
+        raise UserError(f"{variant} is a language model to compare with; this project publishes classifiers alone")
     for record in own + baseline:
         check_record(record, record_name(record), "card")
         if record["quality"]["split"] != "test" or record["made"]["dataset_source"] == "sample":

@@ -6,7 +6,7 @@ from pathlib import Path
 from emotion.common.files import write_text
 from emotion.measure.evidence import read_predictions, read_study
 from emotion.measure.record import record_name
-from emotion.report.cards import order
+from emotion.report.cards import order, variants_with_card
 from emotion.report.comparison import MAIN_RUN, REFERENCE, Family
 from emotion.report.pages import families_of, render_study_pages
 from emotion.report.plots import (
@@ -62,7 +62,7 @@ def list_pictures(family: Family) -> dict:
 def list_card_pictures(family: Family) -> dict:
     """Path of each card's PNG -> the function that draws it: the matrix of its variant's first record."""
     pictures = {}
-    for variant in sorted({record["variant"] for record in family.records}):
+    for variant in variants_with_card(family.records):
         record = order(family.records, variant)[0]
         path = family.folder / "confusion_matrices" / f"{record_name(record)}.png"
         pictures[path] = partial(plot_confusion_matrix, record)

@@ -16,7 +16,7 @@ import seaborn
 
 matplotlib.use("Agg")  # draws into files alone; the default looks for a screen
 STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
-MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
+MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v", "adapter": "X"}
 OTHER = "0.45"  # grey, for marks that belong to no variant
 MOST_NAMED = 30  # classes; of more, nobody could read the names and numbers, and a picture would take gigabytes
 

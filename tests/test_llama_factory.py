@@ -1,0 +1,296 @@
+"""A generative model as a classifier: what it is trained on, how it is scored, where its record may stand.
+
+The tests below `llama_factory` start LLaMA Factory itself: make test-llama-factory runs these alone.
+"""
+
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+
+import run_comparison
+import run_evaluation
+import run_llama_factory
+import run_publish
+from conftest import COLORS, ROOT, build_rows, read_json, run_script
+from emotion.common.errors import UserError
+from emotion.common.flags import parse_beside
+from emotion.common.recipe import Recipe, read_recipe, read_recipe_of
+from emotion.model import llama_factory
+from emotion.model.artifact import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
+from emotion.model.classifier import open_artifact
+from emotion.model.emotion_classifier import EmotionClassifier
+from emotion.model.llama_factory import IGNORED, check_tokens, write_dataset
+from emotion.model.tiny_llama import build_tiny_llama
+from emotion.task.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
+from emotion.task.source import RANDOM, BaseModel
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+INSTRUCTION = "Which colour is it?"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+RECIPE = Recipe(ROOT / "configs" / "llama_factory.yaml", {"bf16": False, "cutoff_len": 256, "seed": 42})
+TEXTS = build_rows(30)["text"]
+
+
+def fill_generative(folder, colors, source: str = "hub") -> None:
+    """An artifact as run_llama_factory.py saves it, of a tiny Llama whose adapter is random, not trained."""
+    task, training = load_task(str(colors)), folder.with_name(f"{folder.name}-training")
+    rows = get_split(task, "train")
+    base = build_tiny_llama(rows["text"], training / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(training)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), adapter).save_pretrained(training)
+    base = BaseModel("someone/tiny", base.path, source)
+    values = RECIPE.values | {"dataset_name": str(colors)}
+    made = describe_made("llama-qlora", Recipe(RECIPE.path, values), 42, describe_origin(base, task, rows), None)
+    with new_artifact(folder, made) as partial:
+        made["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, RECIPE, partial)
+        run_llama_factory.save_trained(training, base, partial)
+
+
+@pytest.fixture(scope="module")
+def generative(build_once, colors):
+    return build_once("generative/llama-qlora", lambda folder: fill_generative(folder, colors))
+
+
+def likelihoods_by_hand(folder, texts) -> np.ndarray:
+    """Each answer in a pass of its own, written out: the log-probability of each token, given all before it."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), folder / "adapter")
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), read_json(folder / "config.json")
+    sums = np.zeros((len(texts), len(config["id2label"])))
+    for row, text in enumerate(texts):
+        message = {"role": "user", "content": f"{config['instruction']}\n{text}"}
+        prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        for column, label in config["id2label"].items():
+            ids = tokenizer(prompt)["input_ids"] + tokenizer(f"{label}<|im_end|>")["input_ids"]
+            start = len(tokenizer(prompt)["input_ids"])
+            with torch.no_grad():
+                logits = model.eval()(torch.tensor([ids])).logits[0].float()
+            for place in range(start, len(ids)):
+                sums[row, int(column)] += logits[place - 1].log_softmax(-1)[ids[place]].item()
+    return sums
+
+
+def test_the_logits_are_the_likelihoods_of_the_class_names(generative):
+    classifier = open_artifact(generative, "adapter", threads=1)
+    token_ids = classifier.encode(TEXTS[:3])
+    assert len(set(map(len, token_ids))) > 1  # so that shorter prompts are padded
+    found = classifier.logits(token_ids)
+    assert found.dtype == np.float32 and len(np.unique(found)) == found.size
+    assert found == pytest.approx(likelihoods_by_hand(generative, TEXTS[:3]), abs=1e-3)
+    for row, ids in enumerate(token_ids):  # alone, without padding
+        assert classifier.logits([ids])[0] == pytest.approx(found[row], abs=1e-3)
+
+
+def test_it_answers_as_any_other_artifact(generative):
+    assert list(find_formats(generative)) == ["adapter"]
+    served = files_to_serve(generative, "adapter")  # base and adapter, and all that makes a prompt of a text
+    assert {"model.safetensors", "adapter/adapter_model.safetensors", "chat_template.jinja"} <= served.keys()
+    answers = EmotionClassifier.from_pretrained(generative, threads=1).classify(TEXTS, top_k=None)
+    assert all({one["label"] for one in answer} == set(COLORS) for answer in answers)
+    assert sum(one["score"] for one in answers[0]) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def results(generative, artifact, tmp_path_factory):
+    """The record of the generative model beside the baseline's."""
+    folder = tmp_path_factory.mktemp("compared")
+    for saved, format in ((artifact, "pytorch"), (generative, "adapter")):
+        run_evaluation.main(
+            [str(saved), "--format", format, "--results_dir", str(folder / "results"), "--latency_runs", "200"]
+        )
+    return folder / "results"
+
+
+def test_its_record_counts_layers_and_bytes(results, generative):
+    record = read_json(results / "metrics" / "llama-qlora-adapter.json")
+    scheme, size = record["scheme"], record["size"]
+    assert (scheme["weights"], scheme["quantized_layers"], scheme["linear_layers"]) == ("nf4 in blocks of 64", 14, 15)
+    assert scheme["kept_in_float"].keys() == {"lm_head", "model.embed_tokens"}
+    assert None not in scheme["kept_in_float"].values()  # each with its reason
+    assert size["bytes_to_serve"] == sum((generative / name).stat().st_size for name in size["files"])
+    assert 0 < size["adapter_bytes"] < size["bytes_to_serve"]
+    assert (results / "predictions" / "llama-qlora-adapter.parquet").is_file()
+
+
+def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{run_comparison.START}\n{run_comparison.END}\n")
+    shutil.copytree(results, tmp_path / "results")
+    run_comparison.main(["--results_dir", str(tmp_path / "results"), "--readme", str(readme)])
+    assert re.search(r"\| llama-qlora +\| +adapter \|", readme.read_text())
+    assert [path.stem for path in (tmp_path / "model_cards").iterdir()] == ["baseline"]
+    with pytest.raises(UserError, match="llama-qlora is a language model to compare with"):
+        run_publish.main([str(generative), "--repo_id", "user/x", "--dry_run", "true", "--results_dir", str(results)])
+
+
+def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
+    folder = tmp_path / "random"
+    shutil.copytree(generative, folder)
+    made = read_recipe_of(folder)
+    made["made"]["base_model_source"] = RANDOM
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
+    with pytest.raises(UserError, match="its record does not belong into results/"):
+        run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
+    record = read_json(results / "metrics" / "llama-qlora-adapter.json")
+    record["made"]["base_model_source"] = RANDOM
+    with pytest.raises(UserError, match="made from random weights: not for the README"):
+        run_comparison.check_publishable(record)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "adapter cannot be opened"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no instruction or no chat template"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),
+        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "none of the formats"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "does not end an answer"),
+    ],
+)
+def test_a_damaged_folder_is_named(damage, message, generative, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(generative, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        open_artifact(folder, "adapter", threads=1)
+
+
+def test_the_dataset_comes_back_as_it_was(tmp_path):
+    task = load_task(DEFAULT_DATASET)
+    arguments = run_llama_factory.LlamaFactoryArguments()
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=42)
+    write_dataset({"train": rows}, task.labels, INSTRUCTION, tmp_path)
+    info = read_json(tmp_path / "dataset_info.json")
+    back = datasets.load_dataset("json", data_files=str(tmp_path / info["emotion_train"]["file_name"]), split="train")
+    assert set(back["instruction"]) == {INSTRUCTION}
+    assert back["input"] == rows["text"]  # the same rows in the same order
+    assert back["output"] == [task.labels[label] for label in rows["label"]]
+    labels_of = {}
+    for text, label in zip(back["input"], back["output"], strict=True):
+        assert labels_of.setdefault(text, label) == label  # no text with two labels
+
+
+def test_every_row_is_compared_with_what_was_trained_on(generative, colors, tmp_path):
+    task, classifier = load_task(str(colors)), open_artifact(generative, "adapter", threads=1)
+    rows, encoder = get_split(task, "test"), classifier.encode
+    whole, counted = [], []
+    for prompt, label in zip(encoder(rows["text"]), rows["label"], strict=True):
+        answer = encoder.answer(task.labels[label], whole=True)
+        whole.append(prompt + answer)
+        counted.append([IGNORED] * len(prompt) + answer)
+
+    def compare(name: str) -> None:
+        columns = datasets.Dataset.from_dict({"input_ids": whole, "labels": counted})
+        datasets.DatasetDict({"test": columns}).save_to_disk(tmp_path / name)
+        check_tokens({"test": rows}, task.labels, encoder, RECIPE, tmp_path / name)
+
+    compare("same")
+    whole[7] = [*whole[7][:3], 0, *whole[7][4:]]
+    with pytest.raises(UserError, match="test row 7: LLaMA Factory's template does not write"):
+        compare("other")
+
+
+def test_flags_that_are_not_ours_are_the_other_programs():
+    class_, path = run_llama_factory.LlamaFactoryArguments, ROOT / "configs" / "llama_factory.yaml"
+    words = ["--learning_rate", "1e-3", "--max_train_rows=64", "--lora_rank=4", "--max_steps", "-1"]
+    words += ["--eval_strategy", "no", "--do_train", "true"]
+    arguments, recipe, own = parse_beside((class_,), path, words)
+    assert own == {"max_train_rows": 64} and arguments.max_train_rows == 64
+    theirs = {"learning_rate": 0.001, "lora_rank": 4, "max_steps": -1, "eval_strategy": "no", "do_train": True}
+    assert recipe.values == read_recipe(path) | theirs
+    for wrong in (["--lora_rank"], ["--lora_rank", "--max_steps", "3"], ["--max_steps", "3", "4"]):
+        with pytest.raises(UserError, match="expected flags with one value each"):
+            parse_beside((class_,), path, wrong)
+
+
+def test_what_cannot_work_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_llama_factory, "CLI", tmp_path / "none")
+    with pytest.raises(UserError, match="run make llama-factory once"):
+        run_llama_factory.main([])
+    monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
+    with pytest.raises(UserError, match="quantization_bit must be 4"):
+        run_llama_factory.main(["--quantization_bit", "8"])
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        run_llama_factory.main(["--output_dir", str(tmp_path / "out")])
+
+
+# From here on LLaMA Factory itself runs.
+QUICK = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+
+
+@pytest.fixture(scope="module")
+def llama(colors, tmp_path_factory):
+    """The folder that a few steps have made of a tiny Llama, all output lines, and the dataset as it was written."""
+    work = tmp_path_factory.mktemp("llama_factory")
+    flags = ["--stand_in", "true", "--dataset_name", str(colors), "--output_dir", str(work / "out"), *QUICK]
+    flags += ["--max_steps", "12", "--logging_steps", "2", "--learning_rate", "1e-2", "--warmup_steps", "0"]
+    flags += ["--gradient_accumulation_steps", "1"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(run_llama_factory, "WORK", work / "work")
+        run_llama_factory.main([*flags, "--instruction", "Which of {labels}?"])
+    return work / "out", output.getvalue()
+
+
+@pytest.mark.llama_factory
+def test_the_recipe_is_accepted_as_it_stands():
+    code = "from llamafactory.hparams import get_train_args as get; print([vars(one) for one in get()])"
+    python = llama_factory.ENVIRONMENT / "bin" / "python"
+    done = subprocess.run(
+        [python, "-c", code, "configs/llama_factory.yaml"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert (
+        "'quantization_bit': 4" in done.stdout and "'model_name_or_path': 'Qwen/Qwen2.5-0.5B-Instruct'" in done.stdout
+    )
+
+
+@pytest.mark.llama_factory
+def test_a_few_steps_lower_the_loss(llama):
+    losses = [float(one) for one in re.findall(r"'loss': '([\d.]+)'", llama[1])]
+    assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.llama_factory
+def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
+    folder, _ = llama
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter")
+    learnt = [part for name, part in model.named_parameters() if "lora_B" in name]
+    assert learnt and all(part.abs().max() > 0 for part in learnt)  # they start at zero
+    assert read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"].startswith("tiny-llama")
+    made = read_recipe_of(folder)
+    assert made["variant"] == "tiny-llama-qlora" and made["made"]["base_model_source"] == RANDOM
+    assert made["trained_with"]["llamafactory"] == "0.9.5" and made["training"]["steps"] == 12
+
+
+@pytest.mark.llama_factory
+def test_the_scorer_agrees_with_likelihoods_by_hand(llama):
+    folder, _ = llama
+    classifier = open_artifact(folder, "adapter", threads=1)
+    found, expected = classifier.logits(classifier.encode(TEXTS[:3])), likelihoods_by_hand(folder, TEXTS[:3])
+    assert found == pytest.approx(expected, abs=0.1)  # bfloat16
+
+
+@pytest.mark.llama_factory
+def test_a_wrong_key_is_refused_in_its_own_words(tmp_path, colors):
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text((ROOT / "configs" / "llama_factory.yaml").read_text() + "learning_rat: 1.0e-4\n")
+    flags = ["--stand_in", "true", "--dataset_name", colors, "--output_dir", tmp_path / "wrong"]
+    done = run_script("run_llama_factory.py", recipe, *flags)
+    assert done.returncode == 1
+    assert "Some keys are not used by the HfArgumentParser: ['learning_rat']" in done.stdout
+    assert all(line.startswith("tiny random Llama: ") for line in done.stdout.splitlines() if line)
+    assert not (tmp_path / "wrong").exists()
