@@ -117,7 +117,7 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "nowhere", "text"], "error: no folder nowhere"),
+        (["--model", "nowhere", "text"], "error: no folder nowhere; train one with python scripts/run_baseline.py"),
         (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file"),
         (["--top_k", "0", "text"], "error: --top_k 0"),
         (["--file", "a.txt", "text"], "error: give sentences or --file, not both"),

@@ -276,7 +276,7 @@ def test_calibration_rows_are_drawn_class_by_class():
         (["--formats"], "--formats"),
         (["--onnx_calibration", "percentile"], "--onnx_calibration percentile: it takes none, minmax or entropy"),
         (["--keep_float", "bert.encoder.layer.7"], "--keep_float bert.encoder.layer.7: no layer has such a name"),
-        (["--baseline", "nowhere"], "no folder nowhere; make it first"),
+        (["--baseline", "nowhere"], "no folder nowhere; train one with"),
         (["--calibration_row", "3"], "unknown flag --calibration_row. Did you mean calibration_rows?"),
     ],
 )

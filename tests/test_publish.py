@@ -14,7 +14,7 @@ from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
 from emotion.common.errors import UserError
 from emotion.common.sums import SUMS_FILE, check_sums, read_sums
 from emotion.measure.record import read_records
-from emotion.model.artifact import find_formats
+from emotion.model.artifact import HOW_TO_GET, find_formats
 from emotion.model.classifier import open_artifact
 from emotion.model.training import RecipeTrainingArguments
 from emotion.task.scores import softmax
@@ -396,4 +396,4 @@ def test_a_repository_that_cannot_be_had_is_said(endpoint, offline, message, hub
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)
     done = run_script("predict.py", "--model", "user/nowhere", "text")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert re.search(message, done.stderr), done.stderr
+    assert re.search(message, done.stderr) and HOW_TO_GET in done.stderr, done.stderr

@@ -38,6 +38,11 @@ CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant
 # Three formats share the name `model.safetensors`; config.json tells which of them it is. Library that quantized the
 # file, None for none -> the formats that it can then be opened as
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
+# For every message that a model is missing; `hf` comes with huggingface_hub
+HOW_TO_GET = (
+    "train one with python scripts/run_baseline.py (a short run: make run), "
+    "or fetch one with hf download user/name --local-dir FOLDER"
+)
 # A root that is a language model is no classifier by itself: its format is the adapter, on that root.
 FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
 
@@ -63,6 +68,7 @@ ARTIFACT = FolderKind(
         r"(config|tokenizer|tokenizer_config)\.json|recipe\.yaml|SHA256SUMS|model(\.bf16)?\.safetensors"
         r"|onnx(/model(_quantized)?\.onnx)?|openvino(/(openvino_model\.(xml|bin)|(openvino_)?config\.json))?"
         r"|adapter(/adapter_(config\.json|model\.safetensors))?"
+        r"|generation_config\.json|chat_template\.jinja"  # of a language model
         r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"  # of other encoders' tokenizers
     ),
 )
@@ -76,7 +82,7 @@ def find_formats(folder: Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; make it first, for instance with python scripts/run_baseline.py")
+        raise UserError(f"no folder {folder}; {HOW_TO_GET}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
     of_root = FORMATS_OF_ROOT.get(quantized_by(folder), ())  # none for a library that this project does not know

@@ -236,17 +236,23 @@ def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verif
         verify: whether the files are compared with the folder's SHA256SUMS.
 
     Raises:
-        UserError: if the folder does not have this format, a file differs from its sum, or it cannot be opened.
+        UserError: if the folder does not have this format, a file differs from its sum, it cannot be opened, or its
+            runtime is not installed.
     """
     weights = weights_of(folder, format, verify)
-    if format == "onnx":
-        return OnnxClassifier(folder, weights, threads=threads // calls)  # these threads serve one call
-    if format == "openvino":
-        return OpenVinoClassifier(folder, weights, threads=threads, calls=calls)
-    if format == "adapter":
-        return GenerativeClassifier(folder, weights, threads=threads)
-    dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights come with their own
-    return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
+    try:
+        if format == "onnx":
+            return OnnxClassifier(folder, weights, threads=threads // calls)  # these threads serve one call
+        if format == "openvino":
+            return OpenVinoClassifier(folder, weights, threads=threads, calls=calls)
+        if format == "adapter":
+            return GenerativeClassifier(folder, weights, threads=threads)
+        dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights have their own
+        return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
+    except ModuleNotFoundError as error:  # an environment for answering has ONNX Runtime alone
+        raise UserError(
+            f"{weights} needs {error.name}, which is not installed; pip install -r requirements.txt"
+        ) from error
 
 
 def predict(classifier, token_ids: list[list[int]], batch_size: int = 32) -> np.ndarray:

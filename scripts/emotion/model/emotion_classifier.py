@@ -16,7 +16,7 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.machine import choose_threads
 from emotion.common.sums import SUMS_FILE, read_sums
-from emotion.model.artifact import WEIGHT_FILES, find_formats
+from emotion.model.artifact import HOW_TO_GET, WEIGHT_FILES, find_formats
 from emotion.model.classifier import TorchClassifier, batches_by_tokens, open_artifact
 from emotion.task.scores import softmax
 
@@ -258,4 +258,4 @@ def find_model(name: str, format: str | None, verify: bool) -> Path:
     try:
         return fetch(name, [format] if format else [*PREFERRED], verify)
     except UserError as error:
-        raise UserError(f"no folder {name}; {error}") from error
+        raise UserError(f"no folder {name}; {error}; {HOW_TO_GET}") from error
