@@ -1,4 +1,4 @@
-# Each target sets up .venv itself when requirements.txt is newer than it; a second call installs nothing.
+# Each target sets up .venv itself when the requirements are newer than it; a second call installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -44,7 +44,7 @@ help:
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
-$(READY): requirements.txt
+$(READY): requirements.txt requirements-inference.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: needs Python 3.10 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -393,7 +393,7 @@ def test_the_readme_opens_it_in_each_runtime(quantized, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     blocks = [block for block in blocks if "weights/ptq" in block]
     assert len(blocks) == 4
-    paths = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}  # as the page says, for our own class
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}  # instead of `pip install .`
     for block in blocks:
         words = [sys.executable, "-c", block]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=paths)

@@ -111,7 +111,8 @@ def git_commit() -> str | None:
 
     try:
         # Only files that decide a result: a results file that was just written makes no commit dirty.
-        changed = git("status", "--porcelain", "--", "scripts", "configs", "metrics", "requirements.txt")
+        places = ("scripts", "configs", "metrics", "requirements.txt", "requirements-inference.txt")
+        changed = git("status", "--porcelain", "--", *places)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no repository
         return None
