@@ -27,6 +27,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, read_json, relative, write_json
 from emotion.common.flags import parse_beside
 from emotion.common.machine import has_bf16
+from emotion.common.ranges import COUNT
 from emotion.common.recipe import RECIPE_FILE, Recipe
 from emotion.model.artifact import describe_made, describe_origin, new_artifact
 from emotion.model.likelihood import PromptEncoder
@@ -62,7 +63,11 @@ class LlamaFactoryArguments:
         default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
     )
     max_train_rows: int | None = field(
-        default=None, metadata={"help": "Train on this many rows at most, drawn at random; for trying things out."}
+        default=None,
+        metadata={
+            "help": "Train on this many rows at most, drawn at random; for trying things out.",
+            "choices": COUNT,
+        },
     )
     instruction: str = field(
         default="Which emotion does this text express? Answer with one of these words: {labels}.",

@@ -13,7 +13,7 @@ import run_comparison
 import run_evaluation
 import run_llama_factory
 import run_publish
-from conftest import COLORS, ROOT, build_rows, read_json, run_script
+from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_script
 from emotion.common.errors import UserError
 from emotion.common.flags import parse_beside
 from emotion.common.recipe import Recipe, read_recipe, read_recipe_of
@@ -139,7 +139,7 @@ def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative)
 
 def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     folder = tmp_path / "random"
-    shutil.copytree(generative, folder)
+    copy_to_edit(generative, folder)
     made = read_recipe_of(folder)
     made["made"]["base_model_source"] = RANDOM
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
@@ -164,7 +164,7 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
 )
 def test_a_damaged_folder_is_named(damage, message, generative, tmp_path):
     folder = tmp_path / "damaged"
-    shutil.copytree(generative, folder)
+    copy_to_edit(generative, folder)
     damage(folder)
     with pytest.raises(UserError, match=message):
         open_artifact(folder, "adapter", threads=1)
