@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from emotion.batch.inputs import is_table
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
@@ -81,6 +82,11 @@ def read_batches(arguments):
     if arguments.texts:
         # Bytes that are not UTF-8 reach us as halves of characters; a file's bytes are read in the same way.
         return iter([[decode(os.fsencode(text)) for text in arguments.texts]])
+    if arguments.file and is_table(arguments.file):
+        raise UserError(
+            f"--file {arguments.file} is a table or compressed, and this command takes plain lines; "
+            f"call python scripts/run_batch.py {arguments.file} OUTPUT"
+        )
     if arguments.file and not Path(arguments.file).is_file():
         raise UserError(f"--file {arguments.file}: no such file")
     if not arguments.file and not sys.stdin:

@@ -119,6 +119,9 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
     [
         (["--model", "nowhere", "text"], "error: no folder nowhere; train one with python scripts/run_baseline.py"),
         (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file"),
+        (["--file", "a.csv"], "error: --file a.csv is a table or compressed, and this command takes plain lines; "),
+        (["--file", "a.Parquet"], "error: --file a.Parquet is a table"),
+        (["--file", "lines.txt.gz"], "error: --file lines.txt.gz is a table or compressed"),
         (["--top_k", "0", "text"], "error: --top_k 0"),
         (["--file", "a.txt", "text"], "error: give sentences or --file, not both"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 from conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"
-ORDER = ["common", "task", "model", "quantize", "measure", "report"]
+ORDER = ["common", "task", "model", "batch", "quantize", "measure", "report"]
 FILES = sorted(path for path in SCRIPTS.rglob("*.py") if "__pycache__" not in path.parts)
 MODULES = {".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
@@ -33,7 +33,7 @@ def folder_of(module: str) -> str | None:
     return parts[1] if len(parts) > 2 else None
 
 
-def test_scripts_holds_commands_alone_and_the_package_six_folders():
+def test_scripts_holds_commands_alone_and_the_package_seven_folders():
     commands = [path.stem for path in SCRIPTS.glob("*.py")]
     assert commands and all(name == "predict" or name.startswith(("run_", "study_")) for name in commands)
     folders = {path.name for path in (SCRIPTS / "emotion").iterdir() if path.is_dir() and path.name != "__pycache__"}

@@ -1,4 +1,5 @@
-"""What the commands share. A folder imports only those before it: common, task, model, quantize, measure, report.
+"""What the commands share. A folder imports only those before it: common, task, model, batch, quantize, measure,
+report.
 
 `from emotion import EmotionClassifier` gives the class that answers texts.
 """

@@ -1,0 +1,119 @@
+"""Classifies any number of texts: files in, shards of answers out, in flat memory, with all processors.
+
+A job that was cut goes on with the same command: it makes the shards that are missing.
+
+    python scripts/run_batch.py texts.csv answers
+    python scripts/run_batch.py 'logs/*.jsonl.gz' answers --text_column message --keep_columns id --top_k 3
+    python scripts/run_batch.py dair-ai/emotion answers --split test --prefix predicted_
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from emotion.batch import jobs
+from emotion.batch.inputs import find_files
+from emotion.batch.rows import survey
+from emotion.batch.shards import Answers, Job, ShardMaker, plan_columns
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT
+from emotion.common.flags import parse_flags
+from emotion.model.emotion_classifier import EmotionClassifier, find_model
+
+from tqdm import tqdm
+
+
+@dataclass
+class BatchArguments:
+    """What to classify, with which model, and what to write."""
+
+    paths: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "INPUT ... OUTPUT: files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), "
+            "folders, patterns, or a dataset of the Hub; the last word is the folder of the shards."
+        },
+    )
+    text_column: str = field(default="text", metadata={"help": "Column to classify; plain lines have one, text."})
+    keep_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of the input that the output keeps; all if not given."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of a dataset of the Hub."})
+    model: str = field(
+        default=str(ROOT / "weights" / "baseline"), metadata={"help": "Model folder, or user/name on the Hub."}
+    )
+    format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
+    top_k: int = field(default=1, metadata={"help": "Labels per row: columns label, label_2, ..., each with a score."})
+    probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
+    prefix: str = field(default="", metadata={"help": "Stands before the names of the new columns."})
+    output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})
+    shard_rows: int = field(default=20_000, metadata={"help": "Rows per shard; what a cut job can lose."})
+    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+
+    def __post_init__(self):
+        if len(self.paths) < 2:
+            raise ValueError("name the input and the output: python scripts/run_batch.py INPUT OUTPUT")
+        for name in ("top_k", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it takes 1 or more")
+
+
+def main(argv=None) -> None:
+    """Makes all shards that the output folder lacks, then its manifest.
+
+    Raises:
+        UserError: if a flag, the model or the input is wrong, or the folder holds something else.
+    """
+    (arguments,) = parse_flags((BatchArguments,), positional="paths", argv=argv)
+    *words, output = arguments.paths
+    kind, names = find_files(words, arguments.dataset_config, arguments.split)
+    refuse_overlap(words, names, Path(output))
+    folder = find_model(arguments.model, arguments.format)
+    classifier = EmotionClassifier.from_pretrained(folder, arguments.format, arguments.threads)
+    with jobs.claim(Path(output)):
+        source = survey(kind, names, arguments.text_column, arguments.keep_columns)
+        answers = Answers(arguments.top_k, arguments.probabilities, arguments.prefix)
+        columns = plan_columns(source, arguments.keep_columns, answers.schema(classifier.labels))
+        job = Job(
+            source=source,
+            text_column=arguments.text_column,
+            folder=folder.resolve(),
+            format=classifier.format,
+            answers=answers,
+            schema=columns,
+            output=Path(output).resolve(),
+            output_format=arguments.output_format,
+            shard_rows=arguments.shard_rows,
+        )
+        asked = jobs.describe(job)
+        jobs.begin(job, asked)
+        try:
+            make_shards(job, classifier)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
+        counts = jobs.finish(job, asked)
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    print(f"{output}: {told}")
+
+
+def refuse_overlap(words: list[str], names: list[str], output: Path) -> None:
+    """Raises `UserError` if the next call would take the shards for input."""
+    for inside, around in [*((output, Path(word)) for word in words), *((Path(name), output) for name in names)]:
+        if around.is_dir() and inside.resolve().is_relative_to(around.resolve()):
+            raise UserError(f"{inside} lies in {around}: input and output must be apart; name another folder")
+
+
+def make_shards(job: Job, classifier: EmotionClassifier) -> None:
+    """Makes the shards that are not there, and shows how far it is."""
+    missing = [number for number in job.shards if job.find_made(number) is None]
+    ready = job.source.rows - sum(job.rows_of(number) for number in missing)
+    with tqdm(total=job.source.rows, initial=ready, unit=" rows", unit_scale=True) as bar:
+        maker = ShardMaker(job, classifier)
+        for number in missing:
+            maker.make(number, bar.update)
+
+
+if __name__ == "__main__":
+    run(main)

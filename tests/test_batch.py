@@ -1,0 +1,516 @@
+"""run_batch.py: every row of every kind of file comes out once, whatever is in it and whenever the job is cut."""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import run_batch
+from conftest import ROOT, build_rows, read_json, run_script
+from emotion import EmotionClassifier
+from emotion.batch import rows, shards
+from emotion.batch.inputs import kind_of
+from emotion.batch.rows import RowReader, survey
+from emotion.batch.shards import pieces
+from emotion.common.errors import UserError
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+
+COUNT = 700
+TEXTS = build_rows(COUNT)["text"]
+HOSTILE = [
+    "",
+    None,
+    " \t ",
+    "red \x00\x01\x1b\x7f sky",
+    "red " * 250_000,
+    "red \udcff\udcfe sky",  # bytes that are no UTF-8, as Python writes them down
+    "\u05d0\u05d3\u05d5\u05dd \u202e blue",
+    'a "quoted", red\n\r\nsky',
+    "red\u2028sky\x85now\x0b",
+    "NA",
+    "\N{PILE OF POO}" * 3,
+    "blue sky",
+]
+
+
+def call(*words, **flags) -> Path:
+    """Runs the command in this process; returns the folder of the shards."""
+    flat = []
+    for name, value in flags.items():
+        flat += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    run_batch.main([str(word) for word in (*words, *flat)])
+    return Path(words[-1])
+
+
+def read(output: Path) -> pa.Table:
+    """All rows, as any program reads a folder of Parquet; the manifest does not disturb it."""
+    return pq.read_table(output)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """All that a job leaves, the lock aside."""
+    found = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if name != "_lock"}
+
+
+def encode(kind: str, texts: list) -> bytes:
+    """The rows `id` and `text` (of plain lines the text alone) as a file of that kind."""
+    if kind == "parquet":
+        file = io.BytesIO()
+        values = [None if text is None else text.encode("utf-8", "surrogateescape") for text in texts]
+        # Parquet takes bytes for a string, valid or not.
+        column = pa.array(values, pa.binary()).view(pa.string())
+        pq.write_table(pa.table({"id": range(len(texts)), "text": column}), file, row_group_size=90)
+        return file.getvalue()
+    if kind == "jsonl":
+        lines = [json.dumps({"id": row, "text": text}, ensure_ascii=False) for row, text in enumerate(texts)]
+    elif kind == "txt":
+        lines = texts
+    else:
+        file = io.StringIO()
+        table = csv.writer(file, delimiter="," if kind == "csv" else "\t", lineterminator="\n")
+        table.writerows([["id", "text"], *enumerate(texts)])
+        return file.getvalue().encode("utf-8", "surrogateescape")
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    (tmp_path / "texts.parquet").write_bytes(encode("parquet", TEXTS))
+    return tmp_path / "texts.parquet"
+
+
+@pytest.fixture(scope="module")
+def expected(artifact) -> list[str]:
+    return [one["label"] for one in EmotionClassifier.from_pretrained(artifact).classify(TEXTS)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "txt"])
+def test_every_kind_of_file_gives_the_same_answers(kind, artifact, expected, tmp_path):
+    file = tmp_path / f"texts.{kind}"
+    file.write_bytes(encode(kind, TEXTS))
+    output = call(file, tmp_path / "out", model=artifact, shard_rows=300)
+    assert [path.name for path in sorted(output.glob("*.parquet"))] == [f"part-0000{n}.parquet" for n in range(3)]
+    answers = read(output)
+    assert answers["label"].to_pylist() == expected and answers["text"].to_pylist() == TEXTS
+    assert set(answers["status"].to_pylist()) == {"ok"}
+    if kind in {"csv", "tsv"}:  # which have no types: what was read is what is written
+        assert answers["id"].to_pylist() == [str(row) for row in range(COUNT)]
+    elif kind != "txt":
+        assert answers["id"].to_pylist() == list(range(COUNT))
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
+)
+def test_compressed_files_are_read(ending, compress, tmp_path):
+    content = encode("csv", TEXTS)
+    whole, halves = tmp_path / f"a.csv.{ending}", tmp_path / f"cut.csv.{ending}"
+    whole.write_bytes(compress(content))
+    assert survey("csv", [str(whole)], "text", None).rows == COUNT
+    halves.write_bytes(compress(content)[:-20])
+    with pytest.raises(UserError, match="cut.csv.* cannot be read"):
+        survey("csv", [str(halves)], "text", None)
+
+
+def test_folders_and_patterns_are_read_in_order(artifact, tmp_path):
+    for number in range(3):
+        folder = tmp_path / "in" / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jsonl").write_bytes(encode("jsonl", TEXTS[number * 100 : number * 100 + 100]))
+    (tmp_path / "in" / "_temporary.jsonl").write_text("no JSON", encoding="utf-8")  # of another program
+    (tmp_path / "in" / "README.md").write_text("what it is", encoding="utf-8")
+    order = TEXTS[:100] + TEXTS[200:300] + TEXTS[100:200]
+    for number, word in enumerate(["in", "in/*/*.jsonl"]):
+        # A shard may hold rows of several files.
+        output = call(tmp_path / word, tmp_path / str(number), model=artifact, shard_rows=130)
+        assert read(output)["text"].to_pylist() == order
+    output = call(*sorted((tmp_path / "in").rglob("?.jsonl")), tmp_path / "listed", model=artifact)
+    assert read(output)["text"].to_pylist() == order
+    names = [file["path"] for file in read_json(output / "_manifest.json")["input"]["files"]]
+    assert names == ["0/0.jsonl", "0/2.jsonl", "1/1.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
+def test_hostile_texts_come_out_once(kind, artifact, tmp_path):
+    lines = [text.replace("\n", " ") if text else "" for text in HOSTILE]
+    texts = lines if kind == "txt" else HOSTILE
+    count = 10_000
+    values = [texts[row % len(texts)] if row < 30 or row % len(texts) != 4 else "red" for row in range(count)]
+    (tmp_path / f"hostile.{kind}").write_bytes(encode(kind, values))
+    output = call(tmp_path / f"hostile.{kind}", tmp_path / "out", model=artifact, shard_rows=3000)
+    answers, counts = read(output).to_pylist(), read_json(output / "_manifest.json")["output"]
+    assert len(answers) == count == counts["rows"] == sum(counts[status] for status in shards.STATUSES)
+    for row, answer in enumerate(answers):
+        text = values[row]
+        if kind != "txt":
+            assert int(answer["id"]) == row
+        if text is None:
+            assert answer["status"] == ("empty" if kind == "csv" else "null")
+        elif not text.strip():
+            assert answer["status"] == "empty"
+        elif len(text) > 10_000:
+            assert answer["status"] == "cut"
+        else:
+            assert answer["status"] == ("replaced" if "\udcff" in text else "ok"), text
+        assert (answer["label"] is None) == (answer["status"] in {"null", "empty"}) == (answer["score"] is None)
+        if text and "\udcff" not in text:
+            assert answer["text"].encode() == text.encode()
+    assert counts["cut"] == 3
+
+
+def test_half_a_character_in_json_is_replaced(artifact, tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("red", "red \ud83d sky", "", "blue")]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    answers = read(call(tmp_path / "a.jsonl", tmp_path / "out", model=artifact))
+    assert answers["status"].to_pylist() == ["ok", "replaced", "empty", "ok"]
+    assert answers["text"].to_pylist()[1].startswith("red \ufffd")
+
+
+def test_json_lines_of_different_shapes_have_one_schema(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 50)  # so that each line is a block
+    lines = [
+        {"text": "red", "n": 1, "day": "2026-01-01"},
+        {"n": 2.5, "text": None, "list": [1], "day": "now"},
+        {"text": "blue " * 30},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    answers = read(call(tmp_path / "a.jsonl", tmp_path / "out", model=artifact, shard_rows=1)).to_pylist()
+    assert [row["n"] for row in answers] == [1.0, 2.5, None] and [row["list"] for row in answers] == [None, [1], None]
+    assert [row["day"] for row in answers] == ["2026-01-01", "now", None]
+    assert [row["status"] for row in answers] == ["ok", "null", "ok"]
+
+
+def test_an_empty_line_of_a_csv_with_one_column_is_a_row(artifact, tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\nred\n\nblue\n")
+    answers = read(call(tmp_path / "a.csv", tmp_path / "out", model=artifact))
+    assert answers["status"].to_pylist() == ["ok", "empty", "ok"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
+def test_any_range_is_read(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 3000)
+    names = []
+    for start, stop in [(0, 250), (250, 250), (250, 400), (400, COUNT)]:  # the second one has no rows
+        names.append(str(tmp_path / f"{len(names)}.{kind}"))
+        nothing = start == stop and kind in {"jsonl", "txt"}
+        Path(names[-1]).write_bytes(b"" if nothing else encode(kind, TEXTS[start:stop]))
+    source = survey(kind, names, "text", None)
+    assert source.rows == COUNT
+    reader, draw = RowReader(source), random.Random(0)
+    for _ in range(40):
+        start = draw.randrange(COUNT)
+        stop = draw.randint(start, COUNT)
+        got = [text for batch in reader.read(start, stop) for text in batch.column("text").to_pylist()]
+        assert got == TEXTS[start:stop]
+
+
+def test_pieces_depend_on_the_rows_alone(monkeypatch):
+    monkeypatch.setattr(shards, "PIECE_ROWS", 40)
+    monkeypatch.setattr(shards, "PIECE_BYTES", 500)
+    texts = [*TEXTS[:200], "x" * 800, None, *TEXTS[200:]]
+    whole, sizes = pa.record_batch({"text": texts}), []
+    for size in (1, 7, 64, 1000):
+        parts = (whole.slice(start, size) for start in range(0, len(texts), size))
+        made = list(pieces(parts, "text"))
+        assert [text for piece in made for text in piece["text"].to_pylist()] == texts
+        sizes.append([len(piece) for piece in made])
+        for piece in made:
+            assert len(piece) == 1 or sum(len(text or "") for text in piece["text"].to_pylist()) <= 500
+    assert sizes[0] == sizes[1] == sizes[2] == sizes[3] and max(sizes[0]) <= 40
+
+
+def test_all_columns_of_an_answer(artifact, table, tmp_path):
+    output = call(table, tmp_path / "out", model=artifact, top_k=2, probabilities=True, keep_columns="id")
+    answers = read(output)
+    assert answers.column_names == [
+        *("id", "label", "score", "label_2", "score_2"),
+        *("probability_warm", "probability_cold", "probability_none", "status"),
+    ]
+    classes = EmotionClassifier.from_pretrained(artifact).classify(TEXTS, top_k=None)
+    for answer, row in zip(classes, answers.to_pylist(), strict=True):
+        assert [row["label"], row["label_2"]] == [answer[0]["label"], answer[1]["label"]]
+        assert row["score"] == pytest.approx(answer[0]["score"], abs=1e-4)
+        for one in answer:
+            assert row[f"probability_{one['label']}"] == pytest.approx(one["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_shards_of_text(format, artifact, tmp_path):
+    texts = ["red", None, "", 'a "blue",\nsky']
+    table = pa.table(
+        {"text": texts, "n": [1.5, float("nan"), None, 2.0], "day": pa.array([0, 1, None, 3], pa.date32())}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    output = call(tmp_path / "a.parquet", tmp_path / "out", model=artifact, output_format=format)
+    content = (output / f"part-00000.{format}").read_text(encoding="utf-8")
+    if format == "jsonl":
+        answers = [json.loads(line) for line in content.splitlines()]
+        assert [answer["n"] for answer in answers] == [1.5, None, None, 2.0]
+        assert [answer["text"] for answer in answers] == texts and answers[0]["day"] == "1970-01-01"
+    else:
+        answers = list(csv.DictReader(io.StringIO(content)))
+        assert [answer["text"] for answer in answers] == ["red", "", "", texts[3]]
+    assert [answer["label"] or None for answer in answers] == ["warm", None, None, "cold"]
+    assert [answer["status"] for answer in answers] == ["ok", "null", "empty", "ok"]
+
+
+def test_the_manifest_tells_what_was_done(artifact, table, tmp_path):
+    output = call(table, tmp_path / "out", model=artifact, shard_rows=300)
+    manifest = read_json(output / "_manifest.json")
+    assert manifest["complete"] and manifest["output"]["rows"] == COUNT == manifest["output"]["ok"]
+    [file] = manifest["input"]["files"]
+    assert file == {
+        "path": "texts.parquet",
+        "rows": COUNT,
+        "bytes": table.stat().st_size,
+        "sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+    }
+    weights = (artifact / "onnx" / "model.onnx").read_bytes()
+    assert manifest["model"]["sha256"]["onnx/model.onnx"] == hashlib.sha256(weights).hexdigest()
+    assert [shard["rows"] for shard in manifest["shards"]] == [300, 300, 100]
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == hashlib.sha256((output / shard["path"]).read_bytes()).hexdigest()
+    assert str(tmp_path) not in (output / "_manifest.json").read_text(encoding="utf-8")
+
+
+def damage_nothing(output: Path) -> None:
+    pass
+
+
+def lose_a_shard(output: Path) -> None:
+    (output / "part-00001.parquet").unlink()
+
+
+def cut_a_shard(output: Path) -> None:
+    path = output / "part-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_record(output: Path) -> None:
+    (output / "_done" / "part-00000.json").unlink()
+
+
+def stop_in_the_middle(output: Path) -> None:
+    for number in (1, 2):
+        (output / f"part-0000{number}.parquet").unlink()
+        (output / "_done" / f"part-0000{number}.json").unlink()
+    (output / ".part-00001.parquet.99.partial").write_bytes(b"half")
+    manifest = read_json(output / "_manifest.json") | {"complete": False}
+    (output / "_manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"}))
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_nothing, lose_a_shard, cut_a_shard, lose_a_record, stop_in_the_middle], ids=lambda f: f.__name__
+)
+def test_a_second_call_makes_what_is_missing(damage, artifact, table, tmp_path, capsys):
+    flags = {"model": artifact, "shard_rows": 300}
+    output = call(table, tmp_path / "out", **flags)
+    told, whole = capsys.readouterr().out, contents(output)
+    damage(output)
+    call(table, output, **flags)
+    assert capsys.readouterr().out == told and contents(output) == whole
+    written = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+    call(table, output, **flags, threads=1)  # which changes no answer
+    assert written == {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"top_k": 2}, "flags.top_k was 1, and is 2"),
+        ({"shard_rows": 200}, "flags.shard_rows was 300, and is 200"),
+        ({"output_format": "csv"}, "flags.output_format was 'parquet', and is 'csv'"),
+        ({"keep_columns": "id"}, "columns.text was 'string', and is None"),
+        ({"format": "bf16"}, "model.format was 'onnx', and is 'bf16'"),
+        ({"model": "other"}, "model.sha256.onnx/model.onnx was"),
+        ({"input": "other"}, "input.files.0.bytes was"),
+    ],
+)
+def test_another_question_into_the_same_folder_is_refused(changed, reason, artifact, table, tmp_path):
+    flags = {"model": artifact, "shard_rows": 300}
+    output = call(table, tmp_path / "out", **flags)
+    whole = contents(output)
+    if changed.get("model"):
+        changed = {"model": shutil.copytree(artifact, tmp_path / "other")}
+        with (tmp_path / "other" / "onnx" / "model.onnx").open("ab") as file:
+            file.write(b"\x72\x00")  # an empty field that no reader minds
+    if changed.get("input"):
+        changed = {}
+        table.write_bytes(encode("parquet", [*TEXTS[:-1], "another one"]))
+    with pytest.raises(UserError, match=f"out holds answers to another question: {reason}"):
+        call(table, output, **(flags | changed))
+    assert contents(output) == whole
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "message"),
+    [
+        ({}, ["nowhere.csv", "out"], "no input nowhere.csv"),
+        ({}, ["*.csv", "out"], "no input"),
+        ({"a.csv": b"text\nred\n"}, ["a.csv"], "name the input and the output"),
+        ({"a.csv": b"text\nred\n"}, ["a.csv", "out", "--shard_rows", "0"], "--shard_rows 0"),
+        ({"a.csv": b"text\nred\n", "out/notes": b""}, ["a.csv", "out"], "out holds something else"),
+        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: its ending says not what it is"),
+        ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),
+        ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
+        ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
+        ({"a.csv": b""}, ["a.csv", "out"], "a.csv cannot be read: Empty CSV file"),
+        ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv has no column 'text'; it has t, n"),
+        ({"a.csv": b"text\nr\n"}, ["a.csv", "out", "--keep_columns", "n"], "a.csv has no column 'n'; it has text"),
+        ({"a.csv": b"text,text\nred,1\n"}, ["a.csv", "out"], "a.csv has two columns 'text'"),
+        ({"a.csv": b"text,label\nred,1\n"}, ["a.csv", "out"], "the input has a column label .* --prefix predicted_"),
+        ({"a.csv": b"n,text\n1,a\n1,b,c\n"}, ["a.csv", "out"], "a.csv cannot be read: .* Expected 2 columns, got 3"),
+        ({"a.csv": b'text\n"red\n' + b"x" * 1000}, ["a.csv", "out"], "longer than .* or a quote is never closed"),
+        ({"in/a.csv": b"text\nr\n", "in/b.csv": b"n,text\n1,r\n"}, ["in", "out"], "b.csv .* the columns n;"),
+        ({"a.jsonl": b'[{"text": "red"}]'}, ["a.jsonl", "out"], "a.jsonl cannot be read: .*one object per line"),
+        ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl", "out"], "column text of a.jsonl holds int64, no texts"),
+        ({"a.jsonl": b'{"n": 5}'}, ["a.jsonl", "out"], "a.jsonl has no column 'text'; it has n"),
+        ({"a.parquet": b"PAR1 it is not"}, ["a.parquet", "out"], "a.parquet cannot be read"),
+        ({"in/a.txt.gz": gzip.compress(b"red\n"), "in/b.txt.gz": b"no"}, ["in", "out"], "b.txt.gz cannot be read"),
+    ],
+)
+def test_what_cannot_be_done_is_said(files, words, message, artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 300)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        run_batch.main([*words, "--model", str(artifact)])
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out/part-*"))
+
+
+def test_two_at_once_are_refused(artifact, table, tmp_path):
+    output = call(table, tmp_path / "out", model=artifact)
+    with FileLock(output / "_lock"), pytest.raises(UserError, match="another run is writing into"):
+        call(table, output, model=artifact)
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(table):
+    source = survey("parquet", [str(table)], "text", None)
+    for texts in (TEXTS[:-1], [*TEXTS, "red"]):
+        table.write_bytes(encode("parquet", texts))
+        with pytest.raises(UserError, match=f"had {COUNT} rows when they were counted and has {len(texts)} now"):
+            list(RowReader(source)._batches(0, 0))
+
+
+def test_no_rows_are_no_shards(artifact, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("text\n", encoding="utf-8")
+    output = call(tmp_path / "a.csv", tmp_path / "out", model=artifact)
+    assert read_json(output / "_manifest.json")["shards"] == [] and not list(output.glob("part-*"))
+
+
+def test_a_dataset_of_the_hub_is_found_by_its_splits(colors, artifact, tmp_path, monkeypatch):
+    """The library finds the files of a split; here they lie in a folder, and are named as the Hub names them."""
+    here, build = "hf://datasets/user/colors@" + "0" * 40, datasets.load_dataset_builder
+
+    def build_from_folder(name, config):
+        assert (name, config) == ("user/colors", None)
+        builder = build(str(colors))
+        files = {
+            split: [f"{here}/{Path(one).name}" for one in all] for split, all in builder.config.data_files.items()
+        }
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    def download(repo_id, filename, repo_type, revision):
+        assert (repo_id, repo_type, revision) == ("user/colors", "dataset", "0" * 40)
+        return str(colors / filename)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", build_from_folder)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    output = call("user/colors", tmp_path / "out", split="test", model=artifact, prefix="predicted_")
+    answers = read(output)
+    assert answers["label"].to_pylist() == [0, 1, 2] * 30
+    assert answers["predicted_label"].to_pylist()[:3] == ["warm", "cold", "none"]
+    [file] = read_json(output / "_manifest.json")["input"]["files"]
+    assert file["path"] == f"{here}/test.parquet"
+    with pytest.raises(UserError, match="user/colors has no split 'dev'; it has train, validation, test"):
+        call("user/colors", tmp_path / "other", split="dev", model=artifact)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.csv", "csv"),
+        ("A.CSV.GZ", "csv"),
+        ("a.ndjson.zst", "jsonl"),
+        ("a.parquet.gz", None),
+        ("a.gz", None),
+        ("a", None),
+    ],
+)
+def test_endings(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_torch_is_not_imported(artifact, table, tmp_path):
+    code = (
+        "import sys, run_batch; run_batch.main(sys.argv[1:])\n"
+        "heavy = {'torch', 'datasets', 'sklearn', 'ray'} & set(sys.modules); assert not heavy, heavy"
+    )
+    words = [sys.executable, "-c", code, str(table), str(tmp_path / "out"), "--model", str(artifact)]
+    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"out: {COUNT} rows, {COUNT} ok\n") and f"{COUNT}/{COUNT}" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_next_call_goes_on(artifact, table, tmp_path):
+    words = [table, tmp_path / "out", "--model", artifact, "--shard_rows", 300]
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4500, 4500))
+
+    done = run_script("run_batch.py", *words, preexec_fn=fill)
+    assert done.returncode == 1 and "part-00000.parquet" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write")
+    assert not list((tmp_path / "out").glob("*part*"))
+    assert run_script("run_batch.py", *words).returncode == 0
+    assert read(tmp_path / "out").num_rows == COUNT
+
+
+@pytest.mark.processes
+def test_killed_at_any_moment_and_resumed(artifact, tmp_path):
+    """Three times: the end is the same as without, byte for byte, and a shard that was done is not made again."""
+    texts = [f"{text} {row}" for row, text in enumerate(TEXTS * 60)]
+    (tmp_path / "many.csv").write_bytes(encode("csv", texts))
+    words = ["--model", str(artifact), "--shard_rows", "2000"]
+    assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "whole", *words).returncode == 0
+    draw, made, records = random.Random(5), {}, tmp_path / "cut" / "_done"
+    command = [sys.executable, str(ROOT / "scripts" / "run_batch.py"), str(tmp_path / "many.csv")]
+    for shards_done in (0, draw.randint(1, 8), draw.randint(9, 17)):
+        process = subprocess.Popen([*command, str(tmp_path / "cut"), *words], stderr=subprocess.DEVNULL)
+        while len(list(records.glob("*.json"))) < shards_done and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.5 if shards_done == 0 else 0.1))
+        assert process.poll() is None  # it is at work
+        process.kill()
+        process.wait()
+        for path, moment in made.items():
+            assert path.stat().st_mtime_ns == moment
+        made = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
+        assert len(made) >= shards_done
+    assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "cut", *words).returncode == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    for path, moment in made.items():
+        assert path.stat().st_mtime_ns == moment
