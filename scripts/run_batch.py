@@ -1,10 +1,11 @@
 """Classifies any number of texts: files in, shards of answers out, in flat memory, with all processors.
 
-A job that was cut goes on with the same command: it makes the shards that are missing.
+A job that was cut goes on with the same command: it makes the shards that are missing. docs/many_texts.md tells more.
 
     python scripts/run_batch.py texts.csv answers
     python scripts/run_batch.py 'logs/*.jsonl.gz' answers --text_column message --keep_columns id --top_k 3
     python scripts/run_batch.py dair-ai/emotion answers --split test --prefix predicted_
+    python scripts/run_batch.py texts.parquet /shared/answers --engine ray
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +51,10 @@ class BatchArguments:
     prefix: str = field(default="", metadata={"help": "Stands before the names of the new columns."})
     output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})
     shard_rows: int = field(default=20_000, metadata={"help": "Rows per shard; what a cut job can lose."})
-    threads: int | None = field(default=None, metadata={"help": "Threads to compute with; all if not given."})
+    engine: Literal["plain", "ray"] = field(
+        default="plain", metadata={"help": "This machine, or Ray: a cluster where one is, else this machine."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "Threads of the plain engine; all if not given."})
 
     def __post_init__(self):
         if len(self.paths) < 2:
@@ -90,7 +94,7 @@ def main(argv=None) -> None:
         asked = jobs.describe(job)
         jobs.begin(job, asked)
         try:
-            make_shards(job, classifier)
+            make_shards(job, classifier, arguments.engine)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
         counts = jobs.finish(job, asked)
@@ -105,11 +109,18 @@ def refuse_overlap(words: list[str], names: list[str], output: Path) -> None:
             raise UserError(f"{inside} lies in {around}: input and output must be apart; name another folder")
 
 
-def make_shards(job: Job, classifier: EmotionClassifier) -> None:
+def make_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:
     """Makes the shards that are not there, and shows how far it is."""
     missing = [number for number in job.shards if job.find_made(number) is None]
     ready = job.source.rows - sum(job.rows_of(number) for number in missing)
     with tqdm(total=job.source.rows, initial=ready, unit=" rows", unit_scale=True) as bar:
+        if engine == "ray":
+            try:  # here, since Ray is an extra that nothing else needs
+                from emotion.batch.on_ray import make_on_ray
+            except ModuleNotFoundError as error:
+                raise UserError("--engine ray needs Ray, which make cluster installs") from error
+            make_on_ray(job, missing, bar.update)
+            return
         maker = ShardMaker(job, classifier)
         for number in missing:
             maker.make(number, bar.update)

@@ -67,7 +67,7 @@ def read(output: Path) -> pa.Table:
 def contents(output: Path) -> dict[str, bytes]:
     """All that a job leaves, the lock aside."""
     found = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if name != "_lock"}
+    return {name: content for name, content in found.items() if name != ".lock"}
 
 
 def encode(kind: str, texts: list) -> bytes:
@@ -309,13 +309,13 @@ def cut_a_shard(output: Path) -> None:
 
 
 def lose_a_record(output: Path) -> None:
-    (output / "_done" / "part-00000.json").unlink()
+    (output / ".done" / "part-00000.json").unlink()
 
 
 def stop_in_the_middle(output: Path) -> None:
     for number in (1, 2):
         (output / f"part-0000{number}.parquet").unlink()
-        (output / "_done" / f"part-0000{number}.json").unlink()
+        (output / ".done" / f"part-0000{number}.json").unlink()
     (output / ".part-00001.parquet.99.partial").write_bytes(b"half")
     manifest = read_json(output / "_manifest.json") | {"complete": False}
     (output / "_manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"}))
@@ -401,9 +401,16 @@ def test_what_cannot_be_done_is_said(files, words, message, artifact, tmp_path, 
     assert "\n" not in str(error.value) and not list(tmp_path.glob("out/part-*"))
 
 
+def test_ray_is_an_extra(artifact, table, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "emotion.batch.on_ray", raising=False)
+    with pytest.raises(UserError, match="--engine ray needs Ray, which make cluster installs"):
+        call(table, tmp_path / "out", model=artifact, engine="ray")
+
+
 def test_two_at_once_are_refused(artifact, table, tmp_path):
     output = call(table, tmp_path / "out", model=artifact)
-    with FileLock(output / "_lock"), pytest.raises(UserError, match="another run is writing into"):
+    with FileLock(output / ".lock"), pytest.raises(UserError, match="another run is writing into"):
         call(table, output, model=artifact)
 
 
@@ -496,7 +503,7 @@ def test_killed_at_any_moment_and_resumed(artifact, tmp_path):
     (tmp_path / "many.csv").write_bytes(encode("csv", texts))
     words = ["--model", str(artifact), "--shard_rows", "2000"]
     assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "whole", *words).returncode == 0
-    draw, made, records = random.Random(5), {}, tmp_path / "cut" / "_done"
+    draw, made, records = random.Random(5), {}, tmp_path / "cut" / ".done"
     command = [sys.executable, str(ROOT / "scripts" / "run_batch.py"), str(tmp_path / "many.csv")]
     for shards_done in (0, draw.randint(1, 8), draw.randint(9, 17)):
         process = subprocess.Popen([*command, str(tmp_path / "cut"), *words], stderr=subprocess.DEVNULL)

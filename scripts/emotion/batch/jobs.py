@@ -15,9 +15,9 @@ from emotion.model.artifact import files_to_serve
 
 from filelock import FileLock, Timeout
 
-# The names begin so that readers of a folder of Parquet skip them.
+# The names begin so that readers of a folder of Parquet skip these files.
 MANIFEST = "_manifest.json"
-LOCK = "_lock"
+LOCK = ".lock"
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
 
 

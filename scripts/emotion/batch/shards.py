@@ -29,7 +29,7 @@ PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely i
 PIECE_BYTES = 16 << 20  # of text; long texts stand in smaller pieces, so that memory stays flat
 # What became of a row's text; of several the first one that holds.
 STATUSES = ("null", "empty", "cut", "replaced", "ok")
-DONE = "_done"  # folder of the records of finished shards; most readers of Parquet skip names that begin so
+DONE = ".done"  # folder of the records of finished shards; readers of tables skip names that begin so
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 BASE_FAMILY = "base"  # the folder inside results/ that holds those of the base-size encoder
 SMALLEST_SHARE = 0.01  # of a call: kinds of operators below it are shown as one
+MANY = 10**9  # texts, for which the page of many texts does the sum
 WORTH_GIVING_BACK = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
 
 
@@ -39,6 +40,7 @@ def render_study_pages(results: Path) -> dict[Path, str]:
         "qlora_sweep": render_sweep,
         "training_cost": render_cost,
         "reliability": render_reliability,
+        "batch": render_batch,
     }
     # One page shows what both encoders say: a small one hides what a base-size one does not forgive.
     of_both = {
@@ -230,6 +232,39 @@ def render_reliability(study: dict) -> str:
     rows.append(["all", f"{sums[0]:,}", str(sums[1]), f"{sums[2]:.0f}"])
     table = markdown_table(["kind", "draws", "failed tests", "seconds"], rows)
     return render("reliability.md", study=study, table=table)
+
+
+@complete("the page of many texts")
+def render_batch(study: dict) -> str:
+    """`results/batch.md`: rates, memory and workers as measured, and the sum for a billion texts."""
+    jobs, workers = [], []
+    for one in study["plain"]:
+        cells = [f"{one[name]:.0f}" for name in ("rows_a_second_at_the_start", "rows_a_second_at_the_end")]
+        drift = one["rows_a_second_at_the_end"] / one["rows_a_second_at_the_start"] - 1
+        jobs.append([f"{one['rows']:,}", f"{one['rows_a_second']:.0f}", *cells, f"{100 * drift:+.1f} %"])
+        jobs[-1] += [f"{100 * one['share_of_the_class']:.0f} %", str(one["peak_memory_mb"])]
+    for name, one in study["engines"].items():
+        engine, count = name.split(", ")
+        alone = study["engines"][f"{engine}, 1"]["rows_a_second"]
+        beside = study["engines"][f"plain, {count}"]["rows_a_second"]
+        cells = [f"{one['rows_a_second']:.0f}", f"{one['rows_a_second'] / alone:.2f} x"]
+        cells += [f"{100 * one['rows_a_second'] / beside:.0f} %", f"{one['seconds_before_the_first_shard']:.0f}"]
+        workers.append([engine, count, *cells])
+    job = study["plain"][-1]
+    head = ["rows", "rows/s", "start", "end", "change", "share of the class", "peak MB"]
+    head_of_workers = ["engine", "workers", "rows/s", "of one", "of the plain engine", "s to the first shard"]
+    return render(
+        "batch.md",
+        study=study,
+        jobs=markdown_table(head, jobs),
+        workers=markdown_table(head_of_workers, workers),
+        job=job,
+        one=study["engines"]["plain, 1"],
+        texts=MANY,
+        hours=MANY / job["rows_a_second"] / 3600,
+        read=MANY * job["bytes_read"] / job["rows"] / 1e9,
+        written=MANY * job["bytes_written"] / job["rows"] / 1e9,
+    )
 
 
 @complete("the page of the graphs")
