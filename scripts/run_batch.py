@@ -20,6 +20,8 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_flags
+from emotion.common.machine import THREADS
+from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier, find_model
 
 from tqdm import tqdm
@@ -46,22 +48,26 @@ class BatchArguments:
         default=str(ROOT / "weights" / "baseline"), metadata={"help": "Model folder, or user/name on the Hub."}
     )
     format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
-    top_k: int = field(default=1, metadata={"help": "Labels per row: columns label, label_2, ..., each with a score."})
+    top_k: int = field(
+        default=1,
+        metadata={"help": "Labels per row: columns label, label_2, ..., each with a score.", "choices": COUNT},
+    )
     probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
     prefix: str = field(default="", metadata={"help": "Stands before the names of the new columns."})
     output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})
-    shard_rows: int = field(default=20_000, metadata={"help": "Rows per shard; what a cut job can lose."})
+    shard_rows: int = field(
+        default=20_000, metadata={"help": "Rows per shard; what a cut job can lose.", "choices": COUNT}
+    )
     engine: Literal["plain", "ray"] = field(
         default="plain", metadata={"help": "This machine, or Ray: a cluster where one is, else this machine."}
     )
-    threads: int | None = field(default=None, metadata={"help": "Threads of the plain engine; all if not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "Threads of the plain engine; all if not given.", "choices": THREADS}
+    )
 
     def __post_init__(self):
         if len(self.paths) < 2:
             raise ValueError("name the input and the output: python scripts/run_batch.py INPUT OUTPUT")
-        for name in ("top_k", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it takes 1 or more")
 
 
 def main(argv=None) -> None:

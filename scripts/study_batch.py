@@ -22,6 +22,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, read_json, relative, write_json, write_text
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
+from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.report.pages import render_batch
 from emotion.task.dataset import DEFAULT_DATASET, load_task
@@ -43,10 +44,15 @@ class StudyArguments:
     dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Dataset of the texts."})
     rows: list[int] = field(
         default_factory=lambda: [100_000, 1_000_000],
-        metadata={"help": "Rows of the plain engine's jobs, fewest first: a peak of memory counts all jobs so far."},
+        metadata={
+            "help": "Rows of the plain engine's jobs, fewest first: a peak of memory counts all jobs so far.",
+            "choices": COUNT,
+        },
     )
-    ray_rows: int = field(default=200_000, metadata={"help": "Rows of the jobs with one and two workers."})
-    shard_rows: int = field(default=5_000, metadata={"help": "Rows per shard."})
+    ray_rows: int = field(
+        default=200_000, metadata={"help": "Rows of the jobs with one and two workers.", "choices": COUNT}
+    )
+    shard_rows: int = field(default=5_000, metadata={"help": "Rows per shard.", "choices": COUNT})
     work_dir: str = field(default=str(ROOT / "build" / "batch_study"), metadata={"help": "Where the jobs write."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 

@@ -9,7 +9,6 @@ import json
 import lzma
 import random
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import run_batch
-from conftest import ROOT, build_rows, read_json, run_script
+from conftest import ROOT, build_rows, copy_to_edit, read_json, run_script
 from emotion import EmotionClassifier
 from emotion.batch import rows, shards
 from emotion.batch.inputs import kind_of
@@ -353,7 +352,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
     output = call(table, tmp_path / "out", **flags)
     whole = contents(output)
     if changed.get("model"):
-        changed = {"model": shutil.copytree(artifact, tmp_path / "other")}
+        changed = {"model": copy_to_edit(artifact, tmp_path / "other")}
         with (tmp_path / "other" / "onnx" / "model.onnx").open("ab") as file:
             file.write(b"\x72\x00")  # an empty field that no reader minds
     if changed.get("input"):

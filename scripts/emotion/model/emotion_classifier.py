@@ -237,7 +237,7 @@ def check_texts(texts: list, position: int) -> None:
             ) from error
 
 
-def find_model(name: str, format: str | None, verify: bool) -> Path:
+def find_model(name: str, format: str | None, verify: bool = True) -> Path:
     """The folder of that name, or the downloaded files of the Hub's repository of that name.
 
     Args:

@@ -164,7 +164,8 @@ def _load(load, name: str):
         # Any kind: nothing but the library runs here, on files of any content, and it lets the errors of its readers
         # through. Its own message says only that something went wrong; the cause names the file and the line.
         reason = error.__cause__ or error
-        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {reason}") from error
+        words = " ".join(str(reason).split())
+        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {words}") from error
 
 
 def _check_columns(rows, name: str) -> list[str]:
