@@ -1,4 +1,4 @@
-"""Counts what `make fuzz` drew, from pytest's report, and writes results/reliability.json and its page.
+"""Counts what `make fuzz` drew, from pytest's reports, and writes results/reliability.json and its page.
 
 python tests/count_draws.py build/fuzz.xml
 """
@@ -31,7 +31,8 @@ TITLES = {
 
 def main() -> None:
     kinds = {title: {"draws": 0, "failed_tests": 0, "seconds": 0.0} for title in TITLES.values()}
-    for case in ElementTree.parse(sys.argv[1]).iter("testcase"):
+    cases = [case for path in sys.argv[1:] for case in ElementTree.parse(path).iter("testcase")]
+    for case in cases:
         kind = kinds[TITLES[case.get("name").split("[")[0]]]
         draws = [int(one.get("value")) for one in case.iter("property") if one.get("name") == "draws"]
         kind["draws"] += sum(draws) if draws else 1
