@@ -30,10 +30,11 @@ TITLES = {
 
 
 def main() -> None:
-    kinds = {title: {"draws": 0, "failed_tests": 0, "seconds": 0.0} for title in TITLES.values()}
+    kinds = {}
     cases = [case for path in sys.argv[1:] for case in ElementTree.parse(path).iter("testcase")]
     for case in cases:
-        kind = kinds[TITLES[case.get("name").split("[")[0]]]
+        title = TITLES[case.get("name").split("[")[0]]
+        kind = kinds.setdefault(title, {"draws": 0, "failed_tests": 0, "seconds": 0.0})
         draws = [int(one.get("value")) for one in case.iter("property") if one.get("name") == "draws"]
         kind["draws"] += sum(draws) if draws else 1
         kind["failed_tests"] += any(case.find(end) is not None for end in ("failure", "error"))
