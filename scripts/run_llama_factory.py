@@ -27,7 +27,6 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, read_json, relative, write_json
 from emotion.common.flags import parse_beside
 from emotion.common.machine import has_bf16
-from emotion.common.ranges import COUNT
 from emotion.common.recipe import RECIPE_FILE, Recipe
 from emotion.model.artifact import describe_made, describe_origin, new_artifact
 from emotion.model.likelihood import PromptEncoder
@@ -35,7 +34,7 @@ from emotion.model.llama_factory import CLI, check_tokens, train, trained_with, 
 from emotion.model.pretrained import open_model
 from emotion.model.tiny_llama import build_tiny_llama
 from emotion.quantize.nf4 import nf4_config
-from emotion.task.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
+from emotion.task.dataset import DEFAULT_DATASET, DrawArguments, get_split, load_task, select_train_rows
 from emotion.task.source import BaseModel, find_base_model, hub_is_reachable
 
 import torch
@@ -54,21 +53,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 @dataclass
-class LlamaFactoryArguments:
+class LlamaFactoryArguments(DrawArguments):
     """What this script does itself; the recipe and all other flags are LLaMA Factory's."""
 
     dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Dataset: a Hub id or a local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    drop_conflicting_rows: bool = field(
-        default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
-    )
-    max_train_rows: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train on this many rows at most, drawn at random; for trying things out.",
-            "choices": COUNT,
-        },
-    )
     instruction: str = field(
         default="Which emotion does this text express? Answer with one of these words: {labels}.",
         metadata={"help": "First line of each prompt; {labels} stands for the class names."},

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from emotion.batch.rows import hash_file
 from emotion.batch.shards import STATUSES, Job
 from emotion.common.errors import UserError
-from emotion.common.files import read_json, relative, write_json
+from emotion.common.files import read_json, relative, sha256, write_json
 from emotion.model.artifact import files_to_serve
 
 from filelock import FileLock, Timeout
@@ -51,7 +50,7 @@ def describe(job: Job) -> dict:
     packages = ("pyarrow", "numpy", "tokenizers", RUNTIMES.get(job.format, "torch"))
     return {
         "input": {"kind": job.source.kind, "rows": job.source.rows, "files": files},
-        "model": {"format": job.format, "sha256": {name: hash_file(job.folder / name) for name in served}},
+        "model": {"format": job.format, "sha256": {name: sha256(job.folder / name) for name in served}},
         "flags": {
             "text_column": job.text_column,
             **asdict(job.answers),

@@ -5,7 +5,6 @@ read before the work begins, and lets every process of a cluster open the file t
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import lzma
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from emotion.batch.inputs import ON_THE_HUB, kind_of, local_path
 from emotion.common.errors import UserError
+from emotion.common.files import sha256
 
 import pyarrow as pa
 import pyarrow.csv
@@ -128,7 +128,7 @@ def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str
             schema = _merge(schema or found, found, kind)
             # Whole, since the processes of a cluster have other working folders.
             place = name if name.startswith(ON_THE_HUB) else os.path.abspath(name)  # noqa: PTH100 (keeps links)
-            files.append(InputFile(place, rows, path.stat().st_size, hash_file(path)))
+            files.append(InputFile(place, rows, path.stat().st_size, sha256(path)))
     # Lines of JSON may leave out what they do not have: only all of them together tell.
     _check_columns(names[0], schema, wanted or [text_column], kind="all")
     place = schema.get_field_index(text_column)
@@ -155,15 +155,6 @@ def _merge(schema: pa.Schema, found: pa.Schema, kind: str) -> pa.Schema:
         others = ", ".join(sorted(set(schema.names) ^ set(found.names)))
         raise pa.ArrowInvalid(f"not all files have the columns {others}; name those to keep: --keep_columns")
     return pa.unify_schemas([schema, found], promote_options="permissive")
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file of any size, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_file(name: str, kind: str, schema: pa.Schema, start: int = 0) -> Iterator[pa.RecordBatch]:

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from emotion.batch.rows import RowReader, Source, hash_file
+from emotion.batch.rows import RowReader, Source
 from emotion.common.errors import UserError
-from emotion.common.files import read_json, whole_file, write_json
+from emotion.common.files import read_json, sha256, whole_file, write_json
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.task.scores import softmax
 
@@ -130,7 +130,7 @@ class ShardMaker:
                     progress(len(piece))
                 written.result()
             made = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
-            made["sha256"] = hash_file(partial)
+            made["sha256"] = sha256(partial)
         # After the rename: a shard without a record is made again.
         write_json(job.record(number), made)
 

@@ -1,5 +1,7 @@
 """The error that a user can mend, which `emotion.common.command` prints as one line, and whose code raised another."""
 
+import contextlib
+
 LONGEST_REASON = 300  # characters; some libraries put a page into their message
 
 
@@ -13,6 +15,17 @@ def raised_by(error: BaseException) -> str:
     while trace.tb_next:
         trace = trace.tb_next
     return trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+
+
+@contextlib.contextmanager
+def one_line(fault: str):
+    """Makes one `UserError` of whatever a library raises in the block; ``fault`` begins its message."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # no two libraries have the same classes, and a panic of Rust is no `Exception`
+        raise UserError(f"{fault}: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:

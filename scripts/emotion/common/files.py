@@ -228,9 +228,9 @@ def check_result(path: Path, fields: Iterable[str]) -> None:
         return
     try:
         before = read_json(path)
-    except (UserError, UnicodeDecodeError):
-        before = None
-    if not isinstance(before, dict) or not before.keys() & set(fields):
+    except UserError:
+        before = {}
+    if not before.keys() & set(fields):
         raise UserError(f"{path} holds something else than results of this command; move it away, or name another")
 
 

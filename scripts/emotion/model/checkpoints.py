@@ -31,9 +31,9 @@ scheduler\.pt scaler\.pt rng_state(_\d+)?\.pth trainer_state\.json
 def _is_ours(folder: Path) -> bool:
     try:
         started = read_json(folder / RECIPE_OF_RUN)
-    except (UserError, UnicodeDecodeError):
+    except UserError:
         return False
-    return isinstance(started, dict) and ROWS in started
+    return ROWS in started
 
 
 CHECKPOINTS = FolderKind(
@@ -165,9 +165,7 @@ def _fault_of(checkpoint: Path, arguments: TrainingArguments) -> str | None:
 def _damage_of(checkpoint: Path) -> str | None:
     try:
         checksums = read_json(checkpoint / CHECKSUMS)
-    except (UserError, UnicodeDecodeError):
-        checksums = None
-    if not isinstance(checksums, dict):
+    except UserError:
         return "was cut off while it was written"
     for name, was in checksums.items():
         if not (checkpoint / name).is_file() or sha256(checkpoint / name) != was:

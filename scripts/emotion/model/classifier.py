@@ -7,11 +7,10 @@ A runtime is imported when one of its files is opened. ONNX Runtime needs neithe
 first answer comes at once.
 """
 
-import contextlib
 from pathlib import Path
 from queue import SimpleQueue
 
-from emotion.common.errors import UserError, reason_of
+from emotion.common.errors import UserError, one_line
 from emotion.model.artifact import read_labels, weights_of
 from emotion.model.pretrained import load_trained_classifier
 from emotion.task.tokens import TextEncoder
@@ -25,17 +24,6 @@ TOKENS = 512
 
 # What a file may take, int64 (texts, longest) each
 INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
-
-
-@contextlib.contextmanager
-def one_line(fault: str):
-    """Makes one `UserError` of whatever a library raises in the block; ``fault`` begins its message."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # no two of these libraries have the same classes, and some have none
-        raise UserError(f"{fault}: {reason_of(error)}") from error
 
 
 def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
@@ -116,7 +104,9 @@ class OpenVinoClassifier:
         core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, **share})
         self._weights = weights
         with one_line(f"{weights} cannot be opened by OpenVINO"):
-            if b"<net" not in weights.read_bytes()[:1000]:  # it would try the formats of other libraries
+            with weights.open("rb") as file:
+                start = file.read(1000)
+            if b"<net" not in start:  # it would try the formats of other libraries
                 raise ValueError("it is no graph in XML")
             graph = core.read_model(weights)
             inputs = describe_ports(graph.inputs)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from emotion.common.errors import UserError, reason_of
+from emotion.common.errors import UserError, one_line
 from emotion.common.sums import check_sums
 from emotion.model.artifact import read_config
 
@@ -37,11 +37,9 @@ def open_model(auto_class: str, folder, **options):
 
     # A pickle or a file of Python code from a stranger's repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    try:
-        return getattr(transformers, auto_class).from_pretrained(folder, **options)
     # For a wrong value in config.json, Transformers may raise whatever Python or PyTorch has.
-    except Exception as error:
-        raise UserError(f"{folder} cannot be opened: {reason_of(error)}") from error
+    with one_line(f"{folder} cannot be opened"):
+        return getattr(transformers, auto_class).from_pretrained(folder, **options)
 
 
 def build_config(path: str, labels: list[str], attention_dropout: float | None):
@@ -146,8 +144,5 @@ def read_shapes(weights: Path) -> list[list[int]]:
     """The shapes of all tensors, from the header of a safetensors file; raises `UserError` if it cannot be read."""
     from safetensors import safe_open
 
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
-    except Exception as error:
-        raise UserError(f"{weights} cannot be read: {reason_of(error)}") from error
+    with one_line(f"{weights} cannot be read"), safe_open(weights, framework="pt") as file:
+        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)

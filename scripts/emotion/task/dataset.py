@@ -25,8 +25,8 @@ LEAST_LENGTH = 3  # of a text in word pieces: one between the marks at both ends
 
 
 @dataclass
-class RowsArguments:
-    """Which rows of train the model learns from, and how much of each text."""
+class DrawArguments:
+    """Which rows of train the model learns from."""
 
     drop_conflicting_rows: bool = field(
         default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
@@ -38,6 +38,12 @@ class RowsArguments:
             "choices": COUNT,
         },
     )
+
+
+@dataclass
+class RowsArguments(DrawArguments):
+    """Which rows of train the model learns from, and how much of each text."""
+
     max_length: int = field(
         default=128,
         metadata={

@@ -1,10 +1,9 @@
 """Texts to token ids: with `tokenizers` and NumPy alone for answering, as columns of the rows for training."""
 
-import contextlib
 import json
 from pathlib import Path
 
-from emotion.common.errors import UserError, reason_of
+from emotion.common.errors import UserError, one_line
 from emotion.common.fields import read_fields
 from emotion.task.dataset import RowsArguments, Task, get_split, select_train_rows
 from emotion.task.source import BaseModel
@@ -39,7 +38,7 @@ class TextEncoder:
         self._file = Path(folder) / "tokenizer.json"
         settings = read_fields(self._file.with_name("tokenizer_config.json"), json.loads, SETTINGS)
         model = read_fields(self._file.with_name("config.json"), json.loads, {"vocab_size?": int})
-        with self._one_line():
+        with one_line(f"{self._file} cannot be used"):
             if self._file.stat().st_size > MOST_TOKENIZER_BYTES:
                 raise ValueError(f"it has more than {MOST_TOKENIZER_BYTES:,} bytes")
             self._tokenizer = Tokenizer.from_file(str(self._file))
@@ -59,16 +58,6 @@ class TextEncoder:
             raise UserError(f"{self._file} has more tokens than config.json names ({self._rows}); is it this model's?")
         self.texts_cut = 0
 
-    @contextlib.contextmanager
-    def _one_line(self):
-        """Makes one `UserError` of whatever `tokenizers` raises: it has no class of its own for that."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # what its Rust code did not expect is no `Exception`
-            raise UserError(f"{self._file} cannot be used: {reason_of(error)}") from error
-
     def _id_of(self, token: str | dict) -> int:
         """The id of a token, which tokenizer_config.json gives as a word, or as a mapping that holds it."""
         word = token.get("content") if isinstance(token, dict) else token  # Transformers has written both
@@ -80,7 +69,7 @@ class TextEncoder:
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
         beginnings = [shorten(text, self._tokenizer, self._max_length) for text in texts]
-        with self._one_line():
+        with one_line(f"{self._file} cannot be used"):
             encodings = self._tokenizer.encode_batch_fast(beginnings)  # fast: without each token's place in the text
         self.texts_cut += count_cut(encodings, texts, beginnings)
         return [encoding.ids for encoding in encodings]
