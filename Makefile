@@ -26,14 +26,16 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
-.PHONY: run test test-processes test-cluster test-web test-llama-factory fuzz check format results results-base \
-	benchmark benchmark-base report base-encoder peers peers-llamacpp cluster llama-factory help
+.PHONY: run test verify release test-processes test-cluster test-web test-llama-factory fuzz check format results \
+	results-base benchmark benchmark-base report base-encoder peers peers-llamacpp cluster llama-factory help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
 	@echo "make results-base  the same for the base-size encoder (into weights/base/ and results/base/)"
 	@echo "make benchmark  the interleaved timing alone, and make benchmark-base     make test   the tests"
+	@echo "make verify     the tracked weights: their checksums, and their answers on the test split (a minute)"
+	@echo "make release    takes the tracked weights from what make results has made"
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
 	@echo "make test-cluster  Ray on two nodes of this machine, one of which dies; Spark    make cluster  installs both"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
@@ -93,6 +95,13 @@ results: $(READY)
 	$(RUN) scripts/study_batch.py weights/ptq
 	$(MAKE) peers peers-llamacpp benchmark
 	$(RUN) scripts/run_comparison.py
+
+# One form of each variant: what the others need stays in weights/seeds.
+release: $(READY)
+	$(RUN) scripts/run_release.py
+
+verify: $(READY)
+	$(RUN) scripts/run_verification.py
 
 # Without the peers the benchmark leaves out their lines.
 benchmark: $(READY)

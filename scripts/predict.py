@@ -20,6 +20,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.machine import THREADS
 from emotion.common.ranges import COUNT, speak_plainly
+from emotion.model.released import RECOMMENDED
 
 BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines
@@ -38,6 +39,10 @@ def main(argv=None) -> None:
     # Imported here, so that --help and a wrong flag are answered without loading NumPy and the tokenizer.
     from emotion import EmotionClassifier
 
+    if arguments.model is None:
+        arguments.model = str(ROOT / "weights" / RECOMMENDED)
+        # Beside the answers, not among them.
+        print(f"answered by weights/{RECOMMENDED}; --model takes another", file=sys.stderr)
     classifier = EmotionClassifier.from_pretrained(
         arguments.model, arguments.format, arguments.threads, verify=not arguments.no_verify
     )
@@ -56,7 +61,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
     parser.add_argument(
-        "--model", default=str(ROOT / "weights" / "baseline"), help="model folder, or user/name on the Hub"
+        "--model",
+        help=f"model folder, or user/name on the Hub; weights/{RECOMMENDED}, which is recommended, if not given",
     )
     parser.add_argument("--format", help="format to open; ONNX if the folder has it")
     parser.add_argument("--file", help="file with one text per line")

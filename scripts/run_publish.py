@@ -21,10 +21,11 @@ from emotion.common.files import ROOT, sha256, without_path
 from emotion.common.flags import parse_flags
 from emotion.common.names import check_repo_id
 from emotion.common.recipe import RECIPE_FILE, read_recipe_of
-from emotion.common.sums import SUMS_FILE, check_sums, format_sums
+from emotion.common.sums import SUMS_FILE, check_sums, format_sums, has_files
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
+from emotion.model.released import LICENSE_FILE
 from emotion.report.cards import BASELINE, order, render_card
 from emotion.report.comparison import MAIN_RUN, read_benchmarks
 from emotion.report.plots import plot_confusion_matrix
@@ -124,6 +125,8 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     for path in sorted((folder / "adapter").glob("adapter_*")):
         if path.name in ADAPTER_FILES:  # neither PEFT's own card, which is a form to fill in, nor somebody's notes
             files[f"adapter/{path.name}"] = path
+    if (folder / LICENSE_FILE).is_file():
+        files[LICENSE_FILE] = folder / LICENSE_FILE
     if made_by:
         # The recipe tells the folders that it read; others need not know where this user keeps them.
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
@@ -172,11 +175,6 @@ def find_scored(folder: Path, records: list[dict]) -> list[dict]:
                 f"python scripts/run_evaluation.py {folder} --format {format}"
             )
     return scored
-
-
-def has_files(folder: Path, checksums: dict[str, str]) -> bool:
-    """Whether the folder has these files with these SHA-256."""
-    return all((folder / name).is_file() and sha256(folder / name) == was for name, was in checksums.items())
 
 
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:

@@ -79,6 +79,11 @@ def test_predict_answers_as_in_the_full_environment(light, quantized):
     assert [json.loads(line)["label"] for line in answers.splitlines()] == ["cold", "warm", "none"]
 
 
+def test_a_clone_answers_without_a_model_being_named(light):
+    command = [light, ROOT / "scripts" / "predict.py", "--json", "i miss my old home", "i feel so happy that you came"]
+    assert [json.loads(line)["label"] for line in call(*command).splitlines()] == ["sadness", "joy"]
+
+
 def test_predict_fetches_a_repository(light, artifact, tmp_path):
     names = ["config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model.onnx"]
     files = {name: (artifact / name).read_bytes() for name in names}

@@ -89,6 +89,27 @@ def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
                 )
 
 
+def check_covered(folder: Path) -> None:
+    """Compares every file of a folder with its SHA256SUMS.
+
+    Raises:
+        UserError: as `check_sums` does, or if the folder has no SHA256SUMS, or holds a file that it does not name.
+    """
+    names = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name != SUMS_FILE:
+            names.append(path.relative_to(folder).as_posix())
+    sums = read_sums(folder)
+    if sums is None:
+        raise UserError(f"{folder} has no {SUMS_FILE}; make or fetch the artifact again")
+    check_sums(folder, [*sums, *(name for name in names if name not in sums)])
+
+
+def has_files(folder: Path, checksums: dict[str, str]) -> bool:
+    """Whether the folder has these files with these SHA-256."""
+    return all((folder / name).is_file() and sha256(folder / name) == was for name, was in checksums.items())
+
+
 def hash_once(path: Path, known: dict[str, str]) -> str:
     """SHA-256 of a file; that of a large one is taken from ``known``, or added to it."""
     status = path.stat()

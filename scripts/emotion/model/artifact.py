@@ -40,6 +40,7 @@ CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
 # For every message that a model is missing; `hf` comes with huggingface_hub
 HOW_TO_GET = (
+    "take one that the repository holds (weights/qat-int4; others in README.md), "
     "train one with python scripts/run_baseline.py (a short run: make run), "
     "or fetch one with hf download user/name --local-dir FOLDER"
 )
@@ -65,7 +66,7 @@ ARTIFACT = FolderKind(
     "an artifact",
     _is_ours,
     re.compile(
-        r"(config|tokenizer|tokenizer_config)\.json|recipe\.yaml|SHA256SUMS|model(\.bf16)?\.safetensors"
+        r"(config|tokenizer|tokenizer_config)\.json|recipe\.yaml|SHA256SUMS|LICENSE|model(\.bf16)?\.safetensors"
         r"|onnx(/model(_quantized)?\.onnx)?|openvino(/(openvino_model\.(xml|bin)|(openvino_)?config\.json))?"
         r"|adapter(/adapter_(config\.json|model\.safetensors))?"
         r"|generation_config\.json|chat_template\.jinja"  # of a language model

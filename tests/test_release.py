@@ -1,0 +1,236 @@
+"""What the repository tracks of `weights/`: how a release is made, what verifies it, and that it is there."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import predict
+import run_evaluation
+import run_publish
+import run_release
+import run_verification
+from conftest import ROOT, read_json
+from emotion.common.errors import UserError
+from emotion.common.files import write_json
+from emotion.common.sums import check_covered
+from emotion.model.artifact import HOW_TO_GET
+from emotion.model.released import BYTES_IN_ALL, BYTES_OF_FILE, LICENSE_FILE, RECOMMENDED, RELEASED
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+OF_TEST = ("baseline", "ptq", "qlora")
+
+
+@pytest.fixture
+def three(monkeypatch) -> None:
+    """As if three variants were released."""
+    for variant in set(RELEASED) - set(OF_TEST):
+        monkeypatch.delitem(RELEASED, variant)
+
+
+@pytest.fixture(scope="module")
+def scored(artifact, quantized, adapted, tmp_path_factory) -> Path:
+    """Three tiny artifacts as `make results` leaves them, in weights/, and their scores in results/."""
+    folder = tmp_path_factory.mktemp("scored")
+    weights, results = folder / "weights", folder / "results"
+    for variant, made in zip(OF_TEST, (artifact, quantized, adapted), strict=True):
+        shutil.copytree(made, weights / "seeds" / f"{variant}-7")
+        shutil.copytree(made, weights / variant)
+        write_json(results / "seeds" / f"{variant}.json", {"variant": variant, "chosen_seed": 7})
+        words = ["--format", RELEASED[variant], "--latency_runs", "0", "--results_dir", str(results)]
+        run_evaluation.main([str(weights / variant), *words])
+    shutil.copy(ROOT / "weights" / LICENSE_FILE, weights)
+    return folder
+
+
+@pytest.fixture
+def folder(scored, tmp_path) -> Path:
+    return shutil.copytree(scored, tmp_path / "copy")
+
+
+def words_of(folder: Path) -> list[str]:
+    return ["--weights_dir", str(folder / "weights"), "--results_dir", str(folder / "results")]
+
+
+@pytest.fixture
+def released(three, folder) -> Path:
+    """The same, after a release."""
+    run_release.main(words_of(folder))
+    return folder
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_release_keeps_one_form_of_each_variant(released):
+    everywhere = {"config.json", "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "LICENSE", "SHA256SUMS"}
+    own = {
+        "baseline": {"model.bf16.safetensors"},
+        "ptq": {"onnx/model_quantized.onnx"},
+        "qlora": {"model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"},
+    }
+    for variant, names in own.items():
+        assert files_of(released / "weights" / variant) == everywhere | names
+        check_covered(released / "weights" / variant)
+    assert "onnx/model.onnx" in files_of(released / "weights" / "seeds" / "baseline-7")  # nothing is lost
+
+
+def test_what_git_tracks_of_a_whole_weights_folder_is_the_release(three, folder, released, tmp_path):
+    """Untracked forms beside them, other variants, other encoders and the seeds stay out."""
+    clone = tmp_path / "clone"
+    shutil.copytree(released / "weights", clone / "weights")
+    shutil.copy(ROOT / ".gitignore", clone)
+    for variant, whole in (("baseline", "baseline-7"), ("qlora", "qlora-7"), ("ptq", "ptq-7")):
+        shutil.copytree(released / "weights" / "seeds" / whole, clone / "weights" / variant, dirs_exist_ok=True)
+        shutil.copytree(released / "weights" / "seeds" / whole, clone / "weights" / "base" / variant)
+    shutil.copytree(released / "weights" / "ptq", clone / "weights" / "ptq-int4")
+    git = ["git", "-C", str(clone)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    done = subprocess.run([*git, "ls-files", "--others", "--exclude-standard"], stdout=subprocess.PIPE, text=True)
+    expected = {
+        f"weights/{variant}/{name}" for variant in OF_TEST for name in files_of(released / "weights" / variant)
+    }
+    assert set(done.stdout.split()) == expected | {".gitignore", f"weights/{LICENSE_FILE}"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "results/seeds/ptq.json").unlink(), "no file .*ptq.json; run .*run_seeds.py ptq"),
+        (lambda folder: shutil.rmtree(folder / "weights/seeds/qlora-7/adapter"), "has no adapter/adapter_config.json"),
+        (lambda folder: (folder / "weights/LICENSE").unlink(), "no file .*LICENSE"),
+        (lambda folder: (folder / "weights/qlora/notes.txt").write_text("mine"), "notes.txt"),
+        (lambda folder: other_record(folder), "was not scored as it is now; run .*run_evaluation.py .*--format onnx"),
+    ],
+)
+def test_a_release_is_whole_or_does_not_happen(spoil, message, three, folder):
+    spoil(folder)
+    before = files_of(folder / "weights")
+    with pytest.raises(UserError, match=message):
+        run_release.main(words_of(folder))
+    assert files_of(folder / "weights") == before
+
+
+def other_record(folder: Path) -> None:
+    path = folder / "results" / "metrics" / "ptq-onnx.json"
+    record = read_json(path)
+    record["sha256"]["onnx/model_quantized.onnx"] = "0" * 64
+    write_json(path, record)
+
+
+def test_a_clone_that_grows_too_large_is_refused(three, folder, monkeypatch):
+    monkeypatch.setattr(run_release, "BYTES_OF_FILE", 10_000)
+    with pytest.raises(UserError, match="a released file has 10,000 at most"):
+        run_release.main(words_of(folder))
+    monkeypatch.setattr(run_release, "BYTES_OF_FILE", 10**9)
+    monkeypatch.setattr(run_release, "BYTES_IN_ALL", 100_000)
+    with pytest.raises(UserError, match="together they have 100,000 at most"):
+        run_release.main(words_of(folder))
+
+
+def test_verifying_a_release(released, capsys):
+    run_verification.main(words_of(released))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(line[1], line[3], line[5], line[-2]) for line in lines] == [
+        (variant, RELEASED[variant], "100.00", "verified") for variant in OF_TEST
+    ]
+
+
+def test_a_released_folder_is_published_with_its_licence(released, capsys):
+    words = ["--repo_id", "user/bert-emotion-ptq", "--dry_run", "--results_dir", str(released / "results")]
+    run_publish.main([str(released / "weights" / "ptq"), *words])
+    sent = re.findall(r"^ *[\d,]+  (\S+)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert {"LICENSE", "onnx/model_quantized.onnx", "SHA256SUMS"} <= set(sent) and "model.safetensors" not in sent
+
+
+def test_other_answers_than_the_published_are_found(released, capsys):
+    """The predictions of a row are exchanged, and its score with them: the files are whole, the answers are not."""
+    path = released / "results" / "predictions" / "ptq-onnx.parquet"
+    table = parquet.read_table(path)
+    turned = pyarrow.array([row[::-1] for row in table["logits"].to_pylist()], pyarrow.list_(pyarrow.float32()))
+    parquet.write_table(table.set_column(2, table.schema.field(2), [turned]), path)
+    with pytest.raises(UserError, match=r"^ptq \(onnx\): the answers are not those that were published"):
+        run_verification.main(words_of(released))
+    assert re.search(r"ptq .* differs", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weights/ptq/onnx/model_quantized.onnx", "model_quantized.onnx differs from .*SHA256SUMS"),
+        ("weights/baseline/recipe.yaml", "recipe.yaml differs from .*SHA256SUMS"),
+        ("weights/qlora/adapter/adapter_model.safetensors", "adapter_model.safetensors differs from .*SHA256SUMS"),
+    ],
+)
+def test_a_damaged_file_is_named(name, message, released):
+    with (released / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(UserError, match=message):
+        run_verification.main(words_of(released))
+
+
+def test_a_file_beside_the_sums_and_a_folder_without_them_are_named(released):
+    (released / "weights/ptq/onnx/other.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match="other.onnx is not named in .*SHA256SUMS"):
+        run_verification.main(words_of(released))
+    (released / "weights/baseline/SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="baseline has no SHA256SUMS"):
+        run_verification.main(words_of(released))
+
+
+def test_another_artifact_than_the_measured_one_is_named(released):
+    other_record(released)
+    with pytest.raises(UserError, match=r"ptq is not what .*ptq-onnx\.json was measured on"):
+        run_verification.main(words_of(released))
+
+
+def test_other_test_rows_are_named(released):
+    path = released / "results" / "metrics" / "baseline-bf16.json"
+    record = read_json(path)
+    record["made"]["dataset_fingerprint"] = "0" * 64
+    write_json(path, record)
+    with pytest.raises(UserError, match="has other test rows than those of baseline-bf16"):
+        run_verification.main(words_of(released))
+
+
+@pytest.mark.parametrize(
+    ("same_machine", "equal", "macro_f1", "verdict"),
+    [
+        (True, 1.0, 0.9, "verified"),
+        (True, 1.0, 0.9 + 1e-12, "differs"),  # the same processor gives the same digits
+        (False, 0.9985, 0.9015, "verified"),
+        (False, 0.9975, 0.9, "differs"),
+        (False, 1.0, 0.9025, "differs"),
+    ],
+)
+def test_the_verdict(same_machine, equal, macro_f1, verdict):
+    found = {"same_machine": same_machine, "equal": equal, "macro_f1": macro_f1, "published": 0.9}
+    assert run_verification.judge(found) == verdict
+
+
+def test_the_weights_of_this_repository_are_whole():
+    """Those that are tracked, wherever `make results` has not put others in their place."""
+    total = 0
+    for variant in RELEASED:
+        folder = ROOT / "weights" / variant
+        check_covered(folder)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                total += path.stat().st_size
+                assert path.stat().st_size <= BYTES_OF_FILE
+    assert total <= BYTES_IN_ALL
+
+
+def test_predict_takes_the_recommended_variant_and_says_so(capsys):
+    predict.main(["i miss my old home", "i feel so happy that you came"])
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["sadness", "joy"]
+    assert shown.err == f"answered by weights/{RECOMMENDED}; --model takes another\n"
+
+
+def test_each_way_to_get_a_model_is_named():
+    assert f"weights/{RECOMMENDED}" in HOW_TO_GET and "run_baseline.py" in HOW_TO_GET and "hf download" in HOW_TO_GET
