@@ -83,7 +83,7 @@ results: $(READY)
 	$(RUN) scripts/study_qlora.py --seed 44
 	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
-	$(RUN) scripts/study_bits.py --seeds $(SEEDS)
+	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(SEEDS)
 	$(call score,weights/baseline,pytorch bf16 onnx)
 	for variant in ptq qat; do $(call score,weights/$$variant,torchao onnx openvino); done
 	for variant in ptq-int4 qat-int4 ptq-int2 qat-int2; do $(call score,weights/$$variant,onnx); done
