@@ -22,6 +22,7 @@ from emotion.measure.sensitivity import validation_rows
 from emotion.model.artifact import new_artifact, own_place
 from emotion.model.hub import HubArguments, score_and_publish
 from emotion.model.pretrained import load_trained_classifier
+from emotion.quantize.conversion import with_float_files
 from emotion.quantize.scheme import (
     check_scheme,
     describe_quantized,
@@ -67,14 +68,17 @@ def quantize(arguments: PtqArguments, hub: HubArguments, recipe: Recipe) -> None
     rows = draw_calibration_rows(task, TextEncoder(baseline), arguments.calibration_rows, arguments.seed)
     scored = validation_rows(task, threads=choose_threads(None))
 
-    # 3. Build the variant: choose its layers, and below 8 bits the scales that round them
-    plan = make_plan(baseline, load_trained_classifier(baseline), arguments, rows)
-    print(f"INT{arguments.bits}: {len(plan.layers.linear)} linear layers, {len(plan.layers.embeddings)} embeddings")
+    with with_float_files(baseline) as floats:
+        # 3. Build the variant: choose its layers, and below 8 bits the scales that round them
+        plan = make_plan(floats, load_trained_classifier(floats), arguments, rows)
+        print(
+            f"INT{arguments.bits}: {len(plan.layers.linear)} linear layers, {len(plan.layers.embeddings)} embeddings"
+        )
 
-    # 4. Calibrate and 5. save each format, with the cheapest remedy that keeps its score
-    made = describe_quantized("ptq", recipe, made_by, plan, arguments)
-    with new_artifact(artifact, made) as folder:
-        made |= save_watched(plan, folder, rows, scored, arguments)  # which quantizes; recipe.yaml is written last
+        # 4. Calibrate and 5. save each format, with the cheapest remedy that keeps its score
+        made = describe_quantized("ptq", recipe, made_by, plan, arguments)
+        with new_artifact(artifact, made) as folder:
+            made |= save_watched(plan, folder, rows, scored, arguments)  # which quantizes; recipe.yaml is written last
     print(f"saved {artifact}")
     score_and_publish(artifact, hub)
 

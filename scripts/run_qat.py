@@ -31,7 +31,7 @@ from emotion.model.training import (
     summarize_training,
     training_place,
 )
-from emotion.quantize.conversion import save_converted, save_float
+from emotion.quantize.conversion import save_converted, save_float, with_float_files
 from emotion.quantize.fake_quantizers import prepare, switch
 from emotion.quantize.scheme import (
     CONTROL,
@@ -90,7 +90,8 @@ def train(arguments: QatArguments, training: RecipeTrainingArguments, recipe: Re
 
     # 3. Build the variant: the baseline with fake quantizers in its layers
     calibration = draw_calibration_rows(task, TextEncoder(base.path), arguments.calibration_rows, training.seed)
-    plan = make_plan(base.path, load_trained_classifier(base.path), arguments, calibration)
+    with with_float_files(base.path) as floats:
+        plan = make_plan(floats, load_trained_classifier(floats), arguments, calibration)
     made = describe_quantized("qat", recipe, made_by, plan, arguments)
     if arguments.fake_quantize:
         prepare(plan, runtime_to_train_for(arguments), arguments.reduce_range)

@@ -45,9 +45,9 @@ def main(argv=None) -> None:
     check_sizes(sources)
     for variant, source in sources.items():
         with whole_folder(weights / variant, ARTIFACT) as folder:
-            for name in names_to_release(source, variant):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, folder / name)
+            for name, released in names_to_release(source, variant).items():
+                (folder / released).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / released)
             shutil.copyfile(licence, folder / LICENSE_FILE)
             write_sums(folder)
         megabytes = sum(path.stat().st_size for path in (weights / variant).rglob("*") if path.is_file()) / 1e6

@@ -25,7 +25,7 @@ from emotion.common import command
 from emotion.common.errors import UserError
 from emotion.measure.contenders import make_contender
 from emotion.measure.inspection import describe_scheme
-from emotion.model.artifact import files_to_serve, find_formats, weights_of
+from emotion.model.artifact import SHARED_FILES, files_to_serve, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize import scheme
@@ -399,3 +399,16 @@ def test_the_readme_opens_it_in_each_runtime(quantized, tmp_path):
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=paths)
         assert done.returncode == 0, done.stderr
         assert "label" in done.stdout or "array" in done.stdout
+
+
+def test_a_folder_of_another_program_is_quantized_like_a_baseline(artifact, quantized, colors, tmp_path):
+    """It has its weights, its configuration and its tokenizer, and neither an ONNX file nor a recipe."""
+    folder, out = tmp_path / "theirs", tmp_path / "ptq"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(artifact / name, folder)
+    words = ["--dataset_name", str(colors), "--formats", "onnx", "--calibration_rows", "60"]
+    run_ptq.main(["--baseline", str(folder), "--output_dir", str(out), *words])
+    file = "onnx/model_quantized.onnx"
+    assert (out / file).read_bytes() == (quantized / file).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {*SHARED_FILES, "model.safetensors"}  # nothing was added to it

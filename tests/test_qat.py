@@ -387,3 +387,12 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeyp
     before = made.stat().st_mtime_ns
     study_bits.main(words)  # nothing is made again
     assert made.stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_program_is_trained_on(artifact, colors, tmp_path):
+    folder, out = tmp_path / "theirs", tmp_path / "qat"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(artifact / name, folder)
+    run_qat.main(qat_flags(folder, out, dataset_name=colors, bits=4, max_steps=2, learning_rate=1e-6))
+    assert find_formats(out) == {"onnx": out / "onnx" / "model_quantized.onnx"}

@@ -1,5 +1,6 @@
 """What the repository tracks of `weights/`: how a release is made, what verifies it, and that it is there."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import predict
 import run_evaluation
+import run_ptq
 import run_publish
 import run_release
 import run_verification
 from conftest import ROOT, read_json
+from emotion import EmotionClassifier
 from emotion.common.errors import UserError
 from emotion.common.files import write_json
 from emotion.common.sums import check_covered
@@ -19,7 +22,9 @@ from emotion.model.released import BYTES_IN_ALL, BYTES_OF_FILE, LICENSE_FILE, RE
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
+from transformers import pipeline
 
 OF_TEST = ("baseline", "ptq", "qlora")
 
@@ -69,7 +74,7 @@ def files_of(folder: Path) -> set[str]:
 def test_a_release_keeps_one_form_of_each_variant(released):
     everywhere = {"config.json", "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "LICENSE", "SHA256SUMS"}
     own = {
-        "baseline": {"model.bf16.safetensors"},
+        "baseline": {"model.safetensors"},  # in bfloat16
         "ptq": {"onnx/model_quantized.onnx"},
         "qlora": {"model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"},
     }
@@ -130,6 +135,16 @@ def test_a_clone_that_grows_too_large_is_refused(three, folder, monkeypatch):
     monkeypatch.setattr(run_release, "BYTES_IN_ALL", 100_000)
     with pytest.raises(UserError, match="together they have 100,000 at most"):
         run_release.main(words_of(folder))
+
+
+def test_the_released_baseline_opens_as_it_is_and_can_be_quantized(released, tmp_path):
+    folder, out = released / "weights" / "baseline", tmp_path / "ptq"
+    classify = pipeline("text-classification", model=str(folder))
+    assert classify.model.dtype == torch.float32 and classify("a red house")[0]["label"] == "warm"
+    run_ptq.main(
+        ["--baseline", str(folder), "--output_dir", str(out), "--formats", "onnx", "--calibration_rows", "60"]
+    )
+    assert EmotionClassifier.from_pretrained(out).classify(["a red house"])[0]["label"] == "warm"
 
 
 def test_verifying_a_release(released, capsys):
@@ -212,17 +227,27 @@ def test_the_verdict(same_machine, equal, macro_f1, verdict):
     assert run_verification.judge(found) == verdict
 
 
-def test_the_weights_of_this_repository_are_whole():
-    """Those that are tracked, wherever `make results` has not put others in their place."""
-    total = 0
+def git(*words) -> bytes:
+    return subprocess.run(["git", "-C", str(ROOT), *words], check=True, stdout=subprocess.PIPE).stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_the_tracked_weights_are_whole():
+    """As committed: a training may have put other weights into the folders since."""
+    sizes = {}
+    for line in git("ls-tree", "-r", "-l", "HEAD", "weights").decode().splitlines():
+        size, name = line.split()[3:]
+        sizes[name.removeprefix("weights/")] = int(size)
+    assert {name.split("/")[0] for name in sizes} == {LICENSE_FILE, *RELEASED}
+    assert max(sizes.values()) <= BYTES_OF_FILE and sum(sizes.values()) <= BYTES_IN_ALL
     for variant in RELEASED:
-        folder = ROOT / "weights" / variant
-        check_covered(folder)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                total += path.stat().st_size
-                assert path.stat().st_size <= BYTES_OF_FILE
-    assert total <= BYTES_IN_ALL
+        lines = git("show", f"HEAD:weights/{variant}/SHA256SUMS").decode().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        assert {f"{variant}/{name}" for name in [*sums, "SHA256SUMS"]} == {
+            name for name in sizes if name.startswith(f"{variant}/")
+        }
+        for name, digest in sums.items():
+            assert hashlib.sha256(git("show", f"HEAD:weights/{variant}/{name}")).hexdigest() == digest, name
 
 
 def test_predict_takes_the_recommended_variant_and_says_so(capsys):

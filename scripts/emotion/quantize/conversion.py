@@ -1,5 +1,6 @@
 """From a model that was trained with fake quantizers to its files, with the scores of each form side by side."""
 
+import contextlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from emotion.task.scores import score
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 
 def save_converted(
@@ -61,6 +63,24 @@ def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
     plain = load_trained_classifier(folder).eval()  # opened anew, without the Trainer's wrappers
     save_float(plain, folder, tokenizer)
     return replace(plan, folder=folder, model=plain, scales=scales)
+
+
+@contextlib.contextmanager
+def with_float_files(folder: Path):
+    """Yields a fine-tuned folder, or a temporary copy with the FP32 file for ONNX Runtime that the folder lacks.
+
+    A folder that another program trained has none, and the released baseline has its weights in bfloat16 alone.
+    """
+    if "onnx" in find_formats(folder):
+        yield Path(folder)
+        return
+    print(f"{folder} has no FP32 file for ONNX Runtime; one is made for this run")
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / Path(folder).name
+        model = load_trained_classifier(folder, dtype=torch.float32)
+        model.save_pretrained(copy)
+        save_float(model, copy, AutoTokenizer.from_pretrained(folder))
+        yield copy
 
 
 def save_float(model, folder: Path, tokenizer) -> None:

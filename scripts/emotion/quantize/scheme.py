@@ -99,12 +99,7 @@ def check_scheme(arguments: SchemeArguments) -> None:
     # Quantizing integers again would round twice; what makes an artifact small starts from the float weights.
     if quantizer := quantized_by(baseline):
         raise UserError(f"{baseline} is quantized already (by {quantizer}); name the folder it was made from")
-    if "pytorch" not in find_formats(baseline):  # the released one, say, or a folder that only ONNX Runtime opens
-        raise UserError(
-            f"{baseline} has no FP32 weights (model.safetensors), from which a variant is made; "
-            "train it whole with python scripts/run_baseline.py"
-        )
-    weights_of(baseline, "pytorch")  # raises if they are damaged
+    weights_of(baseline, "pytorch")  # raises if the folder has none
 
 
 # Ends the name of a variant that was trained on without rounding, to compare QAT with; measure/seeds.py reads it back.
