@@ -76,12 +76,13 @@ run: $(READY)
 
 results: $(READY)
 	$(RUN) scripts/study_dataset.py
-	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
+	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46 --model_name_or_path $(SMALL)
 	$(RUN) scripts/study_ptq.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 	$(RUN) scripts/study_graphs.py weights/seeds/baseline-42
 	$(RUN) scripts/study_openvino.py weights/seeds/baseline-42
 	$(RUN) scripts/study_qlora.py --seed 44
-	for variant in ptq qat qlora ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+	$(RUN) scripts/run_seeds.py qlora --seeds $(SEEDS) --model_name_or_path $(SMALL)
+	for variant in ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
 	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(SEEDS)
 	$(call score,weights/baseline,pytorch bf16 onnx)

@@ -20,7 +20,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, check_replaceable, whole_folder, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.ranges import SEED
-from emotion.measure.seeds import choose_seed, make_and_score, summarize
+from emotion.measure.seeds import check_seeds, choose_seed, make_and_score, summarize
 from emotion.model.artifact import ARTIFACT
 
 
@@ -47,6 +47,7 @@ class SeedsArguments:
 def main(argv=None) -> None:
     """Makes, scores and summarizes; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
+    check_seeds(arguments.seeds)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     check_replaceable(weights / arguments.variant, ARTIFACT)  # now, not after hours of training
     # One seed is made and scored before the next begins: an interrupted run keeps all that was finished.

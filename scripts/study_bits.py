@@ -18,7 +18,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.ranges import SEED
 from emotion.common.recipe import base_model_of
-from emotion.measure.seeds import make_and_score, summarize_scores
+from emotion.measure.seeds import check_seeds, make_and_score, summarize_scores
 from emotion.quantize.levels import BITS
 from emotion.quantize.scheme import CONTROL, name_variant
 from emotion.report.figures import write_studies
@@ -45,6 +45,7 @@ class BitsArguments:
 def main(argv=None) -> None:
     """Makes the cells and draws the ladder; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((BitsArguments,), positional="bits", argv=argv)
+    check_seeds(arguments.seeds)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     path = results / "bits.json"
     # Cells of other bits, measured before, stay in the study.

@@ -8,6 +8,7 @@ import run_benchmark
 import run_comparison
 import run_evaluation
 import run_seeds
+import study_bits
 import study_dataset
 import study_operators
 from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
@@ -317,6 +318,14 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
     (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(UserError, match="cannot be opened by ONNX Runtime"):
         run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
+
+
+@pytest.mark.parametrize("command", [run_seeds, study_bits])
+@pytest.mark.parametrize("seeds", [["42", "42"], ["1", "2", "1"]])
+def test_a_seed_counts_once(command, seeds, tmp_path):
+    word = "ptq" if command is run_seeds else "4"
+    with pytest.raises(UserError, match=f"--seeds {' '.join(seeds)}: it takes one seed at least, and each once"):
+        command.main([word, "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
 
 
 @pytest.mark.processes

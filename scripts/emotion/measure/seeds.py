@@ -19,6 +19,12 @@ TRAINING_COSTS = ("seconds", "cpu_seconds", "threads", "resumed")
 BASELINE_SCORES = ("macro_f1", "accuracy", "validation_macro_f1", "seconds")
 
 
+def check_seeds(seeds: list[int]) -> None:
+    """Raises `UserError` if there is no seed, or one stands there twice: it would count twice in the mean."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: it takes one seed at least, and each once")
+
+
 def recipe_of(method: str) -> Path:
     """The recipe of a method: 'qat' -> configs/qat.yaml."""
     return ROOT / "configs" / f"{method}.yaml"
