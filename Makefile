@@ -100,6 +100,7 @@ results: $(READY)
 # One form of each variant: what the others need stays in weights/seeds.
 release: $(READY)
 	$(RUN) scripts/run_release.py
+	$(call score,weights/baseline,pytorch,--results_dir results/released)
 
 verify: $(READY)
 	$(RUN) scripts/run_verification.py

@@ -16,11 +16,11 @@ from emotion.common.files import ROOT
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment
 from emotion.common.recipe import read_recipe_of
-from emotion.common.sums import check_covered, read_sums
+from emotion.common.sums import check_covered, has_files
 from emotion.measure.evidence import read_predictions, score_again
 from emotion.measure.schema import read_result
 from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.model.released import RELEASED
+from emotion.model.released import OPENED_AS, RELEASED, SCORES_OF_OPENED
 from emotion.report.tables import markdown_table
 from emotion.task.dataset import fingerprint, get_split, load_task_of
 
@@ -47,8 +47,11 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((VerificationArguments,), positional="weights_dir", argv=argv)
     threads = choose_threads(arguments.threads)
     lines, differing = [], []
-    for variant, format in tqdm(RELEASED.items(), desc="verified", unit="variant", disable=None, leave=False):
-        found = verify(variant, format, Path(arguments.weights_dir), Path(arguments.results_dir), threads)
+    for variant in tqdm(RELEASED, desc="verified", unit="variant", disable=None, leave=False):
+        format, results = OPENED_AS.get(variant, RELEASED[variant]), Path(arguments.results_dir)
+        if variant in OPENED_AS:
+            results /= SCORES_OF_OPENED
+        found = verify(variant, format, Path(arguments.weights_dir) / variant, results, threads)
         scores = [f"{100 * found[key]:.2f}" for key in ("macro_f1", "published")]
         machine = "the record's" if found["same_machine"] else "another"
         lines.append([variant, format, f"{100 * found['equal']:.2f}", *scores, machine, found["verdict"]])
@@ -60,8 +63,8 @@ def main(argv=None) -> None:
         raise UserError(f"{', '.join(differing)}: the answers are not those that were published")
 
 
-def verify(variant: str, format: str, weights: Path, results: Path, threads: int) -> dict:
-    """Scores one form of a released variant, and compares it with its record and its published predictions.
+def verify(variant: str, format: str, folder: Path, results: Path, threads: int) -> dict:
+    """Scores a released folder in one format, and compares it with its record and its published predictions.
 
     Returns:
         `equal` (share of the rows with the published label), `macro_f1` here and `published`, `same_machine` and the
@@ -70,11 +73,10 @@ def verify(variant: str, format: str, weights: Path, results: Path, threads: int
     Raises:
         UserError: if a file is damaged or is not the one that was measured, or the test rows are others.
     """
-    folder, name = weights / variant, f"{variant}-{format}"
+    name = f"{variant}-{format}"
     check_covered(folder)
     record = read_result(results / "metrics" / f"{name}.json", "record")
-    # By content alone: the baseline's file has another name in a release.
-    if not set(record["sha256"].values()) <= set(read_sums(folder).values()):
+    if not has_files(folder, record["sha256"]):
         raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record["quality"]["split"])

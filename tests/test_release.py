@@ -18,7 +18,15 @@ from emotion.common.errors import UserError
 from emotion.common.files import write_json
 from emotion.common.sums import check_covered
 from emotion.model.artifact import HOW_TO_GET
-from emotion.model.released import BYTES_IN_ALL, BYTES_OF_FILE, LICENSE_FILE, RECOMMENDED, RELEASED
+from emotion.model.released import (
+    BYTES_IN_ALL,
+    BYTES_OF_FILE,
+    LICENSE_FILE,
+    OPENED_AS,
+    RECOMMENDED,
+    RELEASED,
+    SCORES_OF_OPENED,
+)
 
 import pyarrow
 import pytest
@@ -64,6 +72,9 @@ def words_of(folder: Path) -> list[str]:
 def released(three, folder) -> Path:
     """The same, after a release."""
     run_release.main(words_of(folder))
+    results = folder / "results" / SCORES_OF_OPENED
+    words = ["--format", OPENED_AS["baseline"], "--latency_runs", "0", "--results_dir", str(results)]
+    run_evaluation.main([str(folder / "weights" / "baseline"), *words])
     return folder
 
 
@@ -151,7 +162,7 @@ def test_verifying_a_release(released, capsys):
     run_verification.main(words_of(released))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(line[1], line[3], line[5], line[-2]) for line in lines] == [
-        (variant, RELEASED[variant], "100.00", "verified") for variant in OF_TEST
+        (variant, OPENED_AS.get(variant, RELEASED[variant]), "100.00", "verified") for variant in OF_TEST
     ]
 
 
@@ -204,11 +215,11 @@ def test_another_artifact_than_the_measured_one_is_named(released):
 
 
 def test_other_test_rows_are_named(released):
-    path = released / "results" / "metrics" / "baseline-bf16.json"
+    path = released / "results" / SCORES_OF_OPENED / "metrics" / "baseline-pytorch.json"
     record = read_json(path)
     record["made"]["dataset_fingerprint"] = "0" * 64
     write_json(path, record)
-    with pytest.raises(UserError, match="has other test rows than those of baseline-bf16"):
+    with pytest.raises(UserError, match="has other test rows than those of baseline-pytorch"):
         run_verification.main(words_of(released))
 
 
