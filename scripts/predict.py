@@ -18,6 +18,7 @@ from emotion.batch.inputs import is_table
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.help_text import describe
 from emotion.common.machine import THREADS
 from emotion.common.ranges import COUNT, speak_plainly
 from emotion.model.released import RECOMMENDED
@@ -58,7 +59,7 @@ def main(argv=None) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags of the command line, checked; `HfArgumentParser`, which the other commands use, would load torch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
     parser.add_argument(
         "--model",
@@ -73,6 +74,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
     parser.add_argument("--no_verify", action="store_true", help="open files that differ from the folder's SHA256SUMS")
     speak_plainly(parser)
+    describe(parser)
     arguments = parser.parse_args(argv)
     if arguments.texts and arguments.file:
         raise UserError("give sentences or --file, not both")

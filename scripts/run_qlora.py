@@ -10,6 +10,7 @@ Low-Rank Adaptation of Large Language Models", ICLR 2022). The artifact, `weight
 
 The same command trains on several GPUs and machines: accelerate_config.yaml says how.
 
+    python scripts/run_qlora.py    # the recipe configs/qlora.yaml
     accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
 """
 

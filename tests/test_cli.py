@@ -1,10 +1,16 @@
 """Recipes and flags: what beats what, and what an error says."""
 
+import importlib
+import re
+import sys
+from dataclasses import fields
+
 import run_baseline
 import run_qat
-from conftest import run_script, train_flags
+from conftest import ROOT, run_script, train_flags
 from emotion.common.errors import UserError
 from emotion.common.flags import parse_recipe
+from emotion.common.machine import SCRIPTS
 from emotion.model.training import RecipeTrainingArguments
 from emotion.task.source import EMBEDDED_MODEL, name_base_model
 
@@ -117,3 +123,48 @@ def test_a_traceback_only_when_asked_for(monkeypatch):
     monkeypatch.setenv("EMOTION_TRACEBACK", "1")
     done = run_script("run_evaluation.py", "nowhere")
     assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: no folder nowhere")
+
+
+COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+TRAININGS = ("run_baseline", "run_qat", "run_qlora")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_what_a_command_does_and_an_example(name, monkeypatch, capsys):
+    command = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, "__main__", command)  # as if it had been started
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    assert end.value.code == 0
+    about, _, flags = capsys.readouterr().out.partition("\nflags:\n")
+    first, example = about.split("\n\n")[:2]
+    assert command.__doc__.strip().startswith(first) and first.endswith(".")
+    assert example.startswith("    ") and f"scripts/{name}.py" in example
+    # Each flag once, and no default of a machine's own folders
+    shown = re.findall(r"^  (--\w+)", flags, flags=re.MULTILINE)
+    assert shown and len(shown) == len(set(shown)) and "--adam_beta1" not in shown and str(ROOT) not in flags
+    assert ("--help_all" in shown) == (name in TRAININGS)
+
+
+def test_help_shows_the_recipes_values_and_help_all_every_flag_of_the_trainer(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "__main__", run_qat)
+    seen = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            run_qat.main([flag])
+        seen[flag] = " ".join(capsys.readouterr().out.split())
+    values = yaml.safe_load(run_qat.RECIPE.read_text())
+    assert (
+        f"--per_device_train_batch_size {{1 or more}} The batch size per device for training. (default: "
+        f"{values['per_device_train_batch_size']})" in seen["--help"]
+    )
+    assert "--bits {8,4,3,2}" in seen["--help"] and "recipe configs/qat.yaml" in seen["--help"]
+    missing = [field.name for field in fields(RecipeTrainingArguments) if f"--{field.name} " not in seen["--help_all"]]
+    assert not missing and "--adam_beta1 {0 to below 1}" in seen["--help_all"]
+    assert len(seen["--help_all"]) > 2 * len(seen["--help"])
+
+
+def test_help_of_a_started_command():
+    done = run_script("predict.py", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Tells the emotion of sentences") and not done.stderr

@@ -5,11 +5,15 @@ import difflib
 import json
 import sys
 from argparse import ArgumentError
+from collections.abc import Container
+from dataclasses import fields
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 
 from emotion.common.errors import UserError, raised_by
+from emotion.common.files import relative
+from emotion.common.help_text import describe
 from emotion.common.ranges import COUNT, DROPOUT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, speak_plainly
 from emotion.common.recipe import PER, Recipe, read_recipe, resolve
 
@@ -83,8 +87,8 @@ def parse_recipe(classes, default: Path, argv=None, find_model=None) -> tuple:
     leading, flags = _split(argv)
     path = _name_recipe(leading, default)
     values = read_recipe(path)
-    parser = _parser(classes)
-    known = {action.dest for action in parser._actions} - {"help"}
+    parser = _parser(classes, flags, path, values)
+    known = {action.dest for action in parser._actions} - {"help", "help_all"}
     _check_keys(path, values, known)
     if values.get("per_model") and not find_model:
         raise UserError(f"{path}: per_model needs a flag that names a model, which this script does not have")
@@ -111,7 +115,7 @@ def parse_beside(classes, default: Path, argv=None) -> tuple:
     leading, flags = _split(argv)
     path = _name_recipe(leading, default)
     values = read_recipe(path)
-    *parsed, rest = _parse_some(_parser(classes), flags)
+    *parsed, rest = _parse_some(_parser(classes, flags), flags)
     rest = iter(rest)
     for flag in rest:
         name, equals, value = flag.partition("=")
@@ -131,7 +135,8 @@ def parse_flags(classes, positional: str, argv=None) -> tuple:
     """
     leading, flags = _split(argv)
     # The words become the value of an ordinary flag, so `--help` shows it, and it may be written out as well.
-    return _into_dataclasses(_parser(classes), [f"--{positional}", *leading, *flags] if leading else flags)
+    parser = _parser(classes, flags)
+    return _into_dataclasses(parser, [f"--{positional}", *leading, *flags] if leading else flags)
 
 
 def _check_keys(path: Path, values: dict, known: set[str], inside: tuple[str, ...] = ()) -> None:
@@ -265,19 +270,37 @@ def _name_recipe(leading: list[str], default: Path) -> Path:
     return Path(leading[0]) if leading else default
 
 
-def _parser(classes):
+def _parser(classes, flags: list[str], path: Path | None = None, values: Container[str] = ()):
+    """The parser of a command; of the Trainer's flags `--help` shows those that the recipe sets.
+
+    Args:
+        path: the recipe, if the command has one.
+        values: its keys.
+    """
     # Imported here, since it takes a second: importing a command or a test of it should not cost that.
     from transformers import HfArgumentParser
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing files; a training shows its own
-    # No abbreviations: a misspelt flag must be an error, and not another flag. The parser's formatter shows each
-    # flag's default in the help, which for a command with a recipe is the recipe's value.
+    # No abbreviations: a misspelt flag must be an error, and not another flag.
     parser = HfArgumentParser(classes, allow_abbrev=False)
     speak_plainly(parser)
     for action in parser._actions:
         action.choices = TAKEN.get(action.dest, action.choices)
+    of_trainer, note = _inherited(classes), ""
+    if of_trainer:
+        parser.add_argument("--help_all", action="help", help="show all flags of the Trainer as well, and exit")
+    if path:
+        note = f"The defaults are those of the recipe {relative(path)}. Another recipe may be named before all flags."
+    describe(parser, note, hidden=() if "--help_all" in flags else of_trainer - set(values))
     return parser
+
+
+def _inherited(classes) -> set[str]:
+    """The names of the flags that a class of Transformers has, and not one of ours."""
+    # By the module's name, since most commands do not import `TrainingArguments`, which would load torch.
+    bases = [base for one in classes for base in one.__mro__ if base.__module__.startswith("transformers.")]
+    return {field.name for base in bases for field in fields(base)}
 
 
 def _parse_some(parser, flags: list[str]) -> tuple:
