@@ -156,7 +156,7 @@ def answer(classifier, texts: list[str], arguments) -> int:
             # The best class stands at the top as well, for programs that want nothing else.
             lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
         else:
-            shown = "  ".join(f"{one['label']} {one['score']:.3f}" for one in classes)
+            shown = "  ".join(f"{one['label']} {one['score']:.4f}" for one in classes)
             lines.append(f"{shown}\t{text.strip()}")
     print("\n".join(lines), flush=True)  # a pipe would hold the lines back, and their reader waits for each
     return len(texts) - len(full)

@@ -21,10 +21,9 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS
+from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier, find_model
-
-from tqdm import tqdm
 
 
 @dataclass
@@ -119,7 +118,7 @@ def make_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:
     """Makes the shards that are not there, and shows how far it is."""
     missing = [number for number in job.shards if job.find_made(number) is None]
     ready = job.source.rows - sum(job.rows_of(number) for number in missing)
-    with tqdm(total=job.source.rows, initial=ready, unit=" rows", unit_scale=True) as bar:
+    with Bar(total=job.source.rows, initial=ready, desc="texts", unit=" rows", unit_scale=True) as bar:
         if engine == "ray":
             try:  # here, since Ray is an extra that nothing else needs
                 from emotion.batch.on_ray import make_on_ray

@@ -19,6 +19,7 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_bytes
 from emotion.common.flags import parse_flags
+from emotion.common.progress import Bar
 from emotion.measure.record import record_name
 from emotion.report.cards import render_cards
 from emotion.report.comparison import MAIN_RUN, Family, read_family
@@ -28,8 +29,6 @@ from emotion.report.pages import BASE_FAMILY, render_study_pages
 from emotion.report.tables import render_block, render_page, render_table
 from emotion.report.trace import render_trace_page
 from emotion.task.source import RANDOM
-
-from tqdm import tqdm
 
 # Between these lines of the README stands what this program writes
 START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
@@ -113,7 +112,7 @@ def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
     """Writes everything, each file whole, once all of it could be made: a result that stops it changes no file."""
     with tempfile.TemporaryDirectory() as folder:
         files = {path: text.encode() for path, text in pages.items()}
-        for path, draw in tqdm(pictures.items(), desc="pictures"):
+        for path, draw in Bar(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
             draw(fresh)
             files[path] = fresh.read_bytes()
@@ -138,7 +137,7 @@ def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     # Pictures are drawn, not hashed: another processor may round a pixel otherwise, and that is no difference.
     with tempfile.TemporaryDirectory() as folder:
-        for path, draw in tqdm(pictures.items(), desc="pictures"):
+        for path, draw in Bar(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
             draw(fresh)  # into a folder that goes away again: a check writes nothing
             if not same_picture(fresh, path):

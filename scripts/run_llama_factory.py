@@ -35,6 +35,7 @@ from emotion.model.pretrained import open_model
 from emotion.model.tiny_llama import build_tiny_llama
 from emotion.quantize.nf4 import nf4_config
 from emotion.task.dataset import DEFAULT_DATASET, DrawArguments, get_split, load_task, select_train_rows
+from emotion.task.scores import four_digits
 from emotion.task.source import BaseModel, find_base_model, hub_is_reachable
 
 import torch
@@ -106,7 +107,7 @@ def main(argv=None) -> None:
             made["kept_in_float"] = save_base(base, task.labels, instruction, recipe, partial)
             save_trained(work / "training", base, partial)
         shutil.rmtree(work / "training")  # the dataset stays, for whoever starts llamafactory-cli by hand
-        print(f"saved {folder}: validation loss {summary['validation_loss']}")
+        print(f"saved {folder}: validation loss {four_digits(summary['validation_loss'])}")
 
 
 def check(recipe: Recipe, folder: Path) -> None:

@@ -15,6 +15,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
+from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
@@ -34,7 +35,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.transformers.onnx_model import OnnxModel
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 # What is timed -> the passes that are left out.
@@ -134,7 +134,7 @@ def make_files(baseline: Path, work: Path) -> dict[str, Path]:
     """Makes the INT8 file with each set of rewrites; returns name -> a folder that opens like any artifact."""
     model, tokenizer = load_trained_classifier(baseline), AutoTokenizer.from_pretrained(baseline)
     folders = {}
-    for name, leave_out in tqdm(REWRITES.items(), desc="files"):
+    for name, leave_out in Bar(REWRITES.items(), desc="files"):
         floats = new_folder(work / f"floats-{len(folders)}", baseline)
         export_onnx(model, tokenizer, floats / "onnx" / "model.onnx", leave_out=leave_out)
         folders[name] = new_folder(work / f"int8-{len(folders)}", baseline)

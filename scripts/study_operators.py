@@ -14,6 +14,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
+from emotion.common.progress import Bar
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import draw_texts, name_of, split_name
 from emotion.measure.contenders import make_contender
@@ -24,7 +25,6 @@ from emotion.report.pages import OPERATORS, page_of
 from emotion.task.dataset import get_split, load_task_of
 
 import numpy as np
-from tqdm import tqdm
 
 TEXTS = 256  # one of each class of length; eight batches of 32
 
@@ -49,7 +49,7 @@ def main(argv=None) -> None:
     texts = draw_texts(list(get_split(task, "test")["text"]), TEXTS, np.random.default_rng(0))
     profiled = {}
     with tempfile.TemporaryDirectory() as work:
-        for one in tqdm(named, desc="profiled"):
+        for one in Bar(named, desc="profiled"):
             profiled[name_of(*one)] = profile(*make_contender(*one, Path(work)), texts, threads)
     study = describe_run(threads) | {
         "base_model": base_model_of(first_folder),

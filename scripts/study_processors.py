@@ -17,12 +17,12 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
+from emotion.common.progress import Bar
 from emotion.measure.benchmark import name_of, split_name
 from emotion.measure.record import read_logits
 from emotion.report.pages import render_processors
 
 import numpy as np
-from tqdm import tqdm
 
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA, each of which allows the instruction sets below it too.
 REFERENCE = "AVX512_CORE_VNNI"  # exact integer products, and all else in FP32
@@ -43,7 +43,7 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((ProcessorArguments,), positional="artifacts", argv=argv)
     results, named = Path(arguments.results_dir), [split_name(name) for name in arguments.artifacts]
     found = {}  # artifact -> limit -> what was compared
-    for folder, format in tqdm(named, desc="artifacts"):
+    for folder, format in Bar(named, desc="artifacts"):
         found[name_of(folder, format)] = compare_limits(folder, format)
     about = {"split": "validation", "reference": REFERENCE, "artifacts": found}
     measured = describe_run(choose_threads(None)) | about

@@ -16,6 +16,7 @@ from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
+from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT
 from emotion.common.recipe import Recipe, base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
@@ -39,7 +40,6 @@ from emotion.task.scores import VALIDATION_NOISE, score
 from emotion.task.tokens import TextEncoder
 
 import numpy as np
-from tqdm import tqdm
 
 RECIPE = ROOT / "configs" / "ptq.yaml"
 CALIBRATION_ROWS = 300
@@ -137,7 +137,7 @@ def make_candidates(
     for baseline in baselines:
         model, made_by = load_trained_classifier(baseline), read_recipe_of(baseline)
         rows = draw_calibration_rows(task, TextEncoder(baseline), CALIBRATION_ROWS, seed=42)
-        for name, candidate in tqdm(candidates.items(), desc=f"candidates of {baseline.name}"):
+        for name, candidate in Bar(candidates.items(), desc=f"candidates of {baseline.name}"):
             flags = FLAGS[candidate.format] | candidate.changes
             arguments = SchemeArguments(formats=[candidate.format], calibration_rows=CALIBRATION_ROWS, **flags)
             plan = make_plan(baseline, model, arguments, rows)

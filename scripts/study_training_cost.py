@@ -27,6 +27,7 @@ from emotion.common.machine import (
     peak_memory_mb,
     reset_peak_memory,
 )
+from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT
 from emotion.common.recipe import read_recipe
 from emotion.measure.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
@@ -44,7 +45,6 @@ import numpy as np
 import psutil
 import torch
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import DataCollatorWithPadding
 
 BATCH_SIZE = 32
@@ -121,7 +121,7 @@ def measure(path: str, labels: list[str], batches: list[dict], rounds: int, thre
     for pool in pools.values():
         pool.apply(take_steps, (batches,))
         pool.apply(reset_peak_memory)
-    for _ in tqdm(range(rounds), desc="interleaved rounds"):
+    for _ in Bar(range(rounds), desc="interleaved rounds"):
         for method, pool in pools.items():
             turns[method].append(pool.apply(take_steps, (batches,)))
     first, measured = METHODS[0], {}

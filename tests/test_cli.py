@@ -1,6 +1,7 @@
 """Recipes and flags: what beats what, and what an error says."""
 
 import importlib
+import io
 import re
 import sys
 from dataclasses import fields
@@ -8,9 +9,11 @@ from dataclasses import fields
 import run_baseline
 import run_qat
 from conftest import ROOT, run_script, train_flags
+from emotion.common import command, progress
 from emotion.common.errors import UserError
 from emotion.common.flags import parse_recipe
 from emotion.common.machine import SCRIPTS
+from emotion.common.progress import Bar
 from emotion.model.training import RecipeTrainingArguments
 from emotion.task.source import EMBEDDED_MODEL, name_base_model
 
@@ -131,15 +134,15 @@ TRAININGS = ("run_baseline", "run_qat", "run_qlora")
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_begins_with_what_a_command_does_and_an_example(name, monkeypatch, capsys):
-    command = importlib.import_module(name)
-    monkeypatch.setitem(sys.modules, "__main__", command)  # as if it had been started
+    script = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, "__main__", script)  # as if it had been started
     monkeypatch.setenv("COLUMNS", "119")
     with pytest.raises(SystemExit) as end:
-        command.main(["--help"])
+        script.main(["--help"])
     assert end.value.code == 0
     about, _, flags = capsys.readouterr().out.partition("\nflags:\n")
     first, example = about.split("\n\n")[:2]
-    assert command.__doc__.strip().startswith(first) and first.endswith(".")
+    assert script.__doc__.strip().startswith(first) and first.endswith(".")
     assert example.startswith("    ") and f"scripts/{name}.py" in example
     # Each flag once, and no default of a machine's own folders
     shown = re.findall(r"^  (--\w+)", flags, flags=re.MULTILINE)
@@ -168,3 +171,47 @@ def test_help_shows_the_recipes_values_and_help_all_every_flag_of_the_trainer(mo
 def test_help_of_a_started_command():
     done = run_script("predict.py", "--help")
     assert done.returncode == 0 and done.stdout.startswith("Tells the emotion of sentences") and not done.stderr
+
+
+class Terminal(io.StringIO):
+    def __init__(self, is_one: bool):
+        super().__init__()
+        self.isatty = lambda: is_one
+
+
+def work_with_bars() -> None:
+    for _ in Bar(range(3), desc="outer"):
+        for step in Bar(range(40), desc="inner"):
+            if step == 20:
+                Bar.write("in the middle")
+
+
+@pytest.mark.parametrize("seconds", [0, 30])
+def test_a_log_gets_plain_lines_and_a_terminal_keeps_none(seconds, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_S", seconds)
+    log = Terminal(False)
+    monkeypatch.setattr(sys, "stderr", log)
+    work_with_bars()
+    assert capsys.readouterr().out == "in the middle\n" * 3
+    lines = log.getvalue().splitlines()
+    assert all(re.fullmatch(r"(inner|outer): \d+ of (3|40), 00:0\d gone, (00:0\d|\?) to go", line) for line in lines)
+    assert bool(lines) == (seconds == 0)  # quick work leaves no line in a log
+
+    terminal = Terminal(True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    work_with_bars()
+    assert "outer" in terminal.getvalue() and terminal.getvalue().endswith(" \r")  # the last bar is wiped away
+    assert capsys.readouterr().out == "in the middle\n" * 3
+
+
+def test_an_error_closes_the_bars(monkeypatch, capsys):
+    def fail():
+        for _ in Bar(range(3)):
+            raise UserError("no more")
+
+    terminal = Terminal(True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(command, "_prepare_streams", lambda: None)
+    with pytest.raises(SystemExit):
+        command.run(fail)
+    assert terminal.getvalue().endswith(" \rerror: no more\n")

@@ -81,13 +81,17 @@ def test_weights_that_are_no_numbers_are_never_saved(step, changes, message, enc
     assert not list(tmp_path.glob(f"checkpoints/out/checkpoint-{step}")) and not (tmp_path / "out").exists()
 
 
-def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_path, monkeypatch):
+def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_path, monkeypatch, capsys):
     scores = iter([0.1, 0.9, 0.3, 0.2] * 2)
     monkeypatch.setattr(run_baseline, "compute_metrics", lambda _: {"macro_f1": next(scores), "accuracy": 0.0})
     for best, expected in ((True, 0.9), (False, 0.2)):
         changes = {"load_best_model_at_end": best}
         run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
         assert read_recipe_of(tmp_path / "out")["training"]["validation_macro_f1"] == expected
+        lines = capsys.readouterr().out.splitlines()
+        told = [line.split("macro F1 ")[1][:6] for line in lines if line.startswith("epoch ")]
+        assert told == ["0.1000", "0.9000", "0.3000", "0.2000"]
+        assert lines[-1].endswith(f"out: validation macro F1 {expected:.4f}")
 
 
 @pytest.fixture(scope="module")

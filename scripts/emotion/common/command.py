@@ -31,6 +31,8 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, Exception) as error:
         message = _explain(error)
+        if progress := sys.modules.get("emotion.common.progress"):  # of a command that has shown a bar
+            progress.close_bars()
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
             traceback.print_exc()
         if message:

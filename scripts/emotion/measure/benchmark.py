@@ -9,6 +9,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import relative
+from emotion.common.progress import Bar
 from emotion.measure.contenders import bytes_of, describe_contender, open_contender
 from emotion.measure.ruler import WARMUP_RUNS, summarize_latency, time_batches, time_each, time_strings
 from emotion.model.artifact import find_formats
@@ -16,7 +17,6 @@ from emotion.model.classifier import predict
 from emotion.model.emotion_classifier import EmotionClassifier
 
 import numpy as np
-from tqdm import tqdm
 
 BATCH_SIZE = 32
 # Turns that are not counted. In the first one a runtime prepares itself for new lengths and batch sizes, and its
@@ -57,10 +57,10 @@ def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protoc
     """
     # All processes are started before the first round and wait for their turns: a round holds no start.
     workers = {}
-    for name, (folder, format) in tqdm(contenders.items(), desc="started"):
+    for name, (folder, format) in Bar(contenders.items(), desc="started"):
         workers[name] = Worker(name, folder, format, texts[:ANSWERED], protocol)
     rng, longest = np.random.default_rng(0), sorted(texts, key=len)[-BATCH_SIZE:]
-    for turn in tqdm(range(WARMUP_TURNS + protocol.rounds), desc="interleaved rounds"):
+    for turn in Bar(range(WARMUP_TURNS + protocol.rounds), desc="interleaved rounds"):
         counted = turn >= WARMUP_TURNS
         one_by_one = draw_texts(texts, protocol.texts_per_round, rng)
         batched = draw_texts(texts, BATCH_SIZE * protocol.batches_per_round, rng)

@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emotion.common.progress import Bar
 from emotion.model.classifier import OnnxClassifier, open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
 from emotion.quantize.int8_onnx import quantize_onnx
@@ -13,7 +14,6 @@ from emotion.task.dataset import Task, get_split
 from emotion.task.scores import score
 
 import numpy as np
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def measure_layers(baseline: Path, rows: Rows, kinds: bool = True) -> list[dict]
     with tempfile.TemporaryDirectory() as folder:
         # In ONNX Runtime, the quickest to write and to run: this is about layers, not about runtimes.
         path = Path(folder) / "model.onnx"
-        for (kind, layer), names in tqdm(units.items(), desc="layer by layer"):
+        for (kind, layer), names in Bar(units.items(), desc="layer by layer"):
             part = Layers(
                 linear=[name for name in names if name in everything.linear],
                 embeddings=[name for name in names if name in everything.embeddings],

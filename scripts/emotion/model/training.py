@@ -11,14 +11,15 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable
 from emotion.common.machine import choose_threads, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
+from emotion.common.progress import Bar
 from emotion.common.recipe import Recipe
 from emotion.model.artifact import inputs_of, own_place
 from emotion.model.checkpoints import CHECKPOINTS, GoodCheckpoints, checkpoints_of, diverged, drop_checkpoints
 from emotion.model.hub import HubArguments, score_and_publish
-from emotion.task.scores import score
+from emotion.task.scores import four_digits, score
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 
 @dataclass
@@ -123,16 +124,31 @@ def freeze(model, beginnings: list[str]) -> int:
     return frozen
 
 
-class ProgressLines(ProgressCallback):
-    """The progress bar, with one short line per evaluation instead of dictionaries."""
+class ProgressLines(TrainerCallback):
+    """One bar for the whole training, and one short line per evaluation; the Trainer's own prints dictionaries."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Shows the bar, unless the recipe wants none; of several processes the first one does."""
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        self.bar = Bar(
+            total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", disable=hidden
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Moves the bar on."""
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Writes the scores above the bar; losses between evaluations go to the log alone."""
-        if state.is_world_process_zero and "eval_macro_f1" in logs and self.training_bar is not None:
-            self.training_bar.write(
+        if state.is_world_process_zero and "eval_macro_f1" in logs:
+            Bar.write(
                 f"epoch {logs['epoch']:.2f}  validation macro F1 {logs['eval_macro_f1']:.4f}  "
                 f"accuracy {logs['eval_accuracy']:.4f}  loss {logs['eval_loss']:.4f}"
             )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Takes the bar away."""
+        self.bar.close()
 
 
 @dataclass
@@ -153,12 +169,10 @@ def patched(trainer: Trainer):
         A `Clock` that holds the time after the block.
     """
     model, on_cpu = trainer.model, trainer.args.use_cpu
-    # The Trainer's own bar prints a dictionary for each evaluation; ProgressLines prints one short line.
-    for callback in (ProgressCallback, PrinterCallback):
+    for callback in (ProgressCallback, PrinterCallback):  # the one with a bar, and the one without
         trainer.remove_callback(callback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(ProgressLines)
-    trainer.add_callback(GoodCheckpoints)
+    for callback in (ProgressLines, GoodCheckpoints):
+        trainer.add_callback(callback)
     # The Trainer loads a checkpoint back by the names of the modules, while save_pretrained writes LayerNorm's legacy
     # names by default: the best checkpoint, or the one to resume from, would lose every LayerNorm without a word.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
@@ -220,5 +234,5 @@ def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
 def finish(training: RecipeTrainingArguments, summary: dict) -> None:
     """Ends a run whose artifact is saved: removes its checkpoints, prints its score, and publishes it if asked to."""
     drop_checkpoints(training)
-    print(f"saved {training.artifact}: validation macro F1 {summary['validation_macro_f1']}")
+    print(f"saved {training.artifact}: validation macro F1 {four_digits(summary['validation_macro_f1'])}")
     score_and_publish(training.artifact, training.hub)

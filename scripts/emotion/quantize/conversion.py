@@ -104,5 +104,5 @@ def score_forms(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:
     for form, found in logits.items():
         macro_f1, gap = score(found, labels)["macro_f1"], float(np.abs(found - first).mean())
         forms[form] = {"validation_macro_f1": macro_f1, "mean_logit_gap": gap}
-        print(f"  {form:20} macro F1 {macro_f1:.4f}   logits differ by {gap:.5f}")
+        print(f"  {form:20} macro F1 {macro_f1:.4f}   logits differ by {gap:.4f}")
     return forms

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.progress import Bar
 from emotion.task.tokens import TextEncoder
 
 import torch
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def watch_inputs(model, names: list[str], rows: CalibrationRows, see, texts: int
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     model.eval()
     with torch.inference_mode():
-        for ids in tqdm(rows.token_ids[:texts], desc="activations"):  # one by one: padding would count as input
+        for ids in Bar(rows.token_ids[:texts], desc="activations"):  # one by one: padding would count as input
             arrays = rows.encoder.pad([ids])
             inputs = {name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask")}
             model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.progress import Bar
 from emotion.quantize.gptq import compensate, multiply_inputs
 from emotion.quantize.int8_onnx import quantize_onnx
 from emotion.quantize.layers import CalibrationRows, Layers, Plan
@@ -27,7 +28,6 @@ from emotion.quantize.outliers import weight_without_outliers
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 # Bits of a code -> its planes, as (bits of the plane, its lowest bit in the code). Each plane is an array of its own.
 # Three bits do not divide a byte, and some codes would lie in two bytes: so the lower two bits are stored four to a
@@ -138,7 +138,7 @@ def round_by_outputs(plan: Plan, rows: CalibrationRows) -> Plan:
     Scales, size and speed stay as they are.
     """
     products, compensated = multiply_inputs(plan.model, plan.layers.linear, rows), {}
-    for name in tqdm(plan.layers.linear, desc="rounding by outputs"):
+    for name in Bar(plan.layers.linear, desc="rounding by outputs"):
         scales = plan.scales[name]
         levels, step = torch.tensor(LEVELS[scales.bits], dtype=torch.float32), scales.step.squeeze(-1)
         # Outlier units are no inputs of the integers: their large activations must not guide the rounding.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import Recipe, base_model_of
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
@@ -18,8 +19,6 @@ from emotion.quantize.lowbit import check_group_size, choose_scales, write_lowbi
 from emotion.quantize.outliers import find_outliers, weight_without_outliers
 from emotion.task.dataset import Task, get_split, stratified_sample
 from emotion.task.tokens import TextEncoder
-
-from tqdm import tqdm
 
 FORMATS = ("torchao", "onnx", "openvino")
 
@@ -156,7 +155,7 @@ def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
     for name in names:  # all of them before the first is rounded, which takes a while
         check_group_size(name, plan.model.get_submodule(name).weight.shape[1], arguments.group_size)
     scales = {}
-    for name in tqdm(names, desc="scales"):
+    for name in Bar(names, desc="scales"):
         scales[name] = choose_scales(weight_without_outliers(plan, name), arguments.bits, arguments.group_size)
     return replace(plan, scales=scales)
 
@@ -200,7 +199,7 @@ def save_formats(plan: Plan, folder: Path, rows: CalibrationRows, arguments: Sch
         start = time.monotonic()
         save_format(plan, folder, format, rows, arguments)
         seconds[format] = round(time.monotonic() - start, 1)
-        print(f"{format}: {seconds[format]} s")
+        Bar.write(f"{format}: {seconds[format]:.1f} s")  # the study has a bar around this
     return seconds
 
 

@@ -33,6 +33,11 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict:
     return load_scores().compute(predictions=logits.argmax(axis=-1), references=labels, labels=classes)
 
 
+def four_digits(score: float | None) -> str:
+    """A score or a loss as the commands print it; a training without evaluation has none."""
+    return "not measured" if score is None else f"{score:.4f}"
+
+
 def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0) -> list[float]:
     """The 95 % interval of macro F1, by a percentile bootstrap over the rows: [low, high].
 
