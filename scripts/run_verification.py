@@ -15,6 +15,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment
+from emotion.common.progress import Bar
 from emotion.common.recipe import read_recipe_of
 from emotion.common.sums import check_covered, has_files
 from emotion.measure.evidence import read_predictions, score_again
@@ -25,7 +26,6 @@ from emotion.report.tables import markdown_table
 from emotion.task.dataset import fingerprint, get_split, load_task_of
 
 import numpy as np
-from tqdm import tqdm
 
 EQUAL_LABELS = 0.998  # share of the rows; processors with and without VNNI differ in about one of a thousand
 MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
@@ -47,7 +47,7 @@ def main(argv=None) -> None:
     (arguments,) = parse_flags((VerificationArguments,), positional="weights_dir", argv=argv)
     threads = choose_threads(arguments.threads)
     lines, differing = [], []
-    for variant in tqdm(RELEASED, desc="verified", unit="variant", disable=None, leave=False):
+    for variant in Bar(RELEASED, desc="verified"):
         format, results = OPENED_AS.get(variant, RELEASED[variant]), Path(arguments.results_dir)
         if variant in OPENED_AS:
             results /= SCORES_OF_OPENED

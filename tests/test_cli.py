@@ -3,6 +3,7 @@
 import importlib
 import io
 import re
+import subprocess
 import sys
 from dataclasses import fields
 
@@ -215,3 +216,10 @@ def test_an_error_closes_the_bars(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.run(fail)
     assert terminal.getvalue().endswith(" \rerror: no more\n")
+
+
+def test_make_run_says_what_it_takes_before_it_starts_and_what_to_try_at_its_end():
+    words = ["make", "--dry-run", "--no-print-directory", "-C", str(ROOT), "run"]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "minutes" in lines[0] and "GB of disk" in lines[1] and all(line.startswith("echo ") for line in lines[:2])
+    assert "predict.py --model build/run/ptq" in lines[-2] and "README.md" in lines[-1]
