@@ -94,7 +94,7 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
         raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
     before, after = text.split(START)[0], text.split(END)[1]  # a person wrote these parts: they stay as they are
     run = families[0].benchmarks.get(MAIN_RUN)
-    cards = render_cards(records, readme.parent / "model_cards", run)
+    cards = render_cards(records, readme.parent / "model_cards", run, families[0].comparison["seeds"])
     blocks = []
     for family in families:
         blocks.append(render_block(family.comparison, explained=family is families[0]))

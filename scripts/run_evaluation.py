@@ -19,7 +19,7 @@ from emotion.common.machine import THREADS, choose_threads, describe_environment
 from emotion.common.names import check_name
 from emotion.common.ranges import Range
 from emotion.common.recipe import read_recipe_of
-from emotion.measure.inspection import describe_scheme
+from emotion.measure.inspection import describe_encoder, describe_scheme
 from emotion.measure.record import describe_scored, explain, write_record
 from emotion.measure.ruler import measure_quality, measure_speed
 from emotion.model.artifact import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
@@ -30,15 +30,39 @@ from emotion.task.source import RANDOM
 
 import numpy as np
 
-# Sentences of our own, one for each emotion of the default dataset: what model cards show
-EXAMPLES = (
-    "i miss my old home and the garden behind it",
-    "i feel so happy that you came",
-    "i feel so tender and caring towards my little sister tonight",
-    "i am furious about this delay and nobody even says sorry",
-    "i am scared of walking home in the dark",
-    "i was amazed to find the whole street covered in snow this morning",
-)
+# Sentences of our own, some for each emotion of the default dataset: a model card shows those that are answered best
+EXAMPLES = {
+    "sadness": (
+        "i miss my old home and the garden behind it",
+        "i feel so lonely since my best friend moved away",
+        "i feel miserable and cannot stop crying",
+    ),
+    "joy": (
+        "i feel so happy that you came",
+        "i feel cheerful and proud of the house we built together",
+        "i feel glad and thankful for this sunny day in the mountains",
+    ),
+    "love": (
+        "i feel so tender and caring towards my little sister tonight",
+        "i feel a deep affection for my gentle old dog",
+        "i feel loving and sympathetic towards the people in my street",
+    ),
+    "anger": (
+        "i am furious about this delay and nobody even says sorry",
+        "i feel so angry and annoyed with the noise above us",
+        "i feel irritated when people push into the queue",
+    ),
+    "fear": (
+        "i am scared of walking home in the dark",
+        "i feel terrified of the operation on monday",
+        "i feel nervous and anxious about my first day at the new school",
+    ),
+    "surprise": (
+        "i was amazed to find the whole street covered in snow this morning",
+        "i feel so surprised that all of my neighbours came",
+        "i feel shocked and impressed by the size of this whale",
+    ),
+}
 
 
 @dataclass
@@ -106,6 +130,7 @@ def main(argv=None) -> None:
         "artifact": relative(folder),
         "date": datetime.date.today().isoformat(),
         "scheme": explain(describe_scheme(classifier.runtime, weights, format), made_by),
+        "encoder": describe_encoder(folder),
         "made": describe_scored(made_by, task, rows),
         "quality": quality,
         "size": describe_size(folder, format),
@@ -163,8 +188,12 @@ def checksums_of(folder: Path, format: str) -> dict[str, str]:
 def answer_examples(classifier: EmotionClassifier) -> list[dict]:
     """The probabilities that the artifact gives our own sentences; the dataset's are not ours to publish."""
     answers = []
-    for text, scores in zip(EXAMPLES, softmax(classifier.logits(EXAMPLES)).tolist(), strict=True):
-        answers.append({"text": text, "scores": dict(zip(classifier.labels, scores, strict=True))})
+    for emotion, texts in EXAMPLES.items():
+        for text in texts:
+            # Alone, as a user of the card will ask: in a batch, dynamic INT8 takes one range for all its texts.
+            (shares,) = softmax(classifier.logits([text])).tolist()
+            scores = dict(zip(classifier.labels, shares, strict=True))
+            answers.append({"text": text, "meant": emotion, "scores": scores})
     return answers
 
 

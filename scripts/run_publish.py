@@ -19,6 +19,7 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, sha256, without_path
 from emotion.common.flags import parse_flags
+from emotion.common.machine import code_url
 from emotion.common.names import check_repo_id
 from emotion.common.recipe import RECIPE_FILE, read_recipe_of
 from emotion.common.sums import SUMS_FILE, check_sums, format_sums, has_files
@@ -26,8 +27,8 @@ from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
 from emotion.model.released import LICENSE_FILE
-from emotion.report.cards import BASELINE, order, render_card
-from emotion.report.comparison import MAIN_RUN, read_benchmarks
+from emotion.report.cards import order, render_card
+from emotion.report.comparison import MAIN_RUN, read_benchmarks, read_means
 from emotion.report.plots import plot_confusion_matrix
 
 import yaml
@@ -130,10 +131,11 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     if made_by:
         # The recipe tells the folders that it read; others need not know where this user keeps them.
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
-    # The card shows FP32 beside the variant; the baseline's own card needs no second one.
-    baseline = [record for record in records if record["variant"] == BASELINE != variant]
+    # The card shows FP32 beside the variant and links to the others. Its own forms are those that are sent.
+    others = [record for record in records if record["variant"] != variant]
     run = read_benchmarks(results).get(MAIN_RUN)
-    files["README.md"] = render_card(scored + baseline, variant, repo_id, run=run).encode()
+    card = render_card(scored + others, variant, repo_id, run=run, seeds=read_means(results), code=code_url())
+    files["README.md"] = card.encode()
     shown = scored[0]  # the first of them is the one that the card shows
     files[f"results/confusion_matrices/{record_name(shown)}.png"] = draw_picture(shown)
     for path in files.values():

@@ -2,11 +2,15 @@
 
 import copy
 import json
+import re
 
 from conftest import ROOT, read_json
+from emotion.common import machine
 from emotion.common.errors import UserError
-from emotion.report.cards import check_metadata, render_card, render_cards
-from emotion.task.source import BASE_SIZE_MODEL
+from emotion.model.released import RECOMMENDED, RELEASED
+from emotion.report.cards import check_metadata, clearest, render_card, render_cards, sibling
+from emotion.report.comparison import read_means
+from emotion.task.source import BASE_SIZE_MODEL, EMBEDDED_MODEL
 from hub_server import validate_card
 
 import pytest
@@ -34,13 +38,15 @@ def test_the_metadata_is_what_the_hub_wants(records):
     text = render_card(records, "ptq", "user/bert-emotion-ptq")
     assert validate_card(text) == []
     data = ModelCard(text).data.to_dict()
-    assert data["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert data["base_model"] == "user/bert-emotion-baseline"  # the model that it was quantized from
     assert data["base_model_relation"] == "quantized" and data["license"] == "apache-2.0"
     assert data["language"] == "en" and data["datasets"] == ["dair-ai/emotion"]
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
     assert {"torchao", "onnx", "openvino", "transformers.js"} <= set(data["tags"])
     assert len(data["widget"]) == 6 and all(len(example["output"]) == 6 for example in data["widget"])
-    assert ModelCard(render_card(records, "baseline", "user/mine")).data.base_model_relation == "finetune"
+    for variant, relation in {"baseline": "finetune", "qlora": "adapter"}.items():
+        data = ModelCard(render_card(records, variant, "user/mine")).data
+        assert (data.base_model, data.base_model_relation) == (EMBEDDED_MODEL, relation)
 
 
 def test_each_score_is_that_of_the_record(records):
@@ -137,14 +143,15 @@ def test_no_gap_is_left_and_twice_is_the_same(records, tmp_path):
 def test_the_base_size_encoder_has_a_license(records):
     for record in records:
         record["made"]["base_model"] = BASE_SIZE_MODEL
-    data = ModelCard(render_card(records, "ptq", "user/mine")).data.to_dict()
+    data = ModelCard(render_card(records, "baseline", "user/mine")).data.to_dict()
     assert (data["base_model"], data["license"]) == (BASE_SIZE_MODEL, "apache-2.0")
+    assert ModelCard(render_card(records, "ptq", "user/mine")).data.license == "apache-2.0"
 
 
 def test_another_dataset_claims_nothing_about_tweets(records):
     for record in records:
         record["made"] |= {"dataset": "colors", "base_model": "tiny-bert"}
-    text = render_card(records, "ptq", "user/mine")
+    text = render_card(records, "baseline", "user/mine")
     data = ModelCard(text).data.to_dict()
     assert "tweets" not in text and "datasets" not in data and "language" not in data
     assert "base_model" not in data and "base_model_relation" not in data and data["license"] == "other"
@@ -164,3 +171,106 @@ def test_what_the_hub_refuses_is_found_before(changes, message, records):
     data = ModelCard(render_card(records, "ptq", "user/mine")).data.to_dict()
     with pytest.raises(UserError, match=message):
         check_metadata(json.loads(json.dumps(data)) | changes, "ptq")
+
+
+# What a reader looks for
+
+
+def test_the_use_comes_before_the_results(records):
+    text = render_card(records, "qat-int4", "user/mine")
+    places = [text.index(f"\n## {title}\n") for title in ("Use", "Which variant", "Results", "How it was made")]
+    assert places == sorted(places) and "sha256sum --check SHA256SUMS" in text
+
+
+def test_the_encoder_is_named_with_its_size(records):
+    for record in records:
+        record["encoder"] = {"layers": 7, "width": 96, "parameters": 1_234_567}
+    opening = render_card(records, "ptq", "user/mine").split("\n# ")[1].split("\n|")[0]
+    assert f"[{EMBEDDED_MODEL}](" in opening and "(7 layers of 96, 1.2 million parameters)" in opening
+
+
+def test_means_over_seeds_come_first(records):
+    seeds = read_means(ROOT / "results")
+    (row,) = [row for row in seeds if (row["variant"], row["format"]) == ("ptq", "onnx")]
+    row["macro_f1"], row["seeds"] = {"mean": 0.12345, "standard_deviation": 0.0678}, [1, 2, 3, 4]
+    results = render_card(records, "ptq", "user/mine", seeds=seeds).split("## Results")[1]
+    assert results.index("| ONNX Runtime | 4 | 12.35 ± 6.78 |") < results.index("| ptq, ONNX Runtime |")
+    assert "those of a single training**, seed 42, chosen on validation" in results
+    without = render_card(records, "ptq", "user/mine").split("## Results")[1]
+    assert "Means" not in without and "chosen" not in without and "single training**, seed 42." in without
+
+
+def test_the_other_variants_are_linked(records):
+    seeds = read_means(ROOT / "results")
+    text = render_card(records, "ptq", "me/mood-ptq", seeds=seeds, code="https://github.com/me/code")
+    lines = dict(re.findall(r"\| (.+) \| [\w ]+ \| ([\d.]+ \| [\d.]+ ± [\d.]+) \|", text.split("## Results")[0]))
+    names = []
+    for name in RELEASED:
+        link = f"[{name}](https://huggingface.co/me/mood-{name})" if name != "ptq" else "**ptq** (this one)"
+        names.append(link + (", recommended" if name == RECOMMENDED else ""))
+    assert list(lines) == names and "the same [code](https://github.com/me/code)" in text
+    megabytes = of(records, RECOMMENDED, "onnx")["size"]["megabytes"]
+    assert lines[names[RELEASED.index(RECOMMENDED)]].startswith(f"{megabytes} | ")
+    # What was scored on other rows is in no table with this one.
+    of(records, "qat", "onnx")["made"]["dataset_fingerprint"] = "other"
+    for format in ("torchao", "openvino"):
+        records.remove(of(records, "qat", format))
+    assert "me/mood-qat)" not in render_card(records, "ptq", "me/mood-ptq", seeds=seeds)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "other"),
+    [
+        ("me/bert-emotion-ptq", "me/bert-emotion-baseline"),
+        ("me/mood-ptq", "me/mood-baseline"),
+        ("mood-ptq", "mood-baseline"),
+        ("me/optq", "me/bert-emotion-baseline"),
+    ],
+)
+def test_the_name_of_a_sibling(repo_id, other):
+    assert sibling(repo_id, "ptq", "baseline") == other
+
+
+@pytest.mark.parametrize(("variant", "name"), [("baseline", ""), ("qat", "baseline."), ("qlora", "")])
+def test_hyperparameters_are_those_that_were_used(variant, name, records):
+    text = render_card(records, variant, "user/mine")
+    assert f"| {name}model_name_or_path | {EMBEDDED_MODEL} |" in text and "bert-base-uncased" not in text
+    recipe = of(records, variant, "onnx")["made"]["recipe"]
+    assert f"| learning_rate | {recipe['learning_rate']} |" in text
+    assert "disable_tqdm" not in text and "report_to" not in text
+
+
+def example(text, meant, **scores):
+    return {"text": text, "meant": meant, "scores": scores}
+
+
+@pytest.mark.parametrize(
+    ("examples", "shown"),
+    [
+        ([example("a", "joy", joy=0.6, fear=0.4), example("b", "joy", joy=0.9, fear=0.1)], "b"),
+        # The second is answered wrongly
+        ([example("a", "joy", joy=0.6, fear=0.4), example("b", "fear", joy=0.7, fear=0.3)], "a"),
+        ([example("b", "fear", joy=0.2, fear=0.8), example("a", "joy", joy=0.6, fear=0.4)], "ba"),
+        # Of another dataset, whose classes are not those that the texts are meant for
+        ([example("a", "joy", red=1.0), example("b", "joy", red=0.9), example("c", "fear", red=0.8)], "ac"),
+        ([{"text": "a", "scores": {"joy": 1.0}}, {"text": "b", "scores": {"joy": 1.0}}], "ab"),  # of an older record
+    ],
+)
+def test_the_widget_shows_what_is_answered_clearly(examples, shown):
+    assert "".join(one["text"] for one in clearest(examples)) == shown
+
+
+@pytest.mark.parametrize(
+    ("origin", "url"),
+    [
+        ("https://github.com/me/code.git", "https://github.com/me/code"),
+        ("https://me:secret@github.com/me/code", "https://github.com/me/code"),
+        ("git@github.com:me/my.code.git", "https://github.com/me/my.code"),
+        ("ssh://git@machine.example.com/me/code", None),
+        ("https://notgithub.com/me/code", None),
+        ("/home/me/code", None),
+    ],
+)
+def test_a_card_links_to_a_public_repository_alone(origin, url, monkeypatch):
+    monkeypatch.setattr(machine, "_git", lambda *words: origin)
+    assert machine.code_url() == url

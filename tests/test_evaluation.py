@@ -35,6 +35,7 @@ def test_three_records_with_all_fields_and_a_picture_each(results, tmp_path):
         assert record["latency_ms"]["runs"] == 200
         assert 0 < record["latency_ms"]["p50"] <= record["latency_ms"]["p95"] <= record["latency_ms"]["p99"]
         assert record["throughput_per_s"]["value"] > 0
+        assert record["encoder"]["layers"] == 2 and record["encoder"]["width"] == 64
         assert record["environment"]["cpu"] and record["environment"]["packages"]["torch"]
         plot_confusion_matrix(record, tmp_path / name)
         picture = (tmp_path / f"{name}.png").read_bytes()

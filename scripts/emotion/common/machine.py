@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -103,19 +104,30 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the working tree, marked '-dirty' if its code or recipes differ; None outside a repository."""
-
-    def git(*words) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
         # Only files that decide a result: a results file that was just written makes no commit dirty.
         places = ("scripts", "configs", "metrics", "requirements.txt", "requirements-inference.txt")
-        changed = git("status", "--porcelain", "--", *places)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        changed = _git("status", "--porcelain", "--", *places)
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no repository
         return None
+
+
+def code_url() -> str | None:
+    """The page of the GitHub repository that this working tree was cloned from; None for any other origin."""
+    try:
+        origin = _git("remote", "get-url", "origin")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    # Nothing but owner and name is taken: the rest may be a machine of this user's, or hold a password.
+    found = re.search(r"(?:^|[/@.])github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$", origin)
+    return f"https://github.com/{found[1]}" if found else None
+
+
+def _git(*words: str) -> str:
+    """What a git command prints, run in the repository of this code."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:

@@ -70,6 +70,26 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
     return summarize_matrices(linear, embeddings, format)
 
 
+def describe_encoder(folder: Path) -> dict[str, int]:
+    """The number of layers, their width and the number of parameters of an artifact's encoder, without the head.
+
+    Args:
+        folder: the artifact; its config.json alone is read, since a quantized file holds scales beside the parameters.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.quantization_config = None  # the float model has the same shape, and needs no library to be built
+    with torch.device("meta"):  # shapes without memory
+        encoder = AutoModel.from_config(config)
+    return {
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "parameters": sum(one.numel() for one in encoder.parameters()),
+    }
+
+
 def summarize_matrices(linear: list[Matrix], embeddings: list[Matrix], format: str) -> dict:
     """The result of `describe_scheme`, from what was counted."""
     quantized = [matrix for matrix in linear if matrix.quantized]

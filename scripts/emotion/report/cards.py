@@ -8,15 +8,23 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.recipe import PLACES
 from emotion.measure.contenders import COMPILED
 from emotion.measure.record import artifact_name, check_record, record_name
 from emotion.model.artifact import WEIGHT_FILES
+from emotion.model.released import RECOMMENDED, RELEASED
 from emotion.report.render import complete, render
 from emotion.task.dataset import DEFAULT_DATASET
 from emotion.task.source import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 BASELINE = "baseline"
+PLACEHOLDER = "user/bert-emotion"  # how the tracked cards' repositories begin: nobody's, until one is published
+# Values of a recipe that no card shows: they do not decide the result; `training` tells the precision that was used
+FREE = PLACES | {
+    *("report_to", "disable_tqdm", "logging_strategy", "logging_steps", "dataloader_pin_memory", "save_total_limit"),
+    "bf16",
+}
 # Of base models; any other's is not known here.
 LICENSES = dict.fromkeys((DEFAULT_MODEL, EMBEDDED_MODEL, BASE_SIZE_MODEL), "apache-2.0")
 RELATIONS = {"finetune", "quantized", "adapter"}  # of a model to its base model, in the Hub's words
@@ -31,17 +39,20 @@ RUNTIMES = {
 }
 
 
-def render_cards(records: list[dict], folder: Path, run: dict | None = None) -> dict[Path, str]:
+def render_cards(
+    records: list[dict], folder: Path, run: dict | None = None, seeds: list[dict] | None = None
+) -> dict[Path, str]:
     """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant.
 
     Args:
         run: the JSON of run_benchmark.py that has timed the variants in turns; None if there is none.
+        seeds: the field `seeds` of comparison.json; None where no means over seeds were measured.
     """
     cards = {}
     for variant in variants_with_card(records):
         # On the Hub `results/` lies beside the card, in this repository one folder higher.
         cards[folder / f"{variant}.md"] = render_card(
-            records, variant, f"user/bert-emotion-{variant}", root="../", run=run
+            records, variant, f"{PLACEHOLDER}-{variant}", root="../", run=run, seeds=seeds, code="../README.md"
         )
     return cards
 
@@ -51,13 +62,22 @@ def variants_with_card(records: list[dict]) -> list[str]:
     return sorted({record["variant"] for record in records if record["format"] in RUNTIMES})
 
 
-def render_card(records: list[dict], variant: str, repo_id: str, root: str = "", run: dict | None = None) -> str:
+def render_card(
+    records: list[dict],
+    variant: str,
+    repo_id: str,
+    root: str = "",
+    run: dict | None = None,
+    seeds: list[dict] | None = None,
+    code: str | None = None,
+) -> str:
     """The whole text of a card.
 
     Args:
-        records: those of the variant and of the baseline that it is compared with; others are ignored.
-        root: where the card finds `results/`.
-        run: as for `render_cards`.
+        records: those of the variant, of the baseline that it is compared with, and of the variants that it links to.
+        root: where the card finds `results/`; empty for a card on the Hub.
+        run, seeds: as for `render_cards`.
+        code: where the repository of the code is; None if that is not known.
 
     Raises:
         UserError: if a record lacks a field, or the records cannot be compared.
@@ -68,8 +88,12 @@ def render_card(records: list[dict], variant: str, repo_id: str, root: str = "",
     check_comparable(own, baseline, variant)
     with complete(f"the card of {variant}"):
         data = describe(own, repo_id)
-        facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "tags": data.tags}
+        facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "code": code, "tags": data.tags}
         facts["speeds"] = list_speeds(own, baseline, run) if run else {}
+        facts["means"] = [row for row in seeds or () if row["variant"] == variant]
+        rows = own[0]["made"]["dataset_fingerprint"]  # only what was scored on the same ones stands in one table
+        comparable = [record for record in records if record["made"]["dataset_fingerprint"] == rows]
+        facts["family"] = list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
         text = render(TEMPLATE, card_data=data.to_yaml(), **facts)
     card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
     check_metadata(card.data.to_dict(), variant)
@@ -112,17 +136,22 @@ def describe(records: list[dict], repo_id: str):
         tags += RUNTIMES[format][1]
     if made.get("merged"):  # the Hub finds adapters by these
         tags += ["peft", "lora"]
-    base = made["base_model"] if "/" in (made["base_model"] or "") else None  # a local model has no id to link to
+    encoder = made["base_model"] if "/" in (made["base_model"] or "") else None  # a local model has no id to link to
+    # A quantized variant's parent is the very model that it was made from: the same owner's baseline.
+    from_baseline = "baseline" in (made["recipe"] or {})
+    base = sibling(repo_id, first["variant"], BASELINE) if from_baseline else encoder
     optional = {}  # what the Hub takes only with a value
     if base:
         optional |= {"base_model": base, "base_model_relation": relation(records)}
     if made["dataset"] == DEFAULT_DATASET:
         optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}  # of another dataset neither is known
     widget = []
-    for example in first["examples"]:  # the answers as they were measured: the Hub need not run the model to show them
+    for example in clearest(
+        first["examples"]
+    ):  # the answers as they were measured: the Hub need not run the model to show them
         widget.append({"text": example["text"], "output": ranking(example)})
     return ModelCardData(
-        license=LICENSES.get(base, "other"),
+        license=LICENSES.get(encoder, "other"),
         # What `from_pretrained` of Transformers cannot open must not carry its name.
         library_name="onnx" if formats == ["onnx"] else "transformers",
         pipeline_tag="text-classification",
@@ -133,6 +162,14 @@ def describe(records: list[dict], repo_id: str):
         eval_results=list_results(first),
         **optional,
     )
+
+
+def sibling(repo_id: str, variant: str, other: str) -> str:
+    """The repository of another variant of the same owner: 'me/mood-ptq' -> 'me/mood-qat'."""
+    owner, slash, name = repo_id.rpartition("/")
+    # A repository that is not named after its variant tells nothing of the others' names.
+    stem = name.removesuffix(variant) if name.endswith(f"-{variant}") else f"{PLACEHOLDER.split('/')[1]}-"
+    return f"{owner}{slash}{stem}{other}"
 
 
 def relation(records: list[dict]) -> str:
@@ -171,11 +208,30 @@ def ranking(example: dict) -> list[dict]:
     return [{"label": label, "score": score} for label, score in scores]
 
 
+def clearest(examples: list[dict]) -> list[dict]:
+    """Of the texts that are meant for one class, the one that is answered most surely with it; in their order.
+
+    A class of which every text is answered wrongly has none, unless that holds for all: another dataset's classes are
+    not those that the texts are meant for, and then the first texts stand for the rest.
+    """
+    best, right = {}, set()
+    for example in examples:
+        scores, meant = example["scores"], example.get("meant", example["text"])
+        # A text of an older record, which does not say what it is meant for, stands alone.
+        if meant not in best or scores.get(meant, 0) > best[meant]["scores"].get(meant, 0):
+            best[meant] = example
+        if "meant" not in example or max(scores, key=scores.get) == meant:
+            right.add(meant)
+    return [example for meant, example in best.items() if meant in right or not right]
+
+
 def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
     """What the template tells, by the names that it uses."""
     first = own[0]
+    made, shown = first["made"], clearest(first["examples"])
+    example = shown[min(1, len(shown) - 1)]["text"]  # which one is as good as any
     method = first["variant"].split("-")[0]  # ptq-int4 is a ptq: its words and its citation are the same
-    weights, packages = {}, {"peft"} if first["made"].get("merged") else set()
+    weights, packages = {}, {"peft"} if made.get("merged") else set()
     for record in own:
         weights[record["format"]] = weights_file(record)
         packages.update(RUNTIMES[record["format"]][2])
@@ -191,23 +247,69 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         "compared": own if first["variant"] == BASELINE else baseline + own,
         "weights": weights,
         "runtimes": {format: words[0] for format, words in RUNTIMES.items()},
-        "made": first["made"],
+        "made": made,
+        "encoder": first.get("encoder"),  # a record from before it was counted has none
+        "seed": trained_seed(made),
         "quality": first["quality"],
         "labels": first["quality"]["labels"],
         # Counted in the files, not taken from the variant's name.
         "quantized": any(record["scheme"]["quantized_layers"] for record in own),
-        "adapter": bool(first["made"].get("merged")),
+        "adapter": bool(made.get("merged")),
         "in_float": list(first["scheme"]["kept_in_float"]),
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
-        "hyperparameters": flatten(first["made"]["recipe"] or {}),
+        "hyperparameters": used_values(made),
         "versions": {name: versions[name] for name in sorted(packages)},  # KeyError: a record without a version
         "machines": sorted(machines),
-        "example": first["examples"][1],  # which one is as good as any
-        "answer": lambda record: "{label} {score:.3f}".format(**ranking(record["examples"][1])[0]),
+        "example": example,
+        "answer": lambda record: answer(record, example),
         "percent": lambda share: format(100 * share, ".2f"),
+        "mean": mean,
         "or_dash": lambda value: "-" if value is None else value,
     }
+
+
+def answer(record: dict, text: str) -> str:
+    """What a form was measured to answer to one of its examples: 'joy 0.999'."""
+    answers = {example["text"]: example for example in record["examples"]}
+    return "{label} {score:.3f}".format(**ranking(answers[text])[0])
+
+
+def mean(one: dict, form: str = ".2f") -> str:
+    """A mean of shares and its standard deviation, in points: '89.04 ± 0.66'; a single seed has none."""
+    deviation = one["standard_deviation"]
+    return format(100 * one["mean"], form) + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def trained_seed(made: dict) -> int | None:
+    """The seed of the training: of a variant that was made from a baseline, that baseline's."""
+    recipe = made["recipe"] or {}
+    return recipe.get("baseline", recipe).get("seed", made["seed"])
+
+
+def list_family(records: list[dict], variant: str, repo_id: str, seeds: list[dict], on_hub: bool) -> list[dict]:
+    """The variants that are released together, this one among them: where they are, and what tells them apart."""
+    family = []
+    for name in dict.fromkeys((*RELEASED, variant)):
+        forms = {record["format"]: record for record in order(records, name)}
+        means = {row["format"]: row["macro_f1"] for row in seeds if row["variant"] == name}
+        if not forms or name not in variants_with_card(records):
+            continue
+        # ONNX Runtime's form, which all quantized variants have, so that files of one kind are compared.
+        shown = "onnx" if "onnx" in forms and "onnx" in means else next(iter(forms))
+        other = sibling(repo_id, variant, name)
+        family.append(
+            {
+                "variant": name,
+                "repo_id": other,
+                "link": f"https://huggingface.co/{other}" if on_hub else f"{name}.md",
+                "form": RUNTIMES[shown][0],
+                "megabytes": forms[shown]["size"]["megabytes"],
+                "macro_f1": means.get(shown),
+                "recommended": name == RECOMMENDED,
+            }
+        )
+    return family if len(family) > 1 else []
 
 
 def list_speeds(own: list[dict], baseline: list[dict], run: dict) -> dict[str, float]:
@@ -226,15 +328,17 @@ def weights_file(record: dict) -> str:
     return next(name for name in record["size"]["files"] if "tokenizer" not in name and "config" not in name)
 
 
-def flatten(recipe: dict, prefix: str = "") -> dict:
-    """A recipe in a recipe (a quantized artifact holds its baseline's) as names with dots."""
-    flat = {}
-    for key, value in recipe.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def used_values(made: dict) -> dict:
+    """The values that decided the result, as they were used; those of a recipe in a recipe as names with dots."""
+    recipe, used = made["recipe"] or {}, {}
+    baseline = {f"baseline.{key}": value for key, value in recipe.get("baseline", {}).items()}
+    for name, value in (recipe | baseline).items():
+        key = name.split(".")[-1]
+        if key == "model_name_or_path":  # the recipe's default, for which another encoder may have stood in
+            value = made["base_model"]
+        if key not in FREE and name != "baseline":
+            used[name] = value
+    return used
 
 
 def check_metadata(data: dict, name: str) -> None:

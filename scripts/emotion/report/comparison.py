@@ -78,17 +78,16 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
-    seeds = []
+    comparison = {"about": describe(records, run), "tests": describe_tests(tests), "rows": rows}
+    return rounded(comparison) | {"seeds": read_means(results)}
+
+
+def read_means(results: Path) -> list[dict]:
+    """The means over seeds of every form in a folder of results, a line each; empty if none were measured."""
+    rows = []
     for summary in read_seeds(results):
-        seeds += seed_rows(summary)
-    return rounded(
-        {
-            "about": describe(records, run),
-            "tests": describe_tests(tests),
-            "rows": rows,
-            "seeds": seeds,
-        }
-    )
+        rows += seed_rows(summary)
+    return rounded(rows)
 
 
 def describe_tests(tests: dict[str, dict]) -> dict:
