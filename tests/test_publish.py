@@ -16,6 +16,7 @@ from emotion.common.sums import SUMS_FILE, check_sums, read_sums
 from emotion.measure.record import read_records
 from emotion.model.artifact import HOW_TO_GET, find_formats
 from emotion.model.classifier import open_artifact
+from emotion.model.released import RELEASED
 from emotion.model.training import RecipeTrainingArguments
 from emotion.task.scores import softmax
 from hub_server import READ, WRITE, Fault, Repository
@@ -168,8 +169,11 @@ def test_a_token_is_never_published(token, hub, tmp_path):
 
 
 def test_a_page_names_the_model_that_it_loads(hub):
-    with pytest.raises(UserError, match="--model_id user/name"):
+    with pytest.raises(UserError, match="--model_id user/name-qat-int4"):
         publish(ROOT / "docs" / "demo", "unused", repo_id="user/emotions")
+    for name in ("user/mine", "user/qat", "mine-qat"):  # which siblings it has cannot be told
+        with pytest.raises(UserError, match=f"--model_id {name}: its name must end"):
+            publish(ROOT / "docs" / "demo", "unused", "--model_id", name, repo_id="user/emotions")
     assert not hub.requests
 
 
@@ -204,13 +208,14 @@ def test_a_public_repository_is_no_private_one(folders, results, hub):
 
 
 def test_the_demo_page_becomes_a_static_space(hub):
-    publish(ROOT / "docs" / "demo", "unused", "--model_id", "user/mine", repo_id="user/emotions")
+    publish(ROOT / "docs" / "demo", "unused", "--model_id", "user/mine-qat-int4", repo_id="user/emotions")
     files = hub.repositories["spaces/user/emotions"].commits[-1]
     assert files.keys() == {"index.html", "README.md", ".gitattributes"}
     assert b'"user/mine"' in files["index.html"]
     assert not any(run_publish.PAGE_MODEL.encode() in content for content in files.values())
     about = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
-    assert about["sdk"] == "static" and about["app_file"] == "index.html" and about["models"] == ["user/mine"]
+    assert about["sdk"] == "static" and about["app_file"] == "index.html"
+    assert set(about["models"]) < {f"user/mine-{variant}" for variant in RELEASED}
 
 
 @pytest.mark.processes

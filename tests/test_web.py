@@ -1,16 +1,20 @@
-"""The published INT8 model without Python: transformers.js in Node.js, and the demo page in a real browser."""
+"""The models without Python: transformers.js in Node.js, and the demo page in a real browser."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import run_ptq
 import run_publish
 from conftest import ROOT
 from emotion.model.artifact import weights_of
 from emotion.model.classifier import open_artifact, predict
+from emotion.model.released import RECOMMENDED
 from emotion.report.cards import TEMPLATE
 from emotion.task.scores import softmax
 from hub_server import Repository, running_hub
@@ -21,7 +25,8 @@ import pytest
 
 pytestmark = pytest.mark.web
 WEB, REPOSITORY = ROOT / "tests" / "web", "user/bert-emotion-ptq"
-NO_MODEL = "No model is named. Type owner/name below and press Load"
+FIRST = f"user/bert-emotion-{RECOMMENDED}"  # what the demo page opens by itself
+FIRST_LOAD = 30e6  # bytes, of everything until the first answer
 TOLERANCE = 1e-3  # of a probability; the runtimes multiply the same integers, and sum what is float in other orders
 # WebAssembly now and then rounds an activation the other way: over 200 test texts the largest gap was 0.03, the median
 # 2e-8, and no label differed; a text between two emotions feels it most.
@@ -98,42 +103,101 @@ def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
 
 
 @pytest.fixture(scope="module")
+def variants(real, real_int8, tmp_path_factory) -> Path:
+    """A folder like `weights/`, with the models that the demo page offers."""
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "baseline").symlink_to(real)
+    (folder / "qat").symlink_to(real_int8)
+    words = ["--baseline", str(real), "--formats", "onnx", "--calibration_rows", "60", "--max_loss", "100"]
+    for bits in (4, 2):
+        run_ptq.main([*words, "--bits", str(bits), "--output_dir", str(folder / f"qat-int{bits}")])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The demo page's folder as it is published."""
     folder = tmp_path_factory.mktemp("page")
-    for name, content in run_publish.collect_page(ROOT / "docs" / "demo", REPOSITORY).items():
+    for name, content in run_publish.collect_page(ROOT / "docs" / "demo", FIRST).items():
         (folder / name).write_bytes(content)
     return folder
+
+
+@contextlib.contextmanager
+def running_demo(weights: Path):
+    """Serves the demo page as `make demo` does; gives the address."""
+    words = [sys.executable, str(ROOT / "scripts" / "run_demo.py"), "--port", "0", "--weights_dir", str(weights)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def publishing(variants: Path, page: Path, hub):
+    """Publishes the models but for the float one; gives the page's folder."""
+    for folder in variants.glob("qat*"):
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+        hub.repositories[f"user/bert-emotion-{folder.name}"] = Repository(commits=[files])
+    yield page
 
 
 def find_browser() -> str:
     return next(filter(None, map(shutil.which, ("chromium", "google-chrome"))))
 
 
-def test_the_demo_page_in_a_browser(published, python_scores, page, tmp_path):
+def check_answer(shown: dict, folder: Path, text: str) -> None:
+    """The probabilities are those of Python, and what stands and is drawn on the page is those probabilities."""
+    classifier = open_artifact(folder, "onnx", threads=1)
+    (expected,) = softmax(predict(classifier, classifier.encode([text]), batch_size=1))
+    assert shown["text"] == text
+    assert [bar["label"] for bar in shown["bars"]] == classifier.labels
+    np.testing.assert_allclose([bar["score"] for bar in shown["bars"]], expected, atol=TOLERANCE_OF_BROWSERS)
+    for bar in shown["bars"]:
+        assert bar["shown"] == f"{100 * bar['score']:.1f} %"
+        assert float(bar["width"].rstrip("%")) == pytest.approx(100 * bar["score"], abs=0.06)
+    (best,) = [bar for bar in shown["bars"] if bar["best"]]
+    assert best["score"] == max(bar["score"] for bar in shown["bars"])
+    assert re.match(rf"{best['label']}, [\d.]+ % in \d+ ms", shown["status"])
+
+
+FORMS = {"FP32": "baseline", "INT8": "qat", "INT4": "qat-int4", "INT2": "qat-int2"}
+
+
+@pytest.mark.parametrize("place", ["published", "clone"])
+def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     """Opened at the width of a phone and used by keyboard alone; see browse.mjs."""
-    words = ("browse.mjs", find_browser(), page, tmp_path / "screenshot.png")
-    seen = json.loads(run_node(*words, env=published[1]))
-    labels, scores = python_scores
-    texts = {
-        "first": "i feel so happy that you came",
-        "typed": "i am scared of the dark",
-        "example": "i miss my old home",
-    }
-    for state, text in texts.items():
-        shown, (expected,) = seen[state], scores([text])
-        assert shown["text"] == text
-        assert [bar["label"] for bar in shown["bars"]] == labels
-        np.testing.assert_allclose([bar["score"] for bar in shown["bars"]], expected, atol=TOLERANCE_OF_BROWSERS)
-        for bar in shown["bars"]:
-            assert bar["shown"] == f"{100 * bar['score']:.1f} %"
-            assert float(bar["width"].rstrip("%")) == pytest.approx(100 * bar["score"], abs=0.06)
-        (best,) = [bar for bar in shown["bars"] if bar["best"]]
-        assert best["score"] == max(bar["score"] for bar in shown["bars"])
-        assert re.match(rf"{best['label']}, [\d.]+ % in \d+ ms", shown["status"])
+    hub, env = published
+    with running_demo(variants) if place == "clone" else publishing(variants, page, hub) as opened:
+        seen = json.loads(run_node("browse.mjs", find_browser(), opened, tmp_path / "screenshot.png", env=env))
+    there = [name for name in FORMS if name != "FP32" or place == "clone"]
+    sizes = {name: f"{weights_of(variants / FORMS[name], 'onnx').stat().st_size / 1e6:.1f} MB" for name in there}
+    assert [form.split() for form in seen["forms"]] == [[name, *sizes.get(name, "").split()] for name in FORMS]
+    assert seen["missing"] == ([] if place == "clone" else ["FP32: user/bert-emotion-baseline is not on the Hub"])
+
+    check_answer(seen["first"], variants / RECOMMENDED, "i feel so happy that you came")
+    assert place == "clone" or 12e6 < seen["bytes"] <= FIRST_LOAD
+    assert f"{sizes['INT4']} of {sizes['INT4']}" in seen["amounts"]
+    print(f"bytes until the first answer: {seen['bytes']:,}")
+    labels = [bar["label"] for bar in seen["first"]["bars"]]
+    assert f"one of these {len(labels)}, " in seen["classes"] and f": {', '.join(labels)}." in seen["classes"]
+
+    check_answer(seen["typed"], variants / RECOMMENDED, "i am scared of the dark")
+    assert seen["others"].keys() == set(there) - {"INT4"}  # the arrows pass over a form that is not there
+    for name, shown in {**seen["others"], "INT4": seen["again"]}.items():
+        check_answer(shown, variants / FORMS[name], "i am scared of the dark")
+    check_answer(seen["example"], variants / RECOMMENDED, "i miss my old home")
+
+    tried = [re.split(r"\t", line) for line in seen["tried"]]
+    assert [line[:2] for line in tried] == [[name, sizes[name]] for name in ["INT4", *seen["others"]]]
+    for _, _, answer, time in tried:
+        assert re.fullmatch(r"\w+, [\d.]+ %", answer) and re.fullmatch(r"\d+ ms", time)
+    assert [line.count("(another text)") for line in seen["triedLater"]] == [0] + [1] * len(seen["others"])
     assert seen["wide"] == 360  # nothing sticks out
-    assert seen["empty"]["bars"] == [] and "user/nowhere cannot be loaded" in seen["nowhere"]["status"]
-    assert seen["refused"] == []  # it asks the CDN and the Hub alone
+    assert seen["empty"]["bars"] == []
+    assert place == "clone" or "user/nowhere cannot be loaded" in seen["nowhere"]["status"]
+    assert seen["refused"] == []  # it asks the CDN and the Hub alone, and in a clone its own server
     assert (tmp_path / "screenshot.png").stat().st_size > 10_000
 
 
@@ -152,9 +216,10 @@ def failures(page):
         ("libraryIsHtml", "The library of cdn.jsdelivr.net cannot be loaded: "),
         ("libraryIsBroken", "The library of cdn.jsdelivr.net cannot be loaded: "),
         ("libraryNeverComes", "No progress for 30 s. Check the connection and reload"),
-        ("modelRefused", f"{REPOSITORY} cannot be loaded: "),
-        ("modelFails", f"{REPOSITORY} cannot be loaded: "),
-        ("modelIsHtml", f"{REPOSITORY} cannot be loaded: "),
+        ("noModels", f"{FIRST} cannot be loaded: "),
+        ("modelRefused", f"{FIRST} cannot be loaded: "),
+        ("modelFails", f"{FIRST} cannot be loaded: "),
+        ("modelIsHtml", f"{FIRST} cannot be loaded: "),
         ("modelNeverComes", "No progress for 30 s. Check the connection and reload"),
         ("answerFails", "The model failed on this text: out of memory. Change the text, or reload"),
         ("answerThrowsNumber", "The model failed on this text: 7340032. Change the text, or reload"),
@@ -165,7 +230,7 @@ def failures(page):
 def test_the_demo_page_says_what_fails(fault, words, failures):
     seen = failures[fault]
     assert seen["status"].startswith(words) and "reload the page" in seen["status"] and len(seen["status"]) < 400
-    assert seen["bars"] == [] and set(seen["opened"]) <= {REPOSITORY}
+    assert seen["bars"] == [] and set(seen["opened"]) <= {FIRST} and seen["wide"] == 360
 
 
 def test_the_demo_page_opens_no_model_that_nobody_named(failures):
@@ -173,15 +238,20 @@ def test_the_demo_page_opens_no_model_that_nobody_named(failures):
         assert failures[link]["opened"] == [] and failures[link]["images"] == 0
     assert "names another model, someone/else. Press Load" in failures["linkNamesAnother"]["status"]
     assert "No model is named" in failures["linkNamesPath"]["status"]
-    assert failures["linkNamesSame"]["opened"] == [REPOSITORY]
+    assert failures["linkNamesSame"]["opened"] == [FIRST]
+    assert failures["linkNamesSibling"]["opened"] == ["user/bert-emotion-qat-int2"]
     assert failures["personOpensAnother"]["opened"] == ["someone/else"]
     assert failures["personOpensAnother"]["status"].startswith("joy, 75.0 % in")
     assert failures["slowFirst"]["bars"] == ["user/second"]
 
 
-def test_the_page_of_nobody_opens_no_model(tmp_path):
-    """As it stands in this repository, before it is published."""
-    with running_hub() as hub:
-        env = os.environ | {"HF_ENDPOINT": hub.url}
-        seen = json.loads(run_node("faults.mjs", find_browser(), ROOT / "docs" / "demo", "answerFails", env=env))
-    assert seen["answerFails"] == {"status": NO_MODEL, "bars": [], "opened": [], "images": 0}
+def test_a_page_of_nobody_asks_nobody(tmp_path):
+    """As it stands in this repository: it wants its own server, which says what makes the models that are missing."""
+    words = ("faults.mjs", find_browser())
+    seen = json.loads(run_node(*words, ROOT / "docs" / "demo", "libraryRefused", env=os.environ))["libraryRefused"]
+    assert seen["status"].startswith("The library of scripts/run_demo.py (make demo) cannot be loaded: ")
+    with running_demo(tmp_path) as address:
+        seen = json.loads(run_node(*words, address, "noModels", env=os.environ))["noModels"]
+    assert seen["status"].startswith(f"{RECOMMENDED} cannot be loaded: ") and seen["wide"] == 360
+    assert "FP32: not in weights/baseline; made by scripts/run_baseline.py" in seen["missing"]
+    assert len(seen["missing"]) == len(FORMS)

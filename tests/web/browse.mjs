@@ -1,47 +1,75 @@
-// node browse.mjs CHROMIUM PAGE_FOLDER SCREENSHOT: uses the demo page as a person does, by keyboard alone.
-// Prints what was seen, as JSON.
+// node browse.mjs CHROMIUM PLACE SCREENSHOT: uses the demo page as a person does, by keyboard alone; for PLACE see
+// page.mjs. Prints what was seen, as JSON.
 import { openBrowser, openPage } from "./page.mjs";
 
-const [executablePath, folder, screenshot] = process.argv.slice(2);
+const [executablePath, place, screenshot] = process.argv.slice(2);
 const browser = await openBrowser(executablePath);
-const { page, refused } = await openPage(browser, folder);
+const { page, traffic, address } = await openPage(browser, place);
 page.setDefaultTimeout(90_000);
 
-async function look(condition) {
-  await page.waitForFunction(condition);
+async function look(condition, argument) {
+  await page.waitForFunction(condition, argument);
   const bars = await page.locator("#bars li").evaluateAll((rows) => rows.map((row) => ({
     label: row.firstChild.textContent, shown: row.lastChild.textContent, score: Number(row.dataset.score),
     width: row.querySelector(".fill").style.width, best: row.className === "best" })));
   return { text: await page.inputValue("#text"), status: await page.textContent("#status"), bars };
 }
 
-const answered = (text) => `document.getElementById("bars").dataset.text === ${JSON.stringify(text)}`;
-await page.goto("https://demo.page/");
-const seen = { first: await look(() => / in \d+ ms, loaded/.test(document.getElementById("status").textContent)) };
+const answered = (text) => document.getElementById("bars").dataset.text === text;
+const loaded = () => / in \d+ ms, loaded in /.test(document.getElementById("status").textContent);
+const lines = (selector) => page.locator(selector).evaluateAll((all) => all.map((one) => one.innerText));
+await page.goto(address);
+const amounts = await page.evaluateHandle(() => { // what stands beside the bar, while it loads
+  const seen = [], amount = document.getElementById("amount");
+  new MutationObserver(() => seen.push(amount.textContent)).observe(amount, { childList: true });
+  return seen;
+});
+const seen = { first: await look(loaded), bytes: traffic.bytes };
+seen.amounts = await amounts.jsonValue();
+seen.forms = await lines("#forms label");
+seen.missing = await lines("#missing li:not(:empty)");
+seen.classes = await page.textContent("#classes");
 
 const type = async (text) => {
   await page.keyboard.press("Control+A");
   await page.keyboard.type(text);
 };
-await type("i am scared of the dark");
-seen.typed = await look(answered("i am scared of the dark"));
-seen.wide = await page.evaluate(() => document.scrollingElement.scrollWidth);
-await page.screenshot({ path: screenshot });
+const DARK = "i am scared of the dark";
+await type(DARK);
+seen.typed = await look(answered, DARK);
 
+// The other models, with the arrows: each answers the text that stands there.
+await page.keyboard.press("Shift+Tab");
+const chosen = () => page.inputValue("#forms :checked");
+seen.others = {};
+for (let name = await chosen(); name !== "INT2"; seen.others[name] = await look(loaded)) {
+  await page.keyboard.press("ArrowLeft");
+  name = await chosen();
+}
+seen.tried = await lines("#tried tbody tr");
+seen.wide = await page.evaluate(() => document.scrollingElement.scrollWidth);
+await page.screenshot({ path: screenshot, fullPage: true });
+await page.keyboard.press("ArrowLeft"); // back to the first, which is open
+seen.again = await look(() => document.querySelector("#forms :checked").value === "INT4" && document.querySelector("#bars li"));
+
+await page.keyboard.press("Tab");
 await page.keyboard.press("Tab"); // the first example
 await page.keyboard.press("Enter");
-seen.example = await look(answered("i miss my old home"));
+seen.example = await look(answered, "i miss my old home");
+seen.triedLater = await lines("#tried tbody tr");
 
 await page.focus("#text");
 await page.keyboard.press("Control+A");
 await page.keyboard.press("Delete");
 seen.empty = await look(() => document.getElementById("status").textContent === "Type a text");
 
-for (let tabs = 0; tabs < 4; tabs += 1) await page.keyboard.press("Tab"); // past the examples, to the model
-await page.keyboard.press("Enter");
-await page.keyboard.press("Tab");
-await type("user/nowhere");
-await page.keyboard.press("Enter");
-seen.nowhere = await look(() => document.getElementById("status").textContent.includes("cannot be loaded"));
-console.log(JSON.stringify({ ...seen, refused }));
+if (await page.isVisible("#other")) { // not in a clone
+  for (let tabs = 0; tabs < 4; tabs += 1) await page.keyboard.press("Tab"); // past the examples, to the model
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Tab");
+  await type("user/nowhere");
+  await page.keyboard.press("Enter");
+  seen.nowhere = await look(() => document.getElementById("status").textContent.includes("cannot be loaded"));
+}
+console.log(JSON.stringify({ ...seen, refused: traffic.refused }));
 await browser.close();

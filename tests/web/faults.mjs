@@ -1,13 +1,13 @@
-// node faults.mjs CHROMIUM PAGE_FOLDER [FAULT ...]: what the demo page says when something fails. Prints, as JSON, for each fault
-// the status, how many bars are shown, and which models were opened.
+// node faults.mjs CHROMIUM PLACE [FAULT ...]: what the demo page says when something fails; for PLACE see page.mjs. Prints,
+// as JSON, for each fault the status, which bars are shown, which models were opened and which are not there.
 import { CDN, HUB, openBrowser, openPage } from "./page.mjs";
 
-const [executablePath, folder, ...chosen] = process.argv.slice(2);
+const [executablePath, place, ...chosen] = process.argv.slice(2);
 const browser = await openBrowser(executablePath);
 
 // A library whose pipelines answer as `answer` does; the names of the models that it opened are kept.
 const library = (answer, open = "") => `
-  export const env = {};
+  export const env = { backends: { onnx: { wasm: { wasmPaths: { mjs: "", wasm: "" } } } } };
   export const pipeline = async (task, name, options) => {
     (window.opened ??= []).push(name);
     ${open}
@@ -26,6 +26,7 @@ const late = (page) => page.addInitScript(() => {
 });
 
 const FAULTS = {
+  noModels: { prepare: () => {}, act: (page) => page.locator("#missing li:not(:empty)").nth(3).waitFor() },
   libraryRefused: { prepare: (page) => page.route(CDN, (route) => route.abort()) },
   libraryIsHtml: { prepare: (page) => page.route(CDN, (route) => route.fulfill({ body: "<html>", contentType: "text/html" })) },
   libraryIsBroken: { prepare: (page) => page.route(CDN, (route) => route.fulfill(script("export const pipeline ="))) },
@@ -41,7 +42,8 @@ const FAULTS = {
   linkNamesAnother: { prepare: serve(GOOD), query: "?model=someone/else" },
   linkNamesPath: { prepare: serve(GOOD), query: "?model=../.." },
   linkNamesMarkup: { prepare: serve(GOOD), query: "?model=<img src=x>" },
-  linkNamesSame: { prepare: serve(GOOD), query: "?model=user/bert-emotion-ptq" },
+  linkNamesSame: { prepare: serve(GOOD), query: "?model=user/bert-emotion-qat-int4" },
+  linkNamesSibling: { prepare: serve(GOOD), query: "?model=user/bert-emotion-qat-int2" },
   personOpensAnother: {
     prepare: serve(GOOD), query: "?model=someone/else", act: (page) => page.click("#choose button") },
   // The first model comes after the second, which is the one that was asked for last.
@@ -61,16 +63,17 @@ const FAULTS = {
 const seen = {};
 for (const [name, { prepare, query = "", act }] of Object.entries(FAULTS)) {
   if (chosen.length && !chosen.includes(name)) continue;
-  const { page } = await openPage(browser, folder);
+  const { page, address } = await openPage(browser, place);
   page.setDefaultTimeout(20_000);
   await prepare(page);
-  await page.goto(`https://demo.page/${query}`);
+  await page.goto(address + query);
   if (act) await act(page);
   await page.waitForFunction(() => !/^$|^Loading/.test(document.getElementById("status").textContent));
   seen[name] = await page.evaluate(() => ({
     status: document.getElementById("status").textContent,
     bars: [...document.querySelectorAll("#bars li")].map((row) => row.firstChild.textContent),
-    opened: window.opened ?? [], images: document.images.length }));
+    missing: [...document.querySelectorAll("#missing li:not(:empty)")].map((line) => line.textContent),
+    opened: window.opened ?? [], images: document.images.length, wide: document.scrollingElement.scrollWidth }));
   await page.context().close();
 }
 console.log(JSON.stringify(seen));

@@ -1,0 +1,81 @@
+"""Serves the demo page to this machine alone, with the models of `weights/`. It asks nothing of any network.
+
+`make demo` installs the JavaScript libraries that the page needs, and starts this.
+
+    python scripts/run_demo.py
+    python scripts/run_demo.py --port 8123 --weights_dir weights/base
+"""
+
+import argparse
+import contextlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from emotion.common.command import run
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT
+from emotion.common.ranges import Range, speak_plainly
+
+PAGE = ROOT / "docs" / "demo"
+LIBRARIES = ROOT / "tests" / "web" / "node_modules"
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Answers with files of three folders: the page's, and those that the first name of a path chooses."""
+
+    # Python asks the system for these types, and some systems have wrong ones, with which no browser runs a script.
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+    }
+
+    def __init__(self, *words, folders: dict[str, Path]):
+        self.folders = folders
+        super().__init__(*words, directory=str(PAGE))
+
+    def translate_path(self, path):
+        first, _, rest = path.lstrip("/").partition("/")
+        self.directory = str(self.folders.get(first, PAGE))
+        return super().translate_path(rest if first in self.folders else path)  # which leaves out every ".."
+
+    def end_headers(self):
+        self.send_header("Cache-Control", "no-store")  # a model that was made anew is loaded anew
+        super().end_headers()
+
+    def copyfile(self, source, outputfile):
+        with contextlib.suppress(ConnectionError):  # the page reads a model's size and closes the connection
+            super().copyfile(source, outputfile)
+
+    def log_message(self, *words):
+        """A line for each file would bury the address."""
+
+
+def main(argv=None) -> None:
+    """Serves until it is interrupted.
+
+    Raises:
+        UserError: if the libraries are not installed, or another program has the port.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--port", type=int, default=8000, choices=Range(0, 65535), help="port to listen at; 0 takes a free one"
+    )
+    parser.add_argument("--weights_dir", default=str(ROOT / "weights"), help="folder with a folder for each variant")
+    speak_plainly(parser)
+    arguments = parser.parse_args(argv)
+    if not (LIBRARIES / "@huggingface" / "transformers").is_dir():
+        raise UserError(f"no transformers.js in {LIBRARIES}; 'make demo' installs it")
+    folders = {"weights": Path(arguments.weights_dir), "node_modules": LIBRARIES}
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", arguments.port), partial(Handler, folders=folders))
+    except OSError as error:
+        raise UserError(f"--port {arguments.port}: {error.strerror}; choose another, or 0 for a free one") from error
+    print(f"the demo page: http://127.0.0.1:{server.server_port}/   (Ctrl+C ends it)", flush=True)
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    run(main)
