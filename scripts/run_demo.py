@@ -65,16 +65,21 @@ def main(argv=None) -> None:
     parser.add_argument("--weights_dir", default=str(ROOT / "weights"), help="folder with a folder for each variant")
     speak_plainly(parser)
     arguments = parser.parse_args(argv)
-    if not (LIBRARIES / "@huggingface" / "transformers").is_dir():
-        raise UserError(f"no transformers.js in {LIBRARIES}; 'make demo' installs it")
-    folders = {"weights": Path(arguments.weights_dir), "node_modules": LIBRARIES}
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", arguments.port), partial(Handler, folders=folders))
-    except OSError as error:
-        raise UserError(f"--port {arguments.port}: {error.strerror}; choose another, or 0 for a free one") from error
+    server = make_server(arguments.port, Path(arguments.weights_dir))
     print(f"the demo page: http://127.0.0.1:{server.server_port}/   (Ctrl+C ends it)", flush=True)
     with server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
+
+
+def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
+    """A server that listens already; see ``main`` for what it raises."""
+    if not (LIBRARIES / "@huggingface" / "transformers").is_dir():
+        raise UserError(f"no transformers.js in {LIBRARIES}; 'make demo' installs it")
+    handler = partial(Handler, folders={"weights": weights, "node_modules": LIBRARIES})
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for a free one") from error
 
 
 if __name__ == "__main__":

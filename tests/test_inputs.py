@@ -38,7 +38,8 @@ TRAININGS = {
     run_qat: (run_qat.QatArguments, RecipeTrainingArguments),
     run_qlora: (run_qlora.QloraArguments, RecipeTrainingArguments),
 }
-COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "predict")
+LIGHT = {"predict", "run_demo"}  # their flags are no dataclasses, whose parser would load torch
+COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in LIGHT)
 
 
 class Loaded(Exception):

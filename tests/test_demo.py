@@ -1,0 +1,76 @@
+"""The server of the demo page: whom it answers, and with which files. The page itself is tested by test_web.py."""
+
+import http.client
+import threading
+
+import run_demo
+from conftest import run_script
+from emotion.common.errors import UserError
+
+import pytest
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves a folder of weights and one of libraries, beside which a secret stands."""
+    monkeypatch.setattr(run_demo, "LIBRARIES", tmp_path / "libraries")
+    (tmp_path / "libraries" / "@huggingface" / "transformers").mkdir(parents=True)
+    (tmp_path / "weights" / "qat").mkdir(parents=True)
+    for name in ("secret", "weights/qat/config.json", "libraries/a.js", "libraries/a.mjs", "libraries/a.wasm"):
+        (tmp_path / name).write_text(name)
+    with run_demo.make_server(0, tmp_path / "weights") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(server, path: str):
+    """The path as it stands: no client in between that mends it."""
+    connection = http.client.HTTPConnection(*server.server_address, timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), answer.headers
+
+
+def test_the_server_gives_the_page_the_models_and_the_libraries(server):
+    status, page, headers = ask(server, "/")
+    assert status == 200 and "Emotion of a text" in page and headers["Cache-Control"] == "no-store"
+    assert ask(server, "/weights/qat/config.json")[:2] == (200, "weights/qat/config.json")
+    types = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
+    for ending, kind in types.items():
+        status, body, headers = ask(server, f"/node_modules/a{ending}")
+        assert (status, body, headers["Content-Type"]) == (200, f"libraries/a{ending}", kind)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/secret",
+        "/../secret",
+        "/weights/../secret",
+        "/weights/../../secret",
+        "/weights/%2e%2e/secret",
+        "/weights/..%2fsecret",
+        "//secret",
+        "/weights/qat/../../secret",
+        "/run_demo.py",
+    ],
+)
+def test_the_server_gives_no_other_file(path, server):
+    status, body, _ = ask(server, path)
+    assert status == 404 and body != "secret"
+
+
+def test_the_server_listens_to_this_machine_alone(server):
+    assert server.server_address[0] == "127.0.0.1"
+
+
+def test_what_keeps_the_server_from_starting_is_one_line(server, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"--port {server.server_port}: .* in use; choose another"):
+        run_demo.make_server(server.server_port, tmp_path)
+    monkeypatch.setattr(run_demo, "LIBRARIES", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no transformers.js in .*; 'make demo' installs it"):
+        run_demo.make_server(0, tmp_path)
+    for port in ("-1", "65536", "many"):
+        done = run_script("run_demo.py", "--port", port)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and "--port" in done.stderr
