@@ -15,7 +15,7 @@ from conftest import ROOT, read_json
 from emotion.common.errors import UserError
 from emotion.measure.paired_tests import NO_LOSS_MARGIN, compare_with, holm, mean_interval
 from emotion.model.classifier import open_artifact
-from emotion.report.document import compile_report
+from emotion.report.document import compile_report, inputs_of
 from emotion.report.figures import same_picture
 from emotion.report.plots import MOST_NAMED, plot_confusion_matrix, plot_sensitivity
 from emotion.task import scores as task_scores
@@ -241,24 +241,70 @@ def report_folder(tmp_path):
     return tmp_path
 
 
+def words_of_report(folder) -> str:
+    """The text of the report, without its layout."""
+    import typst
+
+    source, inputs = folder / "docs" / "report.typ", inputs_of(folder)
+    page = typst.compile(source, root=folder, format="html", ignore_system_fonts=True, sys_inputs=inputs).decode()
+    return " ".join(re.sub(r"<[^>]+>", " ", page.split("<body>")[1]).replace("\u00a0", " ").split())
+
+
 def test_the_report_reads_the_records(report_folder):
     import typst
 
     report = compile_report(report_folder)
     assert report.startswith(b"%PDF") and compile_report(report_folder) == report
-    files = ",".join(str(p.relative_to(report_folder)) for p in report_folder.rglob("*.*"))
-    pages = typst.compile(
-        report_folder / "docs" / "report.typ",
-        root=report_folder,
-        format="png",
-        ppi=20,
-        ignore_system_fonts=True,
-        sys_inputs={"files": files},
-    )
-    assert 4 <= len(pages) <= 6
-    comparison = report_folder / "results" / "comparison.json"
-    comparison.write_text(comparison.read_text().replace('"macro_f1": 0.8', '"macro_f1": 0.7'))
+    source, inputs = report_folder / "docs" / "report.typ", inputs_of(report_folder)
+    options = {"root": report_folder, "ignore_system_fonts": True, "sys_inputs": inputs}
+    assert 4 <= len(typst.compile(source, format="png", ppi=20, **options)) <= 6
+    # A figure that floats cuts the sentence that it lands in.
+    assert set(json.loads(typst.query(source, "figure", field="placement", **options))) == {None}
+    change_seeds(report_folder, "qat-int4", mean=0.123456)
     assert compile_report(report_folder) != report
+
+
+def change_seeds(folder, variant, **changes) -> None:
+    """Changes the mean macro F1 of a variant's forms in the comparison."""
+    path = folder / "results" / "comparison.json"
+    comparison = read_json(path)
+    for row in comparison["seeds"]:
+        if row["variant"] == variant:
+            row["macro_f1"] |= changes
+    path.write_text(json.dumps(comparison))
+
+
+def test_the_report_leads_with_the_recommendation_and_means(report_folder):
+    change_seeds(report_folder, "qat-int4", mean=0.123456, standard_deviation=0.0789)
+    words = words_of_report(report_folder)
+    summary, rest = words.split("Summary. ")[1].split("The question", 1)
+    assert summary.startswith("Take qat-int4 : ") and "its macro F1 is 12.35 % (7.89)" in summary
+    titles = ["2 The ladder", "3 PTQ, QAT and QLoRA", "4 Speed", "5 The data", "8 Limits", "9 Conclusion"]
+    places = [rest.index(title) for title in titles]
+    assert places == sorted(places) and "We would ship qat-int4" in rest
+    for encoder in ("all-MiniLM-L6-v2", "all-mpnet-base-v2"):
+        assert rest.count(encoder) >= 5
+
+
+def test_the_report_shows_a_single_training_without_a_deviation(report_folder):
+    path = report_folder / "results" / "comparison.json"
+    comparison = read_json(path)
+    comparison["seeds"] = []
+    path.write_text(json.dumps(comparison))
+    (row,) = [row for row in comparison["rows"] if row["name"] == "qat-int4-onnx"]
+    words = words_of_report(report_folder)
+    assert f" {row['megabytes']:.1f} {100 * row['macro_f1']:.2f} – " in words and "trainings" not in words
+
+
+def test_the_report_shows_no_time_of_a_resumed_training(report_folder):
+    path = report_folder / "results" / "metrics" / "qat-int4-onnx.json"
+    record = read_json(path)
+    record["made"]["training"] |= {"cpu_seconds": 3 * 60, "resumed": False}
+    path.write_text(json.dumps(record))
+    assert " qat-int4 3.0 min " in words_of_report(report_folder)
+    record["made"]["training"]["resumed"] = True
+    path.write_text(json.dumps(record))
+    assert " qat-int4 – " in words_of_report(report_folder)
 
 
 def test_the_report_says_what_it_lacks(report_folder):

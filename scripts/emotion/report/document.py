@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.model.released import RECOMMENDED
 
 SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"
 
@@ -17,13 +18,16 @@ def compile_report(root: Path) -> bytes | None:
         return None
     import typst  # here, since the table alone can be printed without it
 
-    # Typst cannot ask whether a file is there, and not every picture or run is.
+    try:
+        # Typst brings fonts of its own; those of the system would differ from machine to machine.
+        return typst.compile(root / SOURCE, root=root, ignore_system_fonts=True, sys_inputs=inputs_of(root))
+    except typst.TypstError as error:
+        raise UserError(f"{SOURCE}: {error.message or error}; what it reads comes from the results") from error
+
+
+def inputs_of(root: Path) -> dict[str, str]:
+    """What the source is told: the files below ``root``, since Typst cannot ask for one, and the recommendation."""
     names = []
     for folder in ("docs", "results"):
         names += [path.relative_to(root).as_posix() for path in (root / folder).rglob("*.*")]
-    files = {"files": ",".join(sorted(names))}
-    try:
-        # Typst brings fonts of its own; those of the system would differ from machine to machine.
-        return typst.compile(root / SOURCE, root=root, ignore_system_fonts=True, sys_inputs=files)
-    except typst.TypstError as error:
-        raise UserError(f"{SOURCE}: {error.message or error}; what it reads comes from the results") from error
+    return {"files": ",".join(sorted(names)), "recommended": RECOMMENDED}
