@@ -211,18 +211,17 @@ def ranking(example: dict) -> list[dict]:
 def clearest(examples: list[dict]) -> list[dict]:
     """Of the texts that are meant for one class, the one that is answered most surely with it; in their order.
 
-    A class of which every text is answered wrongly has none, unless that holds for all: another dataset's classes are
-    not those that the texts are meant for, and then the first texts stand for the rest.
+    A class whose texts are all answered wrongly shows none, unless no text at all is answered rightly: then the
+    classes are another dataset's, for which the texts are not meant.
     """
-    best, right = {}, set()
-    for example in examples:
+    # A text of an older record, which does not say what it is meant for, stands for itself.
+    rightly = [one for one in examples if one.get("meant") in (None, ranking(one)[0]["label"])]
+    best = {}
+    for example in rightly or examples:
         scores, meant = example["scores"], example.get("meant", example["text"])
-        # A text of an older record, which does not say what it is meant for, stands alone.
         if meant not in best or scores.get(meant, 0) > best[meant]["scores"].get(meant, 0):
             best[meant] = example
-        if "meant" not in example or max(scores, key=scores.get) == meant:
-            right.add(meant)
-    return [example for meant, example in best.items() if meant in right or not right]
+    return list(best.values())
 
 
 def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
