@@ -19,7 +19,7 @@ def server(tmp_path, monkeypatch):
     for name in ("secret", "weights/qat/config.json", "libraries/a.js", "libraries/a.mjs", "libraries/a.wasm"):
         (tmp_path / name).write_text(name)
     with run_demo.make_server(0, tmp_path / "weights") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # asks often whether to stop
         yield server
         server.shutdown()
 

@@ -177,9 +177,10 @@ def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     assert seen["missing"] == ([] if place == "clone" else ["FP32: user/bert-emotion-baseline is not on the Hub"])
 
     check_answer(seen["first"], variants / RECOMMENDED, "i feel so happy that you came")
-    assert place == "clone" or 12e6 < seen["bytes"] <= FIRST_LOAD
     assert f"{sizes['INT4']} of {sizes['INT4']}" in seen["amounts"]
-    print(f"bytes until the first answer: {seen['bytes']:,}")
+    if place == "published":
+        print(f"bytes until the first answer: {seen['bytes']:,}")
+        assert 12e6 < seen["bytes"] <= FIRST_LOAD
     labels = [bar["label"] for bar in seen["first"]["bars"]]
     assert f"one of these {len(labels)}, " in seen["classes"] and f": {', '.join(labels)}." in seen["classes"]
 
