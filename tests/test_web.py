@@ -26,6 +26,7 @@ import pytest
 pytestmark = pytest.mark.web
 WEB, REPOSITORY = ROOT / "tests" / "web", "user/bert-emotion-ptq"
 FIRST = f"user/bert-emotion-{RECOMMENDED}"  # what the demo page opens by itself
+FORMS = {"FP32": "baseline", "INT8": "qat", "INT4": "qat-int4", "INT2": "qat-int2"}  # what the page offers
 FIRST_LOAD = 30e6  # bytes, of everything until the first answer
 TOLERANCE = 1e-3  # of a probability; the runtimes multiply the same integers, and sum what is float in other orders
 # WebAssembly now and then rounds an activation the other way: over 200 test texts the largest gap was 0.03, the median
@@ -134,12 +135,16 @@ def running_demo(weights: Path):
             process.terminate()
 
 
-@contextlib.contextmanager
-def publishing(variants: Path, page: Path, hub):
-    """Publishes the models but for the float one; gives the page's folder."""
+@pytest.fixture(params=["published", "clone"])
+def place(request, variants, published, page):
+    """What browse.mjs opens: the page's folder, with all models but the float one on the Hub; or a clone's address."""
+    if request.param == "clone":
+        with running_demo(variants) as address:
+            yield address
+        return
     for folder in variants.glob("qat*"):
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
-        hub.repositories[f"user/bert-emotion-{folder.name}"] = Repository(commits=[files])
+        published[0].repositories[f"user/bert-emotion-{folder.name}"] = Repository(commits=[files])
     yield page
 
 
@@ -162,23 +167,18 @@ def check_answer(shown: dict, folder: Path, text: str) -> None:
     assert re.match(rf"{best['label']}, [\d.]+ % in \d+ ms", shown["status"])
 
 
-FORMS = {"FP32": "baseline", "INT8": "qat", "INT4": "qat-int4", "INT2": "qat-int2"}
-
-
-@pytest.mark.parametrize("place", ["published", "clone"])
 def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     """Opened at the width of a phone and used by keyboard alone; see browse.mjs."""
-    hub, env = published
-    with running_demo(variants) if place == "clone" else publishing(variants, page, hub) as opened:
-        seen = json.loads(run_node("browse.mjs", find_browser(), opened, tmp_path / "screenshot.png", env=env))
-    there = [name for name in FORMS if name != "FP32" or place == "clone"]
+    words, is_clone = ("browse.mjs", find_browser(), place, tmp_path / "screenshot.png"), place != page
+    seen = json.loads(run_node(*words, env=published[1]))
+    there = [name for name in FORMS if name != "FP32" or is_clone]
     sizes = {name: f"{weights_of(variants / FORMS[name], 'onnx').stat().st_size / 1e6:.1f} MB" for name in there}
     assert [form.split() for form in seen["forms"]] == [[name, *sizes.get(name, "").split()] for name in FORMS]
-    assert seen["missing"] == ([] if place == "clone" else ["FP32: user/bert-emotion-baseline is not on the Hub"])
+    assert seen["missing"] == ([] if is_clone else ["FP32: user/bert-emotion-baseline is not on the Hub"])
 
     check_answer(seen["first"], variants / RECOMMENDED, "i feel so happy that you came")
     assert f"{sizes['INT4']} of {sizes['INT4']}" in seen["amounts"]
-    if place == "published":
+    if not is_clone:
         print(f"bytes until the first answer: {seen['bytes']:,}")
         assert 12e6 < seen["bytes"] <= FIRST_LOAD
     labels = [bar["label"] for bar in seen["first"]["bars"]]
@@ -197,7 +197,7 @@ def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     assert [line.count("(another text)") for line in seen["triedLater"]] == [0] + [1] * len(seen["others"])
     assert seen["wide"] == 360  # nothing sticks out
     assert seen["empty"]["bars"] == []
-    assert place == "clone" or "user/nowhere cannot be loaded" in seen["nowhere"]["status"]
+    assert is_clone or "user/nowhere cannot be loaded" in seen["nowhere"]["status"]
     assert seen["refused"] == []  # it asks the CDN and the Hub alone, and in a clone its own server
     assert (tmp_path / "screenshot.png").stat().st_size > 10_000
 
