@@ -1,4 +1,4 @@
-"""Statistics, pictures, the report, one traced text, the notebook: what is said of the records, and why."""
+"""Statistics, pictures, the report, one traced text: what is said of the records, and why."""
 
 import ast
 import json
@@ -22,10 +22,8 @@ from emotion.task import scores as task_scores
 from emotion.task.scores import macro_f1_interval, resampled_macro_f1
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from sklearn.metrics import f1_score
 
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
@@ -367,24 +365,6 @@ def open_rows(folder) -> list[str]:
     from datasets import load_dataset
 
     return list(load_dataset(str(folder), split="test")["text"])
-
-
-@pytest.mark.processes
-@pytest.mark.timeout(300)
-def test_the_notebook_runs_from_top_to_bottom(artifact, quantized, colors, monkeypatch):
-    """Offline, on local folders; what its table says is what the folder answers."""
-    for name, value in {"WEIGHTS": artifact.parent, "VARIANTS": "baseline ptq", "DATASET": colors, "ROWS": 60}.items():
-        monkeypatch.setenv(f"EMOTION_{name}", str(value))
-    notebook = nbformat.read(ROOT / "notebooks" / "inference_evaluation.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
-    NotebookClient(notebook, timeout=250, kernel_name="python3").execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    (line,) = [line for line in printed.splitlines() if line.split()[:2] == ["ptq", "onnx"]]
-    classifier = open_artifact(quantized, "onnx", threads=1)
-    texts, labels = open_rows(colors)[:60], [row % 3 for row in range(60)]
-    answers = classifier.logits(classifier.encode(texts)).argmax(axis=-1)
-    assert float(line.split()[2]) == pytest.approx(100 * f1_score(labels, answers, average="macro"), abs=2.5)
-    assert "ptq-openvino against baseline-pytorch" in printed and "labels differ" in printed
 
 
 def test_a_file_of_other_answers_is_refused(artifact, tmp_path):
