@@ -72,4 +72,5 @@ if (await page.isVisible("#other")) { // not in a clone
   seen.nowhere = await look(() => document.getElementById("status").textContent.includes("cannot be loaded"));
 }
 console.log(JSON.stringify({ ...seen, refused: traffic.refused }));
+await page.unrouteAll({ behavior: "ignoreErrors" });
 await browser.close();

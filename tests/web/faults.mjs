@@ -74,6 +74,7 @@ for (const [name, { prepare, query = "", act }] of Object.entries(FAULTS)) {
     bars: [...document.querySelectorAll("#bars li")].map((row) => row.firstChild.textContent),
     missing: [...document.querySelectorAll("#missing li:not(:empty)")].map((line) => line.textContent),
     opened: window.opened ?? [], images: document.images.length, wide: document.scrollingElement.scrollWidth }));
+  await page.unrouteAll({ behavior: "ignoreErrors" }); // sizes may still be asked for
   await page.context().close();
 }
 console.log(JSON.stringify(seen));
