@@ -2,7 +2,7 @@
 
 No number is typed by hand, and rendering twice changes nothing. A record that lacks a field stops the rendering, and a
 result from the sample or from a short run never enters the README. The folder `base` among the results holds those of
-the base-size encoder, which get a comparison of their own and a second table in the README.
+the base-size encoder, which get a comparison of their own and two rows of the README.
 
     python scripts/run_comparison.py
     python scripts/run_comparison.py --check                                          # as `make check` does
@@ -25,13 +25,15 @@ from emotion.report.cards import render_cards
 from emotion.report.comparison import MAIN_RUN, Family, read_family
 from emotion.report.document import REPORT, SOURCE, compile_report
 from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
+from emotion.report.front import render_block, render_times
 from emotion.report.pages import BASE_FAMILY, render_study_pages
-from emotion.report.tables import render_block, render_page, render_table
+from emotion.report.tables import render_page, render_table
 from emotion.report.trace import render_trace_page
 from emotion.task.source import RANDOM
 
-# Between these lines of the README stands what this program writes
+# Between these lines of the README stands what this program writes; the times may be left out
 START, END = "<!-- results: written by scripts/run_comparison.py -->", "<!-- end of results -->"
+TIMES_START, TIMES_END = "<!-- times: written by scripts/run_comparison.py -->", "<!-- end of times -->"
 
 
 @dataclass
@@ -90,22 +92,25 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     """
     results, records = families[0].folder, families[0].records
     text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
-    before, after = text.split(START)[0], text.split(END)[1]  # a person wrote these parts: they stay as they are
+    text = fill(text, START, END, render_block(families, readme.parent), readme)
+    if TIMES_START in text:
+        text = fill(text, TIMES_START, TIMES_END, render_times(families[0]), readme)
     run = families[0].benchmarks.get(MAIN_RUN)
     cards = render_cards(records, readme.parent / "model_cards", run, families[0].comparison["seeds"])
-    blocks = []
-    for family in families:
-        blocks.append(render_block(family.comparison, explained=family is families[0]))
-    blocks = "\n".join(blocks)
     return {
-        readme: f"{before}{START}\n\n{blocks}\n{END}{after}",
+        readme: text,
         **cards,
         **render_study_pages(results),
         # It quotes a line of a card: of the one above, not of the one on the disk.
         **render_trace_page(results, records, readme.parent, cards),
     }
+
+
+def fill(text: str, start: str, end: str, block: str, readme: Path) -> str:
+    """The text with the block between its two lines; a person wrote the rest, which stays as it is."""
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise UserError(f"{readme}: needs one line '{start}' and, below it, one line '{end}'")
+    return f"{text.split(start)[0]}{start}\n\n{block}\n{end}{text.split(end)[1]}"
 
 
 def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
+from emotion.common.machine import choose_threads, describe_run
 from emotion.report.pages import render_dataset
 from emotion.report.plots import plot_dataset
 from emotion.task.dataset import TaskArguments, conflicting_texts, load_task
@@ -42,7 +43,7 @@ def main(argv=None) -> None:
     splits = {}
     for split, rows in task.splits.items():
         splits[split] = describe_split(rows, task.labels, tokenizer)
-    study = {
+    study = describe_run(choose_threads(None)) | {
         "dataset": task.name,
         "dataset_source": task.source,
         "base_model": base.name,

@@ -1,12 +1,8 @@
 """Post-training quantization: what is in the folder, that it answers as before it was saved, what is refused."""
 
-import os
-import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import run_evaluation
@@ -383,22 +379,6 @@ def test_the_recipe_is_what_won():
     for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
         for flag, value in one["flags"].items():
             assert recipe[flag] == value, (format, flag)
-
-
-@pytest.mark.processes
-def test_the_readme_opens_it_in_each_runtime(quantized, tmp_path):
-    """Every Python block that names weights/ptq, as it stands."""
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "ptq").symlink_to(quantized)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    blocks = [block for block in blocks if "weights/ptq" in block]
-    assert len(blocks) == 4
-    paths = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}  # instead of `pip install .`
-    for block in blocks:
-        words = [sys.executable, "-c", block]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=paths)
-        assert done.returncode == 0, done.stderr
-        assert "label" in done.stdout or "array" in done.stdout
 
 
 def test_a_folder_of_another_program_is_quantized_like_a_baseline(artifact, quantized, colors, tmp_path):

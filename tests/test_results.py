@@ -1,5 +1,6 @@
 """What is written from the records: the table, the README block, the benchmark, the seeds, the look at the dataset."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,16 +15,21 @@ import study_operators
 from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
 from emotion.common.errors import UserError
 from emotion.measure import benchmark, contenders, openvino_forms, roofline, seeds
+from emotion.measure.evidence import read_predictions
 from emotion.model.artifact import files_to_serve
 from emotion.model.classifier import open_artifact
 from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.report.comparison import seed_rows
+from emotion.report.comparison import score_ensemble, seed_rows
+from emotion.report.front import find_line, list_lines, render_block, summary_table
 from emotion.report.pages import render_dataset, render_study_pages
-from emotion.report.tables import markdown_table, seeds_table
+from emotion.report.render import shorten
+from emotion.report.tables import markdown_table, render_page, seeds_table
 
 import numpy as np
 import pytest
 import yaml
+from pyarrow import parquet
+from sklearn.metrics import f1_score
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +79,17 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
     assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "outdated" not in text
     record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
     timed = read_json(tmp_path / "results" / "benchmark" / "all.json")["artifacts"]["baseline:onnx"]
-    (line,) = [line for line in text.splitlines() if re.match(r"\| baseline +\| +onnx \|", line)]
-    assert f"{100 * record['quality']['macro_f1']:.2f} [" in line
-    assert f"{record['size']['megabytes']:.1f}" in line
+    (line,) = [line for line in text.splitlines() if line.startswith("| baseline, FP32 ")]
+    run = read_json(tmp_path / "results" / "benchmark" / "all.json")
+    fastest = run["artifacts"][run["compared_with"]]  # FP32 in whichever form is the fastest here
+    assert f" {100 * record['quality']['macro_f1']:.2f}† |" in line and line.endswith(" 1.0x |")
+    assert f" {fastest['bytes_to_serve'] / 1e6:.1f} | {fastest['latency_ms']['p50']:>10.2f} |" in line
+    assert record["environment"]["cpu"] in text and shorten(run["git_commit"]) in text
+    assert "bits.png" not in text and "Take" not in text  # neither was measured here
+    page = (tmp_path / "results" / "comparison.md").read_text()
+    (line,) = [line for line in page.splitlines() if re.match(r"\| baseline +\| +onnx \|", line)]
     assert f"{timed['latency_ms']['p50']:.2f}" in line  # of the interleaved run, which the columns beside it divide
-    assert record["environment"]["cpu"] in text
-    assert "## F1 of each class" in (tmp_path / "results" / "comparison.md").read_text()
+    assert "## F1 of each class" in page and "**" not in page  # no seed's number stands in bold
 
 
 def test_rendering_twice_changes_nothing(page, tmp_path):
@@ -92,7 +103,7 @@ def test_rendering_twice_changes_nothing(page, tmp_path):
 def test_a_page_that_was_edited_by_hand_is_found(page, tmp_path):
     run_comparison.main(page)
     readme = tmp_path / "README.md"
-    readme.write_text(readme.read_text().replace("| baseline ", "| the best "))
+    readme.write_text(readme.read_text().replace("| baseline, FP32 ", "| the best "))
     with pytest.raises(UserError, match="not what the records say: .*README.md"):
         run_comparison.main([*page, "--check"])
 
@@ -395,6 +406,80 @@ def run_baseline_recipe(folder, encoder, colors):
     return folder / "recipe.yaml"
 
 
+@pytest.fixture(scope="module")
+def families():
+    return [run_comparison.read_family(ROOT / "results" / name) for name in ("", "base")]
+
+
+def test_the_readme_shows_means_of_nine_rows_at_most(families):
+    lines = list_lines(families[0].comparison)
+    table = summary_table(lines).splitlines()
+    assert len(table) - 2 <= 7 and render_block(families, ROOT).count("\n| base-size ") == 2
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
+        "variant",
+        "macro F1 %",
+        "accuracy %",
+        "size MB",
+        "latency ms",
+        "speed-up",
+    ]
+    summary = read_json(ROOT / "results" / "seeds" / "qat-int4.json")["formats"]["onnx"]["macro_f1"]
+    (row,) = [line for line in table if line.startswith("| qat-int4 ")]
+    assert f" {100 * summary['mean']:.2f} ± {100 * summary['standard_deviation']:.2f} |" in row and "**" not in row
+
+
+def test_one_seed_is_marked_and_no_score_is_taken_for_a_mean(families):
+    """As where a results folder has records and no summary over seeds."""
+    comparison = families[0].comparison | {"seeds": []}
+    line = find_line(comparison, "qat-int4")
+    assert line["macro_f1"]["standard_deviation"] is None and line["change"] is None
+    table = summary_table(list_lines(comparison))
+    assert "±" not in table and table.count("†") == 2 * (len(table.splitlines()) - 2)
+
+
+def test_the_mean_of_fp32_is_also_told_over_the_seeds_of_the_others(families):
+    (reference,) = [one for one in families[0].comparison["seeds"] if one["variant"] == "baseline"]
+    assert len(reference["seeds"]) == 5
+    mean = np.mean(reference["macro_f1_of_seeds"][:3])
+    assert f"(FP32: 5; the same 3 alone: {100 * mean:.2f})" in render_block(families, ROOT)
+
+
+def test_the_ensemble_is_that_of_the_probabilities(families):
+    results, shares = ROOT / "results" / "seeds", []
+    for seed in families[0].comparison["ensemble"]["seeds"]:
+        labels, logits = read_predictions(results / str(seed) / "predictions" / "baseline-pytorch.parquet")
+        shares.append(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+    expected = f1_score(labels, np.mean(shares, axis=0).argmax(axis=1), average="macro")
+    assert families[0].comparison["ensemble"]["macro_f1"] == pytest.approx(expected)
+    assert families[1].comparison["ensemble"] is None  # one seed is none
+
+
+def test_an_ensemble_of_other_rows_is_refused(tmp_path):
+    shutil.copytree(ROOT / "results" / "seeds", tmp_path / "seeds")
+    path = tmp_path / "seeds" / "43" / "predictions" / "baseline-pytorch.parquet"
+    table = parquet.read_table(path)
+    parquet.write_table(table.slice(0, 100), path)
+    summary = read_json(tmp_path / "seeds" / "baseline.json")
+    with pytest.raises(UserError, match="43/predictions/baseline-pytorch.parquet is not of the rows"):
+        score_ensemble(summary, tmp_path, list("abcdef"))
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_the_page_says_what_the_ensemble_gains(gains, families):
+    comparison = json.loads(json.dumps(families[0].comparison))
+    (one,) = [one for one in comparison["seeds"] if one["variant"] == "baseline"]
+    shift = 2 if gains else 0.5
+    comparison["ensemble"]["macro_f1"] = one["macro_f1"]["mean"] + shift * one["macro_f1"]["standard_deviation"]
+    page = render_page(dataclasses.replace(families[0], comparison=comparison), [])
+    assert ("still gains" in page) == gains and ("more training is not what is missing" in page) == (not gains)
+    assert page.index("## Means over the seeds") < page.index("## Seed 42, chosen on validation")
+
+
+def test_a_commit_is_seven_digits_and_says_what_was_changed():
+    assert shorten("95508beb9d1bdb53") == "95508be" and shorten("95508beb9d1bdb53-dirty") == "95508be-dirty"
+    assert shorten(None) == "unknown"
+
+
 def test_the_dataset_is_described_by_counting(encoder, tmp_path):
     train, test = build_rows(30), build_rows(9)
     train["text"] += ["two labels", "two labels", "elsewhere"]
@@ -435,6 +520,7 @@ def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
     ("study", "field"),
     [
         ("dataset", "base_model"),
+        ("dataset", "git_commit"),
         ("dataset", "splits"),
         ("ptq_study", "date"),
         ("ptq_sensitivity", "examples"),

@@ -103,6 +103,19 @@ def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
     assert float(re.search(r"score: ([\d.]+)", shown)[1]) == pytest.approx(expected.max(), abs=TOLERANCE)
 
 
+def test_the_snippet_of_the_readme_runs_on_a_folder(real_int8, python_scores, tmp_path):
+    (code,) = re.findall(r"```js\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / RECOMMENDED).symlink_to(real_int8)
+    assert code.count('"weights/"') == 1 and f'"{RECOMMENDED}"' in code
+    code = code.replace(
+        '"weights/"', json.dumps(f"{tmp_path}/")
+    )  # the libraries are found from the folder of the tests
+    shown = run_node("--input-type=module", "-", env=os.environ, input=code)
+    labels, scores = python_scores
+    (expected,) = scores(["i feel so happy that you came"])
+    assert f"label: '{labels[expected.argmax()]}'" in shown
+
+
 @pytest.fixture(scope="module")
 def variants(real, real_int8, tmp_path_factory) -> Path:
     """A folder like `weights/`, with the models that the demo page offers."""

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.measure.contenders import TITLES, is_alternative
-from emotion.measure.evidence import read_predictions, read_seeds
+from emotion.measure.evidence import read_predictions, read_seeds, score_again
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.measure.record import artifact_name, read_records, record_name
 from emotion.measure.schema import read_result
 from emotion.model.artifact import WEIGHT_FILES
+from emotion.task.scores import softmax
+
+import numpy as np
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
 MAIN_RUN = "all"  # file of results/benchmark
@@ -78,16 +81,25 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
-    comparison = {"about": describe(records, run), "tests": describe_tests(tests), "rows": rows}
-    return rounded(comparison) | {"seeds": read_means(results)}
+    about = describe(records, run)
+    comparison = {"about": about, "tests": describe_tests(tests), "rows": rows}
+    return rounded(comparison | {"seeds": read_means(results), "ensemble": read_ensemble(results, about["labels"])})
 
 
 def read_means(results: Path) -> list[dict]:
     """The means over seeds of every form in a folder of results, a line each; empty if none were measured."""
     rows = []
-    for summary in read_seeds(results):
+    for summary in sorted(read_seeds(results), key=lambda one: one["variant"]):
         rows += seed_rows(summary)
     return rounded(rows)
+
+
+def read_ensemble(results: Path, labels: list[str]) -> dict | None:
+    """What `score_ensemble` gives for the baselines in a folder of results; None without their summary."""
+    for summary in read_seeds(results):
+        if summary["variant"] == REFERENCE.split("-")[0]:
+            return score_ensemble(summary, results, labels)
+    return None
 
 
 def describe_tests(tests: dict[str, dict]) -> dict:
@@ -108,6 +120,7 @@ def describe(records: list[dict], run: dict | None) -> dict:
     """What was measured on what, for captions."""
     # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
+    made = {record["made"]["git_commit"] for record in records}
     sets, machines = set(), set()
     for one in environments:
         sets |= set(one["instruction_sets"]) & NOTEWORTHY_SETS
@@ -117,13 +130,25 @@ def describe(records: list[dict], run: dict | None) -> dict:
         "dataset": records[0]["made"]["dataset"],
         "examples": records[0]["quality"]["examples"],
         "labels": records[0]["quality"]["labels"],
+        "parameters": count_parameters(records),
         "base_models": sorted({str(record["made"]["base_model"]) for record in records}),  # null without a recipe.yaml
         "machines": sorted(machines),
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
+        "commits": sorted(({run["git_commit"]} if run else made) - {None}),
+        "made_at": sorted(made - {None}),  # the commits whose code made the artifacts
         "compared_with": run["compared_with"] if run else None,
         "rounds": run["rounds"] if run else None,
     }
+
+
+def count_parameters(records: list[dict]) -> int | None:
+    """Those of the reference, which are four bytes each in its file; None where that cannot be told."""
+    for record in records:
+        files = record["size"]["files"]
+        if record_name(record) == REFERENCE and "model.safetensors" in files:
+            return files["model.safetensors"] // 4  # the file's header adds a tenth of a percent
+    return None
 
 
 def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
@@ -201,12 +226,13 @@ def seed_rows(summary: dict) -> list[dict]:
     rows = []
     # A baseline's seeds are scored in one form alone: its summary is that form's.
     for format, one in summary.get("formats", {"pytorch": summary}).items():
-        seeds, agreed, changes = [], [], []
+        seeds, scores_of_seeds, agreed, changes = [], [], [], []
         for run in summary["runs"]:
             scores = run.get("formats", {format: run}).get(format)
             if scores is None:  # not every seed has every format, see measure/seeds.py
                 continue
             seeds.append(run["seed"])
+            scores_of_seeds.append(scores["macro_f1"])
             agreed.append(scores["conflict_free_macro_f1"])
             changes.append(scores.get("change"))
         rows.append(
@@ -214,6 +240,7 @@ def seed_rows(summary: dict) -> list[dict]:
                 "variant": summary["variant"],
                 "format": format,
                 "seeds": seeds,
+                "macro_f1_of_seeds": scores_of_seeds,
                 "chosen_seed": summary["chosen_seed"],
                 **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
                 "conflict_free_macro_f1": sum(agreed) / len(agreed),
@@ -221,6 +248,28 @@ def seed_rows(summary: dict) -> list[dict]:
             }
         )
     return rows
+
+
+def score_ensemble(summary: dict, results: Path, names: list[str]) -> dict | None:
+    """Scores of the mean of the probabilities of all seeds' baselines; None if fewer than two have kept their logits.
+
+    Raises:
+        UserError: if the seeds were not scored on the same rows.
+    """
+    seeds, probabilities, labels = [], [], None
+    for run in summary["runs"]:
+        path = results / "seeds" / str(run["seed"]) / "predictions" / f"{REFERENCE}.parquet"
+        if path.is_file():
+            before, (labels, logits) = labels, read_predictions(path)
+            if logits.shape[1] != len(names) or before is not None and not np.array_equal(before, labels):
+                raise UserError(f"{path} is not of the rows and classes of the other seeds; measure it again")
+            seeds.append(run["seed"])
+            probabilities.append(softmax(logits))
+    if len(seeds) < 2:
+        return None
+    # It reads the largest of each row, so that probabilities serve as well as logits.
+    scores = score_again(labels, np.mean(probabilities, axis=0), names)
+    return {"seeds": seeds, "macro_f1": scores["macro_f1"], "accuracy": scores["accuracy"]}
 
 
 def format_of(name: str) -> str:

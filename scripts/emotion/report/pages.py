@@ -316,8 +316,7 @@ def render_bits(studies: list[dict]) -> str:
         parts.append(
             {
                 "base_model": study["base_model"],
-                "date": study["date"],
-                "cpu": study["environment"]["cpu"],
+                "study": study,
                 "table": _ladder_table(study),
                 "forms": _forms_table(study),
             }

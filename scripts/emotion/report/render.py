@@ -43,8 +43,17 @@ def render(template: Path | str, **fields) -> str:
         keep_trailing_newline=True,
         finalize=_without_last_newline,
     )
+    environment.filters["short"] = shorten
     source = (TEMPLATES / template).read_text(encoding="utf-8")  # an absolute path stays as it is
     return environment.from_string(source).render(**fields)
+
+
+def shorten(commit: str | None) -> str:
+    """The first seven digits of a commit, and whether its code was changed; "unknown" outside a repository."""
+    if commit is None:
+        return "unknown"
+    digits, *mark = commit.split("-", 1)
+    return "-".join([digits[:7], *mark])
 
 
 def _without_last_newline(value):

@@ -1,4 +1,4 @@
-"""The tables of the comparison, the block of the README that shows the main one, and the page that shows all."""
+"""The tables of the comparison, and the page that shows all of them."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from emotion.measure.record import record_name
 from emotion.report.comparison import Family
 from emotion.report.render import complete, render
 
-# Column of the main table -> the field of a row that it shows, and how its best value is picked
+# Column of the table of all forms -> the field of a row that it shows
 COLUMNS = {
-    "macro F1 % [95 %]": ("macro_f1", max),
-    "accuracy %": ("accuracy", max),
-    "MB": ("megabytes", min),
-    "p50 ms": ("p50_ms", min),
-    "p95 ms": ("p95_ms", min),
-    "texts/s": ("texts_per_s", max),
+    "macro F1 % [95 %]": "macro_f1",
+    "accuracy %": "accuracy",
+    "MB": "megabytes",
+    "p50 ms": "p50_ms",
+    "p95 ms": "p95_ms",
+    "texts/s": "texts_per_s",
 }
 
 
@@ -42,27 +42,15 @@ def _line(cells: list[str], widths: list[int]) -> str:
 
 
 def render_table(comparison: dict) -> str:
-    """One line per artifact; the best value of a column is bold, a value that was not measured is a dash."""
-    best = _best_values(comparison["rows"])
+    """One line per artifact; a value that was not measured is a dash.
+
+    The best of a column is not marked: that of one seed says little of another's.
+    """
     lines = []
     for row in comparison["rows"]:
-        cells = [row["variant"], row["format"]]
-        for key, _ in COLUMNS.values():
-            text = _cell(row, key)
-            # Compared as measured, not as written: two values that look alike are not both the best.
-            bold = row[key] is not None and row[key] == best[key]
-            cells.append(f"**{text}**" if bold else text)
-        lines.append([*cells, _verdict(row, comparison)])
+        cells = [_cell(row, key) for key in COLUMNS.values()]
+        lines.append([row["variant"], row["format"], *cells, _verdict(row, comparison)])
     return markdown_table(["variant", "format", *COLUMNS, "against FP32"], lines)
-
-
-def _best_values(rows: list[dict]) -> dict:
-    """The best value of each column, None where nothing was measured."""
-    best = {}
-    for key, pick in COLUMNS.values():
-        values = [row[key] for row in rows if row[key] is not None]
-        best[key] = pick(values, default=None)
-    return best
 
 
 def _cell(row: dict, key: str) -> str:
@@ -97,28 +85,6 @@ def _verdict(row: dict, comparison: dict) -> str:
     return row["tests"]["verdict"] if row["tests"] else "-"
 
 
-@complete("the README's block")
-def render_block(comparison: dict, explained: bool = True) -> str:
-    """A table of the README's results block, and a caption that says what was measured on what.
-
-    Args:
-        explained: whether the caption explains the columns; once is enough.
-    """
-    return render("readme_block.md", **_facts(comparison, explained))
-
-
-def _facts(comparison: dict, explained: bool = True) -> dict:
-    """What the block shows; `results/comparison.md` includes the same block."""
-    return {
-        "explained": explained,
-        # `kinds` decides which sentences of the caption are needed.
-        "table": render_table(comparison),
-        "about": comparison["about"],
-        "tests": comparison["tests"],
-        "kinds": {row["kind"] for row in comparison["rows"]},
-    }
-
-
 @complete("the comparison")
 def render_page(family: Family, pictures: list[Path]) -> str:
     """The text of `comparison.md`; ``pictures`` are shown by their file names, in this order."""
@@ -126,10 +92,15 @@ def render_page(family: Family, pictures: list[Path]) -> str:
     seeds = comparison["seeds"]
     return render(
         "comparison.md",
-        **_facts(comparison),
+        about=comparison["about"],
+        tests=comparison["tests"],
+        table=render_table(comparison),
+        kinds={row["kind"] for row in comparison["rows"]},  # they decide which sentences a caption needs
+        ensemble=describe_ensemble(comparison),
         tests_table=tests_table(comparison),
         seeds_table=seeds_table(seeds) if seeds else "",
         chosen_seeds=sorted({one["chosen_seed"] for one in seeds}),
+        several=max((len(one["seeds"]) for one in seeds), default=0) > 1,
         remedies_table=remedies_table(family.records),
         classes_table=classes_table(family.records),
         pictures=pictures,
@@ -137,6 +108,18 @@ def render_page(family: Family, pictures: list[Path]) -> str:
         benchmark_tables={name: benchmark_table(run) for name, run in benchmarks.items()},
         fastest={name: fastest_of(run) for name, run in benchmarks.items()},
     )
+
+
+def describe_ensemble(comparison: dict) -> dict | None:
+    """The ensemble of the baselines beside what they score themselves; None where it was not scored."""
+    ensemble = comparison["ensemble"]
+    for one in comparison["seeds"]:
+        if ensemble and f"{one['variant']}-{one['format']}" == comparison["tests"]["reference"]:
+            mean, deviation = one["macro_f1"]["mean"], one["macro_f1"]["standard_deviation"]
+            # Within what two seeds differ by, averaging them has brought nothing.
+            gains = ensemble["macro_f1"] - mean > (deviation or 0)
+            return {**ensemble, "mean": mean, "deviation": deviation, "gains": gains}
+    return None
 
 
 def tests_table(comparison: dict) -> str:

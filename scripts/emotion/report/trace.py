@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import relative, write_json, write_text
+from emotion.common.machine import describe_run
 from emotion.measure.evidence import read_study
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats, weights_of
@@ -41,7 +42,7 @@ def measure_trace(text: str, folder: Path, baseline: Path, task, threads: int) -
     logits = {"FP32": before.logits(ids)[0].tolist()}
     for name, classifier in after.items():
         logits[name] = classifier.logits(ids)[0].tolist()
-    return {
+    return describe_run(threads) | {
         "text": text,
         "dataset": task.name,
         "split": split,

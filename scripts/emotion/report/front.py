@@ -1,0 +1,184 @@
+"""What the README shows of the results: which variant to take, nine rows, one picture, the time in each runtime.
+
+Scores are means over the seeds. A form that one seed alone was scored in is marked, and nothing stands in bold: what
+differs between two lines may be the luck of a seed.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from emotion.measure.evidence import read_study
+from emotion.model.released import RECOMMENDED, RELEASED
+from emotion.report.comparison import REFERENCE, Family
+from emotion.report.pages import cells_of
+from emotion.report.render import complete, render
+from emotion.report.tables import markdown_table
+
+ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
+# The form of a released variant whose file this repository holds; all others are INT8 and fewer bits in ONNX Runtime
+FORMS = {"baseline": "bf16", "qlora": "nf4"}
+TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}
+# What opens the forms of the README's snippets: format, variant, words
+RUNTIMES = (
+    ("onnx", RECOMMENDED, "ONNX Runtime"),
+    ("openvino", "ptq", "OpenVINO"),
+    ("bf16", "baseline", "Transformers, BF16"),
+    ("nf4", "qlora", "Transformers, NF4"),
+)
+
+
+@complete("the README's block")
+def render_block(families: list[Family], root: Path) -> str:
+    """The recommendation, the table with its caption, and the picture.
+
+    Args:
+        families: of the small encoder and, if it was measured, of the base-size one.
+        root: the README's folder, from which it finds the picture.
+    """
+    small, results = families[0].comparison, families[0].folder
+    lines = list_lines(small)
+    seeds = common_seeds(lines)
+    for family in families[1:]:
+        lines += list_lines(family.comparison, "base-size ", ("ptq",))
+    study = None
+    if (results / "bits.json").is_file() and results.is_relative_to(root):
+        study = read_study(results / "bits.json")
+    return render(
+        "readme_block.md",
+        encoders=[describe_encoder(family.comparison["about"]) for family in families],
+        about=small["about"],
+        recommended=RECOMMENDED,
+        advice=find_line(small, RECOMMENDED),
+        table=summary_table(lines),
+        marked=any(not is_mean(line["macro_f1"]) for line in lines),
+        single=chosen_reference(small),
+        seeds=len(seeds),
+        reference=lines[0],
+        reference_mean=mean_of(lines[0], seeds),
+        runtime=small["about"]["compared_with"],
+        origins=[merged(families, name) for name in ("machines", "dates", "commits")],
+        link=results.relative_to(root).as_posix() if results.is_relative_to(root) else None,
+        picture=describe_picture(study) if study else None,
+    )
+
+
+def describe_encoder(about: dict) -> dict:
+    """Its name without the owner's, and how many parameters it has."""
+    return {"names": [name.split("/")[-1] for name in about["base_models"]], "parameters": about["parameters"]}
+
+
+def chosen_reference(comparison: dict) -> dict | None:
+    """The seed that lines of one seed are of, and FP32 there; None where FP32 is no mean over seeds either."""
+    line = find_line(comparison, *REFERENCE.split("-"))
+    for one in comparison["seeds"]:
+        if f"{one['variant']}-{one['format']}" == REFERENCE and is_mean(line["macro_f1"]):
+            scores = dict(zip(one["seeds"], one["macro_f1_of_seeds"], strict=True))
+            return {"seed": one["chosen_seed"], "macro_f1": scores[one["chosen_seed"]]}
+    return None
+
+
+def common_seeds(lines: list[dict]) -> list[int]:
+    """The seeds that most of the lines are a mean of; empty if all are of one seed."""
+    counted = Counter(tuple(line["seeds"]) for line in lines if is_mean(line["macro_f1"]))
+    return list(counted.most_common(1)[0][0]) if counted else []
+
+
+def mean_of(line: dict, seeds: list[int]) -> float | None:
+    """Macro F1 over these seeds alone, where the line is a mean of more than these; else None."""
+    scores = dict(zip(line["seeds"], line["macro_f1_of_seeds"], strict=True))
+    if not seeds or not set(seeds) < scores.keys():
+        return None
+    return sum(scores[seed] for seed in seeds) / len(seeds)
+
+
+def list_lines(comparison: dict, prefix: str = "", variants: tuple = RELEASED) -> list[dict]:
+    """FP32, then the forms of ``variants`` that were measured."""
+    lines = [{"title": f"{prefix}baseline, FP32", **reference_line(comparison)}]
+    for variant in variants:
+        if line := find_line(comparison, variant):
+            lines.append({"title": prefix + TITLES.get(variant, variant), **line})
+    return lines
+
+
+def reference_line(comparison: dict) -> dict:
+    """FP32: its scores, and size and speed of what the others are divided by, the fastest form of it."""
+    fastest = comparison["about"]["compared_with"] or ""
+    for row in comparison["rows"]:
+        # A record is called variant-format, an artifact folder:format.
+        if Path(fastest).name == f"{row['variant']}:{row['format']}" or fastest == row["name"]:
+            return {**find_line(comparison, *REFERENCE.split("-")), **speeds_of(row)}
+    return find_line(comparison, *REFERENCE.split("-"))
+
+
+def find_line(comparison: dict, variant: str, format: str | None = None) -> dict | None:
+    """Scores, size and speed of a variant in the form that is released; None if it was not measured."""
+    format = format or FORMS.get(variant, "onnx")
+    for row in comparison["rows"]:
+        if (row["variant"], row["format"], row["kind"]) == (variant, format, "record"):
+            line = {name: {"mean": row[name], "standard_deviation": None} for name in ("macro_f1", "accuracy")}
+            line |= {"seeds": [], "macro_f1_of_seeds": [], "change": None, **speeds_of(row)}
+            break
+    else:
+        return None
+    for one in comparison["seeds"]:
+        if (one["variant"], one["format"]) == (variant, format):
+            line |= {name: one[name] for name in ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds")}
+    return line
+
+
+def speeds_of(row: dict) -> dict:
+    """The fields of a row that do not depend on a seed."""
+    return {name: row[name] for name in ("megabytes", "times_smaller", "p50_ms", "times_faster_at_batch_1")}
+
+
+def is_mean(score: dict) -> bool:
+    """Whether a score is the mean of several seeds, which alone has a deviation."""
+    return score["standard_deviation"] is not None
+
+
+def summary_table(lines: list[dict]) -> str:
+    """The columns that tell which variant to take; a dash for what was not measured."""
+    rows = []
+    for line in lines:
+        faster = line["times_faster_at_batch_1"]
+        rows.append(
+            [
+                line["title"],
+                _score(line["macro_f1"]),
+                _score(line["accuracy"]),
+                f"{line['megabytes']:.1f}",
+                "-" if line["p50_ms"] is None else f"{line['p50_ms']:.2f}",
+                "-" if faster is None else f"{faster['median']:.1f}x",
+            ]
+        )
+    return markdown_table(["variant", "macro F1 %", "accuracy %", "size MB", "latency ms", "speed-up"], rows)
+
+
+def _score(score: dict) -> str:
+    """`88.84 ± 1.16`; a single seed has no deviation but a mark."""
+    mean = f"{100 * score['mean']:.2f}"
+    return f"{mean} ± {100 * score['standard_deviation']:.2f}" if is_mean(score) else mean + ONE_SEED
+
+
+def merged(families: list[Family], name: str) -> list[str]:
+    """What the families say of a field of `about`, each value once."""
+    return sorted({value for family in families for value in family.comparison["about"][name]})
+
+
+def describe_picture(study: dict) -> dict:
+    """What the caption of `bits.png` tells: the bits, and how many seeds."""
+    cells = cells_of(study, "qat")
+    return {"bits": [cell["bits"] for cell in cells], "seeds": len(cells[0]["runs"])}
+
+
+@complete("the README's times")
+def render_times(family: Family) -> str:
+    """The time of one text in each runtime that the README's snippets use; a sentence if none was timed."""
+    rows = []
+    for format, variant, words in RUNTIMES:
+        line = find_line(family.comparison, variant, format)
+        if line and line["p50_ms"] is not None:
+            rows.append([words, f"`weights/{variant}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
+    return render(
+        "readme_times.md", table=markdown_table(["runtime", "folder", "MB", "ms a text"], rows) if rows else ""
+    )

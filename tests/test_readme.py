@@ -1,0 +1,152 @@
+"""The README: what it tells to type exists, its snippets answer, and its map is the house."""
+
+import dataclasses
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+from emotion.model.released import RECOMMENDED, RELEASED
+from emotion.report.front import FORMS, TITLES
+
+import pytest
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The weights that a clone holds, or that a command above the snippet makes; any tiny model stands in for them here
+MADE = ["mine/ptq"]
+WIDTH = 110  # characters
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Each command of the Bash blocks as words; a pipe makes two."""
+    found = []
+    for block in blocks("bash"):
+        text = re.sub(r"(^| +)# .*", "", block.replace("\\\n", " "), flags=re.MULTILINE)
+        lexer = shlex.shlex(text, posix=True, punctuation_chars="|\n")
+        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " ", True, ""
+        words = []
+        for word in [*lexer, "\n"]:
+            if set(word) <= {"|", "\n"}:
+                found += [words] if words else []
+                words = []
+            else:
+                words.append(word)
+    return found
+
+
+COMMANDS = commands()
+SCRIPTS = [words for words in COMMANDS if any(word.startswith("scripts/") for word in words)]
+
+
+def flags_of(script: str) -> set[str]:
+    """The names of all flags of a command: the fields of its dataclasses, or what it gives to argparse."""
+    module = importlib.import_module(Path(script).stem)
+    names = set(re.findall(r'add_argument\(\s*"--(\w+)"', Path(module.__file__).read_text(encoding="utf-8")))
+    for value in vars(module).values():
+        if isinstance(value, type) and dataclasses.is_dataclass(value):
+            names |= {field.name for field in dataclasses.fields(value)}
+    return names
+
+
+def test_the_commands_are_found():
+    assert len(SCRIPTS) > 15 and ["make", "test"] in COMMANDS
+    assert ["python", "scripts/predict.py", "i miss my old home"] in COMMANDS
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_each_command_and_its_flags_exist(words):
+    place = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
+    assert (ROOT / words[place]).is_file()
+    flags = {word[2:] for word in words[place + 1 :] if word.startswith("--")}
+    assert flags <= flags_of(words[place]), f"{words[place]} has no {flags - flags_of(words[place])}"
+
+
+def test_each_line_of_code_fits_a_narrow_window():
+    """At 1,000 pixels the Hub's and GitHub's pages show as many characters; more would scroll sideways."""
+    for block in [*blocks("bash"), *blocks("python"), *blocks("js")]:
+        assert max(map(len, block.splitlines())) <= WIDTH, block
+
+
+def test_each_target_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"`make ([a-z-]+)`", README))
+    named |= {word for words in COMMANDS if words[0] == "make" for word in words[1:]}
+    missing = {name for name in named if not re.search(rf"^{name}:", makefile, flags=re.MULTILINE)}
+    assert named and not missing
+
+
+def test_each_link_leads_somewhere():
+    for link in re.findall(r'(?:\]\(|src=")([^)"]+)', README):
+        assert "://" in link or (ROOT / link).exists(), link
+
+
+def test_the_map_is_the_house():
+    """A line for every file of the code, and for everything that stands at the top; and no other."""
+    drawn = README[README.index("## Map") :].split("```")[1]
+    named = re.findall(r"── ([\w./-]+)", drawn)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    tracked = [Path(name) for name in listed.stdout.split("\n") if name]
+    top = {path.parts[0] + "/" * (len(path.parts) > 1) for path in tracked if not path.parts[0].startswith(".")}
+    code = {path.name for path in tracked if path.suffix == ".py" and path.parts[0] == "scripts"}
+    house = (top | code) - {"LICENSE", "README.md", "__init__.py"}
+    assert house - set(named) == set(), "not on the map"
+    assert {name for name in named if name.endswith(".py")} <= code
+
+
+def test_what_is_released_has_its_form_and_its_name():
+    assert RECOMMENDED in RELEASED and FORMS.keys() <= set(RELEASED) and TITLES.keys() <= set(RELEASED)
+    assert f"weights/{RECOMMENDED}" in README
+
+
+@pytest.fixture
+def clone(artifact, quantized, adapted, tmp_path) -> Path:
+    """A folder like a clone, whose weights are tiny; of the variants one stands for all."""
+    stand_ins = {"baseline": artifact, "qlora": adapted}
+    for name in (*RELEASED, *MADE):
+        (tmp_path / "weights" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "weights" / name).symlink_to(stand_ins.get(name, quantized))
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "texts.txt").write_text("a red house\nthe blue sky\n")
+    (tmp_path / "texts.csv").write_text("text\na red house\nthe blue sky\n")
+    return tmp_path
+
+
+def run_in(folder: Path, command, **options) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("place", range(len(blocks("python"))))
+def test_each_python_block_answers(place, clone):
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}  # instead of `pip install .`
+    printed = run_in(clone, [sys.executable, "-c", blocks("python")[place]], env=paths)
+    assert re.search("warm|cold|none", printed)
+
+
+@pytest.mark.processes
+def test_the_commands_that_answer_answer(clone):
+    """As a shell runs them, with the tiny weights in place of the default's."""
+    answered = 0
+    python = f"alias python={shlex.quote(sys.executable)}\n"
+    for line in re.sub(r"\\\n", " ", "".join(blocks("bash"))).splitlines():
+        if re.search(r"scripts/(predict|run_batch)\.py", line) and "user/" not in line:
+            if "--model" not in line:
+                line = line.replace("predict.py", f"predict.py --model weights/{RECOMMENDED}")
+            printed = run_in(clone, ["bash", "-c", f"shopt -s expand_aliases\n{python}{line}"])
+            assert re.search("warm|cold|none", printed) or (clone / "answers").is_dir()
+            answered += 1
+    (one,) = re.findall(r"^PYTHONPATH=.*?'$", README, flags=re.MULTILINE | re.DOTALL)
+    assert "label" in run_in(clone, ["bash", "-c", f"shopt -s expand_aliases\n{python}{one}"])
+    assert answered == 5
