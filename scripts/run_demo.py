@@ -15,6 +15,7 @@ from pathlib import Path
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.help_text import describe
 from emotion.common.ranges import Range, speak_plainly
 
 PAGE = ROOT / "docs" / "demo"
@@ -58,12 +59,13 @@ def main(argv=None) -> None:
     Raises:
         UserError: if the libraries are not installed, or another program has the port.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument(
         "--port", type=int, default=8000, choices=Range(0, 65535), help="port to listen at; 0 takes a free one"
     )
     parser.add_argument("--weights_dir", default=str(ROOT / "weights"), help="folder with a folder for each variant")
     speak_plainly(parser)
+    describe(parser)
     arguments = parser.parse_args(argv)
     server = make_server(arguments.port, Path(arguments.weights_dir))
     print(f"the demo page: http://127.0.0.1:{server.server_port}/   (Ctrl+C ends it)", flush=True)

@@ -210,7 +210,7 @@ def test_the_other_variants_are_linked(records):
         names.append(link + (", recommended" if name == RECOMMENDED else ""))
     assert list(lines) == names and "the same [code](https://github.com/me/code)" in text
     megabytes = of(records, RECOMMENDED, "onnx")["size"]["megabytes"]
-    assert lines[names[RELEASED.index(RECOMMENDED)]].startswith(f"{megabytes} | ")
+    assert lines[names[list(RELEASED).index(RECOMMENDED)]].startswith(f"{megabytes} | ")
     # What was scored on other rows is in no table with this one.
     of(records, "qat", "onnx")["made"]["dataset_fingerprint"] = "other"
     for format in ("torchao", "openvino"):
