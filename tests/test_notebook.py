@@ -21,8 +21,18 @@ from pyarrow import parquet
 from sklearn.metrics import f1_score
 
 PATH = ROOT / "notebooks" / "inference_evaluation.ipynb"
-HIDE = "import sys\nfor name in ('torch', 'transformers'):\n    sys.modules[name] = None"
-SHOW = "for name in ('torch', 'transformers'):\n    del sys.modules[name]"
+HIDE = """
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, *words):
+        return None if name in {"torch", "transformers"} else super().find_spec(name, *words)
+
+place = sys.meta_path.index(importlib.machinery.PathFinder)
+sys.meta_path[place] = Finder
+"""
+SHOW = "sys.meta_path[place] = importlib.machinery.PathFinder"
 
 
 @pytest.fixture
