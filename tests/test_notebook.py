@@ -112,7 +112,8 @@ def test_what_is_stored_comes_from_one_run_on_the_released_weights(notebook):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     stored = [output for cell in code for output in cell.outputs]
     assert {output.get("name", "stdout") for output in stored} == {"stdout"}
-    assert not re.search(r"/(home|root|work|Users|tmp)/", str(stored))
+    words = [output for output in stored if "image/png" not in output.get("data", {})]
+    assert not re.search(r"/(home|root|work|Users|tmp)/", str(words))
     table = printed_by(notebook, "with-torch").splitlines()
     for variant, format in RELEASED.items():
         (line,) = [line for line in table if line.startswith(f"{variant}, {format} ")]
