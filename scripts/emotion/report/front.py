@@ -38,6 +38,7 @@ def render_block(families: list[Family], root: Path) -> str:
     small, results = families[0].comparison, families[0].folder
     lines = list_lines(small)
     seeds = common_seeds(lines)
+    fewer = [line for line in lines if is_mean(line["macro_f1"]) and len(line["seeds"]) < len(seeds)]
     for family in families[1:]:
         lines += list_lines(family.comparison, "base-size ", ("ptq",))
     study = None
@@ -53,6 +54,7 @@ def render_block(families: list[Family], root: Path) -> str:
         marked=any(not is_mean(line["macro_f1"]) for line in lines),
         single=chosen_reference(small),
         seeds=len(seeds),
+        fewer=fewer,  # QLoRA keeps floats where 4 bits cost a seed too much
         reference=lines[0],
         reference_mean=mean_of(lines[0], seeds),
         runtime=small["about"]["compared_with"],
