@@ -124,7 +124,7 @@ def classes_of(name: str) -> list:
 def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
     classes = classes_of(name)
     assert classes
-    parser = _parser(classes)
+    parser = _parser(classes, ["--help_all"])
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:
         if action.type in (int, float) and action.dest != "local_rank":  # the launcher's, not the user's

@@ -131,7 +131,8 @@ def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative)
     readme.write_text(f"{run_comparison.START}\n{run_comparison.END}\n")
     shutil.copytree(results, tmp_path / "results")
     run_comparison.main(["--results_dir", str(tmp_path / "results"), "--readme", str(readme)])
-    assert re.search(r"\| llama-qlora +\| +adapter \|", readme.read_text())
+    page = (tmp_path / "results" / "comparison.md").read_text()
+    assert re.search(r"\| llama-qlora +\| +adapter \|", page) and "llama-qlora" not in readme.read_text()
     assert [path.stem for path in (tmp_path / "model_cards").iterdir()] == ["baseline"]
     with pytest.raises(UserError, match="llama-qlora is a language model to compare with"):
         run_publish.main([str(generative), "--repo_id", "user/x", "--dry_run", "true", "--results_dir", str(results)])

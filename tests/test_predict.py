@@ -117,7 +117,7 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "nowhere", "text"], "error: no folder nowhere; train one with python scripts/run_baseline.py"),
+        (["--model", "nowhere", "text"], "error: no folder nowhere; take one that the repository holds"),
         (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file"),
         (["--file", "a.csv"], "error: --file a.csv is a table or compressed, and this command takes plain lines; "),
         (["--file", "a.Parquet"], "error: --file a.Parquet is a table"),

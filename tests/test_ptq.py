@@ -272,7 +272,7 @@ def test_calibration_rows_are_drawn_class_by_class():
         (["--formats"], "--formats"),
         (["--onnx_calibration", "percentile"], "--onnx_calibration percentile: it takes none, minmax or entropy"),
         (["--keep_float", "bert.encoder.layer.7"], "--keep_float bert.encoder.layer.7: no layer has such a name"),
-        (["--baseline", "nowhere"], "no folder nowhere; train one with"),
+        (["--baseline", "nowhere"], "no folder nowhere; take one that"),
         (["--calibration_row", "3"], "unknown flag --calibration_row. Did you mean calibration_rows?"),
     ],
 )

@@ -340,7 +340,7 @@ def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
         ({"bits": 4, "group_size": 24}, "--group_size 24: bert.encoder.layer.0.* has rows of 64 weights"),
         ({"bits": 4, "group_size": 12}, "--group_size 12: it takes a multiple of 8"),
         ({"freeze": "roberta"}, "--freeze roberta: no parameter's name begins so; they begin with bert.embeddings"),
-        ({"baseline": "nowhere"}, "no folder nowhere; train one with"),
+        ({"baseline": "nowhere"}, "no folder nowhere; take one that"),
         (
             {"learning_rate": 1e30, "save_steps": 1, "eval_steps": 1, "num_train_epochs": 1},
             "the loss( on validation)? is nan in step .; the last good checkpoint is .*checkpoint-1; lower",

@@ -270,7 +270,7 @@ def _name_recipe(leading: list[str], default: Path) -> Path:
     return Path(leading[0]) if leading else default
 
 
-def _parser(classes, flags: list[str], path: Path | None = None, values: Container[str] = ()):
+def _parser(classes, flags: Container[str] = (), path: Path | None = None, values: Container[str] = ()):
     """The parser of a command; of the Trainer's flags `--help` shows those that the recipe sets.
 
     Args:
