@@ -53,11 +53,11 @@ def main(argv=None) -> None:
             results /= SCORES_OF_OPENED
         found = verify(variant, format, Path(arguments.weights_dir) / variant, results, threads)
         scores = [f"{100 * found[key]:.2f}" for key in ("macro_f1", "published")]
-        machine = "the record's" if found["same_machine"] else "another"
+        machine = "as recorded" if found["same_machine"] else "another"
         lines.append([variant, format, f"{100 * found['equal']:.2f}", *scores, machine, found["verdict"]])
         if found["verdict"] != "verified":
             differing.append(f"{variant} ({format})")
-    head = ["variant", "format", "equal labels %", "macro F1 %", "published", "processor", "verdict"]
+    head = ["variant", "format", "equal labels %", "macro F1 %", "published", "machine", "verdict"]
     print(markdown_table(head, lines), end="")
     if differing:
         raise UserError(f"{', '.join(differing)}: the answers are not those that were published")

@@ -249,9 +249,6 @@ def list_noisy(measured: dict[str, dict]) -> list[str]:
 
 
 def spread(values) -> dict:
-    """Median, minimum and maximum over the rounds, to three digits."""
-    return {
-        "median": round(float(np.median(values)), 3),
-        "min": round(float(np.min(values)), 3),
-        "max": round(float(np.max(values)), 3),
-    }
+    """Median, minimum and maximum over the rounds, to six digits; a small ratio stays above 0."""
+    found = {"median": np.median(values), "min": np.min(values), "max": np.max(values)}
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
