@@ -94,7 +94,7 @@ def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tm
 def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
     (code,) = re.findall(r"```js\n(.*?)```", TEMPLATE.read_text(encoding="utf-8"), flags=re.DOTALL)
     text = "i feel so happy that you came"
-    for gap, words in (("repo_id", REPOSITORY), ("dtype", "q8"), ("example.text", text)):
+    for gap, words in (("repo_id", REPOSITORY), ("dtype", "q8"), ("example", text)):
         code = code.replace(f"{{{{ {gap} }}}}", words)
     shown = run_node("--import", "./setup.mjs", "--input-type=module", "-", env=published[1], input=code)
     labels, scores = python_scores
