@@ -17,7 +17,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment
 from emotion.common.progress import Bar
 from emotion.common.recipe import read_recipe_of
-from emotion.common.sums import check_covered, has_files
+from emotion.common.sums import check_covered, read_sums
 from emotion.measure.evidence import read_predictions, score_again
 from emotion.measure.schema import read_result
 from emotion.model.emotion_classifier import EmotionClassifier
@@ -76,7 +76,7 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
     name = f"{variant}-{format}"
     check_covered(folder)
     record = read_result(results / "metrics" / f"{name}.json", "record")
-    if not has_files(folder, record["sha256"]):
+    if not record["sha256"].items() <= read_sums(folder).items():  # which the files were compared with just now
         raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record["quality"]["split"])

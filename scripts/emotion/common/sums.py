@@ -29,12 +29,14 @@ def format_sums(sums: dict[str, str]) -> str:
 
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS over every other file of a folder."""
-    sums = {}
-    for path in Path(folder).rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != SUMS_FILE:
-            sums[name] = sha256(path)
+    sums = {name: sha256(Path(folder) / name) for name in _names_of(folder)}
     write_text(Path(folder) / SUMS_FILE, format_sums(sums))
+
+
+def _names_of(folder: Path) -> list[str]:
+    """The names of all files of a folder, relative to it and sorted; without SHA256SUMS."""
+    names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()]
+    return sorted(name for name in names if name != SUMS_FILE)
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
@@ -95,14 +97,10 @@ def check_covered(folder: Path) -> None:
     Raises:
         UserError: as `check_sums` does, or if the folder has no SHA256SUMS, or holds a file that it does not name.
     """
-    names = []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.name != SUMS_FILE:
-            names.append(path.relative_to(folder).as_posix())
     sums = read_sums(folder)
     if sums is None:
         raise UserError(f"{folder} has no {SUMS_FILE}; make or fetch the artifact again")
-    check_sums(folder, [*sums, *(name for name in names if name not in sums)])
+    check_sums(folder, [*sums, *(name for name in _names_of(folder) if name not in sums)])
 
 
 def has_files(folder: Path, checksums: dict[str, str]) -> bool:

@@ -146,9 +146,8 @@ def describe(records: list[dict], repo_id: str):
     if made["dataset"] == DEFAULT_DATASET:
         optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}  # of another dataset neither is known
     widget = []
-    for example in clearest(
-        first["examples"]
-    ):  # the answers as they were measured: the Hub need not run the model to show them
+    # The answers as they were measured: the Hub need not run the model to show them.
+    for example in clearest(first["examples"]):
         widget.append({"text": example["text"], "output": ranking(example)})
     return ModelCardData(
         license=LICENSES.get(encoder, "other"),
