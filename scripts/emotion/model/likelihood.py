@@ -34,6 +34,11 @@ def open_adapted(folder: Path, adapter: Path) -> PeftModel:
         raise UserError(f"{adapter} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
+def has_chat_template(folder: Path | str) -> bool:
+    """Whether the tokenizer of a folder, or of a Hub id, says how a prompt is written."""
+    return bool(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template)
+
+
 class PromptEncoder:
     """Texts to the token ids of their prompts: instruction and text in the model's chat template.
 

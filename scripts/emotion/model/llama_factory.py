@@ -42,8 +42,12 @@ def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Pat
     write_json(folder / "dataset_info.json", files)
 
 
-def train(recipe: Recipe, base: BaseModel, work: Path) -> None:
-    """Starts LLaMA Factory and prints what it says; if it fails, ends this process with the same status."""
+def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> None:
+    """Starts LLaMA Factory and prints what it says; if it fails, ends this process with the same status.
+
+    Args:
+        on_first_loss: called once, at the first loss, when all rows are tokenised; its error ends the training.
+    """
     shutil.rmtree(work / "tokens", ignore_errors=True)  # it would train on these and not on the dataset
     if "resume_from_checkpoint" not in recipe.values:
         shutil.rmtree(work / "training", ignore_errors=True)  # it would go on with an older training's checkpoint
@@ -66,8 +70,14 @@ def train(recipe: Recipe, base: BaseModel, work: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    for line in process.stdout:
-        print(line, end="", flush=True)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if on_first_loss and "'loss'" in line:
+                on_first_loss()
+                on_first_loss = None
+    finally:
+        process.terminate()  # nothing, where it has ended by itself
     if process.wait():  # it has said why
         sys.exit(process.returncode)
 
@@ -89,7 +99,8 @@ def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe
             elif ids != whole or counted != [IGNORED] * len(prompt) + answers[label]:
                 raise UserError(
                     f"{split} row {row}: LLaMA Factory's template does not write what the tokenizer's chat template "
-                    f"writes; name the model's own with --template. The training stays in {relative(tokens.parent)}"
+                    "writes; name the model's own with --template, and its system message with --default_system. What "
+                    f"is trained stays in {relative(tokens.parent)}"
                 )
         if cut:
             print(f"{split}: {cut} of {len(rows)} prompts are longer than cutoff_len and were cut")

