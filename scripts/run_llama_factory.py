@@ -157,6 +157,7 @@ def summarize(training: Path, recipe: Recipe) -> dict:
     """The part of the artifact's recipe.yaml on its training."""
     results, state = read_json(training / "all_results.json"), read_json(training / "trainer_state.json")
     return {
+        "validation_macro_f1": None,  # LLaMA Factory measures the loss alone
         "validation_loss": state["best_metric"],  # mean over the tokens of the answers; None without evaluation
         "train_loss": results["train_loss"],
         "steps": state["global_step"],

@@ -299,6 +299,12 @@ def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
 
 
 @pytest.mark.llama_factory
+def test_its_record_is_whole(llama, tmp_path):
+    run_evaluation.main([str(llama[0]), "--latency_runs", "200", "--results_dir", str(tmp_path)])
+    assert read_json(tmp_path / "metrics" / "tiny-llama-qlora-adapter.json")["made"]["training"]["steps"] == 12
+
+
+@pytest.mark.llama_factory
 def test_the_scorer_agrees_with_likelihoods_by_hand(llama):
     folder, _ = llama
     classifier = open_artifact(folder, "adapter", threads=1)
