@@ -120,6 +120,8 @@ def describe(records: list[dict], run: dict | None) -> dict:
     """What was measured on what, for captions."""
     # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
+    (reference,) = [record for record in records if record_name(record) == REFERENCE]
+    encoder = reference["made"]["base_model"]
     made = {record["made"]["git_commit"] for record in records}
     sets, machines = set(), set()
     for one in environments:
@@ -131,7 +133,8 @@ def describe(records: list[dict], run: dict | None) -> dict:
         "examples": records[0]["quality"]["examples"],
         "labels": records[0]["quality"]["labels"],
         "parameters": count_parameters(records),
-        "base_models": sorted({str(record["made"]["base_model"]) for record in records}),  # null without a recipe.yaml
+        "base_model": str(encoder),  # None without a recipe.yaml
+        "guests": [guest_of(record) for record in records if record["made"]["base_model"] != encoder],
         "machines": sorted(machines),
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
@@ -140,6 +143,12 @@ def describe(records: list[dict], run: dict | None) -> dict:
         "compared_with": run["compared_with"] if run else None,
         "rounds": run["rounds"] if run else None,
     }
+
+
+def guest_of(record: dict) -> dict:
+    """What a caption must say of a record that does not come from the encoder of the others."""
+    made = record["made"]
+    return {"name": record_name(record), "base_model": str(made["base_model"]), "train_rows": made.get("train_rows")}
 
 
 def count_parameters(records: list[dict]) -> int | None:

@@ -66,7 +66,7 @@ def render_block(families: list[Family], root: Path) -> str:
 
 def describe_encoder(about: dict) -> dict:
     """Its name without the owner's, and how many parameters it has."""
-    return {"names": [name.split("/")[-1] for name in about["base_models"]], "parameters": about["parameters"]}
+    return {"name": about["base_model"].split("/")[-1], "parameters": about["parameters"]}
 
 
 def chosen_reference(comparison: dict) -> dict | None:
