@@ -27,14 +27,15 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
 .PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format \
-	results results-base benchmark benchmark-base report notebook base-encoder peers peers-llamacpp cluster llama-factory \
-	packaged-llama demo help
+	results results-base benchmark benchmark-base benchmark-web report notebook base-encoder peers peers-llamacpp \
+	cluster llama-factory packaged-llama demo help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
 	@echo "make results-base  the same for the base-size encoder (into weights/base/ and results/base/)"
-	@echo "make benchmark  the interleaved timing alone, and make benchmark-base     make test   the tests"
+	@echo "make benchmark  the interleaved timing alone, make benchmark-base, make benchmark-web (Node.js)"
+	@echo "make test       the tests"
 	@echo "make verify     the tracked weights: their checksums, and their answers on the test split (a minute)"
 	@echo "make release    takes the tracked weights from what make results has made"
 	@echo "make test-processes  commands as processes: launched, killed, published; and whole studies"
@@ -121,6 +122,10 @@ benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
 	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
 	$(RUN) scripts/study_operators.py $(PROFILED)
+
+# Apart, since it needs Node.js
+benchmark-web: $(READY) tests/web/node_modules/.ready
+	$(RUN) scripts/study_javascript.py
 
 score_base = $(call score,weights/base/$(1),$(2),--results_dir results/base)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import run_ptq
 import run_publish
-from conftest import ROOT
+import study_javascript
+from conftest import ROOT, read_json
+from emotion.common.errors import UserError
 from emotion.model.artifact import weights_of
 from emotion.model.classifier import open_artifact, predict
 from emotion.model.released import RECOMMENDED
@@ -89,6 +91,29 @@ def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tm
         answer = run_node(*words, env=os.environ | {"HF_ENDPOINT": hub.url}, input=json.dumps(texts))
     found = np.array([as_array(ranking, classifier.labels) for ranking in json.loads(answer)])
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def test_the_study_times_texts_in_node(real_int8, tmp_path, capsys):
+    study_javascript.main([str(real_int8), "--runs", "40", "--threads", "1", "--results_dir", str(tmp_path)])
+    study = read_json(tmp_path / "javascript.json")
+    assert study["latency_ms"]["runs"] == 40 and 0 < study["latency_ms"]["p50"] <= study["latency_ms"]["p95"]
+    assert f"{study['latency_ms']['p50']:.2f} ms a text" in capsys.readouterr().out
+    assert study["node"].startswith("v") and study["environment"]["threads"] == 1
+
+
+def test_the_study_says_what_node_lacks(real_int8, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(real_int8, damaged)
+    (damaged / "onnx" / "model_quantized.onnx").write_bytes(b"cut")
+    with pytest.raises(UserError, match="damaged does not open in transformers.js: .*Protobuf parsing failed"):
+        study_javascript.ask_node(damaged, ["a"], threads=1)
+    shutil.copy(WEB / "latency.mjs", tmp_path)
+    monkeypatch.setattr(study_javascript, "WEB", tmp_path)
+    with pytest.raises(UserError, match="no transformers.js in .*'make demo' installs it"):
+        study_javascript.ask_node(real_int8, ["a"], threads=1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no node on the path"):
+        study_javascript.ask_node(real_int8, ["a"], threads=1)
 
 
 def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):

@@ -88,6 +88,12 @@ def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
     }
 
 
+def choose_timed(count: int, runs: int) -> np.ndarray:
+    """The rows, of ``count``, that latency is measured on: `WARMUP_RUNS` that are not counted, then ``runs``."""
+    # The same seed for every artifact: all are timed on the same texts, whose lengths decide how long they take.
+    return np.random.default_rng(0).integers(count, size=WARMUP_RUNS + runs)
+
+
 def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
     """The fields `latency_ms` and `throughput_per_s` of a record; their values are null if ``runs`` is 0.
 
@@ -104,9 +110,7 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
     # Not counted: a runtime prepares itself for each new length and batch size, and the rows may have been scored by
     # another copy of the model.
     predict(classifier, token_ids, batch_size=32)
-    # The same seed for every artifact: all are timed on the same texts, whose lengths decide how long they take.
-    chosen = np.random.default_rng(0).integers(len(token_ids), size=WARMUP_RUNS + runs)
-    times_ms = time_each(classifier, [token_ids[row] for row in chosen])[WARMUP_RUNS:]
+    times_ms = time_each(classifier, [token_ids[row] for row in choose_timed(len(token_ids), runs)])[WARMUP_RUNS:]
     return {
         "latency_ms": summarize_latency(times_ms),
         "throughput_per_s": {"batch_size": 32, "value": round(time_batches(classifier, token_ids, batch_size=32), 1)},

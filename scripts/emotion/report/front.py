@@ -176,11 +176,14 @@ def describe_picture(study: dict) -> dict:
 @complete("the README's times")
 def render_times(family: Family) -> str:
     """The time of one text in each runtime that the README's snippets use; a sentence if none was timed."""
-    rows = []
+    rows, study = [], None
     for format, variant, words in RUNTIMES:
         line = find_line(family.comparison, variant, format)
         if line and line["p50_ms"] is not None:
             rows.append([words, f"`weights/{variant}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
-    return render(
-        "readme_times.md", table=markdown_table(["runtime", "folder", "MB", "ms a text"], rows) if rows else ""
-    )
+    if (family.folder / "javascript.json").is_file():
+        study = read_study(family.folder / "javascript.json")
+        size, time = study["bytes_to_serve"] / 1e6, study["latency_ms"]["p50"]
+        rows.append(["Node.js", f"`{study['artifact']}`", f"{size:.1f}", f"{time:.2f}"])
+    table = markdown_table(["runtime", "folder", "MB", "ms a text"], rows) if rows else ""
+    return render("readme_times.md", table=table, study=study)
