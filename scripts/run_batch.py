@@ -24,6 +24,7 @@ from emotion.common.machine import THREADS
 from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier, find_model
+from emotion.model.released import RECOMMENDED
 
 
 @dataclass
@@ -44,7 +45,7 @@ class BatchArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of a dataset of the Hub."})
     model: str = field(
-        default=str(ROOT / "weights" / "baseline"), metadata={"help": "Model folder, or user/name on the Hub."}
+        default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Model folder, or user/name on the Hub."}
     )
     format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
     top_k: int = field(

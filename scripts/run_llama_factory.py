@@ -27,7 +27,7 @@ from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, check_replaceable, read_json, relative, write_json
+from emotion.common.files import ROOT, check_replaceable, read_json, relative, taken, write_json
 from emotion.common.flags import parse_beside
 from emotion.common.machine import has_bf16
 from emotion.common.recipe import RECIPE_FILE, Recipe
@@ -81,7 +81,8 @@ def main(argv=None) -> None:
     recipe = replace(recipe, values=recipe.values | choose_device(recipe.values))
     work, stand_in = WORK / folder.resolve().name, arguments.stand_in and not hub_is_reachable()
 
-    with mark_lines("tiny random Llama: " if stand_in else ""):
+    # Two runs of one name would remove each other's rows while LLaMA Factory trains on them.
+    with taken(folder), taken(work), mark_lines("tiny random Llama: " if stand_in else ""):
         # 2. Load the task
         task = load_task(arguments.dataset_name, arguments.dataset_config_name)
         rows = select_train_rows(get_split(task, "train"), arguments, seed=recipe.values["seed"])

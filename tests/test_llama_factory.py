@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 
 import run_comparison
 import run_evaluation
@@ -147,6 +148,9 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     with pytest.raises(UserError, match="its record does not belong into results/"):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
+    run_comparison.check_publishable(record)
+    record["made"]["recipe"]["max_train_rows"] = 3200  # the page says so
+    run_comparison.check_publishable(record)
     record["made"]["base_model_source"] = RANDOM
     with pytest.raises(UserError, match="made from random weights: not for the README"):
         run_comparison.check_publishable(record)
@@ -243,6 +247,20 @@ def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, monkey
     with pytest.raises(UserError, match="train row 7 differs"):
         llama_factory.train(RECIPE, base, tmp_path / "work", on_first_loss=differ)
     assert capfd.readouterr().out.splitlines()[-1] == "{'loss': '1.5'}"
+
+
+def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
+    monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
+    held = tmp_path / "work" / "out"
+    code = "import sys; from emotion.common.files import Path, taken\n"
+    code += "with taken(Path(sys.argv[1])): print(flush=True); input()"
+    words = [sys.executable, "-c", code, held]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
+    other.stdout.readline()
+    with pytest.raises(UserError, match="another process is writing"):
+        run_llama_factory.main(["--stand_in", "true", "--output_dir", str(tmp_path / "out")])
+    other.communicate("\n")
 
 
 def test_a_missing_package_is_named(monkeypatch):

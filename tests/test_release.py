@@ -229,6 +229,7 @@ def test_other_test_rows_are_named(released):
     [
         (True, 1.0, 0.9, "verified"),
         (True, 1.0, 0.9 + 1e-12, "differs"),  # the same processor gives the same digits
+        (True, 0.999, 0.9, "differs"),  # two rows changed sides, and the score is the same
         (False, 0.9985, 0.9015, "verified"),
         (False, 0.9975, 0.9, "differs"),
         (False, 1.0, 0.9025, "differs"),

