@@ -30,8 +30,8 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, read_json, relative, taken, write_json
 from emotion.common.flags import parse_beside
 from emotion.common.machine import has_bf16
-from emotion.common.recipe import RECIPE_FILE, Recipe
-from emotion.model.artifact import describe_made, describe_origin, new_artifact
+from emotion.common.recipe import Recipe
+from emotion.model.artifact import ARTIFACT, describe_made, describe_origin, new_artifact
 from emotion.model.likelihood import PromptEncoder, has_chat_template
 from emotion.model.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
 from emotion.model.pretrained import open_model
@@ -129,7 +129,7 @@ def check(recipe: Recipe, folder: Path) -> None:
     for key in ("model_name_or_path", "seed"):
         if key not in recipe.values:
             raise UserError(f"{recipe.path}: no {key}")
-    check_replaceable(folder, RECIPE_FILE)
+    check_replaceable(folder, ARTIFACT)
 
 
 def choose_device(values: dict) -> dict[str, bool]:

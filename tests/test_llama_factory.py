@@ -249,6 +249,16 @@ def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, monkey
     assert capfd.readouterr().out.splitlines()[-1] == "{'loss': '1.5'}"
 
 
+def test_a_second_run_replaces_what_the_first_has_made(generative, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
+    recipe = Recipe(RECIPE.path, read_recipe(RECIPE.path))
+    run_llama_factory.check(recipe, generative)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="mine"):
+        run_llama_factory.check(recipe, tmp_path / "mine")
+
+
 def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
     monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
@@ -263,7 +273,8 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     other.communicate("\n")
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(packaged_llama, "FOLDER", tmp_path)
     monkeypatch.setattr(packaged_llama, "PACKAGE", "no-such-package")
     with pytest.raises(UserError, match="no-such-package is not installed; run make packaged-llama"):
         packaged_llama.unpack_smollm2()
