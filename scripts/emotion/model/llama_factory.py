@@ -32,6 +32,7 @@ def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Pat
     Args:
         splits: name of a split -> its rows, with `text` and `label`.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's rows
     files = {}
     for split, rows in splits.items():
         lines = []
