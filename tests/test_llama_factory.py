@@ -179,10 +179,12 @@ def test_the_dataset_comes_back_as_it_was(tmp_path):
     task = load_task(DEFAULT_DATASET)
     arguments = run_llama_factory.LlamaFactoryArguments()
     rows = select_train_rows(get_split(task, "train"), arguments, seed=42)
-    write_dataset({"train": rows.select(range(10))}, task.labels, INSTRUCTION, tmp_path)
-    write_dataset({"train": rows}, task.labels, INSTRUCTION, tmp_path)  # a second run
-    info = read_json(tmp_path / "dataset_info.json")
-    back = datasets.load_dataset("json", data_files=str(tmp_path / info["emotion_train"]["file_name"]), split="train")
+    write_dataset({"train": rows.select(range(10))}, task.labels, INSTRUCTION, tmp_path / "data")
+    write_dataset({"train": rows}, task.labels, INSTRUCTION, tmp_path / "data")  # a second run
+    info = read_json(tmp_path / "data" / "dataset_info.json")
+    back = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "data" / info["emotion_train"]["file_name"]), split="train"
+    )
     assert set(back["instruction"]) == {INSTRUCTION}
     assert back["input"] == rows["text"]  # the same rows in the same order
     assert back["output"] == [task.labels[label] for label in rows["label"]]
