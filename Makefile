@@ -185,7 +185,8 @@ llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
 results-llama: $(LLAMA_FACTORY)/.ready packaged-llama
 	$(RUN) scripts/run_llama_factory.py --model_name_or_path build/SmolLM2-135M-Instruct-Q4_1 --template smollm2 \
 		--default_system "You are a helpful AI assistant named SmolLM, trained by Hugging Face" \
-		--max_train_rows 3200 --num_train_epochs 1 --eval_strategy no --load_best_model_at_end false
+		--max_train_rows 3200 --num_train_epochs 1 --eval_strategy no --load_best_model_at_end false \
+		--save_strategy steps --save_steps 25 --logging_steps 5
 	$(call score,weights/llama-qlora,adapter)
 	$(RUN) scripts/run_comparison.py
 

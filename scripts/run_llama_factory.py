@@ -45,14 +45,19 @@ import torch
 
 RECIPE = ROOT / "configs" / "llama_factory.yaml"
 WORK = ROOT / "build" / "llama_factory"  # the dataset, the rows as LLaMA Factory tokenises them, its checkpoints
-# What the recipe may not change: the artifact is an adapter on a base in NF4 with double quantization.
+# What the recipe may not change: the artifact is an adapter on a base in NF4 with double quantization, and no code
+# of a model's repository runs.
 NEEDED = {
     "stage": "sft",
+    "do_train": True,
     "finetuning_type": "lora",
+    "quantization_method": "bnb",
     "quantization_bit": 4,
     "quantization_type": "nf4",
     "double_quantization": True,
+    "trust_remote_code": False,
 }
+SECRETS = ("token", "api_key")  # ends of the names of LLaMA Factory's flags that hold one
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -79,7 +84,7 @@ def main(argv=None) -> None:
     folder = Path(arguments.output_dir)
     check(recipe, folder)
     recipe = replace(recipe, values=recipe.values | choose_device(recipe.values))
-    work, stand_in = WORK / folder.resolve().name, arguments.stand_in and not hub_is_reachable()
+    work, stand_in = work_of(folder), arguments.stand_in and not hub_is_reachable()
 
     # Two runs of one name would remove each other's rows while LLaMA Factory trains on them.
     with taken(folder), taken(work), mark_lines("tiny random Llama: " if stand_in else ""):
@@ -119,16 +124,30 @@ def main(argv=None) -> None:
         print(f"saved {folder}: validation loss {four_digits(summary['validation_loss'])}")
 
 
+def work_of(folder: Path) -> Path:
+    """Where a run keeps its dataset and checkpoints: `llama-qlora` for `weights/llama-qlora`, as the recipe says."""
+    folder = folder.resolve()
+    if folder.is_relative_to(ROOT / "weights"):
+        return WORK / folder.relative_to(ROOT / "weights")
+    # The whole path: a short run beside the real one must not remove its checkpoints.
+    return WORK / "-".join(folder.parts[1:])
+
+
 def check(recipe: Recipe, folder: Path) -> None:
     """Raises `UserError` if the environment is missing, the recipe is of another method, or the folder is taken."""
     if not CLI.is_file():
         raise UserError(f"no {relative(CLI)}; run make llama-factory once, which sets it up (8 GB)")
     for key, value in NEEDED.items():
         if recipe.values.get(key) != value:
-            raise UserError(f"{recipe.path}: {key} must be {value}; the artifact holds an adapter on an NF4 base")
+            raise UserError(f"{recipe.path}: {key} must be {value}, as in {relative(RECIPE)}")
     for key in ("model_name_or_path", "seed"):
         if key not in recipe.values:
             raise UserError(f"{recipe.path}: no {key}")
+    for key, value in recipe.values.items():
+        if key.endswith(SECRETS) and value:
+            raise UserError(f"{key}: others can read a command line or a recipe; run `hf auth login`, or set HF_TOKEN")
+    if recipe.values.get("push_to_hub"):  # with a card that knows nothing of these scores
+        raise UserError("push_to_hub: LLaMA Factory would publish the adapter alone; leave it out")
     check_replaceable(folder, ARTIFACT)
 
 

@@ -5,6 +5,7 @@ The tests below `llama_factory` start LLaMA Factory itself: make test-llama-fact
 
 import contextlib
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -164,7 +165,17 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),
         (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "none of the formats"),
+        (
+            lambda folder: (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut"),
+            "adapter cannot be opened",
+        ),
         (lambda folder: (folder / "chat_template.jinja").write_text("x"), "does not end an answer"),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_text(
+                TEMPLATE.replace("\n{% endif %}", "<think>{% endif %}")
+            ),
+            "does not write an answer behind the prompt",
+        ),
     ],
 )
 def test_a_damaged_folder_is_named(damage, message, generative, tmp_path):
@@ -208,9 +219,15 @@ def test_every_row_is_compared_with_what_was_trained_on(generative, colors, tmp_
         check_tokens({"test": rows}, task.labels, encoder, RECIPE, tmp_path / name)
 
     compare("same")
+    counted[8] = whole[8]
+    with pytest.raises(UserError, match="test row 8: the loss counts other tokens"):
+        compare("counted")
     whole[7] = [*whole[7][:3], 0, *whole[7][4:]]
     with pytest.raises(UserError, match="test row 7: LLaMA Factory's template does not write"):
         compare("other")
+    del whole[9:], counted[9:]
+    with pytest.raises(UserError, match=f"test: LLaMA Factory took 9 rows of {len(rows)}"):
+        compare("fewer")
 
 
 def test_flags_that_are_not_ours_are_the_other_programs():
@@ -233,15 +250,32 @@ def test_what_cannot_work_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
     with pytest.raises(UserError, match="quantization_bit must be 4"):
         run_llama_factory.main(["--quantization_bit", "8"])
+    with pytest.raises(UserError, match="trust_remote_code must be False"):
+        run_llama_factory.main(["--trust_remote_code", "true"])
+    with pytest.raises(UserError, match="hf_hub_token: others can read a command line"):
+        run_llama_factory.main(["--hf_hub_token", "hf_secret"])
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         run_llama_factory.main(["--output_dir", str(tmp_path / "out")])
 
 
-def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, monkeypatch, capfd):
-    cli = tmp_path / "cli"  # stands for a training of hours
-    cli.write_text("#!/bin/sh\necho loading\necho \"{'loss': '1.5'}\"\nexec sleep 3600\n")
-    cli.chmod(0o755)
-    monkeypatch.setattr(llama_factory, "CLI", cli)
+@pytest.fixture
+def stand_in_cli(tmp_path, monkeypatch):
+    """A function that puts a program in Python in place of LLaMA Factory; a folder of work with rows for it."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what prints one by one must do so by itself
+
+    def put(code: str) -> None:
+        cli = tmp_path / "cli"
+        cli.write_text(f"#!{sys.executable}\nimport os, pathlib, sys, time\n{code}\n")
+        cli.chmod(0o755)
+        monkeypatch.setattr(llama_factory, "CLI", cli)
+
+    (tmp_path / "work" / "data").mkdir(parents=True)
+    (tmp_path / "work" / "data" / "train.json").write_text("[]")
+    return put
+
+
+def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, stand_in_cli, capfd):
+    stand_in_cli("print('pid', os.getpid())\nprint({'loss': '1.5'})\ntime.sleep(3600)")  # a training of hours
 
     def differ() -> None:
         raise UserError("train row 7 differs")
@@ -249,10 +283,39 @@ def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, monkey
     base = BaseModel("someone/tiny", str(tmp_path), RANDOM)
     with pytest.raises(UserError, match="train row 7 differs"):
         llama_factory.train(RECIPE, base, tmp_path / "work", on_first_loss=differ)
-    assert capfd.readouterr().out.splitlines()[-1] == "{'loss': '1.5'}"
+    pid, loss = capfd.readouterr().out.splitlines()[-2:]
+    assert loss == "{'loss': '1.5'}"
+    with pytest.raises(ProcessLookupError):  # it has ended
+        os.kill(int(pid.split()[1]), 0)
 
 
-def test_a_second_run_replaces_what_the_first_has_made(generative, tmp_path, monkeypatch):
+def test_a_training_goes_on_from_its_own_checkpoint_alone(tmp_path, stand_in_cli, capfd):
+    base, checkpoint = BaseModel("someone/tiny", str(tmp_path), RANDOM), tmp_path / "work/training/checkpoint-25"
+    code = "print([line for line in pathlib.Path(sys.argv[2]).read_text().splitlines() if 'resume' in line])\n"
+    stand_in_cli(
+        f"{code}pathlib.Path({str(checkpoint)!r}).mkdir(parents=True, exist_ok=True); os.kill(os.getpid(), 9)"
+    )
+
+    def train(**changes) -> str:
+        recipe = Recipe(RECIPE.path, RECIPE.values | changes)
+        with pytest.raises(UserError, match="LLaMA Factory was ended by signal 9"):
+            llama_factory.train(recipe, base, tmp_path / "work")
+        return capfd.readouterr().out
+
+    assert "starting from the beginning" in train(resume_from_checkpoint="last")
+    assert f"resume_from_checkpoint: {checkpoint}" in train(resume_from_checkpoint="last")
+    with pytest.raises(UserError, match="is of another recipe or of other rows"):
+        llama_factory.train(
+            Recipe(RECIPE.path, RECIPE.values | {"seed": 7, "resume_from_checkpoint": "last"}), base, tmp_path / "work"
+        )
+    (checkpoint / "model").write_text("of the first training")
+    assert "resume_from_checkpoint: null" in train() and not (checkpoint / "model").exists()
+
+
+def test_a_second_run_replaces_what_the_first_has_made(generative, colors, tmp_path, monkeypatch):
+    for _ in range(2):
+        fill_generative(tmp_path / "twice", colors)
+    assert list(find_formats(tmp_path / "twice")) == ["adapter"]
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
     recipe = Recipe(RECIPE.path, read_recipe(RECIPE.path))
     run_llama_factory.check(recipe, generative)
@@ -265,7 +328,8 @@ def test_a_second_run_replaces_what_the_first_has_made(generative, tmp_path, mon
 def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
     monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
-    held = tmp_path / "work" / "out"
+    held = run_llama_factory.work_of(tmp_path / "out")
+    assert held.is_relative_to(tmp_path / "work") and held != run_llama_factory.work_of(tmp_path / "run" / "out")
     code = "import sys; from emotion.common.files import Path, taken\n"
     code += "with taken(Path(sys.argv[1])): print(flush=True); input()"
     words = [sys.executable, "-c", code, held]

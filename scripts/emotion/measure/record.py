@@ -129,6 +129,8 @@ def describe_scored(made_by: dict, task: Task, rows) -> dict:
         "forms": made_by.get("forms"),  # QAT: validation macro F1 before and after it was converted, and saved
         "remedies": made_by.get("remedies"),  # PTQ: what was tried for each format, and what it cost
         "outliers": made_by.get("outliers"),  # PTQ for ONNX Runtime: the units that stay in float, and the rule
+        "instruction": made_by.get("instruction"),  # of a language model: what it is asked
+        "trained_with": made_by.get("trained_with"),  # versions of the other environment that has trained it
         "merged": made_by.get("merged"),  # QLoRA: what joining base and adapter did to validation macro F1
         "seed": made_by.get("seed"),
         "git_commit": made.get("git_commit"),

@@ -8,7 +8,7 @@ given that the answer is one of them.
 
 from pathlib import Path
 
-from emotion.common.errors import UserError
+from emotion.common.errors import UserError, one_line
 from emotion.model.artifact import read_config
 from emotion.model.pretrained import open_model
 
@@ -27,16 +27,14 @@ def open_adapted(folder: Path, adapter: Path) -> PeftModel:
     base, report = open_model("AutoModelForCausalLM", folder, dtype="auto", device_map="cpu")
     if report["missing_keys"]:
         raise UserError(f"{folder}: no weights for {', '.join(sorted(report['missing_keys'])[:3])}; make it again")
-    try:
+    with one_line(f"{adapter} cannot be opened"):
         return PeftModel.from_pretrained(base, str(adapter)).eval()
-    # The first two for a file that is missing or cut off, the last for an adapter of another model.
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{adapter} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
 def has_chat_template(folder: Path | str) -> bool:
     """Whether the tokenizer of a folder, or of a Hub id, says how a prompt is written."""
-    return bool(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template)
+    with one_line(f"{folder}: no tokenizer can be loaded from it"):
+        return bool(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template)
 
 
 class PromptEncoder:
@@ -54,10 +52,8 @@ class PromptEncoder:
         Raises:
             UserError: if there is no tokenizer with a chat template, or no instruction.
         """
-        try:
+        with one_line(f"{folder}: no tokenizer can be loaded from it"):
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from error
         self._instruction = instruction or read_config(folder).get("instruction")
         if not self._instruction or not self._tokenizer.chat_template:
             raise UserError(f"{folder} names no instruction or no chat template; make it with run_llama_factory.py")
@@ -73,10 +69,14 @@ class PromptEncoder:
             whole: also return what the template puts behind the end.
 
         Raises:
-            UserError: if the chat template does not end an answer with the tokenizer's end token.
+            UserError: if the chat template does not write an answer behind the prompt, or does not end it with the
+                tokenizer's end token.
         """
         # Any text will do: what comes before the answer is cut off. Tokenised by itself, as in the training.
-        answer = self._render("", label).removeprefix(self._render(""))
+        prompt, both = self._render(""), self._render("", label)
+        if not both.startswith(prompt):  # templates of models that think first rewrite what precedes an answer
+            raise UserError(f"the chat template does not write an answer behind the prompt {prompt[-40:]!r}")
+        answer = both.removeprefix(prompt)
         (ids,) = self._encode([answer])
         end = self._tokenizer.eos_token_id
         if end not in ids:

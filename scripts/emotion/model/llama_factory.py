@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, relative, write_json, write_text
+from emotion.common.files import ROOT, read_json, relative, sha256, write_json, write_text
 from emotion.common.recipe import Recipe
 from emotion.model.likelihood import PromptEncoder
 from emotion.task.source import BaseModel, hub_is_reachable
 
 import yaml
 from datasets import load_from_disk
+from transformers.trainer_utils import get_last_checkpoint
 
 ENVIRONMENT = ROOT / ".venv-llama-factory"
 CLI = ENVIRONMENT / "bin" / "llamafactory-cli"
@@ -48,19 +49,23 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
 
     Args:
         on_first_loss: called once, at the first loss, when all rows are tokenised; its error ends the training.
+
+    Raises:
+        UserError: if the training that it shall resume was another one, or something has killed LLaMA Factory.
     """
-    shutil.rmtree(work / "tokens", ignore_errors=True)  # it would train on these and not on the dataset
-    if "resume_from_checkpoint" not in recipe.values:
-        shutil.rmtree(work / "training", ignore_errors=True)  # it would go on with an older training's checkpoint
     places = {
         "model_name_or_path": base.path if base.source == "hub" else str(Path(base.path).resolve()),
         "dataset_dir": str(work / "data"),
         "tokenized_path": str(work / "tokens"),
         "output_dir": str(work / "training"),
     }
+    values = recipe.values | places
+    values["resume_from_checkpoint"] = prepare_training(values, work)
     # With the flags in it: as words of a command line, LLaMA Factory would take `no` for false.
-    write_text(work / "train.yaml", yaml.safe_dump(recipe.values | places, sort_keys=False))
-    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ}  # else every file that it reads gets a line
+    write_text(work / "train.yaml", yaml.safe_dump(values, sort_keys=False))
+    # Unbuffered: into a pipe, its lines would come many at once, and the first loss long after it was reached.
+    # Verbosity: every file that it reads would get a line.
+    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
     if not hub_is_reachable():
         environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
     process = subprocess.Popen(
@@ -70,6 +75,8 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        encoding="utf-8",
+        errors="replace",  # a byte that is no text shall not end hours of training
     )
     try:
         for line in process.stdout:
@@ -79,26 +86,74 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
                 on_first_loss = None
     except BaseException:  # of the check, or Ctrl+C: nobody waits for the training any more
         process.terminate()
+        process.wait()  # the caller lets go of the folder, in which it may still be writing
         raise
-    if process.wait():  # it has said why
+    if process.wait() < 0:
+        raise UserError(f"LLaMA Factory was ended by signal {-process.returncode}; is the memory enough?")
+    if process.returncode:  # it has said why
         sys.exit(process.returncode)
+
+
+def prepare_training(values: dict, work: Path) -> str | None:
+    """Removes what an earlier training has left, or finds the checkpoint that this one goes on from.
+
+    Args:
+        values: what LLaMA Factory will read; `resume_from_checkpoint` may be `last`, as in the other scripts.
+
+    Returns:
+        The folder of the last checkpoint; None to start at the beginning.
+
+    Raises:
+        UserError: if the earlier training had another recipe or other rows.
+    """
+    shutil.rmtree(work / "tokens", ignore_errors=True)  # it would train on these and not on the dataset
+    wanted = values.pop("resume_from_checkpoint", None)
+    if wanted not in (None, False, "last"):
+        raise UserError(f"--resume_from_checkpoint {wanted}: it takes 'last'")
+    training, started = work / "training", work / "started.json"
+    rows = {path.name: sha256(path) for path in sorted((work / "data").iterdir())}
+    now = {"values": values, "sha256_of_rows": rows}
+    checkpoint = get_last_checkpoint(training) if wanted and training.is_dir() else None
+    if checkpoint and read_json(started) != now:
+        raise UserError(
+            f"{relative(training)} is of another recipe or of other rows; repeat that command, or leave out "
+            "--resume_from_checkpoint to begin anew"
+        )
+    if wanted and not checkpoint:
+        print(f"nothing to resume in {relative(training)}; starting from the beginning")
+    if not checkpoint:
+        shutil.rmtree(training, ignore_errors=True)  # LLaMA Factory would go on from its checkpoint by itself
+        write_json(started, now)
+    return checkpoint
 
 
 def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe: Recipe, tokens: Path) -> None:
     """Compares every row as LLaMA Factory has tokenised it with what the scorer will make of the same row.
 
     Raises:
-        UserError: naming the first row that differs, in its tokens or in those that the loss counts.
+        UserError: naming the split with other rows, or the first row that differs in its tokens or in those that the
+            loss counts.
     """
     trained, answers = load_from_disk(str(tokens)), [encoder.answer(label, whole=True) for label in labels]
     for split, rows in splits.items():
+        if split not in trained or len(trained[split]) != len(rows):
+            found = len(trained[split]) if split in trained else 0
+            raise UserError(
+                f"{split}: LLaMA Factory took {found} rows of {len(rows)}; leave out max_samples and packing, "
+                "and name both parts of the dataset as configs/llama_factory.yaml does"
+            )
         cut, prompts = 0, encoder(rows["text"])
         columns = (trained[split]["input_ids"], trained[split]["labels"])
         for row, (prompt, label, ids, counted) in enumerate(zip(prompts, rows["label"], *columns, strict=True)):
             whole = prompt + answers[label]
             if len(whole) > recipe.values.get("cutoff_len", CUTOFF):
                 cut += 1
-            elif ids != whole or counted != [IGNORED] * len(prompt) + answers[label]:
+            elif ids == whole and counted != [IGNORED] * len(prompt) + answers[label]:
+                raise UserError(
+                    f"{split} row {row}: the loss counts other tokens than those of the answer; leave out "
+                    "train_on_prompt and mask_history"
+                )
+            elif ids != whole:
                 raise UserError(
                     f"{split} row {row}: LLaMA Factory's template does not write what the tokenizer's chat template "
                     "writes; name the model's own with --template, and its system message with --default_system. What "
