@@ -72,22 +72,37 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
     # The order of every table: the variants by name, the formats of each as a folder lists them.
     records = sorted(records, key=lambda one: (one["variant"], list(WEIGHT_FILES).index(one["format"])))
-    tests = compare_records(records, results)
-    reference = next(record for record in records if record_name(record) == REFERENCE)
+    reference = find_reference(records)
+    # A record of another base model is no form of the encoder: the table shows it, pictures and report do not. It is
+    # tested apart, or its presence would change the corrected p-values of all others.
     encoder = reference["made"]["base_model"]
+    guests = [record for record in records if record["made"]["base_model"] != encoder]
+    tests = compare_records([record for record in records if record not in guests], results)
+    guest_tests = compare_records([reference, *guests], results)
     timed = dict(run["artifacts"]) if run else {}  # a copy: each record takes its times out
     rows = []
     for record in records:
-        row = scored_row(record, timed.pop(artifact_name(record), None), run, tests)
-        # A record of another base model is no form of the encoder: the table shows it, pictures and report do not.
-        rows.append({"kind": "record" if record["made"]["base_model"] == encoder else "guest"} | row)
+        row = scored_row(record, timed.pop(artifact_name(record), None), run, tests | guest_tests)
+        rows.append({"kind": "guest" if record in guests else "record"} | row)
     for name, one in timed.items():
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
-    about = describe(records, reference, run)
-    comparison = {"about": about, "tests": describe_tests(tests), "rows": rows}
-    return rounded(comparison | {"seeds": read_means(results), "ensemble": read_ensemble(results, about["labels"])})
+    about = describe(records, reference, guests, run)
+    comparison = {"about": about, "tests": describe_tests(tests), "rows": rows, "seeds": [], "ensemble": None}
+    for summary in sorted(read_seeds(results), key=lambda one: one["variant"]):
+        comparison["seeds"] += seed_rows(summary)
+        if summary["variant"] == reference["variant"]:
+            comparison["ensemble"] = score_ensemble(summary, results, about["labels"])
+    return rounded(comparison)
+
+
+def find_reference(records: list[dict]) -> dict:
+    """The record that the others are compared with. Raises `UserError` if it is missing."""
+    for record in records:
+        if record_name(record) == REFERENCE:
+            return record
+    raise UserError(f"no record {REFERENCE}, with which the others are compared; measure it first")
 
 
 def read_means(results: Path) -> list[dict]:
@@ -96,14 +111,6 @@ def read_means(results: Path) -> list[dict]:
     for summary in sorted(read_seeds(results), key=lambda one: one["variant"]):
         rows += seed_rows(summary)
     return rounded(rows)
-
-
-def read_ensemble(results: Path, labels: list[str]) -> dict | None:
-    """What `score_ensemble` gives for the baselines in a folder of results; None without their summary."""
-    for summary in read_seeds(results):
-        if summary["variant"] == REFERENCE.split("-")[0]:
-            return score_ensemble(summary, results, labels)
-    return None
 
 
 def describe_tests(tests: dict[str, dict]) -> dict:
@@ -120,11 +127,10 @@ def describe_tests(tests: dict[str, dict]) -> dict:
     }
 
 
-def describe(records: list[dict], reference: dict, run: dict | None) -> dict:
-    """What was measured on what, for captions."""
+def describe(records: list[dict], reference: dict, guests: list[dict], run: dict | None) -> dict:
+    """What was measured on what, for captions; ``guests``: those of the records that have another base model."""
     # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
-    encoder = reference["made"]["base_model"]
     made = {record["made"]["git_commit"] for record in records}
     sets, machines = set(), set()
     for one in environments:
@@ -136,8 +142,8 @@ def describe(records: list[dict], reference: dict, run: dict | None) -> dict:
         "examples": records[0]["quality"]["examples"],
         "labels": records[0]["quality"]["labels"],
         "parameters": count_parameters(reference),
-        "base_model": str(encoder),  # None without a recipe.yaml
-        "guests": [guest_of(record) for record in records if record["made"]["base_model"] != encoder],
+        "base_model": reference["made"]["base_model"],  # None without a recipe.yaml
+        "guests": [guest_of(record) for record in guests],
         "machines": sorted(machines),
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
@@ -151,7 +157,7 @@ def describe(records: list[dict], reference: dict, run: dict | None) -> dict:
 def guest_of(record: dict) -> dict:
     """What a caption must say of a record that does not come from the encoder of the others."""
     made = record["made"]
-    return {"name": record_name(record), "base_model": str(made["base_model"]), "train_rows": made.get("train_rows")}
+    return {"name": record_name(record), "base_model": made["base_model"], "train_rows": made.get("train_rows")}
 
 
 def count_parameters(reference: dict) -> int | None:
@@ -161,17 +167,11 @@ def count_parameters(reference: dict) -> int | None:
 
 
 def compare_records(records: list[dict], results: Path) -> dict[str, dict]:
-    """Record -> what the paired tests find against the reference; see measure/paired_tests.py.
-
-    Raises:
-        UserError: if the reference is missing.
-    """
+    """Record -> what the paired tests find against the reference, one of them; see measure/paired_tests.py."""
     logits, labels = {}, None
     for record in records:
         name = record_name(record)
         labels, logits[name] = read_predictions(results / "predictions" / f"{name}.parquet")
-    if REFERENCE not in logits:
-        raise UserError(f"no record {REFERENCE}, with which the others are compared; measure it first")
     return compare_with(logits.pop(REFERENCE), logits, labels)
 
 
@@ -218,7 +218,7 @@ def alternative_row(name: str, timed: dict, run: dict) -> dict:
 
 
 def speed_of(timed: dict, run: dict) -> dict:
-    """Times of one artifact in an interleaved run, and the ratios to the fastest FP32 of that run."""
+    """Times of one artifact in an interleaved run, and the ratios to what it is compared with."""
     return {
         "p50_ms": timed["latency_ms"]["p50"],
         "p95_ms": timed["latency_ms"]["p95"],
@@ -234,7 +234,7 @@ def seed_rows(summary: dict) -> list[dict]:
     rows = []
     # A baseline's seeds are scored in one form alone: its summary is that form's.
     for format, one in summary.get("formats", {"pytorch": summary}).items():
-        seeds, scores_of_seeds, agreed, changes = [], [], [], []
+        seeds, scores_of_seeds, agreed, changes, chosen_by = [], [], [], [], []
         for run in summary["runs"]:
             scores = run.get("formats", {format: run}).get(format)
             if scores is None:  # not every seed has every format, see measure/seeds.py
@@ -243,6 +243,8 @@ def seed_rows(summary: dict) -> list[dict]:
             scores_of_seeds.append(scores["macro_f1"])
             agreed.append(scores["conflict_free_macro_f1"])
             changes.append(scores.get("change"))
+            # PTQ trains nothing: the score that its runs keep is the baseline's.
+            chosen_by.append(None if summary["variant"].startswith("ptq") else run["validation_macro_f1"])
         rows.append(
             {
                 "variant": summary["variant"],
@@ -253,6 +255,7 @@ def seed_rows(summary: dict) -> list[dict]:
                 **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
                 "conflict_free_macro_f1": sum(agreed) / len(agreed),
                 "change_ci95": mean_interval(changes) if "change" in one else None,
+                "validation_macro_f1": None if None in chosen_by else sum(chosen_by) / len(chosen_by),
             }
         )
     return rows

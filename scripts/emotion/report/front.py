@@ -18,6 +18,8 @@ ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
 # The form of a released variant whose file this repository holds; all others are INT8 and fewer bits in ONNX Runtime
 FORMS = {"baseline": "bf16", "qlora": "nf4"}
 TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}
+# What a line takes from the means over the seeds, where there are any
+MEANS = ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds", "validation_macro_f1")
 # What opens the forms of the README's snippets: format, variant, words
 RUNTIMES = (
     ("onnx", RECOMMENDED, "ONNX Runtime"),
@@ -38,6 +40,7 @@ def render_block(families: list[Family], root: Path) -> str:
     small, results = families[0].comparison, families[0].folder
     lines = list_lines(small)
     seeds = common_seeds(lines)
+    smaller = next_smaller(lines, RECOMMENDED)
     fewer = [line for line in lines if is_mean(line["macro_f1"]) and len(line["seeds"]) < len(seeds)]
     for family in families[1:]:
         lines += list_lines(family.comparison, "base-size ", ("ptq",))
@@ -50,6 +53,7 @@ def render_block(families: list[Family], root: Path) -> str:
         about=small["about"],
         recommended=RECOMMENDED,
         advice=find_line(small, RECOMMENDED),
+        smaller=smaller,
         table=summary_table(lines),
         marked=any(not is_mean(line["macro_f1"]) for line in lines),
         single=chosen_reference(small),
@@ -66,7 +70,15 @@ def render_block(families: list[Family], root: Path) -> str:
 
 def describe_encoder(about: dict) -> dict:
     """Its name without the owner's, and how many parameters it has."""
-    return {"name": about["base_model"].split("/")[-1], "parameters": about["parameters"]}
+    name = (about["base_model"] or "an unknown model").split("/")[-1]
+    return {"name": name, "parameters": about["parameters"]}
+
+
+def next_smaller(lines: list[dict], variant: str) -> dict | None:
+    """Of the trained variants that are smaller than one, the largest: a reader asks why it is not taken."""
+    sizes = {line["variant"]: line["megabytes"] for line in lines}
+    smaller = [line for line in lines if line["megabytes"] < sizes.get(variant, 0) and line["validation_macro_f1"]]
+    return max(smaller, key=lambda line: line["megabytes"], default=None)
 
 
 def chosen_reference(comparison: dict) -> dict | None:
@@ -118,13 +130,14 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
     for row in comparison["rows"]:
         if (row["variant"], row["format"], row["kind"]) == (variant, format, "record"):
             line = {name: {"mean": row[name], "standard_deviation": None} for name in ("macro_f1", "accuracy")}
-            line |= {"seeds": [], "macro_f1_of_seeds": [], "change": None, **speeds_of(row)}
+            line |= {"variant": variant, "seeds": [], "macro_f1_of_seeds": [], "change": None, **speeds_of(row)}
+            line["validation_macro_f1"] = None
             break
     else:
         return None
     for one in comparison["seeds"]:
         if (one["variant"], one["format"]) == (variant, format):
-            line |= {name: one[name] for name in ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds")}
+            line |= {name: one[name] for name in MEANS}
     return line
 
 
