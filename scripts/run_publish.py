@@ -26,7 +26,7 @@ from emotion.common.sums import SUMS_FILE, check_sums, format_sums, has_files
 from emotion.measure.record import read_records, record_name
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
-from emotion.model.released import LICENSE_FILE, RECOMMENDED, RELEASED
+from emotion.model.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from emotion.report.cards import order, render_card
 from emotion.report.comparison import MAIN_RUN, read_benchmarks, read_means
 from emotion.report.plots import plot_confusion_matrix
@@ -122,13 +122,16 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     """
     made_by, records = read_recipe_of(folder), read_records(results)
     variant = made_by.get("variant", folder.resolve().name)
-    scored = find_scored(folder, order(records, variant))
+    # What a clone holds may be opened in another form than it was scored in with the rest; that record stands apart.
+    opened = results / SCORES_OF_OPENED
+    apart = read_records(opened) if opened.is_dir() else []
+    scored = find_scored(folder, order(records + apart, variant))
     files = {}
     for record in scored:
         for name in record["sha256"]:  # formats share the configuration and the tokenizer: the same names again
             files[name] = folder / name
         name = f"{record_name(record)}.json"
-        files[SCORES + name] = results / "metrics" / name
+        files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
     for path in sorted((folder / "adapter").glob("adapter_*")):
         if path.name in ADAPTER_FILES:  # neither PEFT's own card, which is a form to fill in, nor somebody's notes
             files[f"adapter/{path.name}"] = path

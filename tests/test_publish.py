@@ -57,6 +57,13 @@ def results(folders, tmp_path_factory):
     return results
 
 
+@pytest.mark.parametrize("variant", RELEASED)
+def test_a_clone_can_publish_each_of_its_folders(variant, capsys):
+    run_publish.main([str(ROOT / "weights" / variant), "--repo_id", f"user/mine-{variant}", "--dry_run", "true"])
+    said = capsys.readouterr().out
+    assert re.search(rf"results/metrics/{variant}-\w+\.json", said) and f"user/mine-{variant}" in said
+
+
 def publish(folder, results, *flags, repo_id="user/bert-emotion"):
     run_publish.main([str(folder), "--repo_id", repo_id, "--results_dir", str(results), *flags])
 

@@ -1,6 +1,7 @@
 """The order of the house, read from the imports: folders build on those before them, and no command on another."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def imports_of(path: Path) -> set[str]:
 
 
 IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def test_there_is_one_version():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    release = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert release[1] == version
+    assert f"version: {version}\ndate-released: {release[2]}\n" in citation
 
 
 def folder_of(module: str) -> str | None:

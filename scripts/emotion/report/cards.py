@@ -28,6 +28,8 @@ FREE = PLACES | {
 # Of base models; any other's is not known here.
 LICENSES = dict.fromkeys((DEFAULT_MODEL, EMBEDDED_MODEL, BASE_SIZE_MODEL), "apache-2.0")
 RELATIONS = {"finetune", "quantized", "adapter"}  # of a model to its base model, in the Hub's words
+# Of a card; that of another variant is its name in capitals
+TITLES = {BASELINE: "fine-tuned", "qlora": "QLoRA"}
 # Format -> how a card names it, the Hub's tags for it, and the packages that its users need
 RUNTIMES = {
     "pytorch": ("PyTorch FP32", ("pytorch",), ("torch", "transformers")),
@@ -90,7 +92,11 @@ def render_card(
         data = describe(own, repo_id)
         facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "code": code, "tags": data.tags}
         facts["speeds"] = list_speeds(own, baseline, run) if run else {}
-        facts["means"] = [row for row in seeds or () if row["variant"] == variant]
+        times = [times_of(record, run) for record in facts["compared"]]
+        facts["lines"] = list(zip(facts["compared"], times, strict=True))
+        facts["interleaved"] = run if run and all(time["interleaved"] for time in times) else None
+        forms = {record["format"] for record in own}  # a seed whose NF4 lost too much has kept another form
+        facts["means"] = [row for row in seeds or () if row["variant"] == variant and row["format"] in forms]
         rows = own[0]["made"]["dataset_fingerprint"]  # only what was scored on the same ones stands in one table
         comparable = [record for record in records if record["made"]["dataset_fingerprint"] == rows]
         facts["family"] = list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
@@ -238,7 +244,7 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
     for record in own + baseline:
         machines.add(f"{record['environment']['cpu']}, threads: {record['environment']['threads']}")
     return {
-        "title": f"BERT emotion classifier, {first['variant'].upper() if method != BASELINE else 'fine-tuned'}",
+        "title": f"BERT emotion classifier, {TITLES.get(first['variant'], first['variant'].upper())}",
         "method": method,
         "records": own,
         "baseline": baseline,
@@ -257,6 +263,7 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": used_values(made),
+        "epochs": trained_epochs(made),
         "versions": {name: versions[name] for name in sorted(packages)},  # KeyError: a record without a version
         "machines": sorted(machines),
         "example": example,
@@ -283,6 +290,12 @@ def trained_seed(made: dict) -> int | None:
     """The seed of the training: of a variant that was made from a baseline, that baseline's."""
     recipe = made["recipe"] or {}
     return recipe.get("baseline", recipe).get("seed", made["seed"])
+
+
+def trained_epochs(made: dict) -> float | None:
+    """The epochs of the training that a record tells of: its own, or of PTQ that of the baseline."""
+    recipe = made["recipe"] or {}
+    return recipe.get("num_train_epochs", recipe.get("baseline", {}).get("num_train_epochs"))
 
 
 def list_family(records: list[dict], variant: str, repo_id: str, seeds: list[dict], on_hub: bool) -> list[dict]:
@@ -319,6 +332,14 @@ def list_speeds(own: list[dict], baseline: list[dict], run: dict) -> dict[str, f
             if one := timed.get(f"{artifact_name(record)}{ending}"):
                 speeds[title + words] = one["latency_ms"]["p50"]
     return speeds
+
+
+def times_of(record: dict, run: dict | None) -> dict:
+    """A form's milliseconds for one text and its texts per second; of the interleaved run if it took part."""
+    timed = run and run["artifacts"].get(artifact_name(record))
+    latency = timed["latency_ms"] if timed else record["latency_ms"]
+    rate = round(timed["throughput_per_s"]["median"]) if timed else record["throughput_per_s"]["value"]
+    return {"p50": latency["p50"], "p95": latency["p95"], "texts_per_s": rate, "interleaved": bool(timed)}
 
 
 def weights_file(record: dict) -> str:

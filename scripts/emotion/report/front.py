@@ -23,7 +23,7 @@ MEANS = ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds", "valida
 # What opens the forms of the README's snippets: format, variant, words
 RUNTIMES = (
     ("onnx", RECOMMENDED, "ONNX Runtime"),
-    ("openvino", "ptq", "OpenVINO"),
+    ("openvino", "ptq", "OpenVINO, made below"),  # a clone does not hold its file
     ("bf16", "baseline", "Transformers, BF16"),
     ("nf4", "qlora", "Transformers, NF4"),
 )

@@ -377,7 +377,9 @@ def _points(change: dict) -> str:
 def _given_back(ptq: dict, qat: dict) -> str:
     """How much of what PTQ loses QAT gains."""
     loss = -ptq["change"]["mean"]  # positive where PTQ loses; QAT's own change counts against FP32 too
-    return f"{100 * (1 + qat['change']['mean'] / loss):.0f} %" if loss > WORTH_GIVING_BACK else "-"
+    if loss <= WORTH_GIVING_BACK:
+        return "-"
+    return "all" if qat["change"]["mean"] >= 0 else f"{100 * (1 + qat['change']['mean'] / loss):.0f} %"
 
 
 def _forms_table(study: dict) -> str:
