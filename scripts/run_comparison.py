@@ -158,7 +158,10 @@ def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
 
 
 def check_publishable(record: dict) -> None:
-    """Raises `UserError` unless the record is of a full training on the real data, scored on its test split."""
+    """Raises `UserError` unless the record may be published: of real data, scored on test, of a full training.
+
+    A generative model's training may be of part of the rows, since the comparison says so.
+    """
     made, name = record["made"], record_name(record)
     if "sample" in {made["dataset_source"], made["train_dataset_source"]}:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
@@ -167,7 +170,7 @@ def check_publishable(record: dict) -> None:
     if record["quality"]["split"] != "test":
         raise UserError(f"{name} was scored on {record['quality']['split']}, not on test: not for the README")
     recipe = made["recipe"] or {}
-    # The page names the rows of a generative model: a full training of it takes longer than the comparison is worth.
+    # A full training of a generative model takes longer than the comparison is worth.
     limits = {"max_steps"} if record["format"] == "adapter" else {"max_train_rows", "max_steps"}
     # A quantized artifact's recipe holds that of its baseline, whose training may have been the short one.
     short = limits & {**recipe, **recipe.get("baseline", {})}.keys()

@@ -65,6 +65,10 @@ EXAMPLES = {
 }
 
 
+# The tracked records, of the small encoder and of the base-size one
+RECORDS = (ROOT / "results", ROOT / "results" / "base")
+
+
 @dataclass
 class EvaluationArguments:
     """What is scored, and on which rows."""
@@ -144,7 +148,7 @@ def main(argv=None) -> None:
 
 def check_place(made_by: dict, results: Path) -> None:
     """Raises `UserError` if a model that was made from random weights would get a record beside the real ones."""
-    if made_by.get("made", {}).get("base_model_source") == RANDOM and results.resolve() == ROOT / "results":
+    if made_by.get("made", {}).get("base_model_source") == RANDOM and results.resolve() in RECORDS:
         raise UserError(
             f"{made_by['variant']} was made from random weights: its record does not belong into results/; "
             "name another folder with --results_dir"

@@ -54,7 +54,7 @@ def describe_scheme(classifier, weights: Path, format: str) -> dict:
 
     Args:
         classifier: the opened artifact; the formats of PyTorch are counted in its model.
-        weights: the artifact's file; the other formats are counted in it, and the types of float weights read there.
+        weights: the artifact's file, in which the other formats are counted; it tells the types of float weights.
         format: the format's name, as in `find_formats`.
 
     Returns:
