@@ -42,7 +42,7 @@ from emotion.quantize.nf4 import nf4_options, round_to_nf4
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.quantize.scheme import draw_calibration_rows, make_plan
 from emotion.task.dataset import Task, get_split, load_task
-from emotion.task.scores import VALIDATION_NOISE, score
+from emotion.task.scores import score
 from emotion.task.source import BaseModel, find_base_model, name_base_model
 from emotion.task.tokens import TextEncoder, load_training_rows
 
@@ -129,6 +129,7 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
         return {}
     tokenizer.save_pretrained(folder)
     merged.config.save_pretrained(folder)
+    watched = WatchedArguments(formats=["onnx"], save_worse=True)
     made, validation = {}, validation_rows(task, threads=torch.get_num_threads())
     count = min(CALIBRATION_ROWS, len(get_split(task, "train")))
     rows = draw_calibration_rows(task, TextEncoder(folder), count, training.seed)
@@ -140,21 +141,23 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
         if "onnx" in formats:
             export_onnx(merged, tokenizer, whole / "onnx" / "model.onnx")
             # As run_ptq.py: with outlier units in floats, if rounding everything would lose too much.
-            watched = WatchedArguments(formats=["onnx"], save_worse=True)
             made |= save_watched(make_plan(whole, merged, watched, rows), folder, rows, validation, watched)
         if "nf4" in formats:
             options = nf4_options(str(whole), task.labels, training.bf16)
-            made["merged"] = save_smallest(whole, folder, options, rows, validation)
+            made["merged"] = save_smallest(whole, folder, options, rows, validation, watched.max_loss / 100)
         return made
 
 
-def save_smallest(whole: Path, folder: Path, options: dict, rows: CalibrationRows, validation: Rows) -> dict:
-    """Writes `model.safetensors` in the smallest form that scores on validation as the float model does.
+def save_smallest(
+    whole: Path, folder: Path, options: dict, rows: CalibrationRows, validation: Rows, max_loss: float
+) -> dict:
+    """Writes `model.safetensors` in the smallest form that loses little on validation against the float model.
 
     Args:
         whole: folder of the merged float model.
         options: those of `nf4_options`.
         rows: they show the inputs of the layers, on which rounding should change the answers least.
+        max_loss: of macro F1, as a share; the same as for a format of PTQ.
 
     Returns:
         Validation macro F1 of each form that was tried, FP32 first; the last one was kept.
@@ -173,7 +176,7 @@ def save_smallest(whole: Path, folder: Path, options: dict, rows: CalibrationRow
             smaller = load_trained_classifier(whole, dtype=dtype)
         smaller.save_pretrained(folder)  # over the form before it
         tried[form] = macro_f1(folder, next(iter(find_formats(folder))))
-        if tried[form] >= tried["fp32"] - VALIDATION_NOISE:
+        if tried[form] >= tried["fp32"] - max_loss:
             break
     return tried
 
