@@ -205,11 +205,15 @@ def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) 
 def alternative_row(name: str, timed: dict, run: dict) -> dict:
     """A line without a score: what a library makes of the same weights by itself."""
     folder, format = name.rsplit(":", 1)
+    title = TITLES.get(format, format)
+    # What a library chooses by itself on this processor: beside FP32 it would pass for that.
+    if timed["precision"] == "bfloat16" and "BF16" not in title:
+        title += ", in BF16"
     return {
         "kind": "alternative",
         "name": name,
         "variant": Path(folder).name,
-        "format": TITLES.get(format, format),
+        "format": title,
         **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
         "megabytes": timed["bytes_to_serve"] / 1e6,  # a record has them already
         **speed_of(timed, run),
