@@ -191,7 +191,7 @@ def test_a_dry_run_sends_nothing(folders, results, hub, capsys, monkeypatch):
     size = (folders["qlora"] / "model.safetensors").stat().st_size
     assert f"{size:>12,}  model.safetensors" in shown and "adapter/adapter_config.json" in shown
     assert "base_model_relation" not in shown  # a base of no repository
-    assert "# BERT emotion classifier, QLORA" in shown and "nothing was sent" in shown
+    assert "# BERT emotion classifier, QLoRA" in shown and "nothing was sent" in shown
     assert not hub.requests
 
 
