@@ -20,13 +20,13 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_bytes
 from emotion.common.flags import parse_flags
 from emotion.common.progress import Bar
-from emotion.measure.record import record_name
+from emotion.measure.record import BASE_FAMILY, record_name
 from emotion.report.cards import render_cards
 from emotion.report.comparison import MAIN_RUN, Family, read_family
 from emotion.report.document import REPORT, SOURCE, compile_report
 from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from emotion.report.front import render_block, render_times
-from emotion.report.pages import BASE_FAMILY, render_study_pages
+from emotion.report.pages import render_study_pages
 from emotion.report.tables import render_page, render_table
 from emotion.report.trace import render_trace_page
 from emotion.task.source import RANDOM

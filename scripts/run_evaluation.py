@@ -20,7 +20,7 @@ from emotion.common.names import check_name
 from emotion.common.ranges import Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.inspection import describe_encoder, describe_scheme
-from emotion.measure.record import describe_scored, explain, write_record
+from emotion.measure.record import BASE_FAMILY, describe_scored, explain, write_record
 from emotion.measure.ruler import measure_quality, measure_speed
 from emotion.model.artifact import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
 from emotion.model.emotion_classifier import EmotionClassifier
@@ -63,10 +63,6 @@ EXAMPLES = {
         "i feel shocked and impressed by the size of this whale",
     ),
 }
-
-
-# The tracked records, of the small encoder and of the base-size one
-RECORDS = (ROOT / "results", ROOT / "results" / "base")
 
 
 @dataclass
@@ -148,7 +144,10 @@ def main(argv=None) -> None:
 
 def check_place(made_by: dict, results: Path) -> None:
     """Raises `UserError` if a model that was made from random weights would get a record beside the real ones."""
-    if made_by.get("made", {}).get("base_model_source") == RANDOM and results.resolve() in RECORDS:
+    if made_by.get("made", {}).get("base_model_source") == RANDOM and results.resolve() in (
+        ROOT / "results",
+        ROOT / "results" / BASE_FAMILY,
+    ):
         raise UserError(
             f"{made_by['variant']} was made from random weights: its record does not belong into results/; "
             "name another folder with --results_dir"

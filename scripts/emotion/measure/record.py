@@ -11,6 +11,8 @@ from emotion.task.dataset import Task, fingerprint
 
 import numpy as np
 
+BASE_FAMILY = "base"  # the folder inside results/ that holds those of the base-size encoder
+
 
 def check_record(record: dict, name, kind: str = "record") -> dict:
     """Returns the record; raises `UserError` naming a field that is missing or not what it must be.

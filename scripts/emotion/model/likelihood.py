@@ -33,8 +33,13 @@ def open_adapted(folder: Path, adapter: Path) -> PeftModel:
 
 def has_chat_template(folder: Path | str) -> bool:
     """Whether the tokenizer of a folder, or of a Hub id, says how a prompt is written."""
+    return bool(_open_tokenizer(folder).chat_template)
+
+
+def _open_tokenizer(folder: Path | str):
+    """The tokenizer of a folder, or of a Hub id. Raises `UserError` if it cannot be loaded."""
     with one_line(f"{folder}: no tokenizer can be loaded from it"):
-        return bool(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class PromptEncoder:
@@ -52,8 +57,7 @@ class PromptEncoder:
         Raises:
             UserError: if there is no tokenizer with a chat template, or no instruction.
         """
-        with one_line(f"{folder}: no tokenizer can be loaded from it"):
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._tokenizer = _open_tokenizer(folder)
         self._instruction = instruction or read_config(folder).get("instruction")
         if not self._instruction or not self._tokenizer.chat_template:
             raise UserError(f"{folder} names no instruction or no chat template; make it with run_llama_factory.py")

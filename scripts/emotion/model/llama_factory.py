@@ -148,16 +148,16 @@ def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe
             whole = prompt + answers[label]
             if len(whole) > recipe.values.get("cutoff_len", CUTOFF):
                 cut += 1
-            elif ids == whole and counted != [IGNORED] * len(prompt) + answers[label]:
-                raise UserError(
-                    f"{split} row {row}: the loss counts other tokens than those of the answer; leave out "
-                    "train_on_prompt and mask_history"
-                )
             elif ids != whole:
                 raise UserError(
                     f"{split} row {row}: LLaMA Factory's template does not write what the tokenizer's chat template "
                     "writes; name the model's own with --template, and its system message with --default_system. What "
                     f"is trained stays in {relative(tokens.parent)}"
+                )
+            elif counted != [IGNORED] * len(prompt) + answers[label]:
+                raise UserError(
+                    f"{split} row {row}: the loss counts other tokens than those of the answer; leave out "
+                    "train_on_prompt and mask_history"
                 )
         if cut:
             print(f"{split}: {cut} of {len(rows)} prompts are longer than cutoff_len and were cut")

@@ -77,24 +77,24 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
     # tested apart, or its presence would change the corrected p-values of all others.
     encoder = reference["made"]["base_model"]
     guests = [record for record in records if record["made"]["base_model"] != encoder]
-    tests = compare_records([record for record in records if record not in guests], results)
-    guest_tests = compare_records([reference, *guests], results)
+    own_tests = compare_records([record for record in records if record not in guests], results)
+    tests = own_tests | compare_records([reference, *guests], results)
     timed = dict(run["artifacts"]) if run else {}  # a copy: each record takes its times out
     rows = []
     for record in records:
-        row = scored_row(record, timed.pop(artifact_name(record), None), run, tests | guest_tests)
+        row = scored_row(record, timed.pop(artifact_name(record), None), run, tests)
         rows.append({"kind": "guest" if record in guests else "record"} | row)
     for name, one in timed.items():
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
     about = describe(records, reference, guests, run)
-    comparison = {"about": about, "tests": describe_tests(tests), "rows": rows, "seeds": [], "ensemble": None}
-    for summary in sorted(read_seeds(results), key=lambda one: one["variant"]):
-        comparison["seeds"] += seed_rows(summary)
+    summaries, ensemble = read_seeds(results), None  # read once: each is held against the predictions of its seeds
+    for summary in summaries:
         if summary["variant"] == reference["variant"]:
-            comparison["ensemble"] = score_ensemble(summary, results, about["labels"])
-    return rounded(comparison)
+            ensemble = score_ensemble(summary, results, about["labels"])
+    comparison = {"about": about, "tests": describe_tests(own_tests), "rows": rows}
+    return rounded(comparison | {"seeds": list_means(summaries), "ensemble": ensemble})
 
 
 def find_reference(records: list[dict]) -> dict:
@@ -107,10 +107,15 @@ def find_reference(records: list[dict]) -> dict:
 
 def read_means(results: Path) -> list[dict]:
     """The means over seeds of every form in a folder of results, a line each; empty if none were measured."""
+    return rounded(list_means(read_seeds(results)))
+
+
+def list_means(summaries: list[dict]) -> list[dict]:
+    """The lines of all summaries over seeds, in the order of the variants."""
     rows = []
-    for summary in sorted(read_seeds(results), key=lambda one: one["variant"]):
+    for summary in sorted(summaries, key=lambda one: one["variant"]):
         rows += seed_rows(summary)
-    return rounded(rows)
+    return rows
 
 
 def describe_tests(tests: dict[str, dict]) -> dict:

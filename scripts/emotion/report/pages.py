@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from emotion.measure.evidence import read_study
+from emotion.measure.record import BASE_FAMILY
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
 from emotion.report.comparison import OPERATORS
 from emotion.report.render import complete, render
@@ -11,7 +12,6 @@ from emotion.task.scores import VALIDATION_NOISE
 
 import numpy as np
 
-BASE_FAMILY = "base"  # the folder inside results/ that holds those of the base-size encoder
 SMALLEST_SHARE = 0.01  # of a call: kinds of operators below it are shown as one
 MANY = 10**9  # texts, for which the page of many texts does the sum
 WORTH_GIVING_BACK = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
