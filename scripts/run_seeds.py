@@ -69,9 +69,10 @@ def main(argv=None) -> None:
     print(f"{len(runs)} seeds, test; seed {chosen}, chosen by {chosen_by} -> {weights / arguments.variant}")
     # The baseline's summary has no formats: its one score was taken in PyTorch.
     for name, one in summary.get("formats", {"pytorch": summary}).items():
-        deviation = one["macro_f1"]["standard_deviation"] or 0  # null for a single seed
+        deviation = one["macro_f1"]["standard_deviation"]
+        spread = "one seed" if deviation is None else f"standard deviation {deviation:.4f}"
         change = f"   change {100 * one['change']['mean']:+.2f} points" if "change" in one else ""
-        print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} (standard deviation {deviation:.4f}){change}")
+        print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} ({spread}){change}")
 
 
 if __name__ == "__main__":

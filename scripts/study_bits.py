@@ -88,6 +88,8 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
         "share_of_fp32": record["size"]["bytes_to_serve"] / baseline["size"]["bytes_to_serve"],
         "dataset": record["made"]["dataset"],
         "examples": record["quality"]["examples"],
+        # A cell that stands is not made again: it may be of another commit than the cells beside it.
+        "made_at": sorted({one["made"]["git_commit"] for one in records} - {None}),
         **summarize_scores(scores, SUMMARIZED),
         "training": training,
         "forms": forms,

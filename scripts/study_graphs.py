@@ -1,7 +1,8 @@
 """Measures what each rewrite of the ONNX graph gives: the INT8 file with all of them, and without one at a time.
 
-Beside them stand forms that were tried and not taken. All are made from one baseline and timed in turns. The rewrites
-change no answer; how many labels they and the rounding of the activations leave as they were is counted on validation.
+Beside them stand forms that were tried and not taken. All are made from one baseline and timed in turns. In floats the
+rewrites change nothing; the labels that differ, since activations are rounded to another integer, are counted on
+validation.
 
     python scripts/study_graphs.py weights/baseline
     python scripts/study_graphs.py weights/base/baseline --results_dir results/base

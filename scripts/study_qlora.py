@@ -1,11 +1,11 @@
 """Chooses the recipe of QLoRA: rank, learning rate, layers and start of the adapter, one change at a time.
 
 Each candidate trains with the whole recipe, since half an epoch does not tell candidates apart yet. It is scored on
-validation, and the test split is not touched. The rule: of the candidates whose macro F1 lies within 0.2 points of the
-best, the one with the lowest validation loss wins, since the loss is less noisy. A candidate that predicts a single
-class never wins. A candidate that stands already is not trained again.
+validation, and the test split is not touched. Scores are means over the seeds. The rule: of the candidates whose macro
+F1 lies within 0.2 points of the best, the one with the lowest validation loss wins, since the loss is less noisy. A
+candidate that predicts a single class with any seed never wins. A training that stands already is not repeated.
 
-    python scripts/study_qlora.py                       # the winner stands in configs/qlora.yaml
+    python scripts/study_qlora.py --seed 42 43 44
     python scripts/study_qlora.py --candidates centre "rank 8"
 """
 
@@ -19,6 +19,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.ranges import POSITIVE, SEED
 from emotion.common.recipe import comparable, read_recipe_of
+from emotion.measure.seeds import check_seeds, summarize_scores
 from emotion.model.artifact import adapter_bytes
 from emotion.report.pages import render_sweep
 from emotion.report.plots import plot_sweep
@@ -42,11 +43,10 @@ CANDIDATES = {
     "query and value only": {"target_modules": ["query", "value"]},  # as in Hu et al., "LoRA", ICLR 2022
     "LoftQ": {"init_lora_weights": "loftq"},  # Li et al., ICLR 2024: the adapter starts from NF4's rounding error
 }
-# The fields of a candidate's training that the sweep keeps.
+SCORES = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # shown as means over the seeds
+# The fields of a candidate's training that the sweep keeps of each seed.
 KEPT_OF_TRAINING = (
-    "validation_macro_f1",
-    "validation_accuracy",
-    "validation_loss",
+    *SCORES,
     "predicted_classes",
     "seconds",
     "cpu_seconds",
@@ -69,7 +69,10 @@ class SweepArguments:
     epochs: float = field(
         default=3.0, metadata={"help": "Epochs that each candidate is trained for.", "choices": POSITIVE}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of each training.", "choices": SEED})
+    seed: list[int] = field(
+        default_factory=lambda: [42],
+        metadata={"help": "Each candidate is trained once with each of these.", "choices": SEED},
+    )
     work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
@@ -77,14 +80,17 @@ class SweepArguments:
 def main(argv=None) -> None:
     """Trains the candidates, chooses one and writes the page; ``argv``: the flags, the command line's if not given."""
     (arguments,) = parse_flags((SweepArguments,), positional="candidates", argv=argv)
-    learnt = {name: learn(name, arguments) for name in arguments.candidates}
-    made = next(iter(learnt.values()))["made"]  # of any candidate: all have the same base model and dataset
+    check_seeds(arguments.seed, "--seed")
+    learnt = {}
+    for name in arguments.candidates:
+        learnt[name] = [learn(name, seed, arguments) for seed in arguments.seed]
+    made = next(iter(learnt.values()))[0]["made"]  # of any candidate: all have the same base model and dataset
     sweep = describe_run(choose_threads(None)) | {
         "base_model": made["base_model"],
         "dataset": made["dataset"],
         "dataset_source": made["dataset_source"],
         "epochs": arguments.epochs,
-        "seed": arguments.seed,
+        "seeds": arguments.seed,
         "centre": CENTRE,
         "candidates": {name: summarize(name, one, arguments) for name, one in learnt.items()},
     }
@@ -96,14 +102,14 @@ def main(argv=None) -> None:
     print((results / "qlora_sweep.md").read_text(encoding="utf-8"))
 
 
-def learn(name: str, arguments: SweepArguments) -> dict:
+def learn(name: str, seed: int, arguments: SweepArguments) -> dict:
     """Trains a candidate, unless it stands with these flags; returns its recipe.yaml.
 
     Raises:
         SystemExit: if the training fails; run_qlora.py has said why.
     """
-    folder = folder_of(name, arguments)
-    changes = CENTRE | CANDIDATES[name] | {"num_train_epochs": arguments.epochs, "seed": arguments.seed}
+    folder = folder_of(name, seed, arguments)
+    changes = CENTRE | CANDIDATES[name] | {"num_train_epochs": arguments.epochs, "seed": seed}
     made = read_recipe_of(folder)  # empty if it was never trained
     # The recipe holds more flags than a candidate changes: those that are equal everywhere are not compared.
     stands = made and comparable(made["recipe"]).items() >= comparable(changes).items()
@@ -118,29 +124,36 @@ def learn(name: str, arguments: SweepArguments) -> dict:
     return read_recipe_of(folder)
 
 
-def folder_of(name: str, arguments: SweepArguments) -> Path:
-    """The folder of a candidate; in its name each blank and sign becomes a hyphen."""
-    return Path(arguments.work_dir) / "".join(letter if letter.isalnum() else "-" for letter in name)
+def folder_of(name: str, seed: int, arguments: SweepArguments) -> Path:
+    """The folder of a candidate's training; in its name each blank and sign becomes a hyphen."""
+    return Path(arguments.work_dir) / "".join(letter if letter.isalnum() else "-" for letter in f"{name}-{seed}")
 
 
-def summarize(name: str, made: dict, arguments: SweepArguments) -> dict:
-    """The flags that the candidate changes, its scores on validation, and its costs."""
+def summarize(name: str, made: list[dict], arguments: SweepArguments) -> dict:
+    """The flags that the candidate changes, its scores on validation in the mean and of each seed, and its costs."""
+    runs = []
+    for seed, one in zip(arguments.seed, made, strict=True):
+        runs.append({"seed": seed} | {key: one["training"][key] for key in KEPT_OF_TRAINING})
     return {
         "changes": CANDIDATES[name],
-        **{key: made["training"][key] for key in KEPT_OF_TRAINING},
-        "adapter_bytes": adapter_bytes(folder_of(name, arguments)),
+        **summarize_scores(runs, SCORES),
+        # The same with every seed
+        **{key: runs[0][key] for key in ("trained_parameters", "parameters")},
+        "adapter_bytes": adapter_bytes(folder_of(name, arguments.seed[0], arguments)),
+        "runs": runs,
     }
 
 
 def choose(candidates: dict) -> str:
     """The name of the winner, by the rule above; raises `UserError` if every good candidate predicts one class."""
     # Of all candidates: one that collapsed has a low score and cannot be the best, unless all have.
-    best = max(one["validation_macro_f1"] for one in candidates.values())
+    best = max(one["validation_macro_f1"]["mean"] for one in candidates.values())
     losses = {}
     for name, one in candidates.items():
         # A model that always answers the same class has learnt nothing, and yet may have a low loss.
-        if one["validation_macro_f1"] >= best - VALIDATION_NOISE and one["predicted_classes"] > 1:
-            losses[name] = one["validation_loss"]
+        classes = min(run["predicted_classes"] for run in one["runs"])
+        if one["validation_macro_f1"]["mean"] >= best - VALIDATION_NOISE and classes > 1:
+            losses[name] = one["validation_loss"]["mean"]
     if not losses:
         raise UserError("every candidate predicts a single class; lower the learning rates")
     return min(losses, key=losses.get)

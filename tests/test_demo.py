@@ -1,6 +1,7 @@
 """The server of the demo page: whom it answers, and with which files. The page itself is tested by test_web.py."""
 
 import http.client
+import shutil
 import threading
 
 import run_demo
@@ -29,7 +30,7 @@ def ask(server, path: str):
     connection = http.client.HTTPConnection(*server.server_address, timeout=10)
     connection.request("GET", path)
     answer = connection.getresponse()
-    return answer.status, answer.read().decode(), answer.headers
+    return answer.status, answer.read().decode(errors="replace"), answer.headers
 
 
 def test_the_server_gives_the_page_the_models_and_the_libraries(server):
@@ -59,6 +60,24 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
 def test_the_server_gives_no_other_file(path, server):
     status, body, _ = ask(server, path)
     assert status == 404 and body != "secret"
+
+
+def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_demo, "ROOT", tmp_path)
+    monkeypatch.setattr(run_demo, "check_libraries", lambda folder: None)
+    left_out = shutil.ignore_patterns("onnx", "*.bf16.safetensors", "SHA256SUMS")
+    shutil.copytree(artifact, tmp_path / "weights" / "baseline", ignore=left_out)
+    (folder,) = run_demo.make_fp32(tmp_path / "weights")
+    made = folder / run_demo.FP32
+    assert made.read_bytes() == (artifact / "onnx" / "model.onnx").read_bytes()
+    before = made.stat().st_mtime_ns
+    with run_demo.make_server(0, tmp_path / "weights") as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        assert ask(server, "/weights/baseline/onnx/model.onnx")[0] == 200
+        assert ask(server, "/weights/baseline/config.json")[0] == 200
+        server.shutdown()
+    assert made.stat().st_mtime_ns == before
+    assert run_demo.make_fp32(artifact.parent) == [] == run_demo.make_fp32(tmp_path / "nowhere")
 
 
 def test_the_server_listens_to_this_machine_alone(server):

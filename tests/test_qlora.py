@@ -239,10 +239,15 @@ def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(
     recipe = yaml.safe_load((ROOT / "configs" / "qlora.yaml").read_text())
     recipe |= {"model_name_or_path": str(encoder), "dataset_name": str(colors), "bf16": False, "disable_tqdm": True}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    flags = ["centre", "rank 8", "--recipe", "tiny.yaml", "--work_dir", "work", "--results_dir", "results"]
+    flags = ["centre", "rank 8", "--seed", "42", "43"]
+    flags += ["--recipe", "tiny.yaml", "--work_dir", "work", "--results_dir", "results"]
     study_qlora.main(flags)
     sweep = read_json(tmp_path / "results" / "qlora_sweep.json")
     assert sweep["chosen"] in {"centre", "rank 8"}
+    for one in sweep["candidates"].values():
+        assert [run["seed"] for run in one["runs"]] == [42, 43]
+        scores = [run["validation_macro_f1"] for run in one["runs"]]
+        assert one["validation_macro_f1"]["mean"] == pytest.approx(sum(scores) / 2)
     assert sweep["candidates"]["rank 8"]["adapter_bytes"] < sweep["candidates"]["centre"]["adapter_bytes"]
     assert (tmp_path / "results" / "qlora_sweep.png").stat().st_size > 5000
     capfd.readouterr()
@@ -251,8 +256,10 @@ def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(
 
 
 def test_a_candidate_of_one_class_never_wins():
-    scores = {"validation_macro_f1": 0.9, "validation_loss": 0.2, "predicted_classes": 3}
-    collapsed = scores | {"validation_loss": 0.1, "predicted_classes": 1}
+    scores = {"validation_macro_f1": {"mean": 0.9}, "validation_loss": {"mean": 0.2}}
+    good, bad = {"predicted_classes": 3}, {"predicted_classes": 1}
+    collapsed = scores | {"validation_loss": {"mean": 0.1}, "runs": [good, bad]}
+    scores["runs"] = [good, good]
     assert study_qlora.choose({"good": scores, "collapsed": collapsed}) == "good"
     with pytest.raises(UserError, match="lower the learning rates"):
         study_qlora.choose({"collapsed": collapsed})

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT
+from emotion.common.files import read_json
 from emotion.model.released import RECOMMENDED, RELEASED
 from emotion.report.front import FORMS, TITLES
 
@@ -106,6 +107,14 @@ def test_the_map_is_the_house():
 def test_what_is_released_has_its_form_and_its_name():
     assert RECOMMENDED in RELEASED and FORMS.keys() <= set(RELEASED) and TITLES.keys() <= set(RELEASED)
     assert f"weights/{RECOMMENDED}" in README
+
+
+def test_validation_chose_the_recommended_variant():
+    scores = {}
+    for line in read_json(ROOT / "results" / "comparison.json")["seeds"]:
+        if line["validation_macro_f1"]:
+            scores[line["variant"]] = line["validation_macro_f1"]
+    assert set(scores) > {"baseline", "qat", "qat-int2", "qlora"} and max(scores, key=scores.get) == RECOMMENDED
 
 
 @pytest.fixture

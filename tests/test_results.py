@@ -529,7 +529,7 @@ def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
         ("ptq_study", "date"),
         ("ptq_sensitivity", "examples"),
         ("ptq_processors", "reference"),
-        ("qlora_sweep", "seed"),
+        ("qlora_sweep", "seeds"),
         ("training_cost", "rounds"),
         ("bits", "environment"),
     ],

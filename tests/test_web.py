@@ -292,5 +292,5 @@ def test_a_page_of_nobody_asks_nobody(tmp_path):
     with running_demo(tmp_path) as address:
         seen = json.loads(run_node(*words, address, "noModels", env=os.environ))["noModels"]
     assert seen["status"].startswith(f"{RECOMMENDED} cannot be loaded: ") and seen["wide"] == 360
-    assert "FP32: not in weights/baseline; made by scripts/run_baseline.py" in seen["missing"]
+    assert "FP32: not in weights/baseline; made by make demo, where PyTorch is installed" in seen["missing"]
     assert len(seen["missing"]) == len(FORMS)

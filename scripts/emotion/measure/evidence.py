@@ -160,6 +160,23 @@ def read_seeds(results: Path) -> list[dict]:
     return summaries
 
 
+def commits_of(summaries: list[dict], results: Path) -> set[str]:
+    """The commits whose code made what summaries over seeds are means of, as far as the records of the seeds are kept.
+
+    Args:
+        summaries: what `read_seeds` returns.
+        results: the folder that they came from.
+    """
+    commits = set()
+    for summary in summaries:
+        for path in (results / "seeds").glob(f"*/metrics/{summary['variant']}-*.json"):
+            record = read_result(path, "record")
+            # Names begin alike: qat-*.json are the records of qat-int4 too, which has a summary of its own.
+            if record["variant"] == summary["variant"]:
+                commits.add(record["made"]["git_commit"])
+    return commits - {None}
+
+
 def read_study(path: Path) -> dict:
     """The JSON file of a study, which is named after its kind; raises `UserError` if it is damaged."""
     study = read_result(path, path.stem)

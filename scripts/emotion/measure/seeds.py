@@ -19,10 +19,10 @@ TRAINING_COSTS = ("seconds", "cpu_seconds", "threads", "resumed")
 BASELINE_SCORES = ("macro_f1", "accuracy", "validation_macro_f1", "seconds")
 
 
-def check_seeds(seeds: list[int]) -> None:
+def check_seeds(seeds: list[int], flag: str = "--seeds") -> None:
     """Raises `UserError` if there is no seed, or one stands there twice: it would count twice in the mean."""
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {' '.join(map(str, seeds))}: it takes one seed at least, and each once")
+        raise UserError(f"{flag} {' '.join(map(str, seeds))}: it takes one seed at least, and each once")
 
 
 def recipe_of(method: str) -> Path:

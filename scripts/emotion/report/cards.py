@@ -259,6 +259,7 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         # Counted in the files, not taken from the variant's name.
         "quantized": any(record["scheme"]["quantized_layers"] for record in own),
         "adapter": bool(made.get("merged")),
+        "climbed": climbed,
         "in_float": list(first["scheme"]["kept_in_float"]),
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
@@ -274,10 +275,17 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
     }
 
 
-def answer(record: dict, text: str) -> str:
-    """What a form was measured to answer to one of its examples: 'joy 0.999'."""
+def answer(record: dict, text: str) -> dict:
+    """What a form was measured to answer to one of its examples: `label` and `score`."""
     answers = {example["text"]: example for example in record["examples"]}
-    return "{label} {score:.3f}".format(**ranking(answers[text])[0])
+    return ranking(answers[text])[0]
+
+
+def climbed(record: dict) -> list[str]:
+    """The steps of PTQ's ladder that a form needed beyond the first, that which was kept in bold; else empty."""
+    steps = (record["made"].get("remedies") or {}).get(record["format"], [])
+    named = [f"**{step['remedy']}** (kept)" if step.get("kept") else step["remedy"] for step in steps]
+    return named if len(named) > 1 else []
 
 
 def mean(one: dict, form: str = ".2f") -> str:
@@ -306,8 +314,9 @@ def list_family(records: list[dict], variant: str, repo_id: str, seeds: list[dic
         means = {row["format"]: row["macro_f1"] for row in seeds if row["variant"] == name}
         if not forms or name not in variants_with_card(records):
             continue
-        # ONNX Runtime's form, which all quantized variants have, so that files of one kind are compared.
-        shown = "onnx" if "onnx" in forms and "onnx" in means else next(iter(forms))
+        # The form that is released, if it has a mean over seeds: a baseline's is that of FP32.
+        released = RELEASED.get(name, "onnx")
+        shown = released if released in forms and released in means else next(iter(forms))
         other = sibling(repo_id, variant, name)
         family.append(
             {

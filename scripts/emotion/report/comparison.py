@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.measure.contenders import TITLES, is_alternative
-from emotion.measure.evidence import read_predictions, read_seeds, score_again
+from emotion.measure.evidence import commits_of, read_predictions, read_seeds, score_again
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.measure.record import artifact_name, read_records, record_name
 from emotion.measure.schema import read_result
@@ -88,8 +88,9 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
-    about = describe(records, reference, guests, run)
     summaries, ensemble = read_seeds(results), None  # read once: each is held against the predictions of its seeds
+    about = describe(records, reference, guests, run)
+    about["made_at"] = sorted(commits_of(summaries, results).union(about["made_at"]))
     for summary in summaries:
         if summary["variant"] == reference["variant"]:
             ensemble = score_ensemble(summary, results, about["labels"])
@@ -136,7 +137,7 @@ def describe(records: list[dict], reference: dict, guests: list[dict], run: dict
     """What was measured on what, for captions; ``guests``: those of the records that have another base model."""
     # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
-    made = {record["made"]["git_commit"] for record in records}
+    made = {record["made"]["git_commit"] for record in records if record not in guests} - {None}
     sets, machines = set(), set()
     for one in environments:
         sets |= set(one["instruction_sets"]) & NOTEWORTHY_SETS
@@ -152,8 +153,8 @@ def describe(records: list[dict], reference: dict, guests: list[dict], run: dict
         "machines": sorted(machines),
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
-        "commits": sorted(({run["git_commit"]} if run else made) - {None}),
-        "made_at": sorted(made - {None}),  # the commits whose code made the artifacts
+        "commits": sorted({run["git_commit"]} - {None} if run else made),
+        "made_at": sorted(made),  # the commits whose code made the artifacts
         "compared_with": run["compared_with"] if run else None,
         "rounds": run["rounds"] if run else None,
     }
@@ -162,7 +163,8 @@ def describe(records: list[dict], reference: dict, guests: list[dict], run: dict
 def guest_of(record: dict) -> dict:
     """What a caption must say of a record that does not come from the encoder of the others."""
     made = record["made"]
-    return {"name": record_name(record), "base_model": made["base_model"], "train_rows": made.get("train_rows")}
+    told = {name: made.get(name) for name in ("base_model", "train_rows", "git_commit")}
+    return {"name": record_name(record)} | told
 
 
 def count_parameters(reference: dict) -> int | None:

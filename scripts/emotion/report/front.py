@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from emotion.measure.evidence import read_study
-from emotion.model.released import RECOMMENDED, RELEASED
+from emotion.measure.record import read_records, record_name
+from emotion.model.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from emotion.report.comparison import REFERENCE, Family
 from emotion.report.pages import cells_of
 from emotion.report.render import complete, render
@@ -62,10 +63,26 @@ def render_block(families: list[Family], root: Path) -> str:
         reference=lines[0],
         reference_mean=mean_of(lines[0], seeds),
         runtime=small["about"]["compared_with"],
-        origins=[merged(families, name) for name in ("machines", "dates", "commits")],
-        link=results.relative_to(root).as_posix() if results.is_relative_to(root) else None,
+        origins=[merged(families, name) for name in ("machines", "dates", "commits", "made_at")],
+        opened=opened_score(results),
+        base_link=below(root, families[1].folder) if len(families) > 1 else None,
+        link=below(root, results),
         picture=describe_picture(study) if study else None,
     )
+
+
+def opened_score(results: Path) -> float | None:
+    """Macro F1 of the released baseline as `from_pretrained` opens it, in float32; None if that was not measured."""
+    folder = results / SCORES_OF_OPENED
+    for record in read_records(folder) if folder.is_dir() else ():
+        if record_name(record) == REFERENCE:
+            return record["quality"]["macro_f1"]
+    return None
+
+
+def below(root: Path, folder: Path) -> str | None:
+    """The way from the README to a folder, for a link; None if the folder lies elsewhere."""
+    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else None
 
 
 def describe_encoder(about: dict) -> dict:

@@ -186,16 +186,21 @@ def render_sweep(sweep: dict) -> str:
         rows.append(
             [
                 f"**{name}**" if name == sweep["chosen"] else name,
-                f"{100 * one['validation_macro_f1']:.2f}",
-                f"{100 * one['validation_accuracy']:.2f}",
-                f"{one['validation_loss']:.4f}",
+                *(plus_minus(one[key], 100, ".2f") for key in ("validation_macro_f1", "validation_accuracy")),
+                plus_minus(one["validation_loss"], 1, ".4f"),
                 f"{100 * one['trained_parameters'] / one['parameters']:.2f}",  # percent of all
                 f"{one['adapter_bytes'] / 1e6:.2f}",
-                f"{one['cpu_seconds'] / 60:.1f}",  # of all threads: the machine may have been shared
+                f"{np.mean([run['cpu_seconds'] for run in one['runs']]) / 60:.1f}",  # of all threads
             ]
         )
     head = ["candidate", "macro F1 %", "accuracy %", "loss", "trained %", "adapter MB", "CPU minutes"]
     return render("qlora_sweep.md", sweep=sweep, table=markdown_table(head, rows), noise=VALIDATION_NOISE)
+
+
+def plus_minus(one: dict, factor: float, form: str) -> str:
+    """A mean over seeds and its standard deviation, times a factor: '90.29 ± 0.41'; a single seed has none."""
+    mean, deviation = one["mean"], one["standard_deviation"]
+    return f"{factor * mean:{form}}" + ("" if deviation is None else f" ± {factor * deviation:{form}}")
 
 
 @complete("the page of the training cost")
@@ -317,6 +322,7 @@ def render_bits(studies: list[dict]) -> str:
             {
                 "base_model": study["base_model"],
                 "study": study,
+                "made_at": sorted(set().union(*(cell["made_at"] for cell in study["cells"].values()))),
                 "table": _ladder_table(study),
                 "forms": _forms_table(study),
             }

@@ -145,18 +145,21 @@ def plot_dataset(study: dict, path: Path) -> None:
 
 
 def plot_sweep(sweep: dict, path: Path) -> None:
-    """Validation macro F1 and loss of each candidate, best on top; the chosen one stands out."""
-    candidates = dict(sorted(sweep["candidates"].items(), key=lambda item: item[1]["validation_macro_f1"]))
+    """Validation macro F1 and loss of each candidate, best on top; small dots are single seeds."""
+    candidates = dict(sorted(sweep["candidates"].items(), key=lambda item: item[1]["validation_macro_f1"]["mean"]))
     places, colors = np.arange(len(candidates)), seaborn.color_palette(STYLE["palette"])
     shades = [colors[1] if name == sweep["chosen"] else colors[0] for name in candidates]
     panels = (("validation_macro_f1", 100, "macro F1 in %"), ("validation_loss", 1, "loss"))
     with styled():
         figure, both = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
         for axes, (key, factor, title) in zip(both, panels, strict=True):
-            values = factor * np.array([one[key] for one in candidates.values()])
+            values = factor * np.array([one[key]["mean"] for one in candidates.values()])
             # A line from the lowest value, not from zero: the candidates differ by a few points only.
             axes.hlines(places, min(values), values, color="0.85", linewidth=2, zorder=1)
             axes.scatter(values, places, c=shades, s=60, zorder=2)
+            for place, one in zip(places, candidates.values(), strict=True):
+                seeds = [factor * run[key] for run in one["runs"]]
+                axes.scatter(seeds, [place] * len(seeds), color="0.6", s=12, zorder=1)
             axes.set(xlabel=f"validation {title}")
         both[0].set_yticks(places, candidates)
         seaborn.despine(figure)
