@@ -199,7 +199,20 @@ def test_means_over_seeds_come_first(records):
     assert results.index("| ONNX Runtime | 4 | 12.35 ± 6.78 |") < results.index("| ptq, ONNX Runtime |")
     assert "those of a single training**, seed 42, chosen by the baseline's validation score" in results
     without = render_card(records, "ptq", "user/mine").split("## Results")[1]
-    assert "Means" not in without and "chosen" not in without and "single training**, seed 42." in without
+    assert (
+        "Means" not in without and "chosen" not in without and "single training**, seed 42, made at commit" in without
+    )
+
+
+def test_what_stays_in_floats_and_what_was_tried_is_told(records):
+    made = of(records, "ptq-int2", "onnx")["made"]
+    units = sum(map(len, made["outliers"]["units"].values()))
+    tried = [step["remedy"] for step in made["remedies"]["onnx"]]
+    text = " ".join(render_card(records, "ptq-int2", "user/mine").split())
+    assert units and f"{units} outlier units" in text
+    assert len(tried) == 3 and f"{'; '.join(tried[:2])}; **{tried[2]}** (kept)." in text
+    plain = render_card(records, "ptq", "user/mine")
+    assert "outlier units" not in plain and "Steps that were tried" not in plain
 
 
 def test_the_other_variants_are_linked(records):

@@ -131,7 +131,7 @@ def clone(artifact, quantized, adapted, tmp_path) -> Path:
 
 
 def run_in(folder: Path, command, **options) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, **options)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -157,3 +157,37 @@ def test_the_commands_that_answer_answer(clone):
             assert re.search("warm|cold|none", printed) or (clone / "answers").is_dir()
             answered += 1
     assert answered == 6
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(600)
+def test_the_steps_run_one_after_the_other(encoder, colors, tmp_path):
+    """The chain of commands as it stands, on a tiny encoder and a small dataset, trained shortly."""
+    (chain,) = [block for block in blocks("bash") if "SMALL=" in block]
+    lines = re.sub(r"\\\n *", "", chain).splitlines()
+    assert lines[0] == "source .venv/bin/activate" and lines[1].startswith("SMALL=")  # the environment is this one
+    ran = []
+    for line in lines[2:]:
+        (script,) = re.findall(r"scripts/run_(\w+)\.py", line) or [None]
+        if script is None:
+            assert line.startswith("#")
+            continue
+        if script in ("baseline", "qlora"):
+            line += f" --dataset_name {shlex.quote(str(colors))}"  # the others take that of their baseline
+        # Tiny models that learnt little lose more than a recipe allows.
+        line += {"ptq": " --save_worse true", "evaluation": "", "benchmark": " --rounds 2"}.get(
+            script, " --num_train_epochs 1 --per_device_train_batch_size 16"
+        )
+        ran.append(line.replace("$SMALL", shlex.quote(str(encoder))))
+    for name in ("scripts", "accelerate_config.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    printed = run_in(tmp_path, ["bash", "-ec", "\n".join(ran)], env=os.environ | path)
+    assert len(ran) == 6 and (tmp_path / "build" / "results" / "metrics" / "ptq-onnx.json").is_file()
+    assert {path.name for path in (tmp_path / "weights" / "mine").iterdir()} >= {
+        "baseline",
+        "ptq",
+        "qat-int2",
+        "qlora",
+    }
+    assert "ptq:onnx" in printed

@@ -448,6 +448,19 @@ def test_the_mean_of_fp32_is_also_told_over_the_seeds_of_the_others(families):
     assert f"(FP32: 5; the same 3 alone: {100 * mean:.2f})" in render_block(families, ROOT)
 
 
+def test_a_page_names_the_commits_of_all_that_its_means_are_of(families):
+    for family in families:
+        expected = {record["made"]["git_commit"] for record in family.records}
+        for row in family.comparison["seeds"]:
+            for seed in row["seeds"]:
+                path = family.folder / "seeds" / str(seed) / "metrics" / f"{row['variant']}-{row['format']}.json"
+                expected.add(read_json(path)["made"]["git_commit"])
+        about = family.comparison["about"]
+        assert set(about["made_at"]) == expected - {one["git_commit"] for one in about["guests"]}
+        page = render_page(family, [])
+        assert "the files were made at " + ", ".join(one[:7] for one in about["made_at"]) in page
+
+
 def test_the_ensemble_is_that_of_the_probabilities(families):
     results, shares = ROOT / "results" / "seeds", []
     for seed in families[0].comparison["ensemble"]["seeds"]:
@@ -477,6 +490,12 @@ def test_the_page_says_what_the_ensemble_gains(gains, families):
     page = render_page(dataclasses.replace(families[0], comparison=comparison), [])
     assert ("still gains" in page) == gains and ("more training is not what is missing" in page) == (not gains)
     assert page.index("## Means over the seeds") < page.index("## Seed 42, chosen by the baseline's validation score")
+
+
+def test_no_result_is_of_code_that_was_changed():
+    paths = sorted((ROOT / "results").rglob("*.json"))
+    assert len(paths) > 100
+    assert [path for path in paths if '-dirty"' in path.read_text(encoding="utf-8")] == []
 
 
 def test_a_commit_is_seven_digits_and_says_what_was_changed():

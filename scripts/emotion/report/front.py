@@ -21,12 +21,12 @@ FORMS = {"baseline": "bf16", "qlora": "nf4"}
 TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}
 # What a line takes from the means over the seeds, where there are any
 MEANS = ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds", "validation_macro_f1")
-# What opens the forms of the README's snippets: format, variant, words
+# What opens the forms of the README's snippets: format, variant, words, folder in `weights/`
 RUNTIMES = (
-    ("onnx", RECOMMENDED, "ONNX Runtime"),
-    ("openvino", "ptq", "OpenVINO, made below"),  # a clone does not hold its file
-    ("bf16", "baseline", "Transformers, BF16"),
-    ("nf4", "qlora", "Transformers, NF4"),
+    ("onnx", RECOMMENDED, "ONNX Runtime", RECOMMENDED),
+    ("openvino", "ptq", "OpenVINO, made below", "mine/ptq"),  # a clone does not hold its file
+    ("bf16", "baseline", "Transformers, BF16", "baseline"),
+    ("nf4", "qlora", "Transformers, NF4", "qlora"),
 )
 
 
@@ -207,10 +207,10 @@ def describe_picture(study: dict) -> dict:
 def render_times(family: Family) -> str:
     """The time of one text in each runtime that the README's snippets use; a sentence if none was timed."""
     rows, study = [], None
-    for format, variant, words in RUNTIMES:
+    for format, variant, words, folder in RUNTIMES:
         line = find_line(family.comparison, variant, format)
         if line and line["p50_ms"] is not None:
-            rows.append([words, f"`weights/{variant}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
+            rows.append([words, f"`weights/{folder}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
     if (family.folder / "javascript.json").is_file():
         study = read_study(family.folder / "javascript.json")
         size, time = study["bytes_to_serve"] / 1e6, study["latency_ms"]["p50"]
