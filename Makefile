@@ -255,7 +255,7 @@ test-web: $(READY) tests/web/node_modules/.ready
 		sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; $$sudo apt-get install -qq -y --no-install-recommends chromium; }
 	$(RUN) -m pytest -m web -n 0
 
-# Without the environment of Python, since serving files needs no package
+# Serving needs no package; .venv, where it stands, makes the FP32 file of a clone.
 demo: tests/web/node_modules/.ready
 	$(if $(wildcard $(READY)),$(RUN),$(PYTHON)) scripts/run_demo.py
 

@@ -9,6 +9,7 @@ Transformers alone: where PyTorch is installed, the file for the browser is made
 
 import argparse
 import contextlib
+import os
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -44,7 +45,7 @@ class Handler(SimpleHTTPRequestHandler):
         for folder in self.folders.get(first, [PAGE]):
             self.directory = str(folder)
             found = super().translate_path(rest if first in self.folders else path)  # which leaves out every ".."
-            if Path(found).exists():
+            if os.path.exists(found):  # noqa: PTH110 - Path.exists raises for a name that is too long
                 break
         return found
 
@@ -83,12 +84,17 @@ def main(argv=None) -> None:
 def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
     """A server that listens already; see ``main`` for what it raises."""
     check_libraries(LIBRARIES)
-    made = make_fp32(weights)
-    handler = partial(Handler, folders={"weights": [weights, *made], "node_modules": [LIBRARIES]})
+    folders = {"weights": [weights], "node_modules": [LIBRARIES]}
+    handler = partial(Handler, folders=folders)
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for a free one") from error
+    try:
+        folders["weights"] += make_fp32(weights)
+    except (ImportError, UserError) as error:  # the other models are served all the same
+        print(f"no FP32 model for the browser: {error}", flush=True)
+    return server
 
 
 def make_fp32(weights: Path) -> list[Path]:
@@ -96,6 +102,10 @@ def make_fp32(weights: Path) -> list[Path]:
 
     Returns:
         The folder; none where the file is there already, or its source or PyTorch is not.
+
+    Raises:
+        ImportError: if another package that the export needs is not installed.
+        UserError: if the weights are damaged or cannot be exported.
     """
     baseline = weights / "baseline"
     source = baseline / "model.safetensors"

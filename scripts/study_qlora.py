@@ -19,6 +19,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.ranges import POSITIVE, SEED
 from emotion.common.recipe import comparable, read_recipe_of
+from emotion.measure.evidence import SUMMARIZED_OF_TRAINING
 from emotion.measure.seeds import check_seeds, summarize_scores
 from emotion.model.artifact import adapter_bytes
 from emotion.report.pages import render_sweep
@@ -43,10 +44,9 @@ CANDIDATES = {
     "query and value only": {"target_modules": ["query", "value"]},  # as in Hu et al., "LoRA", ICLR 2022
     "LoftQ": {"init_lora_weights": "loftq"},  # Li et al., ICLR 2024: the adapter starts from NF4's rounding error
 }
-SCORES = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # shown as means over the seeds
 # The fields of a candidate's training that the sweep keeps of each seed.
 KEPT_OF_TRAINING = (
-    *SCORES,
+    *SUMMARIZED_OF_TRAINING,
     "predicted_classes",
     "seconds",
     "cpu_seconds",
@@ -69,6 +69,7 @@ class SweepArguments:
     epochs: float = field(
         default=3.0, metadata={"help": "Epochs that each candidate is trained for.", "choices": POSITIVE}
     )
+    # One name for one and for several, as it was before it took several
     seed: list[int] = field(
         default_factory=lambda: [42],
         metadata={"help": "Each candidate is trained once with each of these.", "choices": SEED},
@@ -133,10 +134,12 @@ def summarize(name: str, made: list[dict], arguments: SweepArguments) -> dict:
     """The flags that the candidate changes, its scores on validation in the mean and of each seed, and its costs."""
     runs = []
     for seed, one in zip(arguments.seed, made, strict=True):
-        runs.append({"seed": seed} | {key: one["training"][key] for key in KEPT_OF_TRAINING})
+        kept = {key: one["training"][key] for key in KEPT_OF_TRAINING}
+        # A training that stands is not repeated: it may be of another commit than this run.
+        runs.append({"seed": seed, "git_commit": one["made"]["git_commit"], **kept})
     return {
         "changes": CANDIDATES[name],
-        **summarize_scores(runs, SCORES),
+        **summarize_scores(runs, SUMMARIZED_OF_TRAINING),
         # The same with every seed
         **{key: runs[0][key] for key in ("trained_parameters", "parameters")},
         "adapter_bytes": adapter_bytes(folder_of(name, arguments.seed[0], arguments)),

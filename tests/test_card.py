@@ -224,6 +224,7 @@ def test_the_other_variants_are_linked(records):
         link = f"[{name}](https://huggingface.co/me/mood-{name})" if name != "ptq" else "**ptq** (this one)"
         names.append(link + (", recommended" if name == RECOMMENDED else ""))
     assert list(lines) == names and "the same [code](https://github.com/me/code)" in text
+    assert "| [qlora](https://huggingface.co/me/mood-qlora) | bitsandbytes NF4 | " in text  # as it is released
     megabytes = of(records, RECOMMENDED, "onnx")["size"]["megabytes"]
     assert lines[names[list(RELEASED).index(RECOMMENDED)]].startswith(f"{megabytes} | ")
     # What was scored on other rows is in no table with this one.

@@ -107,6 +107,7 @@ def edit(path, place: str, value) -> None:
         ("ptq_sensitivity.json", "layers", []),
         ("ptq_study.json", "chosen/onnx/candidate", "nobody"),
         ("qlora_sweep.json", "chosen", "nobody"),
+        ("qlora_sweep.json", "candidates/centre/validation_loss/mean", 0.5),
         ("trace.json", "label", 6),
         ("trace.json", "pieces", ["[CLS]"]),
         ("trace.json", "logits/onnx", [1.0]),

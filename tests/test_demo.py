@@ -55,6 +55,7 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
         "//secret",
         "/weights/qat/../../secret",
         "/run_demo.py",
+        "/weights/" + 300 * "a",
     ],
 )
 def test_the_server_gives_no_other_file(path, server):
@@ -62,7 +63,7 @@ def test_the_server_gives_no_other_file(path, server):
     assert status == 404 and body != "secret"
 
 
-def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_path, monkeypatch):
+def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_demo, "ROOT", tmp_path)
     monkeypatch.setattr(run_demo, "check_libraries", lambda folder: None)
     left_out = shutil.ignore_patterns("onnx", "*.bf16.safetensors", "SHA256SUMS")
@@ -77,6 +78,10 @@ def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_pat
         assert ask(server, "/weights/baseline/config.json")[0] == 200
         server.shutdown()
     assert made.stat().st_mtime_ns == before
+    shutil.copytree(tmp_path / "weights", tmp_path / "damaged")
+    (tmp_path / "damaged" / "baseline" / "model.safetensors").write_bytes(b"nothing")
+    with run_demo.make_server(0, tmp_path / "damaged"):
+        assert capsys.readouterr().out.splitlines()[-1].startswith("no FP32 model for the browser: ")
     assert run_demo.make_fp32(artifact.parent) == [] == run_demo.make_fp32(tmp_path / "nowhere")
 
 

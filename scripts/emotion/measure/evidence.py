@@ -18,6 +18,7 @@ ROUNDING = 1e-6  # of a score: no page shows as many digits, and processors diff
 # Of an interval's width: another version of NumPy may draw other rows, which moves its ends by a tenth at most.
 REDRAWN = 0.2
 SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")
+SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # in a sweep
 
 
 def read_predictions(path: Path) -> tuple:
@@ -169,11 +170,11 @@ def commits_of(summaries: list[dict], results: Path) -> set[str]:
     """
     commits = set()
     for summary in summaries:
-        for path in (results / "seeds").glob(f"*/metrics/{summary['variant']}-*.json"):
-            record = read_result(path, "record")
-            # Names begin alike: qat-*.json are the records of qat-int4 too, which has a summary of its own.
-            if record["variant"] == summary["variant"]:
-                commits.add(record["made"]["git_commit"])
+        for run in summary["runs"]:
+            for format in run.get("formats", ["pytorch"]):
+                path = results / "seeds" / str(run["seed"]) / "metrics" / f"{summary['variant']}-{format}.json"
+                if path.is_file():
+                    commits.add(read_result(path, "record")["made"]["git_commit"])
     return commits - {None}
 
 
@@ -184,18 +185,22 @@ def read_study(path: Path) -> dict:
         for variant, cell in study["cells"].items():
             # Not against the records of the seeds: a cell stays in the study when its variant is made again.
             check_means(cell["runs"], cell, f"{path}: 'cells.{variant}'")
+    if path.stem == "qlora_sweep":
+        for name, one in study["candidates"].items():
+            check_means(one["runs"], one, f"{path}: 'candidates.{name}'", SUMMARIZED_OF_TRAINING)
     return study
 
 
-def check_means(runs: list[dict], means: dict, where: str) -> None:
+def check_means(runs: list[dict], means: dict, where: str, fields: tuple[str, ...] = SUMMARIZED) -> None:
     """Raises `UserError` unless the means and deviations over seeds are those of the runs.
 
     Args:
         runs: the scores of each seed.
         means: name of a score -> `mean` and `standard_deviation`.
         where: for the message.
+        fields: the names of the scores.
     """
-    for field in SUMMARIZED:
+    for field in fields:
         if field in means:
             values = [run.get(field) for run in runs]
             if None in values or not values:

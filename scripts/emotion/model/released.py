@@ -18,7 +18,7 @@ RELEASED = {
     "qat-int2": "onnx",
     "qlora": "nf4",
 }
-RECOMMENDED = "qat-int4"  # of the trained variants the best on validation; a seventh of FP32
+RECOMMENDED = "qat-int4"  # the best file of QAT on validation; a seventh of FP32
 # The baseline's file takes the name that `from_pretrained` opens. config.json makes it compute in float32: in bfloat16
 # two labels of 2,000 are others on another processor, and macro F1 moves by 0.2 points with them.
 RENAMED = {"model.bf16.safetensors": "model.safetensors"}

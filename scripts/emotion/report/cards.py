@@ -100,7 +100,7 @@ def render_card(
         rows = own[0]["made"]["dataset_fingerprint"]  # only what was scored on the same ones stands in one table
         comparable = [record for record in records if record["made"]["dataset_fingerprint"] == rows]
         facts["family"] = list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
-        text = render(TEMPLATE, card_data=data.to_yaml(), **facts)
+        text = render(TEMPLATE, card_data=data.to_yaml(), climbed=climbed, **facts)
     card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
     check_metadata(card.data.to_dict(), variant)
     return str(card).rstrip("\n") + "\n"
@@ -259,7 +259,6 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         # Counted in the files, not taken from the variant's name.
         "quantized": any(record["scheme"]["quantized_layers"] for record in own),
         "adapter": bool(made.get("merged")),
-        "climbed": climbed,
         "in_float": list(first["scheme"]["kept_in_float"]),
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
@@ -282,7 +281,7 @@ def answer(record: dict, text: str) -> dict:
 
 
 def climbed(record: dict) -> list[str]:
-    """The steps of PTQ's ladder that a form needed beyond the first, that which was kept in bold; else empty."""
+    """All steps that were tried for a form, the one that was kept in bold; empty if there was one alone."""
     steps = (record["made"].get("remedies") or {}).get(record["format"], [])
     named = [f"**{step['remedy']}** (kept)" if step.get("kept") else step["remedy"] for step in steps]
     return named if len(named) > 1 else []

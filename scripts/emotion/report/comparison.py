@@ -245,7 +245,7 @@ def seed_rows(summary: dict) -> list[dict]:
     rows = []
     # A baseline's seeds are scored in one form alone: its summary is that form's.
     for format, one in summary.get("formats", {"pytorch": summary}).items():
-        seeds, scores_of_seeds, agreed, changes, chosen_by = [], [], [], [], []
+        seeds, scores_of_seeds, agreed, changes = [], [], [], []
         for run in summary["runs"]:
             scores = run.get("formats", {format: run}).get(format)
             if scores is None:  # not every seed has every format, see measure/seeds.py
@@ -254,8 +254,6 @@ def seed_rows(summary: dict) -> list[dict]:
             scores_of_seeds.append(scores["macro_f1"])
             agreed.append(scores["conflict_free_macro_f1"])
             changes.append(scores.get("change"))
-            # PTQ trains nothing: the score that its runs keep is the baseline's.
-            chosen_by.append(None if summary["variant"].startswith("ptq") else run["validation_macro_f1"])
         rows.append(
             {
                 "variant": summary["variant"],
@@ -266,7 +264,6 @@ def seed_rows(summary: dict) -> list[dict]:
                 **{name: one.get(name) for name in ("macro_f1", "accuracy", "change", "flips")},
                 "conflict_free_macro_f1": sum(agreed) / len(agreed),
                 "change_ci95": mean_interval(changes) if "change" in one else None,
-                "validation_macro_f1": None if None in chosen_by else sum(chosen_by) / len(chosen_by),
             }
         )
     return rows

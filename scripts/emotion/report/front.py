@@ -20,7 +20,7 @@ ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
 FORMS = {"baseline": "bf16", "qlora": "nf4"}
 TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}
 # What a line takes from the means over the seeds, where there are any
-MEANS = ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds", "validation_macro_f1")
+MEANS = ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds")
 # What opens the forms of the README's snippets: format, variant, words, folder in `weights/`
 RUNTIMES = (
     ("onnx", RECOMMENDED, "ONNX Runtime", RECOMMENDED),
@@ -41,7 +41,6 @@ def render_block(families: list[Family], root: Path) -> str:
     small, results = families[0].comparison, families[0].folder
     lines = list_lines(small)
     seeds = common_seeds(lines)
-    smaller = next_smaller(lines, RECOMMENDED)
     fewer = [line for line in lines if is_mean(line["macro_f1"]) and len(line["seeds"]) < len(seeds)]
     for family in families[1:]:
         lines += list_lines(family.comparison, "base-size ", ("ptq",))
@@ -54,7 +53,7 @@ def render_block(families: list[Family], root: Path) -> str:
         about=small["about"],
         recommended=RECOMMENDED,
         advice=find_line(small, RECOMMENDED),
-        smaller=smaller,
+        choice=describe_choice(study, lines) if study else None,
         table=summary_table(lines),
         marked=any(not is_mean(line["macro_f1"]) for line in lines),
         single=chosen_reference(small),
@@ -91,11 +90,31 @@ def describe_encoder(about: dict) -> dict:
     return {"name": name, "parameters": about["parameters"]}
 
 
-def next_smaller(lines: list[dict], variant: str) -> dict | None:
-    """Of the trained variants that are smaller than one, the largest: a reader asks why it is not taken."""
-    sizes = {line["variant"]: line["megabytes"] for line in lines}
-    smaller = [line for line in lines if line["megabytes"] < sizes.get(variant, 0) and line["validation_macro_f1"]]
-    return max(smaller, key=lambda line: line["megabytes"], default=None)
+def validation_scores(study: dict) -> dict[str, float]:
+    """Variant of QAT -> macro F1 of its file for ONNX Runtime on validation, opened again; the mean over the seeds."""
+    scores = {}
+    for variant, cell in study["cells"].items():
+        if cell["method"] == "qat":
+            of_seeds = [forms["onnx, reopened"]["validation_macro_f1"] for forms in cell["forms"]]
+            scores[variant] = sum(of_seeds) / len(of_seeds)
+    return scores
+
+
+def describe_choice(study: dict, lines: list[dict]) -> dict | None:
+    """What validation says of the recommended variant and of the next smaller one, which a reader would ask for.
+
+    Returns:
+        None where validation does not prefer the recommended variant, or none is smaller.
+    """
+    scores, sizes = validation_scores(study), {line["variant"]: line["megabytes"] for line in lines}
+    smaller = {}
+    for variant in scores.keys() & sizes.keys():
+        if sizes[variant] < sizes.get(RECOMMENDED, 0):
+            smaller[variant] = sizes[variant]
+    if not smaller or max(scores, key=scores.get) != RECOMMENDED:
+        return None
+    other = max(smaller, key=smaller.get)
+    return {"score": scores[RECOMMENDED], "smaller": other, "score_of_smaller": scores[other]}
 
 
 def chosen_reference(comparison: dict) -> dict | None:
@@ -148,7 +167,6 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
         if (row["variant"], row["format"], row["kind"]) == (variant, format, "record"):
             line = {name: {"mean": row[name], "standard_deviation": None} for name in ("macro_f1", "accuracy")}
             line |= {"variant": variant, "seeds": [], "macro_f1_of_seeds": [], "change": None, **speeds_of(row)}
-            line["validation_macro_f1"] = None
             break
     else:
         return None

@@ -181,8 +181,9 @@ def render_processors(measured: dict) -> str:
 @complete("the page of the adapters")
 def render_sweep(sweep: dict) -> str:
     """`results/qlora_sweep.md`: each candidate on validation, and which was chosen."""
-    rows = []
+    rows, trained_at = [], set()
     for name, one in sweep["candidates"].items():
+        trained_at |= {run["git_commit"] for run in one["runs"]}
         rows.append(
             [
                 f"**{name}**" if name == sweep["chosen"] else name,
@@ -194,7 +195,8 @@ def render_sweep(sweep: dict) -> str:
             ]
         )
     head = ["candidate", "macro F1 %", "accuracy %", "loss", "trained %", "adapter MB", "CPU minutes"]
-    return render("qlora_sweep.md", sweep=sweep, table=markdown_table(head, rows), noise=VALIDATION_NOISE)
+    table, trained_at = markdown_table(head, rows), sorted(trained_at, key=str)
+    return render("qlora_sweep.md", sweep=sweep, table=table, trained_at=trained_at, noise=VALIDATION_NOISE)
 
 
 def plus_minus(one: dict, factor: float, form: str) -> str:
