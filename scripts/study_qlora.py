@@ -18,7 +18,7 @@ from emotion.common.files import ROOT, write_json, write_text
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.ranges import POSITIVE, SEED
-from emotion.common.recipe import comparable, read_recipe_of
+from emotion.common.recipe import comparable, read_recipe, read_recipe_of
 from emotion.measure.evidence import SUMMARIZED_OF_TRAINING
 from emotion.measure.seeds import check_seeds, summarize_scores
 from emotion.model.artifact import adapter_bytes
@@ -96,6 +96,7 @@ def main(argv=None) -> None:
         "candidates": {name: summarize(name, one, arguments) for name, one in learnt.items()},
     }
     sweep["chosen"] = choose(sweep["candidates"])
+    sweep["recipe"] = find_recipe(read_recipe(Path(arguments.recipe)), arguments.candidates)
     results = Path(arguments.results_dir)
     write_json(results / "qlora_sweep.json", sweep)
     write_text(results / "qlora_sweep.md", render_sweep(sweep))
@@ -160,6 +161,15 @@ def choose(candidates: dict) -> str:
     if not losses:
         raise UserError("every candidate predicts a single class; lower the learning rates")
     return min(losses, key=losses.get)
+
+
+def find_recipe(values: dict, candidates: list[str]) -> str | None:
+    """The candidate whose flags a recipe has; None if it has those of none."""
+    # One that changes layers names a flag that the others leave to the recipe: it is compared first.
+    for name in sorted(candidates, key=lambda name: "target_modules" not in CANDIDATES[name]):
+        if comparable(CENTRE | CANDIDATES[name]).items() <= comparable(values).items():
+            return name
+    return None
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(
     flags += ["--recipe", "tiny.yaml", "--work_dir", "work", "--results_dir", "results"]
     study_qlora.main(flags)
     sweep = read_json(tmp_path / "results" / "qlora_sweep.json")
-    assert sweep["chosen"] in {"centre", "rank 8"}
+    assert sweep["chosen"] in {"centre", "rank 8"} and sweep["recipe"] is None  # that has LoftQ
     for one in sweep["candidates"].values():
         assert [run["seed"] for run in one["runs"]] == [42, 43]
         scores = [run["validation_macro_f1"] for run in one["runs"]]
@@ -261,6 +261,10 @@ def test_a_candidate_of_one_class_never_wins():
     collapsed = scores | {"validation_loss": {"mean": 0.1}, "runs": [good, bad]}
     scores["runs"] = [good, good]
     assert study_qlora.choose({"good": scores, "collapsed": collapsed}) == "good"
+    recipe = yaml.safe_load((ROOT / "configs" / "qlora.yaml").read_text())
+    assert study_qlora.find_recipe(recipe, list(study_qlora.CANDIDATES)) == "LoftQ"
+    narrow = recipe | study_qlora.CENTRE | {"target_modules": ["query", "value"]}
+    assert study_qlora.find_recipe(narrow, list(study_qlora.CANDIDATES)) == "query and value only"
     with pytest.raises(UserError, match="lower the learning rates"):
         study_qlora.choose({"collapsed": collapsed})
 

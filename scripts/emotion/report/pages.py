@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from emotion.measure.evidence import read_study
+from emotion.measure.paired_tests import mean_interval
 from emotion.measure.record import BASE_FAMILY
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
 from emotion.report.comparison import OPERATORS
@@ -196,7 +197,20 @@ def render_sweep(sweep: dict) -> str:
         )
     head = ["candidate", "macro F1 %", "accuracy %", "loss", "trained %", "adapter MB", "CPU minutes"]
     table, trained_at = markdown_table(head, rows), sorted(trained_at, key=str)
-    return render("qlora_sweep.md", sweep=sweep, table=table, trained_at=trained_at, noise=VALIDATION_NOISE)
+    gains = []  # of the chosen candidate against that of the recipe, seed by seed; none where they are the same
+    if sweep["recipe"] not in (None, sweep["chosen"]):
+        pair = [sweep["candidates"][sweep[key]]["runs"] for key in ("chosen", "recipe")]
+        for better, kept in zip(*pair, strict=True):
+            gains.append(better["validation_macro_f1"] - kept["validation_macro_f1"])
+    return render(
+        "qlora_sweep.md",
+        sweep=sweep,
+        table=table,
+        trained_at=trained_at,
+        noise=VALIDATION_NOISE,
+        gains=gains,
+        interval=mean_interval(gains),
+    )
 
 
 def plus_minus(one: dict, factor: float, form: str) -> str:
