@@ -160,6 +160,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_whole_one_before_it(damage, inter
     assert len(said) == 2 and re.search(f"checkpoint-8 {reason}.*: it is not used", said[0])
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_training_that_was_over_takes_no_further_step(name, artifact, encoder, colors, tmp_path, monkeypatch):
+    """It was ended after its last step, before its artifact was saved."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    COMMANDS[name].main(flags_of(name, artifact, encoder, colors, whole))
+    flags = [*flags_of(name, artifact, encoder, colors, out), "--resume_from_checkpoint", "last"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
+        COMMANDS[name].main(flags)
+    assert (tmp_path / "checkpoints" / "out" / "checkpoint-8").is_dir() and not out.exists()
+    COMMANDS[name].main(flags)
+    assert read_recipe_of(out)["training"]["steps"] == read_recipe_of(whole)["training"]["steps"] == 8
+    assert weights_in(out) == weights_in(whole)
+
+
 def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
     folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
     state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())

@@ -75,7 +75,15 @@ def training_place(training: RecipeTrainingArguments, arguments, recipe: Recipe)
 
 
 class FiniteTrainer(Trainer):
-    """The `Trainer` that ends at the step in which the loss is no longer finite."""
+    """The `Trainer` that ends at the step in which the loss is no longer finite, and takes no step after the last."""
+
+    def _run_epoch(self, *words, **options) -> None:
+        # Resumed at its last step, as after a kill while the artifact was written, the Trainer counts its steps only
+        # after it has taken one more. With `max_steps` inside an epoch that one would change the weights.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*words, **options)
 
     def training_step(self, model, inputs, *words, **options):
         """One step; raises `UserError`, naming the last good checkpoint, if its loss is not finite."""
