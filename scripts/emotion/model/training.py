@@ -79,7 +79,7 @@ class FiniteTrainer(Trainer):
 
     def _run_epoch(self, *words, **options) -> None:
         # Resumed at its last step, as after a kill while the artifact was written, the Trainer counts its steps only
-        # after it has taken one more. With `max_steps` inside an epoch that one would change the weights.
+        # after it has taken one more. Where training ends inside an epoch, that one would change the weights.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
