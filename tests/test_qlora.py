@@ -255,16 +255,19 @@ def test_the_sweep_scores_candidates_on_validation_and_trains_none_twice(
     assert "saved" not in capfd.readouterr().out  # both stand
 
 
+def test_the_candidate_that_a_recipe_has_is_found():
+    recipe = yaml.safe_load((ROOT / "configs" / "qlora.yaml").read_text())
+    assert study_qlora.find_recipe(recipe, list(study_qlora.CANDIDATES)) == "LoftQ"
+    narrow = recipe | study_qlora.CENTRE | {"target_modules": ["query", "value"]}
+    assert study_qlora.find_recipe(narrow, list(study_qlora.CANDIDATES)) == "query and value only"
+
+
 def test_a_candidate_of_one_class_never_wins():
     scores = {"validation_macro_f1": {"mean": 0.9}, "validation_loss": {"mean": 0.2}}
     good, bad = {"predicted_classes": 3}, {"predicted_classes": 1}
     collapsed = scores | {"validation_loss": {"mean": 0.1}, "runs": [good, bad]}
     scores["runs"] = [good, good]
     assert study_qlora.choose({"good": scores, "collapsed": collapsed}) == "good"
-    recipe = yaml.safe_load((ROOT / "configs" / "qlora.yaml").read_text())
-    assert study_qlora.find_recipe(recipe, list(study_qlora.CANDIDATES)) == "LoftQ"
-    narrow = recipe | study_qlora.CENTRE | {"target_modules": ["query", "value"]}
-    assert study_qlora.find_recipe(narrow, list(study_qlora.CANDIDATES)) == "query and value only"
     with pytest.raises(UserError, match="lower the learning rates"):
         study_qlora.choose({"collapsed": collapsed})
 

@@ -387,9 +387,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(
 
 def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
     scores = {"macro_f1": 0.9, "accuracy": 0.9, "conflict_free_macro_f1": 0.9, "change": 0.01, "flips": 2}
-    runs = []
-    for seed, root in ((1, "nf4"), (2, "bf16")):
-        runs.append({"seed": seed, "formats": {root: scores, "onnx": scores}})
+    runs = [{"seed": seed, "formats": {root: scores, "onnx": scores}} for seed, root in ((1, "nf4"), (2, "bf16"))]
     rows = seed_rows({"variant": "qlora", "chosen_seed": 1, "runs": runs, **seeds.summarize(runs)})
     assert {row["format"]: row["seeds"] for row in rows} == {"nf4": [1], "onnx": [1, 2], "bf16": [2]}
     assert "bf16" in seeds_table(rows)

@@ -101,6 +101,11 @@ def artifact_name(record: dict) -> str:
     return f"{record['artifact']}:{record['format']}"
 
 
+def steps_tried(record: dict) -> list[dict]:
+    """The steps of the ladder that the record's format went up when it was quantized; empty if none is told."""
+    return (record["made"].get("remedies") or {}).get(record["format"], [])
+
+
 def explain(scheme: dict, made_by: dict) -> dict:
     """Adds to each layer that was counted as float the reason that the artifact's recipe.yaml gives."""
     reasons = made_by.get("kept_in_float", {})

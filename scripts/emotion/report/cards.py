@@ -10,10 +10,11 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.recipe import PLACES
 from emotion.measure.contenders import COMPILED
-from emotion.measure.record import artifact_name, check_record, record_name
+from emotion.measure.record import artifact_name, check_record, record_name, steps_tried
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.model.released import RECOMMENDED, RELEASED
 from emotion.report.render import complete, render
+from emotion.report.tables import plus_minus
 from emotion.task.dataset import DEFAULT_DATASET
 from emotion.task.source import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 
@@ -269,7 +270,7 @@ def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
         "example": example,
         "answer": lambda record: answer(record, example),
         "percent": lambda share: format(100 * share, ".2f"),
-        "mean": mean,
+        "mean": plus_minus,
         "or_dash": lambda value: "-" if value is None else value,
     }
 
@@ -282,15 +283,10 @@ def answer(record: dict, text: str) -> dict:
 
 def climbed(record: dict) -> list[str]:
     """All steps that were tried for a form, the one that was kept in bold; empty if there was one alone."""
-    steps = (record["made"].get("remedies") or {}).get(record["format"], [])
-    named = [f"**{step['remedy']}** (kept)" if step.get("kept") else step["remedy"] for step in steps]
+    named = []
+    for step in steps_tried(record):
+        named.append(f"**{step['remedy']}** (kept)" if step.get("kept") else step["remedy"])
     return named if len(named) > 1 else []
-
-
-def mean(one: dict, form: str = ".2f") -> str:
-    """A mean of shares and its standard deviation, in points: '89.04 ± 0.66'; a single seed has none."""
-    deviation = one["standard_deviation"]
-    return format(100 * one["mean"], form) + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
 
 def trained_seed(made: dict) -> int | None:

@@ -89,8 +89,7 @@ def build_comparison(records: list[dict], results: Path, run: dict | None) -> di
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, run))
     summaries, ensemble = read_seeds(results), None  # read once: each is held against the predictions of its seeds
-    about = describe(records, reference, guests, run)
-    about["made_at"] = sorted(commits_of(summaries, results).union(about["made_at"]))
+    about = describe(records, reference, guests, run, commits_of(summaries, results))
     for summary in summaries:
         if summary["variant"] == reference["variant"]:
             ensemble = score_ensemble(summary, results, about["labels"])
@@ -133,8 +132,13 @@ def describe_tests(tests: dict[str, dict]) -> dict:
     }
 
 
-def describe(records: list[dict], reference: dict, guests: list[dict], run: dict | None) -> dict:
-    """What was measured on what, for captions; ``guests``: those of the records that have another base model."""
+def describe(records: list[dict], reference: dict, guests: list[dict], run: dict | None, of_seeds: set[str]) -> dict:
+    """What was measured on what, for captions.
+
+    Args:
+        guests: those of the records that have another base model.
+        of_seeds: the commits whose code made what the means over seeds are of.
+    """
     # The times that the table shows are those of the interleaved run, where there is one.
     environments = [run["environment"]] if run else [record["environment"] for record in records]
     made = {record["made"]["git_commit"] for record in records if record not in guests} - {None}
@@ -154,7 +158,7 @@ def describe(records: list[dict], reference: dict, guests: list[dict], run: dict
         "instruction_sets": sorted(sets),
         "dates": sorted({run["date"]} if run else {record["date"] for record in records}),
         "commits": sorted({run["git_commit"]} - {None} if run else made),
-        "made_at": sorted(made),  # the commits whose code made the artifacts
+        "made_at": sorted(made | of_seeds),  # the commits whose code made the artifacts
         "compared_with": run["compared_with"] if run else None,
         "rounds": run["rounds"] if run else None,
     }

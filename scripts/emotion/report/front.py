@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 from emotion.measure.evidence import read_study
-from emotion.measure.record import read_records, record_name
+from emotion.measure.record import read_records
 from emotion.model.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
-from emotion.report.comparison import REFERENCE, Family
+from emotion.report.comparison import REFERENCE, Family, find_reference
 from emotion.report.pages import cells_of
 from emotion.report.render import complete, render
-from emotion.report.tables import markdown_table
+from emotion.report.tables import markdown_table, plus_minus
 
 ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
 # The form of a released variant whose file this repository holds; all others are INT8 and fewer bits in ONNX Runtime
@@ -73,10 +73,7 @@ def render_block(families: list[Family], root: Path) -> str:
 def opened_score(results: Path) -> float | None:
     """Macro F1 of the released baseline as `from_pretrained` opens it, in float32; None if that was not measured."""
     folder = results / SCORES_OF_OPENED
-    for record in read_records(folder) if folder.is_dir() else ():
-        if record_name(record) == REFERENCE:
-            return record["quality"]["macro_f1"]
-    return None
+    return find_reference(read_records(folder))["quality"]["macro_f1"] if folder.is_dir() else None
 
 
 def below(root: Path, folder: Path) -> str | None:
@@ -206,8 +203,7 @@ def summary_table(lines: list[dict]) -> str:
 
 def _score(score: dict) -> str:
     """`88.84 ± 1.16`; a single seed has no deviation but a mark."""
-    mean = f"{100 * score['mean']:.2f}"
-    return f"{mean} ± {100 * score['standard_deviation']:.2f}" if is_mean(score) else mean + ONE_SEED
+    return plus_minus(score) + ("" if is_mean(score) else ONE_SEED)
 
 
 def merged(families: list[Family], name: str) -> list[str]:

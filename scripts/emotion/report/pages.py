@@ -8,7 +8,7 @@ from emotion.measure.record import BASE_FAMILY
 from emotion.quantize.levels import LARGEST_SAFE_WEIGHT
 from emotion.report.comparison import OPERATORS
 from emotion.report.render import complete, render
-from emotion.report.tables import markdown_table
+from emotion.report.tables import markdown_table, plus_minus
 from emotion.task.scores import VALIDATION_NOISE
 
 import numpy as np
@@ -188,8 +188,9 @@ def render_sweep(sweep: dict) -> str:
         rows.append(
             [
                 f"**{name}**" if name == sweep["chosen"] else name,
-                *(plus_minus(one[key], 100, ".2f") for key in ("validation_macro_f1", "validation_accuracy")),
-                plus_minus(one["validation_loss"], 1, ".4f"),
+                plus_minus(one["validation_macro_f1"]),
+                plus_minus(one["validation_accuracy"]),
+                plus_minus(one["validation_loss"], ".4f", factor=1),
                 f"{100 * one['trained_parameters'] / one['parameters']:.2f}",  # percent of all
                 f"{one['adapter_bytes'] / 1e6:.2f}",
                 f"{np.mean([run['cpu_seconds'] for run in one['runs']]) / 60:.1f}",  # of all threads
@@ -211,12 +212,6 @@ def render_sweep(sweep: dict) -> str:
         gains=gains,
         interval=mean_interval(gains),
     )
-
-
-def plus_minus(one: dict, factor: float, form: str) -> str:
-    """A mean over seeds and its standard deviation, times a factor: '90.29 ± 0.41'; a single seed has none."""
-    mean, deviation = one["mean"], one["standard_deviation"]
-    return f"{factor * mean:{form}}" + ("" if deviation is None else f" ± {factor * deviation:{form}}")
 
 
 @complete("the page of the training cost")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from emotion.measure.record import record_name
+from emotion.measure.record import record_name, steps_tried
 from emotion.report.comparison import Family
 from emotion.report.render import complete, render
 
@@ -15,6 +15,12 @@ COLUMNS = {
     "p95 ms": "p95_ms",
     "texts/s": "texts_per_s",
 }
+
+
+def plus_minus(one: dict, form: str = ".2f", factor: float = 100) -> str:
+    """A mean over seeds and its standard deviation: '89.04 ± 0.66', in points if not said; a single seed has none."""
+    mean, deviation = format(factor * one["mean"], form), one["standard_deviation"]
+    return mean if deviation is None else f"{mean} ± {format(factor * deviation, form.removeprefix('+'))}"
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -180,7 +186,7 @@ def remedies_table(records: list[dict]) -> str:
     """Each step of the ladder that a format went up when it was quantized; empty if no record tells of one."""
     lines = []
     for record in records:
-        for one in (record["made"].get("remedies") or {}).get(record["format"], ()):
+        for one in steps_tried(record):
             name = f"**{one['remedy']}**" if one.get("kept") else one["remedy"]
             change, size = f"{100 * one['macro_f1_change']:+.2f}", f"{one['bytes_to_serve'] / 1e6:.1f}"
             lines.append([record_name(record), name, change, str(one["flips"]), size, f"{one['seconds']:.0f}"])
