@@ -88,7 +88,7 @@ def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
     assert (
         scheme["activations"]
         == {
-            "torchao": "int8 dynamic per-token",
+            "torchao": "float32",
             "onnx": "int8 dynamic per-tensor",
             "openvino": "int8 static per-tensor",
         }[format]

@@ -79,6 +79,15 @@ def start_from_rounding_error(model: PeftModel, exact) -> None:
             layer.lora_B["default"].weight.data.copy_((u * root)[:, :rank])
 
 
+def open_in_float32(folder: Path):
+    """Opens a saved classifier, of 4 bits too, so that every processor multiplies in float32 and answers alike."""
+    model = load_trained_classifier(folder, dtype=torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # the kernel of these processors multiplies in bfloat16
+    return model
+
+
 def round_to_nf4(folder: Path, rows: CalibrationRows, dtype: torch.dtype, options: dict):
     """Opens a float model in NF4, with codes that keep the outputs of each layer rather than each weight (gptq.py).
 
