@@ -199,6 +199,7 @@ def scored_row(record: dict, timed: dict | None, run: dict | None, tests: dict) 
         "name": name,
         "variant": record["variant"],
         "format": record["format"],
+        "examples": quality["examples"],
         "macro_f1": quality["macro_f1"],
         "macro_f1_ci95": quality["macro_f1_ci95"],
         "accuracy": quality["accuracy"],
@@ -225,7 +226,7 @@ def alternative_row(name: str, timed: dict, run: dict) -> dict:
         "name": name,
         "variant": Path(folder).name,
         "format": title,
-        **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
+        **dict.fromkeys(("examples", "macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
         "megabytes": timed["bytes_to_serve"] / 1e6,  # a record has them already
         **speed_of(timed, run),
         "tests": None,

@@ -8,6 +8,7 @@ from emotion.report.render import complete, render
 
 # Column of the table of all forms -> the field of a row that it shows
 COLUMNS = {
+    "texts": "examples",
     "macro F1 % [95 %]": "macro_f1",
     "accuracy %": "accuracy",
     "MB": "megabytes",
@@ -70,6 +71,8 @@ def _cell(row: dict, key: str) -> str:
         return f"{100 * row['accuracy']:.2f}"
     if key == "megabytes":
         return f"{row['megabytes']:.1f}{_times(row['times_smaller'])}"
+    if key == "examples":
+        return str(row["examples"])
     # Times and throughputs: in brackets the ratio of the interleaved run, where there was one.
     ratio = {"p50_ms": "times_faster_at_batch_1", "texts_per_s": "times_faster_at_batch_32"}.get(key)
     spread = row[ratio] if ratio else None
