@@ -173,11 +173,14 @@ def save_smallest(
     tried = {"fp32": macro_f1(whole)}
     # The adapter has made up for rounding to NF4, but its sum with the base must be rounded again. On some encoders
     # this costs too much: then BF16 has half the bytes of FP32, and FP32 is what is left.
-    for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
+    for form in ("nf4", "bf16", "fp32 kept"):
         if form == "nf4":
-            smaller = round_to_nf4(whole, rows, dtype, options)
+            smaller = round_to_nf4(whole, rows, options)
+            # The table of words alone: of a file in 4 bits, newer releases of Transformers leave all weights in the
+            # type of the file. A sum with the positions in float32 is float32; norms and head must be so too.
+            smaller.get_input_embeddings().to(torch.bfloat16)
         else:
-            smaller = load_trained_classifier(whole, dtype=dtype)
+            smaller = load_trained_classifier(whole, dtype=torch.bfloat16 if form == "bf16" else torch.float32)
         save_compact(smaller, folder)  # over the form before it
         tried[form] = macro_f1(folder)
         if tried[form] >= tried["fp32"] - max_loss:

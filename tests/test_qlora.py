@@ -138,7 +138,7 @@ def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     encoder = TextEncoder(artifact)
     shown = CalibrationRows(encoder, encoder(build_rows(60)["text"]))
-    chosen = round_to_nf4(artifact, shown, torch.float32, options)
+    chosen = round_to_nf4(artifact, shown, options)
     name = "bert.encoder.layer.0.output.dense"
     states = [model.get_submodule(name).weight.quant_state for model in (plain, chosen)]
     assert torch.equal(states[0].absmax, states[1].absmax)

@@ -88,7 +88,7 @@ def open_in_float32(folder: Path):
     return model
 
 
-def round_to_nf4(folder: Path, rows: CalibrationRows, dtype: torch.dtype, options: dict):
+def round_to_nf4(folder: Path, rows: CalibrationRows, options: dict):
     """Opens a float model in NF4, with codes that keep the outputs of each layer rather than each weight (gptq.py).
 
     An adapter changes most weights by less than half a step: rounding to the nearest level would undo much of it.
@@ -97,13 +97,13 @@ def round_to_nf4(folder: Path, rows: CalibrationRows, dtype: torch.dtype, option
     Args:
         folder: the float model, saved.
         rows: they show what the layers' inputs look like.
-        dtype: of the layers that stay in float.
         options: those of `nf4_options`.
 
     Returns:
         The model in NF4.
     """
-    model, exact = load_trained_classifier(folder, dtype=dtype, **options), load_trained_classifier(folder)
+    model = load_trained_classifier(folder, dtype=torch.float32, **options)
+    exact = load_trained_classifier(folder)
     rounded = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
     products = multiply_inputs(exact.to(model.device), list(rounded), rows)
     for name, layer in rounded.items():
