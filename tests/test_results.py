@@ -22,8 +22,7 @@ from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.report.comparison import score_ensemble, seed_rows
 from emotion.report.front import find_line, list_lines, render_block, summary_table
 from emotion.report.pages import render_dataset, render_study_pages
-from emotion.report.render import shorten
-from emotion.report.tables import markdown_table, render_page, seeds_table
+from emotion.report.render import markdown_table, render_page, seeds_table, shorten
 
 import numpy as np
 import pytest

@@ -7,13 +7,11 @@ differs between two lines may be the luck of a seed.
 from collections import Counter
 from pathlib import Path
 
-from emotion.measure.evidence import read_study
 from emotion.measure.record import read_records
+from emotion.measure.schema import Bits, read_study
 from emotion.model.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from emotion.report.comparison import REFERENCE, Family, find_reference
-from emotion.report.pages import cells_of
-from emotion.report.render import complete, render
-from emotion.report.tables import markdown_table, plus_minus
+from emotion.report.render import complete, markdown_table, number, plus_minus, render
 
 ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
 # The form of a released variant whose file this repository holds; all others are INT8 and fewer bits in ONNX Runtime
@@ -73,7 +71,7 @@ def render_block(families: list[Family], root: Path) -> str:
 def opened_score(results: Path) -> float | None:
     """Macro F1 of the released baseline as `from_pretrained` opens it, in float32; None if that was not measured."""
     folder = results / SCORES_OF_OPENED
-    return find_reference(read_records(folder))["quality"]["macro_f1"] if folder.is_dir() else None
+    return find_reference(read_records(folder)).quality.macro_f1 if folder.is_dir() else None
 
 
 def below(root: Path, folder: Path) -> str | None:
@@ -87,17 +85,17 @@ def describe_encoder(about: dict) -> dict:
     return {"name": name, "parameters": about["parameters"]}
 
 
-def validation_scores(study: dict) -> dict[str, float]:
+def validation_scores(study: Bits) -> dict[str, float]:
     """Variant of QAT -> macro F1 of its file for ONNX Runtime on validation, opened again; the mean over the seeds."""
     scores = {}
-    for variant, cell in study["cells"].items():
-        if cell["method"] == "qat":
-            of_seeds = [forms["onnx, reopened"]["validation_macro_f1"] for forms in cell["forms"]]
+    for variant, cell in study.cells.items():
+        if cell.method == "qat":
+            of_seeds = cell.over_seeds("onnx, reopened", "validation_macro_f1")
             scores[variant] = sum(of_seeds) / len(of_seeds)
     return scores
 
 
-def describe_choice(study: dict, lines: list[dict]) -> dict | None:
+def describe_choice(study: Bits, lines: list[dict]) -> dict | None:
     """What validation says of the recommended variant and of the next smaller one, which a reader would ask for.
 
     Returns:
@@ -194,7 +192,7 @@ def summary_table(lines: list[dict]) -> str:
                 _score(line["macro_f1"]),
                 _score(line["accuracy"]),
                 f"{line['megabytes']:.1f}",
-                "-" if line["p50_ms"] is None else f"{line['p50_ms']:.2f}",
+                number(line["p50_ms"]),
                 "-" if faster is None else f"{faster['median']:.1f}x",
             ]
         )
@@ -211,10 +209,10 @@ def merged(families: list[Family], name: str) -> list[str]:
     return sorted({value for family in families for value in family.comparison["about"][name]})
 
 
-def describe_picture(study: dict) -> dict:
+def describe_picture(study: Bits) -> dict:
     """What the caption of `bits.png` tells: the bits, and how many seeds."""
-    cells = cells_of(study, "qat")
-    return {"bits": [cell["bits"] for cell in cells], "seeds": len(cells[0]["runs"])}
+    cells = study.cells_of("qat")
+    return {"bits": [cell.bits for cell in cells], "seeds": len(cells[0].runs)}
 
 
 @complete("the README's times")
@@ -227,7 +225,7 @@ def render_times(family: Family) -> str:
             rows.append([words, f"`weights/{folder}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
     if (family.folder / "javascript.json").is_file():
         study = read_study(family.folder / "javascript.json")
-        size, time = study["bytes_to_serve"] / 1e6, study["latency_ms"]["p50"]
-        rows.append(["Node.js", f"`{study['artifact']}`", f"{size:.1f}", f"{time:.2f}"])
+        size, time = study.bytes_to_serve / 1e6, study.latency_ms.p50
+        rows.append(["Node.js", f"`{study.artifact}`", f"{size:.1f}", f"{time:.2f}"])
     table = markdown_table(["runtime", "folder", "MB", "ms a text"], rows) if rows else ""
     return render("readme_times.md", table=table, study=study)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from emotion.measure.record import record_name, steps_tried
+from emotion.measure.schema import Benchmark
 from emotion.report.comparison import Family
-from emotion.report.render import complete, render
+from emotion.report.render import complete, markdown_table, number, render
 
 # Column of the table of all forms -> the field of a row that it shows
 COLUMNS = {
@@ -15,36 +15,6 @@ COLUMNS = {
     "p95 ms": "p95_ms",
     "texts/s": "texts_per_s",
 }
-
-
-def plus_minus(one: dict, form: str = ".2f", factor: float = 100) -> str:
-    """A mean over seeds and its standard deviation: '89.04 ± 0.66', in points if not said; a single seed has none."""
-    mean, deviation = format(factor * one["mean"], form), one["standard_deviation"]
-    return mean if deviation is None else f"{mean} ± {format(factor * deviation, form.removeprefix('+'))}"
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown whose columns line up in plain text too; all but the first are right-aligned.
-
-    Args:
-        head: the names of the columns.
-        rows: as many cells each; there may be no row.
-    """
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    # The colon on the right of a rule is Markdown's mark for a column that is aligned there.
-    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
-    lines = [_line(head, widths), rule]
-    for row in rows:
-        lines.append(_line(row, widths))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    """One line of a table, its cells padded to the widths of their columns."""
-    first, *rest = cells
-    # Numbers line up on the right, names on the left.
-    padded = [first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]
-    return f"| {' | '.join(padded)} |"
 
 
 def render_table(comparison: dict) -> str:
@@ -101,14 +71,13 @@ def render_page(family: Family, pictures: list[Path]) -> str:
         about=comparison["about"],
         tests=comparison["tests"],
         table=render_table(comparison),
+        rows=comparison["rows"],
         kinds={row["kind"] for row in comparison["rows"]},  # they decide which sentences a caption needs
         ensemble=describe_ensemble(comparison),
-        tests_table=tests_table(comparison),
-        seeds_table=seeds_table(seeds) if seeds else "",
+        seeds=seeds,
         chosen_seeds=sorted({one["chosen_seed"] for one in seeds}),
         several=max((len(one["seeds"]) for one in seeds), default=0) > 1,
-        remedies_table=remedies_table(family.records),
-        classes_table=classes_table(family.records),
+        records=family.records,
         pictures=pictures,
         benchmarks=benchmarks,
         benchmark_tables={name: benchmark_table(run) for name, run in benchmarks.items()},
@@ -128,140 +97,44 @@ def describe_ensemble(comparison: dict) -> dict | None:
     return None
 
 
-def tests_table(comparison: dict) -> str:
-    """The paired tests with all their figures, a line per record."""
-    lines = []
-    for row in comparison["rows"]:
-        one = row["tests"]
-        if not one:  # the reference itself, and lines without a score
-            continue
-        low, high = one["change_ci95"]
-        lines.append(
-            [
-                row["name"],
-                f"{100 * one['change']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
-                # Corrected for the number of comparisons; the raw ones are in comparison.json.
-                _p(one["p_macro_f1_holm"]),
-                _p(one["p_margin_holm"]),
-                _p(one["p_loss_holm"]),
-                f"{100 * one['minimal_difference']:.2f}",
-                str(one["flips"]),
-                f"{one['lost']} / {one['won']}",
-                _p(one["p_mcnemar_holm"]),
-                number(row["expected_calibration_error"], 100, ".2f"),
-                _verdict(row, comparison),
-            ]
-        )
-    head = ["artifact", "change of macro F1, points [95 %]", "p", "p no loss", "p not worse", "smallest seen", "flips"]
-    return markdown_table([*head, "lost / won", "p McNemar", "calibration error %", "verdict"], lines)
-
-
-def seeds_table(seeds: list[dict]) -> str:
-    """Means and standard deviations over independently trained baselines, a line per form."""
-    lines = []
-    for one in seeds:
-        change = "-"  # the baseline's own line: nothing to compare it with
-        if one["change"]:
-            change = _mean(one["change"], 100, "+.2f")
-            if one["change_ci95"]:  # None for a single seed
-                low, high = one["change_ci95"]
-                change += f" [{100 * low:+.2f}, {100 * high:+.2f}]"
-        lines.append(
-            [
-                one["variant"],
-                one["format"],
-                str(len(one["seeds"])),  # not the same for all: a format may be missing for one
-                _mean(one["macro_f1"], 100, ".2f"),
-                _mean(one["accuracy"], 100, ".2f"),
-                f"{100 * one['conflict_free_macro_f1']:.2f}",
-                change,
-                _mean(one["flips"], 1, ".1f") if one["flips"] else "-",
-            ]
-        )
-    head = ["variant", "format", "seeds", "macro F1 % (sd)", "accuracy % (sd)", "macro F1 %, agreed rows"]
-    return markdown_table([*head, "change, points (sd) [95 %]", "flips (sd)"], lines)
-
-
-def remedies_table(records: list[dict]) -> str:
-    """Each step of the ladder that a format went up when it was quantized; empty if no record tells of one."""
-    lines = []
-    for record in records:
-        for one in steps_tried(record):
-            name = f"**{one['remedy']}**" if one.get("kept") else one["remedy"]
-            change, size = f"{100 * one['macro_f1_change']:+.2f}", f"{one['bytes_to_serve'] / 1e6:.1f}"
-            lines.append([record_name(record), name, change, str(one["flips"]), size, f"{one['seconds']:.0f}"])
-    head = ["artifact", "step", "macro F1, points", "labels that differ", "MB", "s to quantize"]
-    return markdown_table(head, lines) if lines else ""
-
-
-def classes_table(records: list[dict]) -> str:
-    """F1 of each class in percent, a line per record."""
-    labels = records[0]["quality"]["labels"]  # all records were scored on the same rows, so on the same classes
-    lines = []
-    for record in records:
-        of_class = record["quality"]["per_class_f1"]
-        lines.append([record_name(record), *(f"{100 * of_class[label]:.1f}" for label in labels)])
-    return markdown_table(["artifact", *labels], lines)
-
-
-def benchmark_table(run: dict) -> str:
+def benchmark_table(run: Benchmark) -> str:
     """One interleaved run, a line per artifact: the only place where speeds are divided by each other."""
-    with_peaks = "peaks" in run  # a run may leave out the measurement of the processor's peaks
-    with_strings = bool(run.get("strings_a_round"))  # and the way from strings to labels
     lines = []
-    for artifact, one in run["artifacts"].items():
-        cold = one.get("cold_start_ms")
+    for artifact, one in run.artifacts.items():
         cells = [
             artifact,
-            f"{one['bytes_to_serve'] / 1e6:.1f}",
-            number(cold and cold["median"], 1e-3, ".2f"),  # ms to s
-            f"{one['latency_ms']['p50']:.2f}",
-            _spread(one["times_faster_at_batch_1"]),
-            f"{one['throughput_per_s']['median']:.0f}",
-            _spread(one["times_faster_at_batch_32"]),
+            f"{one.bytes_to_serve / 1e6:.1f}",
+            number(one.cold_start_ms and one.cold_start_ms.median, factor=1e-3),  # ms to s
+            f"{one.latency_ms.p50:.2f}",
+            _spread(one.times_faster_at_batch_1),
+            f"{one.throughput_per_s.median:.0f}",
+            _spread(one.times_faster_at_batch_32),
         ]
-        if with_strings:
-            cells += [f"{one['strings_per_s']['median']:.0f}", _spread(one["times_faster_from_strings"])]
-        cells.append(f"{100 * one['equal_labels']:.1f}")
-        for batch in ("batch_1", "batch_32") if with_peaks else ():
-            limit = one["roofline"][batch]  # `bound_by`: compute or memory
-            cells.append(f"{100 * limit['share']:.0f} ({limit['bound_by']})")
+        if run.strings_a_round:  # a run may leave out the way from strings to labels
+            cells += [f"{one.strings_per_s.median:.0f}", _spread(one.times_faster_from_strings)]
+        cells.append(f"{100 * one.equal_labels:.1f}")
+        if run.peaks:  # and the measurement of the processor's peaks
+            for limit in (one.roofline.batch_1, one.roofline.batch_32):
+                cells.append(f"{100 * limit.share:.0f} ({limit.bound_by})")
         lines.append(cells)
     head = ["artifact", "MB", "cold start s", "p50 ms", "times faster", "texts/s", "times faster, batches of 32"]
-    head += ["strings to labels, texts/s", "times faster, strings"] if with_strings else []
-    head += ["equal labels %", *(["% of peak, batch 1", "batch 32"] if with_peaks else [])]
+    head += ["strings to labels, texts/s", "times faster, strings"] if run.strings_a_round else []
+    head += ["equal labels %", *(["% of peak, batch 1", "batch 32"] if run.peaks else [])]
     return markdown_table(head, lines)
 
 
-def fastest_of(run: dict) -> dict[str, str]:
+def fastest_of(run: Benchmark) -> dict[str, str]:
     """What is measured -> the artifact, or plain alternative, that was fastest of all in an interleaved run."""
-    measured = run["artifacts"]
+    measured = run.artifacts
     fastest = {
-        "one text": min(measured, key=lambda name: measured[name]["latency_ms"]["p50"]),
-        "batches of 32": max(measured, key=lambda name: measured[name]["throughput_per_s"]["median"]),
+        "one text": min(measured, key=lambda name: measured[name].latency_ms.p50),
+        "batches of 32": max(measured, key=lambda name: measured[name].throughput_per_s.median),
     }
-    if run.get("strings_a_round"):
-        fastest["strings to labels"] = max(measured, key=lambda name: measured[name]["strings_per_s"]["median"])
+    if run.strings_a_round:
+        fastest["strings to labels"] = max(measured, key=lambda name: measured[name].strings_per_s.median)
     return fastest
 
 
-def number(value: float | None, factor: float, form: str) -> str:
-    """The value times the factor, formatted; a dash for None, which stands for a value that was not measured."""
-    return "-" if value is None else format(factor * value, form)
-
-
-def _mean(one: dict, factor: float, form: str) -> str:
-    """The mean and, in brackets, the standard deviation; a single run has none."""
-    deviation = one["standard_deviation"]
-    return format(factor * one["mean"], form) + ("" if deviation is None else f" ({factor * deviation:.2f})")
-
-
-def _spread(values: dict) -> str:
+def _spread(values) -> str:
     """A ratio's median over the rounds and, in brackets, its least and its most."""
-    return f"{values['median']:.2f} [{values['min']:.2f}, {values['max']:.2f}]"
-
-
-def _p(value: float) -> str:
-    """A p-value with three digits."""
-    # No verdict depends on how far below 0.001 a p-value is.
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return f"{values.median:.2f} [{values.min:.2f}, {values.max:.2f}]"
