@@ -19,7 +19,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.ranges import POSITIVE, SEED
 from emotion.common.recipe import comparable, read_recipe, read_recipe_of
-from emotion.measure.evidence import SUMMARIZED_OF_TRAINING
+from emotion.measure.schema import SUMMARIZED_OF_TRAINING
 from emotion.measure.seeds import check_seeds, summarize_scores
 from emotion.model.artifact import adapter_bytes
 from emotion.report.figures import write_studies

@@ -9,6 +9,7 @@ from conftest import ROOT, read_json, save_dataset, seeds_for
 from emotion.common.errors import UserError
 from emotion.measure import paired_tests
 from emotion.measure.record import read_records
+from emotion.measure.schema import STUDIES, Benchmark, Record, Seeds
 from emotion.task.dataset import load_task
 from mutations_results import mutate
 
@@ -16,6 +17,7 @@ import pyarrow
 import pytest
 from datasets import ClassLabel, Features, Value
 from pyarrow import parquet
+from pydantic import BaseModel
 
 RESULTS = ROOT / "results"
 NAMES = ("baseline-pytorch", "ptq-onnx")
@@ -121,6 +123,32 @@ def test_a_damaged_field_is_named(file, place, value, results):
         pages_of(results)
     assert len(str(error.value).splitlines()) == 1
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
+
+
+def required_fields(model, *place):
+    """The places of the fields that a file of this model must have: those of its own, and of the parts inside."""
+    for name, field in model.model_fields.items():
+        if field.is_required():
+            yield (*place, name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from required_fields(field.annotation, *place, name)
+
+
+FILES = {RECORD: Record, "benchmark/all.json": Benchmark, "seeds/ptq.json": Seeds, "benchmark/operators.json": None}
+
+
+@pytest.mark.parametrize("file", [*FILES, *(f"{name}.json" for name in STUDIES if name != "operators")])
+def test_every_field_that_is_missing_is_named(file):
+    model = FILES.get(file) or STUDIES[file.split("/")[-1].removesuffix(".json")]
+    places = list(required_fields(model))
+    assert len(places) >= 4
+    for place in places:
+        value = inner = read_json(RESULTS / file)
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        with pytest.raises(UserError, match=f"^{file}: '{'.'.join(place)}"):
+            model.check(value, file)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"[" * 5000, b'{"a": NaN}', b'{"a": "\xff"}'])

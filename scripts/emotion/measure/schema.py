@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 LARGEST = 1e15  # no measurement is larger; float64 still tells its integers apart
 ROUNDING = 1e-6  # of a score: no page shows as many digits, and processors differ in fewer
+SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")  # over seeds, on test
+SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # in a sweep
 # Numbers that never fall between two of their names
 RISING = (("min", "median", "max"), ("p5", "p25", "p50", "p75", "p95", "p99"))
 
@@ -82,6 +84,11 @@ def each(kind, names: str) -> dict:
     return dict.fromkeys(names.split(), kind)
 
 
+def optional(kind) -> tuple:
+    """The type of a field that may be missing, or null."""
+    return (kind | None, None)
+
+
 Environment = part(
     **each(Text, "cpu device python"), threads=Whole, instruction_sets=list[Text], packages=dict[Text, Text]
 )
@@ -105,8 +112,8 @@ class File(Part):
             fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
             # As JSON: a name in a damaged file may hold line breaks.
             field = json.dumps(".".join(map(str, fault["loc"])))[1:-1]
-            reason = fault["msg"].removeprefix("Value error, ")
-            raise UserError(f"{name}: '{field}': {reason}; measure it again") from None
+            where = f"'{field}': " if field else ""  # what contradicts another field names both
+            raise UserError(f"{name}: {where}{fault['msg'].removeprefix('Value error, ')}; measure it again") from None
 
     @classmethod
     def read(cls, path: Path):
@@ -129,9 +136,9 @@ class Study(Origin):
     dataset: Text
 
 
-def compare_means(runs: list, means, fields: str = "macro_f1 accuracy change flips"):
+def compare_means(runs: list, means, fields: tuple[str, ...] = SUMMARIZED):
     """Yields what contradicts: means and deviations over seeds must be those of the runs."""
-    for field in fields.split():
+    for field in fields:
         if told := getattr(means, field):
             values = [getattr(run, field) for run in runs]
             if None in values or not values:
@@ -147,10 +154,8 @@ def compare_means(runs: list, means, fields: str = "macro_f1 accuracy change fli
 # Records
 
 
-class Step(part(remedy=Text, macro_f1_change=Change, flips=Count, bytes_to_serve=Whole, seconds=Amount)):
-    """A fallback that was tried when a format was quantized."""
-
-    kept: bool = False
+# A fallback that was tried when a format was quantized
+Step = part(remedy=Text, macro_f1_change=Change, flips=Count, bytes_to_serve=Whole, seconds=Amount, kept=(bool, False))
 
 
 class Made(Part):
@@ -204,10 +209,8 @@ class Size(part(files=Filled[dict[Text, Whole]], bytes_to_serve=Whole, megabytes
         yield abs(self.megabytes - self.bytes_to_serve / 1e6) > 0.006, "'megabytes' is not 'bytes_to_serve'"
 
 
-class Example(part(text=Text, scores=Filled[dict[Text, Share]])):
-    """A text, and the probabilities that it was answered with."""
-
-    meant: Text | None = None
+# A text, and the probabilities that it was answered with
+Example = part(text=Text, meant=optional(Text), scores=Filled[dict[Text, Share]])
 
 
 class Record(File):
@@ -245,7 +248,7 @@ class Record(File):
         return f"{self.artifact}:{self.format}"
 
     @property
-    def steps_tried(self) -> list[Step]:
+    def steps_tried(self) -> list:
         """The fallbacks that were tried when the format was quantized; empty if none are told."""
         return (self.made.remedies or {}).get(self.format, [])
 
@@ -261,18 +264,11 @@ class Record(File):
 # Means over seeds, and interleaved runs
 
 
-class Scores(part(**each(Share, "macro_f1 accuracy conflict_free_macro_f1"))):
-    """What a seed scored on test; the baseline has nothing to compare with."""
-
-    change: Change | None = None
-    flips: Count | None = None
-
-
-class Means(part(**each(Deviation, "macro_f1 accuracy"))):
-    """What the seeds scored in the mean; the baseline has nothing to compare with."""
-
-    change: Deviation | None = None
-    flips: Deviation | None = None
+# What a seed scored on test, and what the seeds scored in the mean; the baseline has nothing to compare with.
+Scores = part(
+    **each(Share, "macro_f1 accuracy conflict_free_macro_f1"), change=optional(Change), flips=optional(Count)
+)
+Means = part(**each(Deviation, "macro_f1 accuracy"), **each(optional(Deviation), "change flips"))
 
 
 class Seeds(File):
@@ -293,7 +289,7 @@ class Seeds(File):
         runs = [{**run, "formats": {"pytorch": run}} for run in runs]
         return {**value, "formats": {"pytorch": value}, "runs": runs}
 
-    def runs_of(self, format: str) -> list[tuple[int, Scores]]:
+    def runs_of(self, format: str) -> list[tuple]:
         """The seeds that have a format, and what they scored in it."""
         return [(run.seed, run.formats[format]) for run in self.runs if format in run.formats]
 
@@ -307,18 +303,17 @@ class Seeds(File):
 Roofline = part(**each(Positive, "least_ms share"), bound_by=Literal["compute", "memory"])
 
 
-class Timed(Speedup):
-    """An artifact in an interleaved run; ratios are against the one that it is compared with."""
-
-    bytes_to_serve: Whole
-    precision: Text | None = None
-    cold_start_ms: Spread | None = None
-    latency_ms: part(**each(Positive, "p5 p25 p50 p75 p95 p99"))
-    throughput_per_s: Spread
-    strings_per_s: Spread | None = None
-    times_faster_from_strings: Spread | None = None
-    equal_labels: Share
-    roofline: part(**each(Roofline, "batch_1 batch_32")) | None = None
+# An artifact in an interleaved run; ratios are against the one that it is compared with.
+Timed = part(
+    Speedup,
+    **each(optional(Spread), "cold_start_ms strings_per_s times_faster_from_strings"),
+    bytes_to_serve=Whole,
+    precision=optional(Text),
+    latency_ms=part(**each(Positive, "p5 p25 p50 p75 p95 p99")),
+    throughput_per_s=Spread,
+    equal_labels=Share,
+    roofline=optional(part(**each(Roofline, "batch_1 batch_32"))),
+)
 
 
 class Benchmark(Origin):
@@ -344,19 +339,14 @@ class Benchmark(Origin):
 # Studies
 
 
-class Split(Part):
+class Split(part(**each(Count, "longest texts_cut repeated_texts rows_too_many texts_with_two_labels"))):
     """What was counted in a split; the place of a length's count is the length."""
 
     class_counts: list[Count]
     length_counts: Filled[list[Count]]
     rows: Whole
     length_quantiles: Annotated[dict[Literal["5", "50", "95", "99"], Count], Field(min_length=4)]
-    longest: Count
     mean_length: Positive
-    texts_cut: Count
-    repeated_texts: Count
-    rows_too_many: Count
-    texts_with_two_labels: Count
 
     def contradictions(self):
         wrong = {sum(self.class_counts), sum(self.length_counts)} != {self.rows}
@@ -438,15 +428,14 @@ class Limited(Part):
         yield self.equal_labels is not None and None in gaps, "'mean_logit_gap' or 'largest_logit_gap' is missing"
 
 
-class Adapter(Part):
+class Adapter(
+    part(
+        **each(Deviation, " ".join(SUMMARIZED_OF_TRAINING)),
+        **each(Whole, "parameters trained_parameters adapter_bytes"),
+    )
+):
     """A candidate of QLoRA: its means over the seeds, on validation."""
 
-    validation_macro_f1: Deviation
-    validation_accuracy: Deviation
-    validation_loss: Deviation
-    parameters: Whole
-    trained_parameters: Whole
-    adapter_bytes: Whole
     runs: Filled[
         list[
             part(
@@ -459,7 +448,7 @@ class Adapter(Part):
     ]
 
     def contradictions(self):
-        return compare_means(self.runs, self, "validation_macro_f1 validation_accuracy validation_loss")
+        return compare_means(self.runs, self, SUMMARIZED_OF_TRAINING)
 
 
 class QloraSweep(Study):
@@ -496,14 +485,11 @@ StepCost = part(
 )
 
 
-class TrainingCost(Origin):
+class TrainingCost(
+    part(Origin, **each(Text, "dataset compared_with"), **each(Whole, "batch_size rounds steps_a_round"))
+):
     """Encoder -> method -> memory and time of a training step."""
 
-    dataset: Text
-    batch_size: Whole
-    rounds: Whole
-    steps_a_round: Whole
-    compared_with: Text
     noise_limit: Share | None = None
     shapes: Filled[dict[Text, Filled[dict[Text, StepCost]]]]
     too_noisy: dict[Text, list[Text]] | None = None
@@ -571,19 +557,15 @@ Job = part(
 Call = part(call_ms=Positive, operators=dict[Text, part(count=Count, ms=Amount)])
 
 
-class Weights(Part):
+class Weights(part(**each(Amount, "largest_exact largest_error root_mean_square_error"), scale=Positive)):
     """The first weights of a row, rounded, and what that did to the whole row."""
 
     layer: Text
     row_length: Whole
-    scale: Positive
     exact: Filled[list[Number]]
     integers: list[Integer]
     errors: list[Number]
-    largest_exact: Amount
     largest_integer: Count
-    largest_error: Amount
-    root_mean_square_error: Amount
 
     def contradictions(self):
         sizes = {len(self.exact), len(self.integers), len(self.errors)}

@@ -13,7 +13,7 @@ from emotion.measure.contenders import COMPILED
 from emotion.measure.schema import Benchmark, Example, Made, Record
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.model.released import RECOMMENDED, RELEASED
-from emotion.report.render import complete, plus_minus, render
+from emotion.report.render import complete, render
 from emotion.task.dataset import DEFAULT_DATASET
 from emotion.task.source import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 
@@ -100,7 +100,7 @@ def render_card(
         rows = own[0].made.dataset_fingerprint  # only what was scored on the same ones stands in one table
         comparable = [record for record in records if record.made.dataset_fingerprint == rows]
         facts["family"] = list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
-        text = render(TEMPLATE, card_data=data.to_yaml(), climbed=climbed, **facts)
+        text = render(TEMPLATE, card_data=data.to_yaml(), first=own[0], climbed=climbed, **facts)
     card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
     check_metadata(card.data.to_dict(), variant)
     return str(card).rstrip("\n") + "\n"
@@ -252,15 +252,9 @@ def collect_facts(own: list[Record], baseline: list[Record]) -> dict:
         "compared": own if first.variant == BASELINE else baseline + own,
         "weights": weights,
         "runtimes": {format: words[0] for format, words in RUNTIMES.items()},
-        "made": made,
-        "encoder": first.encoder,  # a record from before it was counted has none
         "seed": trained_seed(made),
-        "quality": first.quality,
-        "labels": first.quality.labels,
         # Counted in the files, not taken from the variant's name.
         "quantized": any(record.scheme.quantized_layers for record in own),
-        "adapter": bool(made.merged),
-        "in_float": list(first.scheme.kept_in_float),
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": used_values(made),
@@ -269,9 +263,6 @@ def collect_facts(own: list[Record], baseline: list[Record]) -> dict:
         "machines": sorted(machines),
         "example": example,
         "answer": lambda record: answer(record, example),
-        "percent": lambda share: format(100 * share, ".2f"),
-        "mean": plus_minus,
-        "or_dash": lambda value: "-" if value is None else value,
     }
 
 
