@@ -25,6 +25,11 @@ SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validat
 RISING = (("min", "median", "max"), ("p5", "p25", "p50", "p75", "p95", "p99"))
 
 
+def one_line_of_text(text: str) -> bool:
+    """Another line would end a row of a table."""
+    return bool(text.strip()) and text.splitlines() == [text]
+
+
 def no_entry_twice(names: list) -> bool:
     """Whether all entries differ."""
     return len(set(names)) == len(names)
@@ -38,8 +43,7 @@ def inside_the_folder(name: str) -> bool:
 
 T = TypeVar("T")
 Filled = Annotated[T, Field(min_length=1)]
-# One line, and not of blanks alone: another line would end a row of a table.
-Text = Annotated[str, Field(pattern=r"^[\t[^\p{Cc}\p{Zl}\p{Zp}]]*\S[\t[^\p{Cc}\p{Zl}\p{Zp}]]*$")]
+Text = Annotated[str, Predicate(one_line_of_text)]
 Date = Annotated[str, Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
 FileName = Annotated[str, Field(pattern=f"^{FILE_NAME}$")]
 Labels = Filled[Annotated[list[Text], Predicate(no_entry_twice)]]
