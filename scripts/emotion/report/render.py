@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.processor import TITLES
 
 import jinja2
 
@@ -44,6 +45,7 @@ def render(template: Path | str, **fields) -> str:
         finalize=_without_last_newline,
     )
     environment.filters["short"] = shorten
+    environment.filters["processor"] = TITLES.get  # of a class of processors
     source = (TEMPLATES / template).read_text(encoding="utf-8")  # an absolute path stays as it is
     return environment.from_string(source).render(**fields)
 
