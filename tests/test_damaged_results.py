@@ -20,6 +20,7 @@ from pyarrow import parquet
 RESULTS = ROOT / "results"
 NAMES = ("baseline-pytorch", "ptq-onnx")
 RECORD = "metrics/ptq-onnx.json"
+BENCHMARK = "benchmark/avx512_vnni.json"
 
 
 @pytest.fixture
@@ -86,14 +87,15 @@ def edit(path, place: str, value) -> None:
         (RECORD, "variant", "../../elsewhere"),
         (RECORD, "environment", []),
         (RECORD, "examples/1/scores/joy", 3.0),
-        ("benchmark/all.json", "compared_with", "nobody"),
-        ("benchmark/all.json", "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
+        (BENCHMARK, "compared_with", "nobody"),
+        (BENCHMARK, "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
         (
-            "benchmark/all.json",
+            BENCHMARK,
             "artifacts/weights~ptq:onnx/times_faster_at_batch_1",
             {"median": 9, "min": 1, "max": 2},
         ),
-        ("benchmark/all.json", "artifacts/weights~ptq:onnx/roofline", ...),
+        (BENCHMARK, "artifacts/weights~ptq:onnx/roofline", ...),
+        (BENCHMARK, "environment/instruction_sets", ["avx2"]),
         ("seeds/ptq.json", "formats/onnx/macro_f1/mean", 0.99),
         ("seeds/ptq.json", "runs/0/formats/onnx/macro_f1", 0.99),
         ("seeds/ptq.json", "chosen_seed", 7),
@@ -124,7 +126,7 @@ def test_a_damaged_field_is_named(file, place, value, results):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"[" * 5000, b'{"a": NaN}', b'{"a": "\xff"}'])
-@pytest.mark.parametrize("file", [RECORD, "bits.json", "benchmark/all.json", "seeds/qat.json", "trace.json"])
+@pytest.mark.parametrize("file", [RECORD, "bits.json", BENCHMARK, "seeds/qat.json", "trace.json"])
 def test_a_file_that_is_no_json_object_is_named(file, content, results):
     (results / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file.split('/')[-1]} (is not valid JSON|holds no JSON object)"):

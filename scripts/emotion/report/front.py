@@ -227,7 +227,8 @@ def merged_machines(families: list[Family]) -> list[str]:
     found = {}  # in order
     for family in families:
         for one in family.comparison["about"]["machines"]:
-            found[f"{one['title']}: {one['cpu']}, {one['threads']} threads"] = None
+            threads = "1 thread" if one["threads"] == 1 else f"{one['threads']} threads"
+            found[f"{one['title']}: {one['cpu']}, {threads}"] = None
     return list(found)
 
 
