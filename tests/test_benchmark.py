@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import run_benchmark
 import run_comparison
@@ -124,7 +125,10 @@ def test_every_table_names_each_kind_of_processor(two_kinds, tmp_path):
     pages = run_comparison.render_family(families[0], []) | run_comparison.render_pages(families, readme)
     text = pages[readme]
     assert re.search(r"speed-up: 3\.2x, AVX-512 VNNI \(0\.63 ms a text\); 1\.6x, AVX2 \(0\.63 ms a text\)", text)
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()}
+    rows = {}
+    for line in re.findall(r"^\| .*", text, re.MULTILINE):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        rows[cells[0]] = cells
     assert rows["variant"][-4:] == [
         f"{name}, {title}" for title in ("AVX-512 VNNI", "AVX2") for name in ("latency ms", "speed-up")
     ]
@@ -262,8 +266,8 @@ def test_pytorchs_dynamic_int8_is_scored_and_counted(artifact):
     assert one["quality"]["examples"] == 70 and one["quality"]["equal_labels"] > 0.9
     low, high = one["quality"]["macro_f1_ci95"]
     assert 0.5 < low <= one["quality"]["macro_f1"] <= high
-    others = interleave(named, rows["text"], SHORTLY, peers=["peer"], labels=["another"] * 70)
-    assert others["peer"]["quality"] is None
+    worker = SimpleNamespace(_about={"labels": names})
+    assert benchmark.Worker.score(worker, ["a text"], ["another label"], None) is None
 
 
 def test_a_file_of_bfloat16_that_is_computed_in_float32_is_compared_with():

@@ -183,15 +183,24 @@ class Worker:
 
     def _receive(self):
         # A process that was killed, say for its memory, answers nothing; `recv` alone would wait for it.
-        while not self._pipe.poll(1):
-            if not self._process.is_alive():
-                code = self._process.exitcode
-                how = f" ({signal.Signals(-code).name})" if code and code < 0 else ""
-                raise UserError(f"{self.name} ended while it was measured{how}")
-        answer = self._pipe.recv()
+        try:
+            while not self._pipe.poll(1):
+                if not self._process.is_alive():
+                    raise EOFError
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:  # how a pipe ends depends on when
+            self._process.join()
+            code = self._process.exitcode
+            how = f" ({signal.Signals(-code).name})" if code < 0 else ""
+            raise UserError(f"{self.name} ended while it was measured{how}") from error
         if isinstance(answer, UserError):
             raise answer
         return answer
+
+    def _ask(self, request):
+        with contextlib.suppress(OSError):  # it has ended, which the next line says
+            self._pipe.send(request)
+        return self._receive()
 
     def take_turn(self, texts: tuple[list[str], list[str], list[str]], counted: bool) -> None:
         """Times these texts, and keeps the times if the turn counts.
@@ -199,8 +208,7 @@ class Worker:
         Args:
             texts: those to answer one at a time, in batches, and in one call from strings to labels, if there are any.
         """
-        self._pipe.send(texts)
-        times_ms, texts_per_s, strings_per_s = self._receive()
+        times_ms, texts_per_s, strings_per_s = self._ask(texts)
         if counted:
             self._times_ms.append(times_ms)
             self._texts_per_s.append(texts_per_s)
@@ -245,7 +253,7 @@ class Worker:
         names = self._about["labels"]
         if not set(labels) <= set(names):
             return None
-        logits, expected = self._logits(texts), np.array([names.index(label) for label in labels])
+        logits, expected = self._ask(texts), np.array([names.index(label) for label in labels])
         scores = score_again(expected, logits, names)
         return {
             **{name: scores[name] for name in ("examples", "macro_f1", "accuracy", "expected_calibration_error")},
@@ -255,15 +263,12 @@ class Worker:
 
     def answer(self, texts: list[str]) -> np.ndarray:
         """The label of each text, strings (texts,)."""
-        return np.array(self._about["labels"])[self._logits(texts).argmax(axis=-1)]
-
-    def _logits(self, texts: list[str]) -> np.ndarray:
-        self._pipe.send(texts)
-        return self._receive()
+        return np.array(self._about["labels"])[self._ask(texts).argmax(axis=-1)]
 
     def close(self) -> None:
         """Ends the process."""
-        self._pipe.send(None)
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self._pipe.send(None)
         self._process.join()
 
     def kill(self) -> None:
@@ -286,7 +291,8 @@ def serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> No
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             traceback.print_exc()
-        pipe.send(error)  # sent, since a raised one would end this process and never reach the parent
+        with contextlib.suppress(OSError):  # the parent may have ended
+            pipe.send(error)  # sent, since a raised one would end this process and never reach the parent
 
 
 def _serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> None:

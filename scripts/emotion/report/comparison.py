@@ -236,6 +236,7 @@ def alternative_row(name: str, timed: dict[str, dict], runs: dict[str, dict]) ->
     """A line for what a library makes of the same weights by itself; ``timed`` is that of `scored_row`."""
     folder, format = name.rsplit(":", 1)
     title, first = TITLES.get(format, format), next(iter(timed.values()))
+    scored = [one["quality"] for one in timed.values() if one.get("quality")]  # the same on each, but for a few texts
     # What a library chooses by itself on a processor: beside FP32 it would pass for that.
     halved = [PROCESSORS[one] for one in timed if timed[one]["precision"] == "bfloat16"]
     if halved and "BF16" not in title:
@@ -245,10 +246,7 @@ def alternative_row(name: str, timed: dict[str, dict], runs: dict[str, dict]) ->
         "name": name,
         "variant": Path(folder).name,
         "format": title,
-        **(
-            dict.fromkeys(SCORES)
-            | {key: value for key, value in (first.get("quality") or {}).items() if key in SCORES}
-        ),
+        **{score: scored[0][score] if scored else None for score in SCORES},
         "megabytes": first["bytes_to_serve"] / 1e6,  # a record has them already
         "times_smaller": times_smaller(timed, runs),
         "speeds": speeds_of(timed),
