@@ -23,7 +23,7 @@ from emotion.common.progress import Bar
 from emotion.measure.record import BASE_FAMILY
 from emotion.measure.schema import Record
 from emotion.report.cards import render_cards
-from emotion.report.comparison import MAIN_RUN, Family, read_family
+from emotion.report.comparison import Family, read_family
 from emotion.report.document import REPORT, SOURCE, compile_report
 from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from emotion.report.front import render_block, render_times
@@ -96,8 +96,8 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     text = fill(text, START, END, render_block(families, readme.parent), readme)
     if TIMES_START in text:
         text = fill(text, TIMES_START, TIMES_END, render_times(families[0]), readme)
-    run = families[0].benchmarks.get(MAIN_RUN)
-    cards = render_cards(records, readme.parent / "model_cards", run, families[0].comparison["seeds"])
+    seeds = families[0].comparison["seeds"]
+    cards = render_cards(records, readme.parent / "model_cards", families[0].benchmarks, seeds)
     return {
         readme: text,
         **cards,

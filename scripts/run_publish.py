@@ -29,7 +29,7 @@ from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
 from emotion.model.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from emotion.report.cards import order, render_card
-from emotion.report.comparison import MAIN_RUN, read_benchmarks, read_means
+from emotion.report.comparison import read_benchmarks, read_means
 from emotion.report.plots import plot_confusion_matrix
 
 import yaml
@@ -143,8 +143,8 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
     # The card shows FP32 beside the variant and links to the others. Its own forms are those that are sent.
     others = [record for record in records if record.variant != variant]
-    run = read_benchmarks(results).get(MAIN_RUN)
-    card = render_card(scored + others, variant, repo_id, run=run, seeds=read_means(results), code=code_url())
+    runs, seeds = read_benchmarks(results), read_means(results)
+    card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
     shown = scored[0]  # the first of them is the one that the card shows
     files[f"results/confusion_matrices/{shown.name}.png"] = draw_picture(shown)

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 RESULTS = ROOT / "results"
 NAMES = ("baseline-pytorch", "ptq-onnx")
 RECORD = "metrics/ptq-onnx.json"
+BENCHMARK = "benchmark/avx512_vnni.json"
 
 
 @pytest.fixture
@@ -88,14 +89,15 @@ def edit(path, place: str, value) -> None:
         (RECORD, "variant", "../../elsewhere"),
         (RECORD, "environment", []),
         (RECORD, "examples/1/scores/joy", 3.0),
-        ("benchmark/all.json", "compared_with", "nobody"),
-        ("benchmark/all.json", "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
+        (BENCHMARK, "compared_with", "nobody"),
+        (BENCHMARK, "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
         (
-            "benchmark/all.json",
+            BENCHMARK,
             "artifacts/weights~ptq:onnx/times_faster_at_batch_1",
             {"median": 9, "min": 1, "max": 2},
         ),
-        ("benchmark/all.json", "artifacts/weights~ptq:onnx/roofline", ...),
+        (BENCHMARK, "artifacts/weights~ptq:onnx/roofline", ...),
+        (BENCHMARK, "environment/instruction_sets", ["avx2"]),
         ("seeds/ptq.json", "formats/onnx/macro_f1/mean", 0.99),
         ("seeds/ptq.json", "runs/0/formats/onnx/macro_f1", 0.99),
         ("seeds/ptq.json", "chosen_seed", 7),
@@ -134,7 +136,7 @@ def required_fields(model, *place):
                 yield from required_fields(field.annotation, *place, name)
 
 
-FILES = {RECORD: Record, "benchmark/all.json": Benchmark, "seeds/ptq.json": Seeds, "benchmark/operators.json": None}
+FILES = {RECORD: Record, BENCHMARK: Benchmark, "seeds/ptq.json": Seeds, "benchmark/operators.json": None}
 
 
 @pytest.mark.parametrize("file", [*FILES, *(f"{name}.json" for name in STUDIES if name != "operators")])
@@ -152,7 +154,7 @@ def test_every_field_that_is_missing_is_named(file):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"[" * 5000, b'{"a": NaN}', b'{"a": "\xff"}'])
-@pytest.mark.parametrize("file", [RECORD, "bits.json", "benchmark/all.json", "seeds/qat.json", "trace.json"])
+@pytest.mark.parametrize("file", [RECORD, "bits.json", BENCHMARK, "seeds/qat.json", "trace.json"])
 def test_a_file_that_is_no_json_object_is_named(file, content, results):
     (results / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file.split('/')[-1]} (is not valid JSON|holds no JSON object)"):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from emotion.common.errors import UserError
 from emotion.common.files import read_json
 from emotion.common.names import FILE_NAME
+from emotion.common.processor import ARM, class_of
 from emotion.model.artifact import WEIGHT_FILES
 
 from annotated_types import Predicate
@@ -93,15 +94,23 @@ def optional(kind) -> tuple:
     return (kind | None, None)
 
 
-Environment = part(
-    **each(Text, "cpu device python"), threads=Whole, instruction_sets=list[Text], packages=dict[Text, Text]
-)
 Spread = part(**each(Positive, "median min max"))  # over the rounds of an interleaved run
 Deviation = part(mean=Number, standard_deviation=Amount | None)  # over seeds; null for a single one
 Latency = part(**each(Positive, "p50 p95"))  # ms
 Speedup = part(**each(Spread, "times_faster_at_batch_1 times_faster_at_batch_32"))
 # A bfloat16 product takes minutes where the processor has no instruction for it: null.
 Peaks = part(**each(Positive, "float32_gop_per_s int8_gop_per_s memory_gb_per_s"), bfloat16_gop_per_s=Positive | None)
+
+
+class Environment(part(**each(Text, "cpu device python"), threads=Whole, packages=dict[Text, Text])):
+    """The machine and the packages that something was measured with."""
+
+    instruction_sets: list[Text]
+
+    @property
+    def processor(self) -> str:
+        """The class of the processor, see common/processor.py."""
+        return class_of(self.instruction_sets) or ARM
 
 
 class File(Part):
@@ -307,12 +316,19 @@ class Seeds(File):
 Roofline = part(**each(Positive, "least_ms share"), bound_by=Literal["compute", "memory"])
 
 
+# Of a library's own artifact, which has no record
+PeerQuality = part(
+    **each(Share, "macro_f1 accuracy expected_calibration_error equal_labels"),
+    examples=Whole,
+    macro_f1_ci95=Annotated[list[Share], Field(min_length=2, max_length=2)],
+)
 # An artifact in an interleaved run; ratios are against the one that it is compared with.
 Timed = part(
     Speedup,
     **each(optional(Spread), "cold_start_ms strings_per_s times_faster_from_strings"),
     bytes_to_serve=Whole,
-    precision=optional(Text),
+    precision=Literal["float32", "bfloat16", "int8"],
+    quality=optional(PeerQuality),
     latency_ms=part(**each(Positive, "p5 p25 p50 p75 p95 p99")),
     throughput_per_s=Spread,
     equal_labels=Share,
@@ -334,10 +350,11 @@ class Benchmark(Origin):
     def contradictions(self):
         yield self.compared_with not in self.artifacts, "'compared_with' is none of the artifacts"
         yield self.too_noisy and self.noise_limit is None, "'noise_limit' is missing"
-        wanted = ["strings_per_s", "times_faster_from_strings"] if self.strings_a_round else []
-        for field in wanted + (["roofline"] if self.peaks else []):
-            for name, timed in self.artifacts.items():
-                yield getattr(timed, field) is None, f"'artifacts.{name}.{field}' is missing"
+        wanted = {"strings_per_s", "times_faster_from_strings"} if self.strings_a_round else set()
+        wanted |= {"roofline"} if self.peaks else set()
+        for name, timed in self.artifacts.items():
+            missing = [field for field in wanted if getattr(timed, field) is None]
+            yield missing, f"'artifacts.{name}' lacks {', '.join(sorted(missing))}"
 
 
 # Studies

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.processor import TITLES as PROCESSORS
 from emotion.common.recipe import PLACES
 from emotion.measure.contenders import COMPILED
 from emotion.measure.schema import Benchmark, Example, Made, Record
@@ -42,19 +43,19 @@ RUNTIMES = {
 
 
 def render_cards(
-    records: list[Record], folder: Path, run: Benchmark | None = None, seeds: list[dict] | None = None
+    records: list[Record], folder: Path, runs: dict[str, Benchmark] | None = None, seeds: list[dict] | None = None
 ) -> dict[Path, str]:
     """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant.
 
     Args:
-        run: the JSON of run_benchmark.py that has timed the variants in turns; None if there is none.
+        runs: of `read_benchmarks`: the runs that have timed the variants in turns; None if there is none.
         seeds: the field `seeds` of comparison.json; None where no means over seeds were measured.
     """
     cards = {}
     for variant in variants_with_card(records):
         # On the Hub `results/` lies beside the card, in this repository one folder higher.
         cards[folder / f"{variant}.md"] = render_card(
-            records, variant, f"{PLACEHOLDER}-{variant}", root="../", run=run, seeds=seeds, code="../README.md"
+            records, variant, f"{PLACEHOLDER}-{variant}", root="../", runs=runs, seeds=seeds, code="../README.md"
         )
     return cards
 
@@ -69,7 +70,7 @@ def render_card(
     variant: str,
     repo_id: str,
     root: str = "",
-    run: Benchmark | None = None,
+    runs: dict[str, Benchmark] | None = None,
     seeds: list[dict] | None = None,
     code: str | None = None,
 ) -> str:
@@ -78,7 +79,7 @@ def render_card(
     Args:
         records: those of the variant, of the baseline that it is compared with, and of the variants that it links to.
         root: where the card finds `results/`; empty for a card on the Hub.
-        run, seeds: as for `render_cards`.
+        runs, seeds: as for `render_cards`.
         code: where the repository of the code is; None if that is not known.
 
     Raises:
@@ -91,10 +92,9 @@ def render_card(
     with complete(f"the card of {variant}"):
         data = describe(own, repo_id)
         facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "code": code, "tags": data.tags}
-        facts["speeds"] = list_speeds(own, baseline, run) if run else {}
-        times = [times_of(record, run) for record in facts["compared"]]
-        facts["lines"] = list(zip(facts["compared"], times, strict=True))
-        facts["interleaved"] = run if run and all(time["interleaved"] for time in times) else None
+        facts["torchao_times"] = list_torchao_times(own, baseline, runs or {})
+        facts["times"] = [line for record in facts["compared"] for line in times_of(record, runs or {})]
+        facts["interleaved"] = [runs[one] for one in runs or {} if any(line["run"] == one for line in facts["times"])]
         forms = {record.format for record in own}  # a seed whose NF4 lost too much has kept another form
         facts["means"] = [row for row in seeds or () if row["variant"] == variant and row["format"] in forms]
         rows = own[0].made.dataset_fingerprint  # only what was scored on the same ones stands in one table
@@ -241,9 +241,6 @@ def collect_facts(own: list[Record], baseline: list[Record]) -> dict:
         weights[record.format] = weights_file(record)
         packages.update(RUNTIMES[record.format][2])
     versions = first.environment.packages
-    machines = set()  # of the baseline too, whose times stand in the same table
-    for record in own + baseline:
-        machines.add(f"{record.environment.cpu}, threads: {record.environment.threads}")
     return {
         "title": f"BERT emotion classifier, {TITLES.get(first.variant, first.variant.upper())}",
         "method": method,
@@ -260,7 +257,6 @@ def collect_facts(own: list[Record], baseline: list[Record]) -> dict:
         "hyperparameters": used_values(made),
         "epochs": trained_epochs(made),
         "versions": {name: versions[name] for name in sorted(packages)},  # KeyError: a record without a version
-        "machines": sorted(machines),
         "example": example,
         "answer": lambda record: answer(record, example),
     }
@@ -316,23 +312,42 @@ def list_family(records: list[Record], variant: str, repo_id: str, seeds: list[d
     return family if len(family) > 1 else []
 
 
-def list_speeds(own: list[Record], baseline: list[Record], run: Benchmark) -> dict[str, float]:
-    """Form -> the median milliseconds of one text, of FP32 in PyTorch and the variant's own forms, in one run."""
-    speeds, timed = {}, run.artifacts
-    for record in [record for record in baseline if record.format == "pytorch"] + own:
-        title = RUNTIMES[record.format][0]
-        for ending, words in (("", ""), (COMPILED, " with torch.compile")):
-            if one := timed.get(f"{record.timed_as}{ending}"):
-                speeds[title + words] = one.latency_ms.p50
-    return speeds
+def list_torchao_times(
+    own: list[Record], baseline: list[Record], runs: dict[str, Benchmark]
+) -> dict[str, dict[str, float]]:
+    """Kind of processor -> form -> median milliseconds of one text, of FP32 in PyTorch and the variant's own forms."""
+    found = {}
+    for processor, run in runs.items():
+        for record in [record for record in baseline if record.format == "pytorch"] + own:
+            title = RUNTIMES[record.format][0]
+            for ending, words in (("", ""), (COMPILED, " with torch.compile")):
+                if one := run.artifacts.get(f"{record.timed_as}{ending}"):
+                    found.setdefault(PROCESSORS[processor], {})[title + words] = one.latency_ms.p50
+    return found
 
 
-def times_of(record: Record, run: Benchmark | None) -> dict:
-    """A form's milliseconds for one text and its texts per second; of the interleaved run if it took part."""
-    timed = run and run.artifacts.get(record.timed_as)
-    latency = (timed or record).latency_ms
-    rate = round(timed.throughput_per_s.median) if timed else record.throughput_per_s.value
-    return {"p50": latency.p50, "p95": latency.p95, "texts_per_s": rate, "interleaved": bool(timed)}
+def times_of(record: Record, runs: dict[str, Benchmark]) -> list[dict]:
+    """A form's times on each kind of processor, a line each; its record's own, taken alone, if it is in no run.
+
+    `faster` is the ratio to the fastest FP32 of the same run, and `run` the class of its processors; None without one.
+    """
+    lines = []
+    for processor, run in runs.items():
+        if timed := run.artifacts.get(record.timed_as):
+            lines.append(
+                {
+                    "run": processor,
+                    "latency": timed.latency_ms,
+                    "texts_per_s": round(timed.throughput_per_s.median),
+                    "faster": timed.times_faster_at_batch_1.median,
+                }
+            )
+    own = {"run": None, "latency": record.latency_ms, "texts_per_s": record.throughput_per_s.value}
+    lines = lines or [own | {"faster": None}]
+    for line in lines:
+        processor = line["run"] or record.environment.processor
+        line |= {"record": record, "processor": PROCESSORS[processor]}
+    return lines
 
 
 def weights_file(record: Record) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.processor import TITLES as PROCESSORS
 from emotion.measure.contenders import TITLES, is_alternative
 from emotion.measure.evidence import commits_of, read_predictions, read_seeds, score_again
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.measure.record import read_records
-from emotion.measure.schema import Benchmark, Record, Seeds, Timed
+from emotion.measure.schema import Benchmark, Environment, Record, Seeds, Timed
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.task.scores import softmax
 
@@ -19,11 +20,10 @@ import numpy as np
 from pydantic import BaseModel
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
-MAIN_RUN = "all"  # file of results/benchmark
 OPERATORS = "benchmark/operators"  # file of study_operators.py, without its ending
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
-RATIOS = ("times_smaller", "times_faster_at_batch_1", "times_faster_at_batch_32")
+SCORES = ("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Family:
     Attributes:
         folder: that of the results.
         comparison: the result of `build_comparison`.
-        benchmarks: name of an interleaved run -> its JSON file.
+        benchmarks: class of processors -> the interleaved run on one.
     """
 
     folder: Path
@@ -46,25 +46,32 @@ def read_family(folder: Path) -> Family:
     """Reads the records and the runs in a folder of results, and compares them."""
     records = read_records(folder)
     benchmarks = read_benchmarks(folder)
-    return Family(folder, records, build_comparison(records, folder, benchmarks.get(MAIN_RUN)), benchmarks)
+    return Family(folder, records, build_comparison(records, folder, benchmarks), benchmarks)
 
 
 def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
-    """Name -> interleaved run among the results in ``folder``."""
+    """Class of processors, the highest first -> the interleaved run on one, among the results in ``folder``.
+
+    Raises:
+        UserError: if one is damaged, or was measured on a processor of another class than it is named after.
+    """
     runs = {}
-    for path in sorted((folder / "benchmark").glob("*.json")):
-        if path != folder / f"{OPERATORS}.json":  # a study of single artifacts beside the interleaved runs
-            runs[path.stem] = Benchmark.read(path)
+    for name in PROCESSORS:
+        path = folder / "benchmark" / f"{name}.json"
+        if path.is_file():
+            runs[name] = Benchmark.read(path)
+            if (found := runs[name].environment.processor) != name:
+                raise UserError(f"{path}: by its instruction sets it was measured on {found}; measure it again")
     return runs
 
 
-def build_comparison(records: list[Record], results: Path, run: Benchmark | None) -> dict:
+def build_comparison(records: list[Record], results: Path, runs: dict[str, Benchmark]) -> dict:
     """The numbers of all pages; the keys say which. A number that was not measured is None.
 
     Args:
         records: of one dataset's test rows; their order does not matter.
         results: the folder that they came from, with predictions/ and seeds/.
-        run: the interleaved run `MAIN_RUN`; None if there is none. Speeds are divided within it alone.
+        runs: of `read_benchmarks`. Speeds are divided within one of them alone.
 
     Raises:
         UserError: if the records are not of the same rows, or lack the reference, or a summary over seeds is damaged.
@@ -80,17 +87,20 @@ def build_comparison(records: list[Record], results: Path, run: Benchmark | None
     guests = [record for record in records if record.made.base_model != encoder]
     own_tests = compare_records([record for record in records if record not in guests], results)
     tests = own_tests | compare_records([reference, *guests], results)
-    timed = dict(run.artifacts) if run else {}  # a copy: each record takes its times out
+    timed = {}  # artifact -> class of processors -> its times there; each record takes its own out
+    for processor, run in runs.items():
+        for name, one in run.artifacts.items():
+            timed.setdefault(name, {})[processor] = one
     rows = []
     for record in records:
-        row = scored_row(record, timed.pop(record.timed_as, None), run, tests)
+        row = scored_row(record, timed.pop(record.timed_as, {}), runs, tests)
         rows.append({"kind": "guest" if record in guests else "record"} | row)
     for name, one in timed.items():
-        # What was timed and not scored: shown if it is a plain alternative, not if it lacks its record.
+        # What was timed and has no record: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
-            rows.append(alternative_row(name, one, run))
+            rows.append(alternative_row(name, one, runs))
     summaries, ensemble = read_seeds(results), None  # read once: each is held against the predictions of its seeds
-    about = describe(records, reference, guests, run, commits_of(summaries, results))
+    about = describe(records, reference, guests, runs, commits_of(summaries, results))
     for summary in summaries:
         if summary.variant == reference.variant:
             ensemble = score_ensemble(summary, results, about["labels"])
@@ -134,7 +144,7 @@ def describe_tests(tests: dict[str, dict]) -> dict:
 
 
 def describe(
-    records: list[Record], reference: Record, guests: list[Record], run: Benchmark | None, of_seeds: set[str]
+    records: list[Record], reference: Record, guests: list[Record], runs: dict[str, Benchmark], of_seeds: set[str]
 ) -> dict:
     """What was measured on what, for captions.
 
@@ -142,13 +152,12 @@ def describe(
         guests: those of the records that have another base model.
         of_seeds: the commits whose code made what the means over seeds are of.
     """
-    # The times that the table shows are those of the interleaved run, where there is one.
-    environments = [run.environment] if run else [record.environment for record in records]
+    measured = list(runs.values()) or records  # the times that the table shows are those of the interleaved runs
     made = {record.made.git_commit for record in records if record not in guests} - {None}
-    sets, machines = set(), set()
-    for one in environments:
-        sets |= set(one.instruction_sets) & NOTEWORTHY_SETS
-        machines.add(f"{one.cpu}, {one.threads} threads")
+    machines = []
+    for one in measured:
+        if (machine := describe_machine(one.environment)) not in machines:
+            machines.append(machine)
     return {
         # The same in all records: their rows have the same fingerprint.
         "dataset": records[0].made.dataset,
@@ -157,20 +166,30 @@ def describe(
         "parameters": count_parameters(reference),
         "base_model": reference.made.base_model,  # None without a recipe.yaml
         "guests": [guest_of(record) for record in guests],
-        "machines": sorted(machines),
-        "instruction_sets": sorted(sets),
-        "dates": sorted({run.date} if run else {record.date for record in records}),
-        "commits": sorted({run.git_commit} - {None} if run else made),
+        "machines": machines,
+        "dates": sorted({one.date for one in measured}),
+        "commits": sorted({run.git_commit for run in runs.values()} - {None} if runs else made),
         "made_at": sorted(made | of_seeds),  # the commits whose code made the artifacts
-        "compared_with": run.compared_with if run else None,
-        "rounds": run.rounds if run else None,
+        "runs": {
+            processor: {"title": PROCESSORS[processor], "compared_with": run.compared_with, "rounds": run.rounds}
+            for processor, run in runs.items()
+        },
+    }
+
+
+def describe_machine(environment: Environment) -> dict:
+    """What a caption says of the processor that something was measured on."""
+    return {
+        "title": PROCESSORS[environment.processor],
+        "cpu": environment.cpu,
+        "threads": environment.threads,
+        "instruction_sets": sorted(set(environment.instruction_sets) & NOTEWORTHY_SETS),
     }
 
 
 def guest_of(record: Record) -> dict:
     """What a caption must say of a record that does not come from the encoder of the others."""
-    made = record.made
-    return {"name": record.name, **made.model_dump(include={"base_model", "train_rows", "git_commit"})}
+    return {"name": record.name, **record.made.model_dump(include={"base_model", "train_rows", "git_commit"})}
 
 
 def count_parameters(reference: Record) -> int | None:
@@ -188,62 +207,77 @@ def compare_records(records: list[Record], results: Path) -> dict[str, dict]:
     return compare_with(logits.pop(REFERENCE), logits, labels)
 
 
-def scored_row(record: Record, timed: Timed | None, run: Benchmark | None, tests: dict) -> dict:
-    """A record's line. Its times are those of the interleaved run, where it is in that run.
+def scored_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmark], tests: dict) -> dict:
+    """A record's line. Its times are those of the interleaved runs, or its own if it is in none.
 
     Args:
-        timed: the artifact in that run, None where it is not in it.
-        run: the run that ``timed`` is of.
+        timed: class of processors -> the artifact in the run on one, of those that it is in.
         tests: what `compare_records` returns.
     """
-    quality, name = record.quality, record.name
+    name, latency = record.name, record.latency_ms
+    # Its own were taken alone, so that nothing may be divided by them.
+    own = {"p50_ms": latency.p50, "p95_ms": latency.p95, "texts_per_s": record.throughput_per_s.value}
+    own |= dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))
     return {
         "name": name,
         "variant": record.variant,
         "format": record.format,
-        "macro_f1": quality.macro_f1,
-        "macro_f1_ci95": quality.macro_f1_ci95,
-        "accuracy": quality.accuracy,
-        "expected_calibration_error": quality.expected_calibration_error,
+        **{score: getattr(record.quality, score) for score in SCORES},
         "megabytes": record.size.megabytes,
-        "p50_ms": record.latency_ms.p50,
-        "p95_ms": record.latency_ms.p95,
-        "texts_per_s": record.throughput_per_s.value,
-        # It replaces the times above. A record's own were taken alone, so nothing may be divided by them.
-        **(speed_of(timed, run) if timed else dict.fromkeys(RATIOS)),
+        "times_smaller": times_smaller(timed, runs),
+        "speeds": speeds_of(timed) or {record.environment.processor: own},
         "tests": tests.get(name),
     }
 
 
-def alternative_row(name: str, timed: Timed, run: Benchmark) -> dict:
-    """A line without a score: what a library makes of the same weights by itself."""
+def alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchmark]) -> dict:
+    """A line for what a library makes of the same weights by itself; ``timed`` is that of `scored_row`."""
     folder, format = name.rsplit(":", 1)
-    title = TITLES.get(format, format)
-    # What a library chooses by itself on this processor: beside FP32 it would pass for that.
-    if timed.precision == "bfloat16" and "BF16" not in title:
-        title += ", in BF16"
+    title, first = TITLES.get(format, format), next(iter(timed.values()))
+    scored = [one.quality for one in timed.values() if one.quality]  # the same on each, but for a few texts
+    # What a library chooses by itself on a processor: beside FP32 it would pass for that.
+    halved = [PROCESSORS[one] for one in timed if timed[one].precision == "bfloat16"]
+    if halved and "BF16" not in title:
+        title += ", in BF16" if len(halved) == len(timed) else f", in BF16 with {' and '.join(halved)}"
     return {
         "kind": "alternative",
         "name": name,
         "variant": Path(folder).name,
         "format": title,
-        **dict.fromkeys(("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")),
-        "megabytes": timed.bytes_to_serve / 1e6,  # a record has them already
-        **speed_of(timed, run),
+        **{score: getattr(scored[0], score) if scored else None for score in SCORES},
+        "megabytes": first.bytes_to_serve / 1e6,  # a record has them already
+        "times_smaller": times_smaller(timed, runs),
+        "speeds": speeds_of(timed),
         "tests": None,
     }
 
 
-def speed_of(timed: Timed, run: Benchmark) -> dict:
-    """Times of one artifact in an interleaved run, and the ratios to what it is compared with."""
-    return {
-        "p50_ms": timed.latency_ms.p50,
-        "p95_ms": timed.latency_ms.p95,
-        "texts_per_s": timed.throughput_per_s.median,
-        "times_smaller": run.artifacts[run.compared_with].bytes_to_serve / timed.bytes_to_serve,
-        "times_faster_at_batch_1": timed.times_faster_at_batch_1,
-        "times_faster_at_batch_32": timed.times_faster_at_batch_32,
-    }
+def times_smaller(timed: dict[str, Timed], runs: dict[str, Benchmark]) -> float | None:
+    """How many times fewer bytes an artifact takes than what it is compared with; None if it is in no run."""
+    if not timed:
+        return None
+    processor, one = next(iter(timed.items()))
+    run = runs[processor]
+    return run.artifacts[run.compared_with].bytes_to_serve / one.bytes_to_serve
+
+
+def speeds_of(timed: dict[str, Timed]) -> dict[str, dict]:
+    """Class of processors -> the times of an artifact in the run there, and the ratios to what it is compared with."""
+    speeds = {}
+    for processor, one in timed.items():
+        speeds[processor] = {
+            "p50_ms": one.latency_ms.p50,
+            "p95_ms": one.latency_ms.p95,
+            "texts_per_s": one.throughput_per_s.median,
+            "times_faster_at_batch_1": one.times_faster_at_batch_1,
+            "times_faster_at_batch_32": one.times_faster_at_batch_32,
+        }
+    return speeds
+
+
+def processors_of(rows: list[dict]) -> list[str]:
+    """The classes of processors that any of the rows was timed on, the highest first."""
+    return [one for one in PROCESSORS if any(one in row["speeds"] for row in rows)]
 
 
 def seed_rows(summary: Seeds) -> list[dict]:

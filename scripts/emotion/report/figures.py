@@ -4,10 +4,11 @@ from functools import partial
 from pathlib import Path
 
 from emotion.common.files import write_text
+from emotion.common.processor import TITLES
 from emotion.measure.evidence import read_predictions
 from emotion.measure.schema import Benchmark, Record, read_study
 from emotion.report.cards import order, variants_with_card
-from emotion.report.comparison import MAIN_RUN, REFERENCE, Family
+from emotion.report.comparison import REFERENCE, Family, processors_of
 from emotion.report.pages import families_of, render_study_pages
 from emotion.report.plots import (
     MARKERS,
@@ -42,19 +43,19 @@ PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 
 def list_pictures(family: Family) -> dict:
     """Path of each PNG of a comparison -> the function that draws it; what was not measured has no picture."""
-    results, run = family.folder, family.benchmarks.get(MAIN_RUN)
+    results = family.folder
     # A guest of another size and score would press all others into a corner.
     guests = {one["name"] for one in family.comparison["about"]["guests"]}
     records = [record for record in family.records if record.name not in guests]
     figures, shown = results / "figures", one_a_variant(records)
     # What was timed may have no record, and what was scored may not have been timed.
     variants = {record.variant for record in records}
-    if run:
+    for run in family.benchmarks.values():
         variants |= set(map(variant_of, run.artifacts))
     colors = colors_of(sorted(variants))  # one palette for all pictures
     pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison, colors)}
-    if run:
-        pictures[figures / "latency.png"] = partial(plot_latency, run, colors)
+    for processor, run in family.benchmarks.items():
+        pictures[figures / f"latency_{processor}.png"] = partial(plot_latency, run, TITLES[processor], colors)
     return pictures | {
         figures / "per_class_f1.png": partial(plot_classes, records, colors),
         figures / "confusion.png": partial(plot_confusions, shown),
@@ -123,49 +124,57 @@ def one_a_variant(records: list[Record]) -> list[Record]:
 
 
 def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
-    """Macro F1 against latency and against size: no record lies above the line. Bars: 95 % of the paired change."""
+    """Macro F1 against the latency on each kind of processor and against size: no record lies above the line.
+
+    Bars: 95 % of the paired change.
+    """
     rows = [row for row in comparison["rows"] if row["kind"] == "record"]
     reference = next(row["macro_f1"] for row in rows if row["name"] == REFERENCE)
     margin = comparison["tests"]["margin"]
     # A patch of its own for the legend: the band is drawn twice and would be named twice.
     band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
+    shown = {}  # label of an axis -> the rows, with their places on it
+    for one in processors_of(rows):
+        timed = [row for row in rows if row["speeds"].get(one, {}).get("p50_ms")]
+        if timed:
+            shown[f"p50, ms, {TITLES[one]}"] = [row | {"place": row["speeds"][one]["p50_ms"]} for row in timed]
+    shown["to serve, MB"] = [row | {"place": row["megabytes"]} for row in rows]
     with styled():
-        figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
-        for axes, key, label in zip(panels, ("p50_ms", "megabytes"), ("p50, ms", "to serve, MB"), strict=True):
-            placed = [row for row in rows if row[key] is not None]
+        figure, (panels,) = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.4), sharey=True, squeeze=False)
+        for axes, (label, placed) in zip(panels, shown.items(), strict=True):
             # Of two equally fast ones the better comes first, so that the line does not step back.
-            placed.sort(key=lambda row: (row[key], -row["macro_f1"]))
+            placed.sort(key=lambda row: (row["place"], -row["macro_f1"]))
             axes.axhspan(100 * (reference - margin), 100 * (reference + margin), color="0.93")
             axes.axhline(100 * reference, color=OTHER, linewidth=1, linestyle=":")
-            draw_front(axes, placed, key)
+            draw_front(axes, placed)
             for row in placed:
                 color = colors[row["variant"]]
                 if row["tests"]:  # the interval of the change, put where FP32 is
                     low, high = row["tests"]["change_ci95"]
                     ends = 100 * (reference + low), 100 * (reference + high)
-                    axes.vlines(row[key], *ends, color=color, linewidth=1.2, alpha=0.4)
+                    axes.vlines(row["place"], *ends, color=color, linewidth=1.2, alpha=0.4)
                 look = {"color": color, "markersize": 9, "markeredgecolor": "white"}
-                axes.plot(row[key], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
+                axes.plot(row["place"], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
             axes.set(xlabel=label, xscale="log")
-            plain_ticks(axes, [row[key] for row in placed])
+            plain_ticks(axes, [row["place"] for row in placed])
         panels[0].set(ylabel="macro F1, %")
         add_legend(figure, colors, {row[key] for row in rows for key in ("variant", "format")}, band)
         seaborn.despine(figure)
         save_figure(figure, path)
 
 
-def draw_front(axes, placed: list[dict], key: str) -> None:
+def draw_front(axes, placed: list[dict]) -> None:
     """The Pareto front: from left to right, each row that scores as high as any before it.
 
     Args:
-        placed: rows sorted by ``key``; of equal ones the best first.
+        placed: rows sorted by their `place`; of equal ones the best first.
     """
     front, highest = [], 0
     for row in placed:
         if row["macro_f1"] >= highest:
-            front.append((row[key], 100 * row["macro_f1"]))
+            front.append((row["place"], 100 * row["macro_f1"]))
             highest = row["macro_f1"]
-    front.append((placed[-1][key], front[-1][1]))  # on to the right edge
+    front.append((placed[-1]["place"], front[-1][1]))  # on to the right edge
     axes.step(*zip(*front, strict=True), where="post", color=OTHER, linewidth=1.2, zorder=1)
 
 
@@ -202,7 +211,7 @@ def add_legend(figure, colors: dict, shown: set[str], *others) -> None:
     figure.legend(handles=[*entries, *others], loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
 
 
-def plot_latency(benchmark: Benchmark, colors: dict, path: Path) -> None:
+def plot_latency(benchmark: Benchmark, processor: str, colors: dict, path: Path) -> None:
     """How the latencies of single texts are spread: median, middle half, 5th to 95th percentile, and the 99th."""
     # The slowest first, since the axis begins at the bottom.
     timed = sorted(benchmark.artifacts.items(), key=lambda item: -item[1].latency_ms.p50)
@@ -220,7 +229,7 @@ def plot_latency(benchmark: Benchmark, colors: dict, path: Path) -> None:
             names.append(name.removeprefix("weights/"))
             ends += [latency.p5, latency.p99]
         axes.set_yticks(range(len(timed)), names)
-        axes.set(xscale="log", xlabel="ms, one text: median, middle half, 5 % to 95 %, tick at 99 %")
+        axes.set(xscale="log", xlabel=f"ms, one text, {processor}: median, middle half, 5 % to 95 %, tick at 99 %")
         plain_ticks(axes, ends)
         axes.grid(axis="x", color="0.9")
         seaborn.despine(figure)

@@ -7,10 +7,11 @@ differs between two lines may be the luck of a seed.
 from collections import Counter
 from pathlib import Path
 
+from emotion.common.processor import TITLES as PROCESSORS
 from emotion.measure.record import read_records
 from emotion.measure.schema import Bits, read_study
 from emotion.model.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
-from emotion.report.comparison import REFERENCE, Family, find_reference
+from emotion.report.comparison import REFERENCE, Family, find_reference, processors_of
 from emotion.report.render import complete, markdown_table, number, plus_minus, render
 
 ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
@@ -59,8 +60,9 @@ def render_block(families: list[Family], root: Path) -> str:
         fewer=fewer,  # QLoRA keeps floats where 4 bits cost a seed too much
         reference=lines[0],
         reference_mean=mean_of(lines[0], seeds),
-        runtime=small["about"]["compared_with"],
-        origins=[merged(families, name) for name in ("machines", "dates", "commits", "made_at")],
+        runtimes=sorted({run["compared_with"] for run in small["about"]["runs"].values()}),
+        machines=merged_machines(families),
+        origins=[merged(families, name) for name in ("dates", "commits", "made_at")],
         opened=opened_score(results),
         base_link=below(root, families[1].folder) if len(families) > 1 else None,
         link=below(root, results),
@@ -147,12 +149,17 @@ def list_lines(comparison: dict, prefix: str = "", variants: tuple = RELEASED) -
 
 def reference_line(comparison: dict) -> dict:
     """FP32: its scores, and size and speed of what the others are divided by, the fastest form of it."""
-    fastest = comparison["about"]["compared_with"] or ""
-    for row in comparison["rows"]:
-        # A record is called variant-format, an artifact folder:format.
-        if Path(fastest).name == f"{row['variant']}:{row['format']}" or fastest == row["name"]:
-            return {**find_line(comparison, *REFERENCE.split("-")), **speeds_of(row)}
-    return find_line(comparison, *REFERENCE.split("-"))
+    line, fastest = find_line(comparison, *REFERENCE.split("-")), {}
+    for processor, run in comparison["about"]["runs"].items():
+        for row in comparison["rows"]:
+            # A record is called variant-format, an artifact folder:format.
+            artifact = Path(run["compared_with"]).name
+            if artifact == f"{row['variant']}:{row['format']}" or run["compared_with"] == row["name"]:
+                fastest[processor] = row
+    if not fastest:
+        return line
+    speeds = {processor: row["speeds"][processor] for processor, row in fastest.items()}
+    return {**line, **speeds_of(next(iter(fastest.values()))), "speeds": speeds}
 
 
 def find_line(comparison: dict, variant: str, format: str | None = None) -> dict | None:
@@ -173,7 +180,7 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
 
 def speeds_of(row: dict) -> dict:
     """The fields of a row that do not depend on a seed."""
-    return {name: row[name] for name in ("megabytes", "times_smaller", "p50_ms", "times_faster_at_batch_1")}
+    return {name: row[name] for name in ("megabytes", "times_smaller", "speeds")}
 
 
 def is_mean(score: dict) -> bool:
@@ -183,20 +190,23 @@ def is_mean(score: dict) -> bool:
 
 def summary_table(lines: list[dict]) -> str:
     """The columns that tell which variant to take; a dash for what was not measured."""
-    rows = []
+    rows, processors = [], processors_of(lines)
     for line in lines:
-        faster = line["times_faster_at_batch_1"]
-        rows.append(
-            [
-                line["title"],
-                _score(line["macro_f1"]),
-                _score(line["accuracy"]),
-                f"{line['megabytes']:.1f}",
-                number(line["p50_ms"]),
-                "-" if faster is None else f"{faster['median']:.1f}x",
-            ]
-        )
-    return markdown_table(["variant", "macro F1 %", "accuracy %", "size MB", "latency ms", "speed-up"], rows)
+        cells = [line["title"], _score(line["macro_f1"]), _score(line["accuracy"]), f"{line['megabytes']:.1f}"]
+        for processor in processors:
+            speed = line["speeds"].get(processor)
+            faster = speed and speed["times_faster_at_batch_1"]
+            cells += [_milliseconds(speed), f"{faster['median']:.1f}x" if faster else "-"]
+        rows.append(cells)
+    head = ["variant", "macro F1 %", "accuracy %", "size MB"]
+    for processor in processors:
+        head += [f"latency ms, {PROCESSORS[processor]}", f"speed-up, {PROCESSORS[processor]}"]
+    return markdown_table(head, rows)
+
+
+def _milliseconds(speed: dict | None) -> str:
+    """The median time of one text; a dash if it was not timed on that kind of processor."""
+    return number(speed and speed["p50_ms"])
 
 
 def _score(score: dict) -> str:
@@ -207,6 +217,16 @@ def _score(score: dict) -> str:
 def merged(families: list[Family], name: str) -> list[str]:
     """What the families say of a field of `about`, each value once."""
     return sorted({value for family in families for value in family.comparison["about"][name]})
+
+
+def merged_machines(families: list[Family]) -> list[str]:
+    """The processors that the families were timed on, each once: 'AVX2: AMD EPYC, 2 threads'."""
+    found = {}  # in order
+    for family in families:
+        for one in family.comparison["about"]["machines"]:
+            threads = "1 thread" if one["threads"] == 1 else f"{one['threads']} threads"
+            found[f"{one['title']}: {one['cpu']}, {threads}"] = None
+    return list(found)
 
 
 def describe_picture(study: Bits) -> dict:
@@ -221,11 +241,17 @@ def render_times(family: Family) -> str:
     rows, study = [], None
     for format, variant, words, folder in RUNTIMES:
         line = find_line(family.comparison, variant, format)
-        if line and line["p50_ms"] is not None:
-            rows.append([words, f"`weights/{folder}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
+        if line and any(speed["p50_ms"] is not None for speed in line["speeds"].values()):
+            rows.append({"words": words, "folder": f"weights/{folder}", **speeds_of(line)})
     if (family.folder / "javascript.json").is_file():
         study = read_study(family.folder / "javascript.json")
-        size, time = study.bytes_to_serve / 1e6, study.latency_ms.p50
-        rows.append(["Node.js", f"`{study.artifact}`", f"{size:.1f}", f"{time:.2f}"])
-    table = markdown_table(["runtime", "folder", "MB", "ms a text"], rows) if rows else ""
+        speeds = {study.environment.processor: {"p50_ms": study.latency_ms.p50}}
+        megabytes = study.bytes_to_serve / 1e6
+        rows.append({"words": "Node.js", "folder": study.artifact, "megabytes": megabytes, "speeds": speeds})
+    processors, lines = processors_of(rows), []
+    for row in rows:
+        times = [_milliseconds(row["speeds"].get(processor)) for processor in processors]
+        lines.append([row["words"], f"`{row['folder']}`", f"{row['megabytes']:.1f}", *times])
+    head = ["runtime", "folder", "MB", *(f"ms a text, {PROCESSORS[one]}" for one in processors)]
+    table = markdown_table(head, lines) if lines else ""
     return render("readme_times.md", table=table, study=study)

@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.processor import TITLES
 
 import jinja2
 
@@ -48,6 +49,7 @@ def render(template: Path | str, **fields) -> str:
     )
     environment.filters |= {
         "short": shorten,
+        "processor": TITLES.get,  # of a class of processors
         "number": number,
         "percent": lambda value, form=".2f": number(value, form, 100),
         "mean": plus_minus,

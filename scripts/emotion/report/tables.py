@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from emotion.common.processor import TITLES
 from emotion.measure.schema import Benchmark
-from emotion.report.comparison import Family
+from emotion.report.comparison import Family, processors_of
 from emotion.report.render import complete, markdown_table, number, render
 
 # Column of the table of all forms -> the field of a row that it shows
@@ -11,9 +12,12 @@ COLUMNS = {
     "macro F1 % [95 %]": "macro_f1",
     "accuracy %": "accuracy",
     "MB": "megabytes",
-    "p50 ms": "p50_ms",
-    "p95 ms": "p95_ms",
-    "texts/s": "texts_per_s",
+}
+# The same for each kind of processor; in brackets the ratio of the interleaved run, where there was one
+SPEEDS = {
+    "p50 ms": ("p50_ms", ".2f", "times_faster_at_batch_1"),
+    "p95 ms": ("p95_ms", ".2f", None),
+    "texts/s": ("texts_per_s", ".0f", "times_faster_at_batch_32"),
 }
 
 
@@ -22,11 +26,14 @@ def render_table(comparison: dict) -> str:
 
     The best of a column is not marked: that of one seed says little of another's.
     """
-    lines = []
+    lines, processors = [], processors_of(comparison["rows"])
     for row in comparison["rows"]:
         cells = [_cell(row, key) for key in COLUMNS.values()]
+        for processor in processors:
+            cells += [_speed(row["speeds"].get(processor), *column) for column in SPEEDS.values()]
         lines.append([row["variant"], row["format"], *cells, _verdict(row, comparison)])
-    return markdown_table(["variant", "format", *COLUMNS, "against FP32"], lines)
+    speeds = [f"{name}, {TITLES[processor]}" for processor in processors for name in SPEEDS]
+    return markdown_table(["variant", "format", *COLUMNS, *speeds, "against FP32"], lines)
 
 
 def _cell(row: dict, key: str) -> str:
@@ -38,13 +45,15 @@ def _cell(row: dict, key: str) -> str:
         return f"{100 * row['macro_f1']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
     if key == "accuracy":
         return f"{100 * row['accuracy']:.2f}"
-    if key == "megabytes":
-        return f"{row['megabytes']:.1f}{_times(row['times_smaller'])}"
-    # Times and throughputs: in brackets the ratio of the interleaved run, where there was one.
-    ratio = {"p50_ms": "times_faster_at_batch_1", "texts_per_s": "times_faster_at_batch_32"}.get(key)
-    spread = row[ratio] if ratio else None
-    digits = ".0f" if key == "texts_per_s" else ".2f"  # hundreds of texts a second, a few milliseconds
-    return f"{row[key]:{digits}}{_times(spread and spread['median'])}"
+    return f"{row['megabytes']:.1f}{_times(row['times_smaller'])}"
+
+
+def _speed(speeds: dict | None, key: str, form: str, ratio: str | None) -> str:
+    """The value of a column of `SPEEDS`; a dash if it was not timed on that kind of processor."""
+    if speeds is None or speeds[key] is None:
+        return "-"
+    spread = speeds[ratio] if ratio else None
+    return format(speeds[key], form) + _times(spread and spread["median"])
 
 
 def _times(ratio: float | None) -> str:
@@ -79,9 +88,10 @@ def render_page(family: Family, pictures: list[Path]) -> str:
         several=max((len(one["seeds"]) for one in seeds), default=0) > 1,
         records=family.records,
         pictures=pictures,
-        benchmarks=benchmarks,
-        benchmark_tables={name: benchmark_table(run) for name, run in benchmarks.items()},
-        fastest={name: fastest_of(run) for name, run in benchmarks.items()},
+        benchmarks={TITLES[name]: run for name, run in benchmarks.items()},
+        benchmark_tables={TITLES[name]: benchmark_table(run) for name, run in benchmarks.items()},
+        fastest={TITLES[name]: fastest_of(run) for name, run in benchmarks.items()},
+        scored_alternatives=any(row["kind"] == "alternative" and row["macro_f1"] for row in comparison["rows"]),
     )
 
 
@@ -114,8 +124,8 @@ def benchmark_table(run: Benchmark) -> str:
             cells += [f"{one.strings_per_s.median:.0f}", _spread(one.times_faster_from_strings)]
         cells.append(f"{100 * one.equal_labels:.1f}")
         if run.peaks:  # and the measurement of the processor's peaks
-            for limit in (one.roofline.batch_1, one.roofline.batch_32):
-                cells.append(f"{100 * limit.share:.0f} ({limit.bound_by})")
+            limits = [one.roofline.batch_1, one.roofline.batch_32] if one.roofline else [None, None]
+            cells += [f"{100 * limit.share:.0f} ({limit.bound_by})" if limit else "-" for limit in limits]
         lines.append(cells)
     head = ["artifact", "MB", "cold start s", "p50 ms", "times faster", "texts/s", "times faster, batches of 32"]
     head += ["strings to labels, texts/s", "times faster, strings"] if run.strings_a_round else []
