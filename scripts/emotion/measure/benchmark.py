@@ -60,13 +60,13 @@ def interleave(
 
     Args:
         contenders: name -> folder and format.
-        texts: what they answer; each round draws from these, the same for all contenders.
+        texts: what they answer; each round draws from these.
         peers: names of those that other libraries have made. One that fails is left out, and a line says why.
         labels: the right label of each text, by which the peers are scored: they have no record.
 
     Returns:
-        Name -> its bytes, scheme, latency, throughput and noise, how many times faster it was than the fastest FP32
-        contender, and the share of texts that both give the same label. Fields about strings are null if not measured.
+        Name -> bytes, scheme, latency, throughput, noise, how many times faster it was than the fastest in FP32, and
+        the share of texts that both give the same label. Fields about strings are null if not measured.
 
     Raises:
         UserError: if a contender that is no peer cannot be opened, or its process ends; or if none is left.
@@ -84,11 +84,11 @@ def interleave(
         raise UserError("nothing is left to time")
     summaries = {name: worker.summary() for name, worker in workers.items()}
     reference = workers[fastest_fp32(summaries)]
-    scored = [name for name in workers if name in peers] if labels else []
-    expected = reference.answer(texts) if scored else None
-    for name in Bar(scored, desc="scored"):
-        with left_out_if_it_fails(name, peers, workers):
-            summaries[name]["quality"] = workers[name].score(texts, labels, expected)
+    if scored := [name for name in workers if name in peers and labels]:
+        expected = reference.answer(texts)
+        for name in Bar(scored, desc="scored"):
+            with left_out_if_it_fails(name, peers, workers):
+                summaries[name]["quality"] = workers[name].score(texts, labels, expected)
     for worker in workers.values():
         worker.close()
     return {name: summaries[name] | worker.compared_with(reference) for name, worker in workers.items()}

@@ -87,11 +87,7 @@ def build_comparison(records: list[Record], results: Path, runs: dict[str, Bench
     guests = [record for record in records if record.made.base_model != encoder]
     own_tests = compare_records([record for record in records if record not in guests], results)
     tests = own_tests | compare_records([reference, *guests], results)
-    timed = {}  # artifact -> class of processors -> its times there; each record takes its own out
-    for processor, run in runs.items():
-        for name, one in run.artifacts.items():
-            timed.setdefault(name, {})[processor] = one
-    rows = []
+    timed, rows = times_by_artifact(runs), []  # each record takes its own out
     for record in records:
         row = scored_row(record, timed.pop(record.timed_as, {}), runs, tests)
         rows.append({"kind": "guest" if record in guests else "record"} | row)
@@ -141,6 +137,15 @@ def describe_tests(tests: dict[str, dict]) -> dict:
         "resamples": RESAMPLES,
         "minimal_difference": [min(found), max(found)] if found else None,
     }
+
+
+def times_by_artifact(runs: dict[str, Benchmark]) -> dict[str, dict[str, Timed]]:
+    """Artifact -> class of processors -> what the run there says of it."""
+    timed = {}
+    for processor, run in runs.items():
+        for name, one in run.artifacts.items():
+            timed.setdefault(name, {})[processor] = one
+    return timed
 
 
 def describe(
