@@ -7,14 +7,12 @@ differs between two lines may be the luck of a seed.
 from collections import Counter
 from pathlib import Path
 
-from emotion.common.processor import TITLES as PROCESSORS
 from emotion.measure.record import read_records
 from emotion.measure.schema import Bits, read_study
 from emotion.model.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from emotion.report.comparison import REFERENCE, Family, find_reference, processors_of
-from emotion.report.render import complete, markdown_table, number, plus_minus, render
+from emotion.report.render import complete, render
 
-ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
 # The form of a released variant whose file this repository holds; all others are INT8 and fewer bits in ONNX Runtime
 FORMS = {"baseline": "bf16", "qlora": "nf4"}
 TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}
@@ -189,29 +187,8 @@ def is_mean(score: dict) -> bool:
 
 
 def summary_table(lines: list[dict]) -> str:
-    """The columns that tell which variant to take; a dash for what was not measured."""
-    rows, processors = [], processors_of(lines)
-    for line in lines:
-        cells = [line["title"], _score(line["macro_f1"]), _score(line["accuracy"]), f"{line['megabytes']:.1f}"]
-        for processor in processors:
-            speed = line["speeds"].get(processor)
-            faster = speed and speed["times_faster_at_batch_1"]
-            cells += [_milliseconds(speed), f"{faster['median']:.1f}x" if faster else "-"]
-        rows.append(cells)
-    head = ["variant", "macro F1 %", "accuracy %", "size MB"]
-    for processor in processors:
-        head += [f"latency ms, {PROCESSORS[processor]}", f"speed-up, {PROCESSORS[processor]}"]
-    return markdown_table(head, rows)
-
-
-def _milliseconds(speed: dict | None) -> str:
-    """The median time of one text; a dash if it was not timed on that kind of processor."""
-    return number(speed and speed["p50_ms"])
-
-
-def _score(score: dict) -> str:
-    """`88.84 ± 1.16`; a single seed has no deviation but a mark."""
-    return plus_minus(score) + ("" if is_mean(score) else ONE_SEED)
+    """The columns that tell which variant to take."""
+    return render("readme_table.md", lines=lines, processors=processors_of(lines))
 
 
 def merged(families: list[Family], name: str) -> list[str]:
@@ -248,10 +225,4 @@ def render_times(family: Family) -> str:
         speeds = {study.environment.processor: {"p50_ms": study.latency_ms.p50}}
         megabytes = study.bytes_to_serve / 1e6
         rows.append({"words": "Node.js", "folder": study.artifact, "megabytes": megabytes, "speeds": speeds})
-    processors, lines = processors_of(rows), []
-    for row in rows:
-        times = [_milliseconds(row["speeds"].get(processor)) for processor in processors]
-        lines.append([row["words"], f"`{row['folder']}`", f"{row['megabytes']:.1f}", *times])
-    head = ["runtime", "folder", "MB", *(f"ms a text, {PROCESSORS[one]}" for one in processors)]
-    table = markdown_table(head, lines) if lines else ""
-    return render("readme_times.md", table=table, study=study)
+    return render("readme_times.md", rows=rows, processors=processors_of(rows), study=study)

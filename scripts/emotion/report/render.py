@@ -54,6 +54,8 @@ def render(template: Path | str, **fields) -> str:
         "percent": lambda value, form=".2f": number(value, form, 100),
         "mean": plus_minus,
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",  # no verdict depends on how far below
+        "times": _times,
+        "spread": lambda one, unit="": f"{one.median:.2f}{unit} [{one.min:.2f}, {one.max:.2f}]",  # over the rounds
         "table": _table,
     }
     source = (TEMPLATES / template).read_text(encoding="utf-8")  # an absolute path stays as it is
@@ -73,6 +75,14 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     # The colon on the right of a rule is Markdown's mark for a column that is aligned there.
     lines.insert(1, f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:]))
     return "\n".join(lines) + "\n"
+
+
+def _times(ratio) -> str:
+    """' (2.1x)', of a spread its median; a second digit where it is needed to see how much slower or larger."""
+    if not ratio:  # not part of an interleaved run
+        return ""
+    ratio = ratio["median"] if isinstance(ratio, dict) else ratio
+    return f" ({ratio:.1f}x)" if ratio >= 0.95 else f" ({ratio:.2f}x)"
 
 
 def _table(text: str) -> str:
