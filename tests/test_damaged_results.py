@@ -191,6 +191,8 @@ def shorten(row, label, logits):
         ),
         (lambda row, label, logits: (row, label, [logits[0][1:]] + logits[1:]), "no predictions|different lengths"),
         (lambda row, label, logits: (row, list(map(str, label)), logits), "ptq-onnx.parquet holds no predictions"),
+        (lambda row, label, logits: (list(map(float, row)), label, logits), "ptq-onnx.parquet.* not int64"),
+        (lambda row, label, logits: (row, None, logits), "ptq-onnx.parquet holds no predictions"),
         (lambda row, label, logits: (row, label, [[2 * x for x in one] for one in logits]), "'quality.expected_cal"),
     ],
 )
@@ -201,6 +203,7 @@ def test_predictions_that_are_not_the_records_are_named(change, message, results
     if not row:
         row, label = pyarrow.array(row, pyarrow.int64()), pyarrow.array(label, pyarrow.int64())
     columns = {"row": row, "label": label, "logits": pyarrow.array(logits, pyarrow.list_(pyarrow.float32()))}
+    columns = {name: column for name, column in columns.items() if column is not None}
     parquet.write_table(pyarrow.table(columns), path)
     with pytest.raises(UserError, match=message) as error:
         read_records(results)
