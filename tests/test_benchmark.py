@@ -22,6 +22,7 @@ from emotion.model.classifier import open_artifact
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.report.cards import render_card
 from emotion.report.tables import render_table
+from test_comparison import words_of_report
 
 import numpy as np
 import pytest
@@ -141,6 +142,11 @@ def test_every_table_names_each_kind_of_processor(two_kinds, tmp_path):
     card = pages[tmp_path / "model_cards" / "qat-int4.md"]
     speeds = re.findall(r"\| qat-int4, ONNX Runtime \| (.*?) \| .* \| ([\d.]+x) \|", card)
     assert speeds == [("AVX-512 VNNI", "3.2x"), ("AVX2", "1.6x")] and "another, threads: 2" in card
+    (two_kinds / "comparison.json").write_text(pages[two_kinds / "comparison.json"])
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    words = words_of_report(tmp_path)
+    assert "(AVX-512 VNNI, 3.2 × as fast" in words and "all-MiniLM-L6-v2, AVX2. A single text" in words
+    assert "in FP32 and INT8, and its memory" in words  # with AVX2 no peak of bfloat16
 
 
 def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
@@ -148,7 +154,7 @@ def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
     family = run_comparison.read_family(two_kinds)
     head, _, *lines = render_table(family.comparison).splitlines()
     assert "p50 ms, AVX-512 VNNI" in head
-    (record,) = [one for one in family.records if (one["variant"], one["format"]) == ("qat-int4", "onnx")]
+    (record,) = [one for one in family.records if (one.variant, one.format) == ("qat-int4", "onnx")]
     (line,) = [line for line in lines if line.startswith("| qat-int4 ")]
     assert f" {record['latency_ms']['p50']:.2f} |" in line
     card = render_card(family.records, "qat-int4", "user/mine")

@@ -94,7 +94,8 @@ def render_card(
         facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "code": code, "tags": data.tags}
         facts["torchao_times"] = list_torchao_times(own, baseline, runs or {})
         facts["times"] = [line for record in facts["compared"] for line in times_of(record, runs or {})]
-        facts["interleaved"] = [runs[one] for one in runs or {} if any(line["run"] == one for line in facts["times"])]
+        timed_on = {line["run"] for line in facts["times"]}
+        facts["interleaved"] = {PROCESSORS[one]: runs[one] for one in runs or {} if one in timed_on}
         forms = {record.format for record in own}  # a seed whose NF4 lost too much has kept another form
         facts["means"] = [row for row in seeds or () if row["variant"] == variant and row["format"] in forms]
         rows = own[0].made.dataset_fingerprint  # only what was scored on the same ones stands in one table
