@@ -156,9 +156,9 @@ def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
     assert "p50 ms, AVX-512 VNNI" in head
     (record,) = [one for one in family.records if (one.variant, one.format) == ("qat-int4", "onnx")]
     (line,) = [line for line in lines if line.startswith("| qat-int4 ")]
-    assert f" {record['latency_ms']['p50']:.2f} |" in line
+    assert f" {record.latency_ms.p50:.2f} |" in line
     card = render_card(family.records, "qat-int4", "user/mine")
-    assert f"| qat-int4, ONNX Runtime | AVX-512 VNNI | {record['latency_ms']['p50']} |" in card
+    assert f"| qat-int4, ONNX Runtime | AVX-512 VNNI | {record.latency_ms.p50} |" in card
 
 
 def test_what_the_processor_has_no_instructions_for_is_left_out(on_avx2, artifact, quantized, capsys):
