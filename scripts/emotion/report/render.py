@@ -46,6 +46,7 @@ def render(template: Path | str, **fields) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         finalize=_without_last_newline,
+        extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters |= {
         "short": shorten,
