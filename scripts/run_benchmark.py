@@ -2,16 +2,18 @@
 
 Each artifact lives in a process of its own, so that no runtime's threads disturb another's. All answer the same texts,
 in turn. Besides the formats of a folder, it can time the plain alternatives that other libraries make of that folder:
-`pytorch-compiled`, `bf16-compiled` and `torchao-compiled` (torch.compile), `onnx-plain` and `onnx-dynamic` (ONNX
-Runtime's export and its dynamic INT8, with defaults), `openvino-plain`, `ctranslate2` (its INT8 of BERT, DistilBERT
-and RoBERTa; `make peers` installs it) and `llamacpp` (llama.cpp's Q8_0 of BERT; `make peers-llamacpp` builds it). All
-are compared with the fastest one that computes in FP32.
+`pytorch-compiled`, `bf16-compiled` and `torchao-compiled` (torch.compile), `pytorch-dynamic` (PyTorch's
+`quantize_dynamic`), `onnx-plain` and `onnx-dynamic` (ONNX Runtime's export and its dynamic INT8, with defaults),
+`openvino-plain` and `ctranslate2` (its INT8 of BERT, DistilBERT and RoBERTa; `make peers` installs it). These have no
+record, so they are scored here. All are compared with the fastest one that computes in FP32. What the processor has no
+instructions for is left out, and so is a library that fails; a line tells of each.
 
 Latency and batches are timed from token ids to logits. Many strings to their labels are timed through
 `EmotionClassifier`, for every artifact and plain alternative alike, so that these numbers compare models and runtimes
 and not the code around them.
 
     python scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:pytorch-compiled weights/ptq:onnx
+    python scripts/run_benchmark.py weights/baseline:onnx weights/ptq:onnx --output results/benchmark  # avx2.json, say
 """
 
 import importlib.metadata
@@ -20,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
+from emotion.common.errors import UserError
 from emotion.common.files import check_result, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
+from emotion.common.processor import TITLES, find_processor_class
 from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.benchmark import (
@@ -34,9 +38,9 @@ from emotion.measure.benchmark import (
     name_of,
     split_name,
 )
-from emotion.measure.contenders import PEERS, leave_out_missing, make_contender
+from emotion.measure.contenders import CTRANSLATE2, is_alternative, leave_out_unfit, make_contenders
 from emotion.measure.roofline import add_roofline, count_work
-from emotion.task.dataset import get_split, load_task_of
+from emotion.task.dataset import Task, get_split, load_task_of
 
 
 @dataclass
@@ -75,26 +79,61 @@ class BenchmarkArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Texts to use; the first artifact's if not given."}
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file of the result; printed only if not given."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of the result, or a folder, in which the file is named after the kind of processor; "
+            "printed only if not given."
+        },
+    )
 
 
 def main(argv=None) -> None:
     """Times the artifacts and writes the result; ``argv``: the flags, those of the command line if not given."""
     (arguments,) = parse_flags((BenchmarkArguments,), positional="artifacts", argv=argv)
-    if arguments.output:
-        check_result(Path(arguments.output), ("artifacts",))  # now, not after the timing
-    named = leave_out_missing([split_name(name) for name in arguments.artifacts])
+    output = choose_file(arguments.output) if arguments.output else None  # an error now, not after the timing
+    named = leave_out_unfit([split_name(name) for name in arguments.artifacts])
     first_folder = named[0][0]  # it tells the dataset, and the architecture that the roofline counts
     # The speed depends on the lengths of the texts, so that all artifacts get those of one dataset.
     task = load_task_of(read_recipe_of(first_folder), arguments.dataset_name)
     print(f"texts: {task.name} ({task.source}), test")
-    texts = list(get_split(task, "test")["text"])
-    threads = choose_threads(arguments.threads)
+    rows, threads = get_split(task, "test"), choose_threads(arguments.threads)
+    texts, labels = list(rows["text"]), [task.labels[label] for label in rows["label"]]
     # Alternatives are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
-        contenders = {name_of(*one): make_contender(*one, Path(work)) for one in named}
-        work_of_text = count_work(first_folder, texts) if arguments.roofline else None
-        measured = interleave(contenders, texts, make_protocol(arguments, threads))
+        opened = make_contenders(named, Path(work))
+        contenders = {name_of(*one): made for one, made in opened.items()}
+        peers = {name_of(*one) for one in opened if is_alternative(one[1])}
+        measured = interleave(contenders, texts, make_protocol(arguments, threads), peers, labels)
+    result = describe_benchmark(arguments, threads, task, measured)
+    if output:
+        write_json(output, result)  # before the peaks: who stops it then keeps what was timed
+    print_speeds(measured)
+    # After the timing: finding the peaks heats the processor and takes its memory.
+    if arguments.roofline:
+        add_roofline(result, count_work(first_folder, texts), threads)
+        if output:
+            write_json(output, result)
+
+
+def choose_file(output: str) -> Path:
+    """The file of the result: the one that is named, or in a folder the one of this kind of processor.
+
+    Raises:
+        UserError: if the file would be named after a kind of processor that this is not, since another kind's has its
+            name or some of its instructions are hidden; or if something else stands there.
+    """
+    path = Path(output)
+    if path.is_dir() or (path.suffix != ".json" and not path.exists()):
+        path = path / f"{find_processor_class()}.json"
+    elif path.stem in TITLES and path.stem != find_processor_class():
+        raise UserError(f"{path} is for {TITLES[path.stem]}; this processor's is {find_processor_class()}.json")
+    check_result(path, ("artifacts",))
+    return path
+
+
+def describe_benchmark(arguments: BenchmarkArguments, threads: int, task: Task, measured: dict[str, dict]) -> dict:
+    """The result without the peaks; ``measured`` is that of `interleave`."""
     result = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
@@ -109,16 +148,9 @@ def main(argv=None) -> None:
         "too_noisy": list_noisy(measured),
         "artifacts": measured,
     }
-    for _, format in named:
-        if format in PEERS:  # not among the packages of every record
-            package = PEERS[format].PACKAGE
-            result["environment"]["packages"][package] = importlib.metadata.version(package)
-    # After the timing: finding the peaks heats the processor and takes its memory.
-    if arguments.roofline:
-        add_roofline(result, work_of_text, threads)
-    if arguments.output:
-        write_json(Path(arguments.output), result)
-    print_speeds(measured)
+    if any(name.endswith(f":{CTRANSLATE2}") for name in measured):  # not among the packages of every record
+        result["environment"]["packages"][CTRANSLATE2] = importlib.metadata.version(CTRANSLATE2)
+    return result
 
 
 def make_protocol(arguments: BenchmarkArguments, threads: int) -> Protocol:
@@ -141,6 +173,7 @@ def print_speeds(measured: dict[str, dict]) -> None:
             f"{name:34} p50 {one['latency_ms']['p50']:7.2f} ms ({faster['median']:.2f} x)"
             f"   {one['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches['median']:.2f} x)",
             f"  from strings {one['strings_per_s']['median']:7.0f} texts/s" if one["strings_per_s"] else "",
+            f"  macro F1 {one['quality']['macro_f1']:.4f}" if one.get("quality") else "",
         )
     if noisy := list_noisy(measured):
         limit = f"{100 * NOISE_LIMIT:.0f} % of the median"

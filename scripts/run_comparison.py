@@ -20,9 +20,10 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_bytes
 from emotion.common.flags import parse_flags
 from emotion.common.progress import Bar
-from emotion.measure.record import BASE_FAMILY, record_name
+from emotion.measure.record import BASE_FAMILY
+from emotion.measure.schema import Record
 from emotion.report.cards import render_cards
-from emotion.report.comparison import MAIN_RUN, Family, read_family
+from emotion.report.comparison import Family, read_family
 from emotion.report.document import REPORT, SOURCE, compile_report
 from emotion.report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from emotion.report.front import render_block, render_times
@@ -95,8 +96,8 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     text = fill(text, START, END, render_block(families, readme.parent), readme)
     if TIMES_START in text:
         text = fill(text, TIMES_START, TIMES_END, render_times(families[0]), readme)
-    run = families[0].benchmarks.get(MAIN_RUN)
-    cards = render_cards(records, readme.parent / "model_cards", run, families[0].comparison["seeds"])
+    seeds = families[0].comparison["seeds"]
+    cards = render_cards(records, readme.parent / "model_cards", families[0].benchmarks, seeds)
     return {
         readme: text,
         **cards,
@@ -157,21 +158,21 @@ def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
         )
 
 
-def check_publishable(record: dict) -> None:
+def check_publishable(record: Record) -> None:
     """Raises `UserError` unless the record may be published: of real data, scored on test, of a full training.
 
     A generative model's training may be of part of the rows, since the comparison says so.
     """
-    made, name = record["made"], record_name(record)
-    if "sample" in {made["dataset_source"], made["train_dataset_source"]}:
+    made, name = record.made, record.name
+    if "sample" in {made.dataset_source, made.train_dataset_source}:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
-    if made.get("base_model_source") == RANDOM:
+    if made.base_model_source == RANDOM:
         raise UserError(f"{name} was made from random weights: not for the README")
-    if record["quality"]["split"] != "test":
-        raise UserError(f"{name} was scored on {record['quality']['split']}, not on test: not for the README")
-    recipe = made["recipe"] or {}
+    if record.quality.split != "test":
+        raise UserError(f"{name} was scored on {record.quality.split}, not on test: not for the README")
+    recipe = made.recipe or {}
     # A full training of a generative model takes longer than the comparison is worth.
-    limits = {"max_steps"} if record["format"] == "adapter" else {"max_train_rows", "max_steps"}
+    limits = {"max_steps"} if record.format == "adapter" else {"max_train_rows", "max_steps"}
     # A quantized artifact's recipe holds that of its baseline, whose training may have been the short one.
     short = limits & {**recipe, **recipe.get("baseline", {})}.keys()
     if short:

@@ -23,12 +23,13 @@ from emotion.common.machine import code_url
 from emotion.common.names import check_repo_id
 from emotion.common.recipe import RECIPE_FILE, read_recipe_of
 from emotion.common.sums import SUMS_FILE, check_sums, format_sums, has_files
-from emotion.measure.record import read_records, record_name
+from emotion.measure.record import read_records
+from emotion.measure.schema import Record
 from emotion.model.artifact import find_formats
 from emotion.model.hub import upload
 from emotion.model.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from emotion.report.cards import order, render_card
-from emotion.report.comparison import MAIN_RUN, read_benchmarks, read_means
+from emotion.report.comparison import read_benchmarks, read_means
 from emotion.report.plots import plot_confusion_matrix
 
 import yaml
@@ -128,9 +129,9 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     scored = find_scored(folder, order(records + apart, variant))
     files = {}
     for record in scored:
-        for name in record["sha256"]:  # formats share the configuration and the tokenizer: the same names again
+        for name in record.sha256:  # formats share the configuration and the tokenizer: the same names again
             files[name] = folder / name
-        name = f"{record_name(record)}.json"
+        name = f"{record.name}.json"
         files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
     for path in sorted((folder / "adapter").glob("adapter_*")):
         if path.name in ADAPTER_FILES:  # neither PEFT's own card, which is a form to fill in, nor somebody's notes
@@ -141,12 +142,12 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
         # The recipe tells the folders that it read; others need not know where this user keeps them.
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
     # The card shows FP32 beside the variant and links to the others. Its own forms are those that are sent.
-    others = [record for record in records if record["variant"] != variant]
-    run = read_benchmarks(results).get(MAIN_RUN)
-    card = render_card(scored + others, variant, repo_id, run=run, seeds=read_means(results), code=code_url())
+    others = [record for record in records if record.variant != variant]
+    runs, seeds = read_benchmarks(results), read_means(results)
+    card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
     shown = scored[0]  # the first of them is the one that the card shows
-    files[f"results/confusion_matrices/{record_name(shown)}.png"] = draw_picture(shown)
+    files[f"results/confusion_matrices/{shown.name}.png"] = draw_picture(shown)
     for path in files.values():
         if isinstance(path, Path) and not path.is_file():
             raise UserError(f"no file {path}; measure {folder} again with run_evaluation.py")
@@ -162,7 +163,7 @@ def sum_up(files: dict[str, Path | bytes]) -> bytes:
     return format_sums(sums).encode()
 
 
-def draw_picture(record: dict) -> bytes:
+def draw_picture(record: Record) -> bytes:
     """The confusion matrix that the card shows, as a PNG."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "matrix.png"
@@ -170,17 +171,17 @@ def draw_picture(record: dict) -> bytes:
         return path.read_bytes()
 
 
-def find_scored(folder: Path, records: list[dict]) -> list[dict]:
+def find_scored(folder: Path, records: list[Record]) -> list[Record]:
     """Those of the records, in their order, that are of the very files in the folder.
 
     Raises:
         UserError: if a format has no such record: naming the command that measures it.
     """
     # Records from before checksums were kept say nothing of the files that are here now.
-    scored = [record for record in records if "sha256" in record and has_files(folder, record["sha256"])]
+    scored = [record for record in records if record.sha256 and has_files(folder, record.sha256)]
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()
-        if not any(name in record["sha256"] for record in scored):
+        if not any(name in record.sha256 for record in scored):
             raise UserError(
                 f"{weights} was not scored as it is now; run "
                 f"python scripts/run_evaluation.py {folder} --format {format}"

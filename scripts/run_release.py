@@ -15,7 +15,7 @@ from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, read_json, whole_folder
 from emotion.common.flags import parse_flags
 from emotion.common.sums import check_sums, has_files, write_sums
-from emotion.measure.schema import read_result
+from emotion.measure.schema import Record
 from emotion.model.artifact import ARTIFACT
 from emotion.model.released import BYTES_IN_ALL, BYTES_OF_FILE, LICENSE_FILE, RELEASED, names_to_release
 
@@ -65,8 +65,8 @@ def find_source(variant: str, weights: Path, results: Path) -> Path:
         raise UserError(f"no file {summary}; run python scripts/run_seeds.py {variant}")
     source = weights / "seeds" / f"{variant}-{read_json(summary)['chosen_seed']}"
     check_sums(source)
-    record = read_result(results / "metrics" / f"{variant}-{RELEASED[variant]}.json", "record")
-    if not has_files(source, record["sha256"]):
+    record = Record.read(results / "metrics" / f"{variant}-{RELEASED[variant]}.json")
+    if not record.sha256 or not has_files(source, record.sha256):
         raise UserError(
             f"{source} was not scored as it is now; run python scripts/run_evaluation.py {weights / variant} "
             f"--format {RELEASED[variant]}"

@@ -19,10 +19,10 @@ from emotion.common.progress import Bar
 from emotion.common.recipe import read_recipe_of
 from emotion.common.sums import check_covered, read_sums
 from emotion.measure.evidence import read_predictions, score_again
-from emotion.measure.schema import read_result
+from emotion.measure.schema import Record
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.model.released import OPENED_AS, RELEASED, SCORES_OF_OPENED
-from emotion.report.tables import markdown_table
+from emotion.report.render import markdown_table
 from emotion.task.dataset import fingerprint, get_split, load_task_of
 
 import numpy as np
@@ -75,12 +75,14 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
     """
     name = f"{variant}-{format}"
     check_covered(folder)
-    record = read_result(results / "metrics" / f"{name}.json", "record")
-    if not record["sha256"].items() <= read_sums(folder).items():  # which the files were compared with just now
+    record = Record.read(results / "metrics" / f"{name}.json")
+    if (
+        not record.sha256 or not record.sha256.items() <= read_sums(folder).items()
+    ):  # which the files were compared with just now
         raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
     task = load_task_of(read_recipe_of(folder))
-    rows = get_split(task, record["quality"]["split"])
-    if fingerprint(rows) != record["made"]["dataset_fingerprint"]:
+    rows = get_split(task, record.quality.split)
+    if fingerprint(rows) != record.made.dataset_fingerprint:
         raise UserError(
             f"{task.name} ({task.source}) has other test rows than those of {name}; the scores say nothing"
         )
@@ -90,7 +92,7 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
         "equal": float(np.mean(logits.argmax(axis=-1) == published.argmax(axis=-1))),
         "macro_f1": score_again(labels, logits, task.labels)["macro_f1"],
         "published": score_again(labels, published, task.labels)["macro_f1"],
-        "same_machine": is_same_machine(record["environment"], describe_environment(threads)),
+        "same_machine": is_same_machine(record.environment.model_dump(), describe_environment(threads)),
     }
     return found | {"verdict": judge(found)}
 

@@ -19,12 +19,13 @@ from itertools import islice
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import ROOT, read_json, relative, write_json, write_text
+from emotion.common.files import ROOT, read_json, relative, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.report.pages import render_batch
+from emotion.report.figures import write_studies
+from emotion.report.pages import page_of
 from emotion.task.dataset import DEFAULT_DATASET, load_task
 
 import numpy as np
@@ -82,8 +83,7 @@ def main(argv=None) -> None:
     }
     results = Path(arguments.results_dir)
     write_json(results / "batch.json", study)
-    write_text(results / "batch.md", render_batch(study))
-    print((results / "batch.md").read_text(encoding="utf-8"))
+    print(write_studies(results)[page_of(results, "batch")])
 
 
 class OwnRate:

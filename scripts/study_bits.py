@@ -18,7 +18,7 @@ from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.ranges import SEED
 from emotion.common.recipe import base_model_of
-from emotion.measure.evidence import SUMMARIZED
+from emotion.measure.schema import SUMMARIZED
 from emotion.measure.seeds import check_seeds, make_and_score, summarize_scores
 from emotion.quantize.levels import BITS
 from emotion.quantize.scheme import CONTROL, name_variant

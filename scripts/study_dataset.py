@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import ROOT, write_json, write_text
+from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
-from emotion.report.pages import render_dataset
-from emotion.report.plots import plot_dataset
+from emotion.report.figures import write_studies
 from emotion.task.dataset import TaskArguments, conflicting_texts, load_task
 from emotion.task.source import find_base_model
 from emotion.task.tokens import load_tokenizer
@@ -54,8 +53,7 @@ def main(argv=None) -> None:
     }
     results = Path(arguments.results_dir)
     write_json(results / "dataset.json", study)
-    write_text(results / "dataset.md", render_dataset(study))
-    plot_dataset(study, results / "dataset")
+    write_studies(results)
     print(f"wrote {results / 'dataset.md'}")
 
 

@@ -128,7 +128,7 @@ def main(argv=None) -> None:
         "files": {name: timed[name] | effects[name] for name in folders},
     }
     write_json(results / "graphs.json", study)
-    print(write_studies(results)[page_of(results, "graphs")])
+    print(write_studies(results)[page_of(results, "speed")])
 
 
 def make_files(baseline: Path, work: Path) -> dict[str, Path]:

@@ -80,7 +80,7 @@ def main(argv=None) -> None:
         "streams": from_strings,
     }
     write_json(results / "openvino.json", study)
-    print(write_studies(results)[page_of(results, "openvino")])
+    print(write_studies(results)[page_of(results, "speed")])
 
 
 def make_file(baseline: Path, folder: Path, rows: CalibrationRows, leave_out: tuple[str, ...] = ()) -> Path:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, write_json, write_text
+from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.progress import Bar
 from emotion.measure.benchmark import name_of, split_name
 from emotion.measure.record import read_logits
-from emotion.report.pages import render_processors
+from emotion.report.figures import write_studies
+from emotion.report.pages import page_of
 
 import numpy as np
 
@@ -48,8 +49,7 @@ def main(argv=None) -> None:
     about = {"split": "validation", "reference": REFERENCE, "artifacts": found}
     measured = describe_run(choose_threads(None)) | about
     write_json(results / "ptq_processors.json", measured)
-    write_text(results / "ptq_processors.md", render_processors(measured))
-    print(render_processors(measured))
+    print(write_studies(results)[page_of(results, "ptq")])
 
 
 def compare_limits(folder: Path, format: str) -> dict[str, dict]:

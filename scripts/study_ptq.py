@@ -34,7 +34,7 @@ from emotion.quantize.scheme import (
     save_formats,
 )
 from emotion.report.figures import write_studies
-from emotion.report.pages import page_of, worst_layer
+from emotion.report.pages import page_of
 from emotion.task.dataset import Task, load_task_of
 from emotion.task.scores import VALIDATION_NOISE, score
 from emotion.task.tokens import TextEncoder
@@ -112,7 +112,8 @@ def main(argv=None) -> None:
     few = rows.first(arguments.layer_texts)
     layers = measure_layers(baselines[0], few)
     write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
-    without_worst = Candidate("onnx", {"keep_float": worst_layer(layers)["names"]})
+    worst = max((one for one in layers if one["layer"] is not None), key=lambda one: one["mean_logit_shift"])
+    without_worst = Candidate("onnx", {"keep_float": worst["names"]})
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
     candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
 
@@ -125,7 +126,7 @@ def main(argv=None) -> None:
         studied[name] |= measured
     study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
     write_json(results / "ptq_study.json", study)
-    print(write_studies(results)[page_of(results, "ptq_study")])
+    print(write_studies(results)[page_of(results, "ptq")])
 
 
 def make_candidates(

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT, write_json, write_text
+from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.ranges import POSITIVE, SEED
 from emotion.common.recipe import comparable, read_recipe, read_recipe_of
-from emotion.measure.evidence import SUMMARIZED_OF_TRAINING
+from emotion.measure.schema import SUMMARIZED_OF_TRAINING
 from emotion.measure.seeds import check_seeds, summarize_scores
 from emotion.model.artifact import adapter_bytes
-from emotion.report.pages import render_sweep
-from emotion.report.plots import plot_sweep
+from emotion.report.figures import write_studies
+from emotion.report.pages import page_of
 from emotion.task.scores import VALIDATION_NOISE
 
 RECIPE = ROOT / "configs" / "qlora.yaml"
@@ -99,9 +99,7 @@ def main(argv=None) -> None:
     sweep["recipe"] = find_recipe(read_recipe(Path(arguments.recipe)), arguments.candidates)
     results = Path(arguments.results_dir)
     write_json(results / "qlora_sweep.json", sweep)
-    write_text(results / "qlora_sweep.md", render_sweep(sweep))
-    plot_sweep(sweep, results / "qlora_sweep")
-    print((results / "qlora_sweep.md").read_text(encoding="utf-8"))
+    print(write_studies(results)[page_of(results, "qlora")])
 
 
 def learn(name: str, seed: int, arguments: SweepArguments) -> dict:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from emotion.common.command import run
-from emotion.common.files import ROOT, write_json, write_text
+from emotion.common.files import ROOT, write_json
 from emotion.common.flags import parse_flags
 from emotion.common.machine import (
     THREADS,
@@ -36,7 +36,8 @@ from emotion.quantize.adapter import QloraArguments, build_qlora
 from emotion.quantize.fake_quantizers import prepare
 from emotion.quantize.layers import Plan, find_layers, find_stack
 from emotion.quantize.scheme import SchemeArguments, plan_again
-from emotion.report.pages import render_cost
+from emotion.report.figures import write_studies
+from emotion.report.pages import page_of
 from emotion.task.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.task.source import BASE_SIZE_MODEL, EMBEDDED_MODEL, find_base_model
 from emotion.task.tokens import load_tokenizer, tokenize
@@ -93,8 +94,7 @@ def main(argv=None) -> None:
     }
     results = Path(arguments.results_dir)
     write_json(results / "training_cost.json", cost)
-    write_text(results / "training_cost.md", render_cost(cost))
-    print((results / "training_cost.md").read_text(encoding="utf-8"))
+    print(write_studies(results)[page_of(results, "qlora")])
 
 
 def make_batches(task: Task, tokenizer, count: int) -> list[dict[str, np.ndarray]]:

@@ -6,10 +6,6 @@ Each function takes a copy of a folder of results and a `random.Random`, damages
 import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow
-from pyarrow import parquet
-
 # What a field may be replaced with: other types, and numbers that are no measurement
 VALUES = (
     None,
@@ -98,36 +94,7 @@ def damage_bytes(folder: Path, draw) -> str:
     return f"{path.relative_to(folder)}: {how} at {place}"
 
 
-def change_predictions(folder: Path, draw) -> str:
-    """Writes the predictions of a record anew with other rows, values, types or columns."""
-    path = draw.choice(sorted((folder / "predictions").glob("*.parquet")))
-    table = parquet.read_table(path)
-    rows, labels, logits = (np.array(table[name].to_pylist()) for name in ("row", "label", "logits"))
-    spoilt, other = logits.astype(np.float32), np.roll(labels, 1)
-    spoilt[draw.randrange(len(rows)), 0] = draw.choice((np.nan, np.inf))
-    columns = {
-        "reversed": (rows[::-1], labels[::-1], logits[::-1]),
-        "reversed without their numbers": (rows, labels[::-1], logits[::-1]),
-        "other labels": (rows, other, logits),
-        "a label of no class": (rows, labels + 1, logits),
-        "not finite": (rows, labels, spoilt),
-        "a row less": (rows[1:], labels[1:], logits[1:]),
-        "no row": (rows[:0], labels[:0], logits[:0]),
-        "a class less": (rows, labels, logits[:, 1:]),
-        "other numbers": (rows, labels, 2 * logits),
-        "doubles": (rows, labels, logits),
-        "texts": (rows, labels.astype(str), logits),
-        "no labels": (rows, None, logits),
-    }
-    how = draw.choice(sorted(columns))
-    numbers = pyarrow.float64() if how == "doubles" else pyarrow.float32()
-    row, label, values = columns[how]
-    made = {"row": pyarrow.array(row), "logits": pyarrow.array(values.tolist(), pyarrow.list_(numbers))}
-    parquet.write_table(pyarrow.table(made | ({} if label is None else {"label": pyarrow.array(label)})), path)
-    return f"{path.relative_to(folder)}: {how}"
-
-
-MUTATIONS = (change_field, remove_field, shift_number, damage_bytes, change_predictions)
+MUTATIONS = (change_field, remove_field, shift_number, damage_bytes)
 
 
 def mutate(folder: Path, draw) -> str:

@@ -14,6 +14,7 @@ import run_trace
 from conftest import ROOT, read_json
 from emotion.common.errors import UserError
 from emotion.measure.paired_tests import NO_LOSS_MARGIN, compare_with, holm, mean_interval
+from emotion.measure.schema import Record, read_study
 from emotion.model.classifier import open_artifact
 from emotion.report.document import compile_report, inputs_of
 from emotion.report.figures import same_picture
@@ -89,8 +90,9 @@ def test_many_classes_take_little_memory(tmp_path):
     matrix = np.zeros((classes, classes), dtype=int)
     np.add.at(matrix, (labels, answers), 1)
     names = [str(index) for index in range(classes)]
-    quality = {"labels": names, "split": "test", "examples": 1000, "macro_f1": 0.5, "confusion_matrix": matrix}
-    plot_confusion_matrix({"variant": "many", "format": "onnx", "quality": quality}, tmp_path / "many")
+    record = Record.read(ROOT / "results" / "metrics" / "ptq-onnx.json")
+    record.quality.labels, record.quality.confusion_matrix = names, matrix
+    plot_confusion_matrix(record, tmp_path / "many")
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert classes > MOST_NAMED and grown_kb < 500_000
     assert plt.imread(tmp_path / "many.png").shape[0] < 4000
@@ -159,17 +161,15 @@ def test_the_interval_over_seeds():
 
 
 def test_pictures_are_the_same_again_and_a_changed_one_is_found(tmp_path):
-    layers = [
-        {"kind": "query", "layer": str(layer), "mean_logit_shift": shift} for layer, shift in enumerate((0.1, 0.2))
-    ]
-    plot_sensitivity(layers, tmp_path / "one")
-    plot_sensitivity(layers, tmp_path / "two")
+    study = read_study(ROOT / "results" / "ptq_sensitivity.json")
+    plot_sensitivity(study, tmp_path / "one")
+    plot_sensitivity(study, tmp_path / "two")
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     assert {path.name for path in tmp_path.iterdir()} == {"one.png", "two.png"}  # one format alone
     assert one.read_bytes() == two.read_bytes()
     assert same_picture(one, two)
-    layers[1]["mean_logit_shift"] = 0.201
-    plot_sensitivity(layers, tmp_path / "two")
+    study.layers[0].mean_logit_shift += 0.5
+    plot_sensitivity(study, tmp_path / "two")
     assert not same_picture(one, two)
     assert not same_picture(one, tmp_path / "three.png")
 

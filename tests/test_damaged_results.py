@@ -9,6 +9,7 @@ from conftest import ROOT, read_json, save_dataset, seeds_for
 from emotion.common.errors import UserError
 from emotion.measure import paired_tests
 from emotion.measure.record import read_records
+from emotion.measure.schema import STUDIES, Benchmark, Record, Seeds
 from emotion.task.dataset import load_task
 from mutations_results import mutate
 
@@ -16,10 +17,12 @@ import pyarrow
 import pytest
 from datasets import ClassLabel, Features, Value
 from pyarrow import parquet
+from pydantic import BaseModel
 
 RESULTS = ROOT / "results"
 NAMES = ("baseline-pytorch", "ptq-onnx")
 RECORD = "metrics/ptq-onnx.json"
+BENCHMARK = "benchmark/avx512_vnni.json"
 
 
 @pytest.fixture
@@ -86,14 +89,15 @@ def edit(path, place: str, value) -> None:
         (RECORD, "variant", "../../elsewhere"),
         (RECORD, "environment", []),
         (RECORD, "examples/1/scores/joy", 3.0),
-        ("benchmark/all.json", "compared_with", "nobody"),
-        ("benchmark/all.json", "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
+        (BENCHMARK, "compared_with", "nobody"),
+        (BENCHMARK, "artifacts/weights~ptq:onnx/latency_ms/p50", 0),
         (
-            "benchmark/all.json",
+            BENCHMARK,
             "artifacts/weights~ptq:onnx/times_faster_at_batch_1",
             {"median": 9, "min": 1, "max": 2},
         ),
-        ("benchmark/all.json", "artifacts/weights~ptq:onnx/roofline", ...),
+        (BENCHMARK, "artifacts/weights~ptq:onnx/roofline", ...),
+        (BENCHMARK, "environment/instruction_sets", ["avx2"]),
         ("seeds/ptq.json", "formats/onnx/macro_f1/mean", 0.99),
         ("seeds/ptq.json", "runs/0/formats/onnx/macro_f1", 0.99),
         ("seeds/ptq.json", "chosen_seed", 7),
@@ -123,8 +127,34 @@ def test_a_damaged_field_is_named(file, place, value, results):
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
 
 
+def required_fields(model, *place):
+    """The places of the fields that a file of this model must have: those of its own, and of the parts inside."""
+    for name, field in model.model_fields.items():
+        if field.is_required():
+            yield (*place, name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from required_fields(field.annotation, *place, name)
+
+
+FILES = {RECORD: Record, BENCHMARK: Benchmark, "seeds/ptq.json": Seeds, "benchmark/operators.json": None}
+
+
+@pytest.mark.parametrize("file", [*FILES, *(f"{name}.json" for name in STUDIES if name != "operators")])
+def test_every_field_that_is_missing_is_named(file):
+    model = FILES.get(file) or STUDIES[file.split("/")[-1].removesuffix(".json")]
+    places = list(required_fields(model))
+    assert len(places) >= 4
+    for place in places:
+        value = inner = read_json(RESULTS / file)
+        for key in place[:-1]:
+            inner = inner[key]
+        del inner[place[-1]]
+        with pytest.raises(UserError, match=f"^{file}: '{'.'.join(place)}"):
+            model.check(value, file)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"[" * 5000, b'{"a": NaN}', b'{"a": "\xff"}'])
-@pytest.mark.parametrize("file", [RECORD, "bits.json", "benchmark/all.json", "seeds/qat.json", "trace.json"])
+@pytest.mark.parametrize("file", [RECORD, "bits.json", BENCHMARK, "seeds/qat.json", "trace.json"])
 def test_a_file_that_is_no_json_object_is_named(file, content, results):
     (results / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file.split('/')[-1]} (is not valid JSON|holds no JSON object)"):
@@ -161,6 +191,8 @@ def shorten(row, label, logits):
         ),
         (lambda row, label, logits: (row, label, [logits[0][1:]] + logits[1:]), "no predictions|different lengths"),
         (lambda row, label, logits: (row, list(map(str, label)), logits), "ptq-onnx.parquet holds no predictions"),
+        (lambda row, label, logits: (list(map(float, row)), label, logits), "ptq-onnx.parquet.* not int64"),
+        (lambda row, label, logits: (row, None, logits), "ptq-onnx.parquet holds no predictions"),
         (lambda row, label, logits: (row, label, [[2 * x for x in one] for one in logits]), "'quality.expected_cal"),
     ],
 )
@@ -171,6 +203,7 @@ def test_predictions_that_are_not_the_records_are_named(change, message, results
     if not row:
         row, label = pyarrow.array(row, pyarrow.int64()), pyarrow.array(label, pyarrow.int64())
     columns = {"row": row, "label": label, "logits": pyarrow.array(logits, pyarrow.list_(pyarrow.float32()))}
+    columns = {name: column for name, column in columns.items() if column is not None}
     parquet.write_table(pyarrow.table(columns), path)
     with pytest.raises(UserError, match=message) as error:
         read_records(results)

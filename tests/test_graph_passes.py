@@ -105,7 +105,7 @@ def test_the_study_times_the_file_without_each_rewrite(artifact, tmp_path, capsy
     # The rewrites keep the function: what differs is how activations near an edge are rounded.
     assert study["files"]["all rewrites"]["flips"] <= 0.02 * study["examples"]
     assert study["files"]["embeddings in float32"]["bytes_to_serve"] > study["files"]["all rewrites"]["bytes_to_serve"]
-    assert (tmp_path / "graphs.md").read_text() == render_study_pages(tmp_path)[tmp_path / "graphs.md"]
+    assert (tmp_path / "speed.md").read_text() == render_study_pages(tmp_path)[tmp_path / "speed.md"]
     assert "without the first token alone" in capsys.readouterr().out
 
 
@@ -118,5 +118,5 @@ def test_the_study_of_openvino_times_each_form(artifact, tmp_path, capsys):
     assert list(study["forms"]) == [study_openvino.SHIPPED, study_openvino.APART, *titles]
     assert study["forms"]["float parts in float32"]["times_faster_at_batch_1"]["median"] > 0
     assert study["streams"][study_openvino.SHIPPED]["times_faster_from_strings"]["median"] == 1
-    assert (tmp_path / "openvino.md").read_text() == render_study_pages(tmp_path)[tmp_path / "openvino.md"]
+    assert (tmp_path / "speed.md").read_text() == render_study_pages(tmp_path)[tmp_path / "speed.md"]
     assert "static shapes" in capsys.readouterr().out

@@ -332,9 +332,8 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
     assert kept["changes"]["keep_float"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
-    assert pages.render_study_pages(tmp_path / "results")[tmp_path / "results" / "ptq_study.md"] in (
-        (tmp_path / "results" / "ptq_study.md").read_text()
-    )
+    page = tmp_path / "results" / "ptq.md"
+    assert pages.render_study_pages(tmp_path / "results")[page] == page.read_text()
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -344,7 +343,7 @@ def test_processors_are_compared(quantized, tmp_path, monkeypatch):
     study_processors.main([f"{quantized}:torchao", "--results_dir", "results"])
     (limits,) = read_json(tmp_path / "results" / "ptq_processors.json")["artifacts"].values()
     assert limits["AVX2"]["equal_labels"] > 0.95 and limits["AVX2"]["largest_logit_gap"] < 0.1
-    page = (tmp_path / "results" / "ptq_processors.md").read_text()
+    page = (tmp_path / "results" / "ptq.md").read_text()
     assert "| ptq:torchao |" in page and f"{100 * limits['AVX2']['equal_labels']:.2f}" in page
 
 

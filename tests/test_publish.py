@@ -81,8 +81,8 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
     assert WRITE not in done.stdout + done.stderr
     repository = hub.repositories[repo_id]
     assert len(repository.commits) == 2  # the one that creating it makes, and this one
-    records = [record for record in read_records(results) if record["variant"] == variant]
-    sent = {f"results/metrics/{record['variant']}-{record['format']}.json" for record in records}
+    records = [record for record in read_records(results) if record.variant == variant]
+    sent = {f"results/metrics/{record.name}.json" for record in records}
     sent.add(f"results/confusion_matrices/{variant}-{next(iter(find_formats(folder)))}.png")  # the card shows this one
     sent |= {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     sent -= {"openvino/openvino_config.json"}

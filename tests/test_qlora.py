@@ -297,7 +297,7 @@ def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
         assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
         assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
         assert methods["full fine-tuning"]["times_slower"]["median"] == 1
-    assert "QLoRA" in (tmp_path / "training_cost.md").read_text()
+    assert "QLoRA" in (tmp_path / "qlora.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])

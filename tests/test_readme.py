@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT
-from emotion.measure.evidence import read_study
+from emotion.measure.schema import read_study
 from emotion.model.released import RECOMMENDED, RELEASED
 from emotion.report.front import FORMS, TITLES, validation_scores
 

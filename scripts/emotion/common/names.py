@@ -1,11 +1,12 @@
 """Names that come from a file or a command line: checked where they enter, so that none becomes a path or a page."""
 
 import re
-from pathlib import PurePosixPath
 
 from emotion.common.errors import UserError
 
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a repository's name
+# A folder's own name may become a variant's, so that letters of any language and blanks are allowed.
+FILE_NAME = r"\w[\w .+=-]*"
 
 
 def check_name(name, where) -> None:
@@ -14,8 +15,7 @@ def check_name(name, where) -> None:
     Args:
         where: the file that it stands in.
     """
-    # Without one a folder's own name stands for it, so that letters of any language and blanks are allowed.
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(FILE_NAME, name):
         raise UserError(f"{where}: {name!r} is no name for a file; it takes letters, digits, blanks and '_.+=-'")
 
 
@@ -30,10 +30,3 @@ def check_repo_id(repo_id: str) -> None:
     # The Hub's own check lets a line break at the end pass.
     if not re.fullmatch(f"({PART}/)?{PART}", repo_id):
         raise UserError(f"{repo_id!r} is no name for a repository; it takes owner/name")
-
-
-def check_inside(name, where) -> None:
-    """Raises `UserError` unless a name that a record gives leads to a file inside the artifact's folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise UserError(f"{where}: {name!r} leads out of the artifact's folder")

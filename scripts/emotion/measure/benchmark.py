@@ -1,20 +1,28 @@
 """Times several artifacts in one run, interleaved, each in a process of its own."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
+import traceback
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from emotion.common.errors import UserError
+from emotion.common.command import TRACEBACK_VARIABLE
+from emotion.common.errors import UserError, one_line
 from emotion.common.files import relative
 from emotion.common.progress import Bar
 from emotion.measure.contenders import bytes_of, describe_contender, open_contender
+from emotion.measure.evidence import score_again
+from emotion.measure.inspection import FLOATS
 from emotion.measure.ruler import WARMUP_RUNS, summarize_latency, time_batches, time_each, time_strings
 from emotion.model.artifact import find_formats
 from emotion.model.classifier import predict
 from emotion.model.emotion_classifier import EmotionClassifier
+from emotion.task.scores import macro_f1_interval
 
 import numpy as np
 
@@ -41,39 +49,75 @@ class Protocol:
     cold_starts: int = 0  # processes that are timed from their start to the first answer
 
 
-def interleave(contenders: dict[str, tuple[Path, str]], texts: list[str], protocol: Protocol) -> dict[str, dict]:
+def interleave(
+    contenders: dict[str, tuple[Path, str]],
+    texts: list[str],
+    protocol: Protocol,
+    peers: Collection[str] = (),
+    labels: list[str] | None = None,
+) -> dict[str, dict]:
     """Times each contender in turn, round after round, so that a slow minute of the machine slows all of them.
 
     Args:
         contenders: name -> folder and format.
-        texts: what they answer; each round draws from these, the same for all contenders.
+        texts: what they answer; each round draws from these.
+        peers: names of those that other libraries have made. One that fails is left out, and a line says why.
+        labels: the right label of each text, by which the peers are scored: they have no record.
 
     Returns:
-        Name -> its bytes, scheme, latency, throughput and noise, how many times faster it was than the fastest FP32
-        contender, and the share of texts that both give the same label. Fields about strings are null if not measured.
+        Name -> bytes, scheme, latency, throughput, noise, how many times faster it was than the fastest in FP32, and
+        the share of texts that both give the same label. Fields about strings are null if not measured.
 
     Raises:
-        UserError: if a contender cannot be opened, or its process ends.
+        UserError: if a contender that is no peer cannot be opened, or its process ends; or if none is left.
     """
-    # All processes are started before the first round and wait for their turns: a round holds no start.
     workers = {}
+    # All processes are started before the first round and wait for their turns: a round holds no start.
     for name, (folder, format) in Bar(contenders.items(), desc="started"):
-        workers[name] = Worker(name, folder, format, texts[:ANSWERED], protocol)
+        with left_out_if_it_fails(name, peers, workers):
+            workers[name] = Worker(name, folder, format, texts[:ANSWERED], protocol)
+    for turn, counted in Bar(list(draw_turns(texts, protocol)), desc="interleaved rounds"):
+        for name, worker in list(workers.items()):
+            with left_out_if_it_fails(name, peers, workers):
+                worker.take_turn(turn, counted)
+    if not workers:
+        raise UserError("nothing is left to time")
+    summaries = {name: worker.summary() for name, worker in workers.items()}
+    reference = workers[fastest_fp32(summaries)]
+    if scored := [name for name in workers if name in peers and labels]:
+        expected = reference.answer(texts)
+        for name in Bar(scored, desc="scored"):
+            with left_out_if_it_fails(name, peers, workers):
+                summaries[name]["quality"] = workers[name].score(texts, labels, expected)
+    for worker in workers.values():
+        worker.close()
+    return {name: summaries[name] | worker.compared_with(reference) for name, worker in workers.items()}
+
+
+@contextlib.contextmanager
+def left_out_if_it_fails(name: str, peers: Collection[str], workers: dict):
+    """Takes a peer whose block raises a `UserError` out of the workers, and says why; any other's is raised."""
+    try:
+        yield
+    except UserError as error:
+        if name not in peers:
+            raise
+        Bar.write(f"left out: {error}" if name in str(error) else f"left out: {name}: {error}")
+        if worker := workers.pop(name, None):
+            worker.kill()
+
+
+def draw_turns(texts: list[str], protocol: Protocol):
+    """Yields for each turn the texts to answer one by one, in batches and as strings, and whether the turn counts."""
     rng, longest = np.random.default_rng(0), sorted(texts, key=len)[-BATCH_SIZE:]
-    for turn in Bar(range(WARMUP_TURNS + protocol.rounds), desc="interleaved rounds"):
+    for turn in range(WARMUP_TURNS + protocol.rounds):
         counted = turn >= WARMUP_TURNS
         one_by_one = draw_texts(texts, protocol.texts_per_round, rng)
         batched = draw_texts(texts, BATCH_SIZE * protocol.batches_per_round, rng)
         strings = draw_texts(texts, protocol.strings_per_round, rng)
         if not counted:
             batched += longest  # no later batch needs more memory than the contender has taken then
-        for worker in workers.values():
-            worker.take_turn((one_by_one, batched, strings), counted)
-    for worker in workers.values():
-        worker.close()
-    summaries = {name: worker.summary() for name, worker in workers.items()}
-    reference = workers[fastest_fp32(summaries)]
-    return {name: summaries[name] | worker.compared_with(reference) for name, worker in workers.items()}
+        yield (one_by_one, batched, strings), counted
 
 
 def draw_texts(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
@@ -87,8 +131,9 @@ def fastest_fp32(measured: dict[str, dict]) -> str:
     """The name of the reference: the fastest contender at batch 1 that computes in FP32, else the first."""
     fp32 = {}
     for name, one in measured.items():
-        # Both must be FP32: OpenVINO multiplies float32 weights in bfloat16 where the processor can.
-        if one["scheme"]["weights"] == one["precision"] == "float32":
+        # OpenVINO multiplies float32 weights in bfloat16 where the processor can; and a file of bfloat16, as the
+        # baseline's in a clone, is computed in float32.
+        if one["scheme"]["weights"] in FLOATS and one["precision"] == "float32":
             fp32[name] = one["latency_ms"]["p50"]
     return min(fp32, key=fp32.get) if fp32 else next(iter(measured))
 
@@ -117,8 +162,7 @@ class Worker:
         self._times_ms, self._texts_per_s, self._strings_per_s = [], [], []  # an entry for each counted turn
         started_ms = [self._start(folder, format, protocol.threads, texts)]
         for _ in range(protocol.cold_starts - 1):
-            self._process.kill()
-            self._process.join()
+            self.kill()
             started_ms.append(self._start(folder, format, protocol.threads, texts))
         self._cold_start_ms = started_ms[: protocol.cold_starts]  # the one start that is always needed may not count
         self._about = self._receive()
@@ -139,13 +183,24 @@ class Worker:
 
     def _receive(self):
         # A process that was killed, say for its memory, answers nothing; `recv` alone would wait for it.
-        while not self._pipe.poll(1):
-            if not self._process.is_alive():
-                raise UserError(f"{self.name} ended while it was measured")
-        answer = self._pipe.recv()
+        try:
+            while not self._pipe.poll(1):
+                if not self._process.is_alive():
+                    raise EOFError
+            answer = self._pipe.recv()
+        except (EOFError, OSError) as error:  # how a pipe ends depends on when
+            self._process.join()
+            code = self._process.exitcode
+            how = f" ({signal.Signals(-code).name})" if code < 0 else ""
+            raise UserError(f"{self.name} ended while it was measured{how}") from error
         if isinstance(answer, UserError):
             raise answer
         return answer
+
+    def _ask(self, request):
+        with contextlib.suppress(OSError):  # it has ended, which the next line says
+            self._pipe.send(request)
+        return self._receive()
 
     def take_turn(self, texts: tuple[list[str], list[str], list[str]], counted: bool) -> None:
         """Times these texts, and keeps the times if the turn counts.
@@ -153,8 +208,7 @@ class Worker:
         Args:
             texts: those to answer one at a time, in batches, and in one call from strings to labels, if there are any.
         """
-        self._pipe.send(texts)
-        times_ms, texts_per_s, strings_per_s = self._receive()
+        times_ms, texts_per_s, strings_per_s = self._ask(texts)
         if counted:
             self._times_ms.append(times_ms)
             self._texts_per_s.append(texts_per_s)
@@ -189,34 +243,74 @@ class Worker:
             "equal_labels": float(np.mean(self._about["answers"] == reference._about["answers"])),
         }
 
+    def score(self, texts: list[str], labels: list[str], answers: np.ndarray) -> dict | None:
+        """Scores of all texts, and the share that gets the same label as in ``answers``; None if it names others.
+
+        Args:
+            labels: the right label of each text.
+            answers: what another worker's `answer` has returned.
+        """
+        names = self._about["labels"]
+        if not set(labels) <= set(names):
+            return None
+        logits, expected = self._ask(texts), np.array([names.index(label) for label in labels])
+        scores = score_again(expected, logits, names)
+        return {
+            **{name: scores[name] for name in ("examples", "macro_f1", "accuracy", "expected_calibration_error")},
+            "macro_f1_ci95": macro_f1_interval(logits, expected),
+            "equal_labels": float(np.mean(np.array(names)[logits.argmax(axis=-1)] == answers)),
+        }
+
+    def answer(self, texts: list[str]) -> np.ndarray:
+        """The label of each text, strings (texts,)."""
+        return np.array(self._about["labels"])[self._ask(texts).argmax(axis=-1)]
+
     def close(self) -> None:
         """Ends the process."""
-        self._pipe.send(None)
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self._pipe.send(None)
+        self._process.join()
+
+    def kill(self) -> None:
+        """Ends the process, whatever it does."""
+        self._process.kill()
         self._process.join()
 
 
 def serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> None:
-    """Runs in the worker's process: opens and warms the contender, then times each turn until None is sent.
+    """Runs in the worker's process: opens and warms the contender, then answers each request until None is sent.
 
-    It sends the word "answered" after the first answer, then a dict with `scheme`, `precision` and `answers`, then for
-    each turn the milliseconds of its texts, the texts per second in batches, and those from strings to labels, None if
-    the turn has no strings. A `UserError` is sent, and raised by the parent.
+    It sends the word "answered" after the first answer, then a dict with `labels`, `scheme`, `precision` and
+    `answers`. A turn, three lists of texts, is answered with the milliseconds of its texts, the texts per second in
+    batches, and those from strings to labels, None if it has no strings; a list of texts with their logits. Whatever
+    goes wrong is sent as a `UserError`, and raised by the parent.
     """
     try:
-        # The same class for all, also for the plain files: from strings to labels it batches the texts for each alike.
-        classifier = EmotionClassifier(folder, format, threads, open_contender)
-        runtime = classifier.runtime
-        runtime.logits(runtime.encode(texts[:1]))
-        pipe.send("answered")  # a cold start ends here
-        scheme = describe_contender(runtime, folder, format)
-        answers = predict(runtime, runtime.encode(texts)).argmax(axis=-1)
+        with one_line(f"{folder}:{format} cannot be measured"):
+            _serve(pipe, folder, format, threads, texts)
     except UserError as error:
-        pipe.send(error)  # sent, since a raised one would end this process and never reach the parent
-        return
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # the parent may have ended
+            pipe.send(error)  # sent, since a raised one would end this process and never reach the parent
+
+
+def _serve(pipe, folder: Path, format: str, threads: int, texts: list[str]) -> None:
+    # The same class for all, also for the plain files: from strings to labels it batches the texts for each alike.
+    classifier = EmotionClassifier(folder, format, threads, open_contender)
+    runtime = classifier.runtime
+    runtime.logits(runtime.encode(texts[:1]))
+    pipe.send("answered")  # a cold start ends here
+    scheme = describe_contender(runtime, folder, format)
+    answers = predict(runtime, runtime.encode(texts)).argmax(axis=-1)
     time_each(runtime, runtime.encode(texts[:WARMUP_RUNS]))
-    pipe.send({"scheme": scheme, "precision": precision_of(scheme, runtime), "answers": answers})
-    while turn := pipe.recv():  # waiting takes no processor time from the others
-        one_by_one, batched, strings = turn
+    about = {"labels": classifier.labels, "scheme": scheme, "precision": precision_of(scheme, runtime)}
+    pipe.send(about | {"answers": answers})
+    while request := pipe.recv():  # waiting takes no processor time from the others
+        if isinstance(request, list):
+            pipe.send(predict(runtime, runtime.encode(request)))
+            continue
+        one_by_one, batched, strings = request
         single, batches = runtime.encode(one_by_one), runtime.encode(batched)
         # Each twice, of which the second counts: another contender has filled the processor's caches, and oneDNN keeps
         # only so many kernels, one for each shape: those for many strings have driven out those for a single text.

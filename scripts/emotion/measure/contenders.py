@@ -3,63 +3,121 @@
 A contender is named 'folder:format' like an artifact. The formats below exist only while they are timed.
 """
 
+import json
+import multiprocessing
 import shutil
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from emotion.common.errors import UserError
-from emotion.measure import ctranslate2_peer, llamacpp_peer, openvino_forms
+from emotion.common.errors import UserError, one_line
+from emotion.common.machine import has_bf16
+from emotion.common.processor import has_int8_products
+from emotion.common.progress import Bar
+from emotion.measure import ctranslate2_peer, openvino_forms
 from emotion.measure.inspection import describe_scheme, summarize_matrices
-from emotion.model.artifact import SHARED_FILES, files_to_serve, weights_of
+from emotion.model.artifact import FORMATS_OF_ROOT, SHARED_FILES, files_to_serve, read_config, weights_of
 from emotion.model.classifier import open_artifact
 
 COMPILED = "-compiled"  # ending of a format whose model goes through torch.compile
-# Libraries that artifacts do not hold, by the format that each makes of the FP32 folder: modules of equal members
-PEERS = {peer.FORMAT: peer for peer in (ctranslate2_peer, llamacpp_peer)}
+DYNAMIC = "pytorch-dynamic"  # PyTorch's own dynamic INT8, made of the FP32 model when it is opened
+CTRANSLATE2 = ctranslate2_peer.FORMAT
 # Made by another library, with its defaults, from the FP32 folder -> the format in which the result is opened.
-PLAIN = {
-    "onnx-plain": "onnx",
-    "onnx-dynamic": "onnx",
-    "openvino-plain": "openvino",
-    **{format: format for format in PEERS},
-}
+PLAIN = {"onnx-plain": "onnx", "onnx-dynamic": "onnx", "openvino-plain": "openvino", CTRANSLATE2: CTRANSLATE2}
 TITLES = {  # how tables call them
     "pytorch-compiled": "torch.compile, FP32",
     "bf16-compiled": "torch.compile, BF16",
     "torchao-compiled": "torch.compile, torchao",
+    DYNAMIC: "PyTorch, quantize_dynamic",
     "onnx-plain": "ONNX Runtime, plain FP32",
     "onnx-dynamic": "ONNX Runtime, plain INT8",
     "openvino-plain": "OpenVINO, plain",
-    ctranslate2_peer.FORMAT: "CTranslate2, INT8",
-    llamacpp_peer.FORMAT: "llama.cpp, Q8_0",
+    CTRANSLATE2: "CTranslate2, INT8",
 }
 
 
 def is_alternative(format: str) -> bool:
     """Whether the format is made here, so that no artifact holds it."""
-    return format in PLAIN or format.endswith(COMPILED)
+    return format in PLAIN or format == DYNAMIC or format.endswith(COMPILED)
 
 
 def file_of(format: str) -> str:
     """The format whose file a contender opens: `pytorch` of `pytorch-compiled`, `openvino` of `openvino-f32`."""
-    return openvino_forms.FORMAT if openvino_forms.is_form(format) else format.removesuffix(COMPILED)
+    if openvino_forms.is_form(format):
+        return openvino_forms.FORMAT
+    return "pytorch" if format == DYNAMIC else format.removesuffix(COMPILED)
 
 
-def leave_out_missing(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """The folders and formats that can be timed here; prints a line for each that needs a package which is not here.
+def leave_out_unfit(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """The folders and formats that can be timed here; prints a line for each that cannot, or would take hours.
 
     Raises:
         UserError: if nothing is left.
     """
     kept = []
     for folder, format in named:
-        peer = PEERS.get(format)
-        if peer and not peer.is_installed():
-            print(f"left out: {folder}:{format} needs {peer.PACKAGE}; make {peer.MAKE_TARGET} installs it")
+        if reason := find_obstacle(folder, format):
+            print(f"left out: {folder}:{format}: {reason}")
         else:
             kept.append((folder, format))
     if not kept:
         raise UserError("nothing is left to time")
     return kept
+
+
+def find_obstacle(folder: Path, format: str) -> str | None:
+    """Why a format is not timed on this machine; None if it is.
+
+    Without the instructions for it, PyTorch's bfloat16 and torchao's dynamic activations take ten to thirty times as
+    long as FP32: nobody would use them, and a run would take hours.
+    """
+    if format == CTRANSLATE2 and not ctranslate2_peer.is_installed():
+        return f"needs {ctranslate2_peer.PACKAGE}, which make peers installs"
+    opened = file_of(format)
+    if not any(opened in formats for formats in FORMATS_OF_ROOT.values()) or not (folder / "config.json").is_file():
+        return None  # no format of PyTorch's; what is wrong with a folder is said when it is opened
+    config = read_config(folder)
+    stored = config.get("dtype") if opened not in ("pytorch", "bf16") else None  # these two are opened as they say
+    if (opened == "bf16" or stored == "bfloat16") and not has_bf16(use_cpu=True):
+        return "it computes in bfloat16, for which this processor has no instructions"
+    dynamic = opened == "torchao" and "DynamicActivation" in json.dumps(config.get("quantization_config"))
+    if dynamic and not has_int8_products():
+        return "it rounds activations to INT8, for whose products this processor has no instructions (VNNI)"
+    return None
+
+
+def make_contenders(named: list[tuple[Path, str]], work: Path) -> dict[tuple[Path, str], tuple[Path, str]]:
+    """Makes each by `make_contender`, what libraries make in a process of its own: it may die there.
+
+    Returns:
+        What was named -> what to open. What a library could not make is missing, and a line says why.
+
+    Raises:
+        UserError: if a format of an artifact is not there, or nothing is left.
+    """
+    made = {}
+    for folder, format in Bar(named, desc="made"):
+        try:
+            made[folder, format] = (_make_apart if format in PLAIN else make_contender)(folder, format, work)
+        except UserError as error:
+            if not is_alternative(format):
+                raise
+            Bar.write(f"left out: {error}")
+    if not made:
+        raise UserError("nothing is left to time")
+    return made
+
+
+def _make_apart(folder: Path, format: str, work: Path) -> tuple[Path, str]:
+    """`make_contender` in a process of its own; whatever goes wrong there is a `UserError`."""
+    # "spawn" starts a bare Python; a forked process would inherit the libraries that are loaded here already.
+    fault, spawn = f"{folder}:{format} cannot be made", multiprocessing.get_context("spawn")
+    with one_line(fault), ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(make_contender, folder, format, work).result()
+        except BrokenProcessPool as error:  # its own message speaks of futures
+            raise UserError(f"{fault}: the process that made it died") from error
 
 
 def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
@@ -85,8 +143,8 @@ def make_contender(folder: Path, format: str, work: Path) -> tuple[Path, str]:
     made.mkdir(parents=True, exist_ok=True)
     for name in SHARED_FILES:
         shutil.copy(folder / name, made / name)
-    if format in PEERS:
-        PEERS[format].convert(folder, made)
+    if format == CTRANSLATE2:
+        ctranslate2_peer.convert(folder, made)
     elif format == "openvino-plain":
         _export_openvino(folder, made / "openvino")  # which it opens in bfloat16 where it can
     else:
@@ -126,25 +184,36 @@ def _export_openvino(folder: Path, target: Path) -> None:
 
 def open_contender(folder: Path, format: str, threads: int, calls: int = 1):
     """Opens what `make_contender` returned; arguments, result and errors are those of `open_artifact`."""
-    if format in PEERS:
-        return PEERS[format].PeerClassifier(folder, threads, calls)
+    if format == CTRANSLATE2:
+        return ctranslate2_peer.PeerClassifier(folder, threads, calls)
     if openvino_forms.is_form(format):
         return openvino_forms.open_form(folder, format, threads, calls)
     runtime = open_artifact(folder, file_of(format), threads, calls)
     if format.endswith(COMPILED):
         runtime.compile()
+    elif format == DYNAMIC:
+        runtime.model = _quantize_dynamic(runtime.model)
     return runtime
+
+
+def _quantize_dynamic(model):
+    """The model as PyTorch's tutorial on dynamic quantization of BERT makes it: all linear layers, the head too."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that is what makes it a peer and no format of ours
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def describe_contender(runtime, folder: Path, format: str) -> dict:
     """The field `scheme` of an opened contender, as `describe_scheme` counts it."""
-    if format in PEERS:
-        return summarize_matrices(*PEERS[format].list_matrices(folder), format)
+    if format == CTRANSLATE2:
+        return summarize_matrices(*ctranslate2_peer.list_matrices(folder), format)
     return describe_scheme(runtime, weights_of(folder, file_of(format)), file_of(format))
 
 
 def bytes_of(folder: Path, format: str) -> int:
     """Bytes of all files that an answer of a contender needs."""
-    if format in PEERS:  # its folder holds nothing else
+    if format == CTRANSLATE2:  # its folder holds nothing else
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return sum(files_to_serve(folder, file_of(format)).values())

@@ -12,13 +12,13 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.quiet import quiet_logging
 from emotion.measure.inspection import Matrix
-from emotion.model.artifact import read_config, read_labels, weights_of
+from emotion.model.artifact import read_config, read_labels
+from emotion.model.pretrained import load_trained_classifier
 from emotion.task.tokens import TextEncoder
 
 import numpy as np
 
 FORMAT = PACKAGE = "ctranslate2"  # also the folder of its files
-MAKE_TARGET = "peers"  # installs it
 MODEL_FILE, HEAD_FILE = "model.bin", "head.safetensors"
 # Kind of encoder -> the head's two layers, by their names in model.safetensors, and the function between them
 HEADS = {
@@ -47,21 +47,21 @@ def convert(folder: Path, made: Path) -> None:
     if kind not in HEADS:
         raise UserError(f"{folder}: CTranslate2 cannot convert '{kind}', only {', '.join(HEADS)}; leave it out")
     from ctranslate2.converters import TransformersConverter
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
+    from safetensors.torch import save_file
 
-    weights, config = weights_of(folder, "pytorch").resolve(), read_config(folder)
-    # Transformers 5 knows absolute positions alone and no longer writes this word, which the converter asks for.
-    config["position_embedding_type"] = "absolute"
-    (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    linked = made / weights.name
-    linked.symlink_to(weights)
+    # Opened and saved again, not linked: the file may hold bfloat16, which NumPy and so the converter do not know.
+    model = load_trained_classifier(folder, dtype="float32")
     with quiet_logging():
+        model.save_pretrained(made)
+        # Transformers 5 knows absolute positions alone and no longer writes this word, which the converter asks for.
+        config = read_config(made) | {"position_embedding_type": "absolute"}
+        (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         TransformersConverter(str(made)).convert(str(made / FORMAT), quantization="int8")
-    linked.unlink()
-    with safe_open(weights, framework="np") as file:
-        names = [f"{layer}.{part}" for layer in HEADS[kind][:2] for part in ("weight", "bias")]
-        save_file({name: file.get_tensor(name) for name in names}, made / FORMAT / HEAD_FILE)
+    (made / "model.safetensors").unlink()
+    # From the model: the names in a file are those of the version of Transformers that wrote it.
+    state = model.state_dict()
+    names = [f"{layer}.{part}" for layer in HEADS[kind][:2] for part in ("weight", "bias")]
+    save_file({name: state[name] for name in names}, made / FORMAT / HEAD_FILE)
 
 
 class PeerClassifier:

@@ -4,21 +4,16 @@ A number that anyone can compute again from a file beside it is computed again b
 """
 
 import math
-import statistics
 from pathlib import Path
 
 from emotion.common.errors import UserError
-from emotion.common.files import read_json
-from emotion.measure.schema import check_result, read_result
+from emotion.measure.schema import ROUNDING, Record, Seeds
 from emotion.task.scores import expected_calibration_error, macro_f1_interval
 
 import numpy as np
 
-ROUNDING = 1e-6  # of a score: no page shows as many digits, and processors differ in fewer
 # Of an interval's width: another version of NumPy may draw other rows, which moves its ends by a tenth at most.
 REDRAWN = 0.2
-SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")
-SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # in a sweep
 
 
 def read_predictions(path: Path) -> tuple:
@@ -79,7 +74,7 @@ def score_again(labels: np.ndarray, logits: np.ndarray, names: list[str]) -> dic
     }
 
 
-def check_evidence(record: dict, path: Path, predictions: Path) -> np.ndarray:
+def check_evidence(record: Record, path: Path, predictions: Path) -> np.ndarray:
     """Raises `UserError` unless a record says what its predictions give, and does not contradict itself.
 
     Args:
@@ -89,18 +84,16 @@ def check_evidence(record: dict, path: Path, predictions: Path) -> np.ndarray:
         The labels of the rows, int64 (rows,): records of the same rows must have the same.
     """
     labels, logits = read_predictions(predictions)
-    quality, names = record["quality"], record["quality"]["labels"]
+    quality, names = record.quality, record.quality.labels
     if logits.shape[1] != len(names):
         raise UserError(f"{path}: {len(names)} 'quality.labels', but {predictions} has {logits.shape[1]} classes")
     for field, given in score_again(labels, logits, names).items():
-        if not _agree(quality[field], given):
+        if not _agree(getattr(quality, field), given):
             raise UserError(f"{path}: 'quality.{field}' is not what {predictions} gives; measure it again")
     low, high = macro_f1_interval(logits, labels)
-    apart = np.abs(np.subtract(quality["macro_f1_ci95"], (low, high))).max()
+    apart = np.abs(np.subtract(quality.macro_f1_ci95, (low, high))).max()
     if apart > REDRAWN * (high - low) + ROUNDING:
         raise UserError(f"{path}: 'quality.macro_f1_ci95' is not what {predictions} gives; measure it again")
-    if fault := _find_contradiction(record):
-        raise UserError(f"{path}: {fault}; measure it again")
     return labels
 
 
@@ -114,28 +107,7 @@ def _agree(said, given) -> bool:
     return said == given
 
 
-def _find_contradiction(record: dict) -> str | None:
-    """A field that no prediction tells and that another field of the record contradicts; None if there is none."""
-    quality, latency = record["quality"], record["latency_ms"]
-    free, rows = quality["conflict_free"], quality["examples"]
-    # Of the rows without a conflict at most as many are right, and as many wrong, as of all.
-    right = free["accuracy"] * free["examples"]
-    wrong, all_right = free["examples"] - right, quality["accuracy"] * rows
-    if right > all_right + ROUNDING * rows or wrong > rows - all_right + ROUNDING * rows:
-        return "'quality.conflict_free' counts rows that 'quality' does not have"
-    if abs(record["size"]["megabytes"] - record["size"]["bytes_to_serve"] / 1e6) > 0.006:  # two digits are kept
-        return "'size.megabytes' is not 'size.bytes_to_serve'"
-    times = [latency[name] for name in ("p50", "p95", "p99", "mean")] + [record["throughput_per_s"]["value"]]
-    if any((value is None) == bool(latency["runs"]) for value in times):
-        return f"'latency_ms' has {latency['runs']} runs; times are null where there are none, and nowhere else"
-    for example in record.get("examples", ()):
-        shares = example["scores"]
-        if list(shares) != quality["labels"] or abs(sum(shares.values()) - 1) > 1e-4:
-            return "the scores in 'examples' are no probabilities of 'quality.labels'"
-    return None
-
-
-def read_seeds(results: Path) -> list[dict]:
+def read_seeds(results: Path) -> list[Seeds]:
     """The summaries over seeds among the results, sorted by file name.
 
     Raises:
@@ -143,25 +115,18 @@ def read_seeds(results: Path) -> list[dict]:
     """
     summaries = []
     for path in sorted((results / "seeds").glob("*.json")):
-        summary = read_json(path)
-        check_result(summary, "seeds" if "formats" in summary else "seeds of the baseline", path)
-        seeds = [run["seed"] for run in summary["runs"]]
-        if summary["chosen_seed"] not in seeds or len(set(seeds)) < len(seeds):
-            raise UserError(f"{path}: 'chosen_seed' is none of the runs, or a seed is there twice; measure it again")
-        # A baseline's seeds are scored in one form alone: its summary is that form's.
-        for format, means in summary.get("formats", {"pytorch": summary}).items():
-            runs = []
-            for run in summary["runs"]:
-                if scores := run.get("formats", {format: run}).get(format):
-                    runs.append({"seed": run["seed"], **scores})
-            check_means(runs, means, f"{path}: '{format}'")
-            for run in runs:
-                check_run(run, path.parent / str(run["seed"]), f"{summary['variant']}-{format}", path)
+        summary = Seeds.read(path)
+        for format in summary.formats:
+            name = f"{summary.variant}-{format}"
+            for seed, scores in summary.runs_of(format):
+                for field, value in _scores_of(path.parent / str(seed), name).items():
+                    if (said := getattr(scores, field)) is not None and not _agree(said, value):
+                        raise UserError(f"{path}: '{field}' of seed {seed} is not that of {name}; measure it again")
         summaries.append(summary)
     return summaries
 
 
-def commits_of(summaries: list[dict], results: Path) -> set[str]:
+def commits_of(summaries: list[Seeds], results: Path) -> set[str]:
     """The commits whose code made what summaries over seeds are means of, as far as the records of the seeds are kept.
 
     Args:
@@ -170,58 +135,12 @@ def commits_of(summaries: list[dict], results: Path) -> set[str]:
     """
     commits = set()
     for summary in summaries:
-        for run in summary["runs"]:
-            for format in run.get("formats", ["pytorch"]):
-                path = results / "seeds" / str(run["seed"]) / "metrics" / f"{summary['variant']}-{format}.json"
+        for format in summary.formats:
+            for seed, _ in summary.runs_of(format):
+                path = results / "seeds" / str(seed) / "metrics" / f"{summary.variant}-{format}.json"
                 if path.is_file():
-                    commits.add(read_result(path, "record")["made"]["git_commit"])
+                    commits.add(Record.read(path).made.git_commit)
     return commits - {None}
-
-
-def read_study(path: Path) -> dict:
-    """The JSON file of a study, which is named after its kind; raises `UserError` if it is damaged."""
-    study = read_result(path, path.stem)
-    if path.stem == "bits":
-        for variant, cell in study["cells"].items():
-            # Not against the records of the seeds: a cell stays in the study when its variant is made again.
-            check_means(cell["runs"], cell, f"{path}: 'cells.{variant}'")
-    if path.stem == "qlora_sweep":
-        for name, one in study["candidates"].items():
-            check_means(one["runs"], one, f"{path}: 'candidates.{name}'", SUMMARIZED_OF_TRAINING)
-    return study
-
-
-def check_means(runs: list[dict], means: dict, where: str, fields: tuple[str, ...] = SUMMARIZED) -> None:
-    """Raises `UserError` unless the means and deviations over seeds are those of the runs.
-
-    Args:
-        runs: the scores of each seed.
-        means: name of a score -> `mean` and `standard_deviation`.
-        where: for the message.
-        fields: the names of the scores.
-    """
-    for field in fields:
-        if field in means:
-            values = [run.get(field) for run in runs]
-            if None in values or not values:
-                raise UserError(f"{where}: no '{field}' in its runs; measure it again")
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            given = {"mean": statistics.fmean(values), "standard_deviation": deviation}
-            if not _agree(means[field], given):
-                raise UserError(f"{where}: '{field}' is not the mean of its runs; measure it again")
-
-
-def check_run(run: dict, folder: Path, name: str, path: Path) -> None:
-    """Raises `UserError` unless the scores of a seed are those of its record, where that is kept.
-
-    Args:
-        folder: with the metrics/ and predictions/ of the seed.
-        name: of the record.
-        path: of the summary, for the message.
-    """
-    for field, value in _scores_of(folder, name).items():
-        if field in run and not _agree(run[field], value):
-            raise UserError(f"{path}: '{field}' of seed {run['seed']} is not that of {name}; measure it again")
 
 
 def _scores_of(folder: Path, name: str) -> dict:
@@ -229,11 +148,11 @@ def _scores_of(folder: Path, name: str) -> dict:
     predictions, baseline = folder / "predictions", folder / "predictions" / "baseline-pytorch.parquet"
     if not (predictions / f"{name}.parquet").is_file():
         return {}
-    record = read_result(folder / "metrics" / f"{name}.json", "record")
+    record = Record.read(folder / "metrics" / f"{name}.json")
     labels, logits = read_predictions(predictions / f"{name}.parquet")
     scores = score_again(labels, logits, list(map(str, range(logits.shape[1]))))
     given = {key: scores[key] for key in ("macro_f1", "accuracy")}
-    given["conflict_free_macro_f1"] = float(record["quality"]["conflict_free"]["macro_f1"])
+    given["conflict_free_macro_f1"] = record.quality.conflict_free.macro_f1
     if baseline.is_file():
         labels_of_baseline, before = read_predictions(baseline)
         if not np.array_equal(labels, labels_of_baseline) or before.shape != logits.shape:

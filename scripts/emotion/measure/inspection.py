@@ -155,6 +155,9 @@ def _torch_matrices(model, stored: dict[str, str]) -> tuple[list[Matrix], list[M
             linear.append(_torch_matrix(name, part, stored))
         elif isinstance(part, nn.Embedding):
             embeddings.append(_torch_matrix(name, part, stored))
+        elif type(part).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear":  # of `quantize_dynamic`
+            integers, activations = part.weight().int_repr().numpy(), "int8 dynamic per-tensor"
+            linear.append(Matrix(name, "int8", activations=activations, largest=_largest(integers)))
     return linear, embeddings
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import whole_file, without_path, write_json
-from emotion.common.names import check_inside, check_name
 from emotion.measure.evidence import check_evidence, read_predictions
-from emotion.measure.schema import check_result, read_result
+from emotion.measure.schema import Record
 from emotion.task.dataset import Task, fingerprint
 
 import numpy as np
@@ -14,23 +13,7 @@ import numpy as np
 BASE_FAMILY = "base"  # the folder inside results/ that holds those of the base-size encoder
 
 
-def check_record(record: dict, name, kind: str = "record") -> dict:
-    """Returns the record; raises `UserError` naming a field that is missing or not what it must be.
-
-    Args:
-        name: in front of the message: the record's, or its file's.
-        kind: `record`, or `card` for what a card needs besides.
-    """
-    check_result(record, kind, name)
-    # These become names of files, and paths below the artifact's folder.
-    for key in ("variant", "format"):
-        check_name(record[key], name)
-    for path in record.get("sha256", {}):
-        check_inside(path, name)
-    return record
-
-
-def read_records(results_dir: Path) -> list[dict]:
+def read_records(results_dir: Path) -> list[Record]:
     """All records of a results folder, sorted by file name, each held against its predictions.
 
     Raises:
@@ -43,12 +26,12 @@ def read_records(results_dir: Path) -> list[dict]:
         raise UserError(f"no records in {folder / 'metrics'}; measure with python scripts/run_evaluation.py")
     records, seen = [], {}
     for path in paths:
-        record = read_result(path, "record")
-        if record_name(record) != path.stem:
-            raise UserError(f"{path}: is the record of '{record_name(record)}' by its fields; measure it again")
+        record = Record.read(path)
+        if record.name != path.stem:
+            raise UserError(f"{path}: is the record of '{record.name}' by its fields; measure it again")
         labels = check_evidence(record, path, folder / "predictions" / f"{path.stem}.parquet")
         # The same rows have the same labels in the same order: the paired tests go row by row.
-        first = seen.setdefault(record["made"]["dataset_fingerprint"], (path.stem, labels))
+        first = seen.setdefault(record.made.dataset_fingerprint, (path.stem, labels))
         if not np.array_equal(first[1], labels):
             raise UserError(f"{path}: its predictions are not of the rows of {first[0]}; measure both again")
         records.append(record)
@@ -68,8 +51,7 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     import pyarrow  # imported here: commands that only read or name records start faster without it
     from pyarrow import parquet
 
-    name = record_name(record)
-    check_record(record, name)
+    name = Record.check(record, f"{record['variant']}-{record['format']}").name
     table = pyarrow.table(
         {
             "row": pyarrow.array(range(len(labels)), pyarrow.int64()),
@@ -89,21 +71,6 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
 def read_logits(path: Path):
     """The logits of a predictions file, float32 (rows, classes)."""
     return read_predictions(path)[1]
-
-
-def record_name(record: dict) -> str:
-    """The stem of the record's files: 'ptq-onnx'."""
-    return f"{record['variant']}-{record['format']}"
-
-
-def artifact_name(record: dict) -> str:
-    """What run_benchmark.py calls the artifact of a record."""
-    return f"{record['artifact']}:{record['format']}"
-
-
-def steps_tried(record: dict) -> list[dict]:
-    """The steps of the ladder that the record's format went up when it was quantized; empty if none is told."""
-    return (record["made"].get("remedies") or {}).get(record["format"], [])
 
 
 def explain(scheme: dict, made_by: dict) -> dict:

@@ -9,6 +9,9 @@ import re
 import time
 from pathlib import Path
 
+from emotion.common.machine import has_bf16
+from emotion.common.progress import Bar
+
 import numpy as np
 
 SIZE = 2048  # of the square matrices that find the peaks: large enough that a product's start costs nothing
@@ -29,6 +32,9 @@ def add_roofline(result: dict, work: tuple[float, int], threads: int) -> None:
     for one in result["artifacts"].values():
         bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
         peak = peaks[f"{one['precision']}_gop_per_s"]
+        if peak is None:  # computed in a type for which the processor has no instructions
+            one["roofline"] = None
+            continue
         # Milliseconds per text, by batch size; throughput is texts per second.
         measured_ms = {1: one["latency_ms"]["mean"], 32: 1000 / one["throughput_per_s"]["median"]}
         one["roofline"] = {}
@@ -76,7 +82,10 @@ def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
 
 
 def measure_peaks(threads: int) -> dict:
-    """The machine's peaks: 1e9 operations per second of square matrix products, by type, and 1e9 bytes per second."""
+    """The machine's peaks: 1e9 operations per second of square matrix products, by type, and 1e9 bytes per second.
+
+    That of bfloat16 is None where the processor has no instructions for it: it would be that of an emulation.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -88,13 +97,13 @@ def measure_peaks(threads: int) -> dict:
     products = {
         # By both libraries: PyTorch's products come from MKL, which leaves half of an AMD processor unused.
         "float32": [torch_product(torch.float32), onnx_product("MatMul", floats, floats, threads)],
-        "bfloat16": [torch_product(torch.bfloat16)],  # ONNX Runtime has none
+        "bfloat16": [torch_product(torch.bfloat16)] if has_bf16(use_cpu=True) else [],  # ONNX Runtime has none
         "int8": [onnx_product("MatMulInteger", activations, weights, threads)],  # as our files compute
     }
     peaks = {}
-    for name, candidates in products.items():
-        seconds = min(least_seconds(product) for product in candidates)
-        peaks[f"{name}_gop_per_s"] = round(2 * SIZE**3 / 1e9 / seconds, 1)
+    for name, candidates in Bar(products.items(), desc="peaks"):
+        seconds = min((least_seconds(product) for product in candidates), default=None)
+        peaks[f"{name}_gop_per_s"] = seconds and round(2 * SIZE**3 / 1e9 / seconds, 1)
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     target = torch.empty_like(source)
     seconds = least_seconds(lambda: target.copy_(source))

@@ -24,6 +24,8 @@ import numpy as np
 
 # The formats to look for if none is asked for. A repository's `model.safetensors` is fetched as "pytorch", whichever
 # of the three formats with this file its config.json names.
+# The fastest for one text first, on every kind of processor that results/benchmark has a file of, and with AVX2: there
+# OpenVINO's INT8 takes three times as long as ONNX Runtime's.
 PREFERRED = ("onnx", "openvino", "pytorch")
 FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
 CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at once, however many texts there are

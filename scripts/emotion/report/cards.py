@@ -8,13 +8,13 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.processor import TITLES as PROCESSORS
 from emotion.common.recipe import PLACES
 from emotion.measure.contenders import COMPILED
-from emotion.measure.record import artifact_name, check_record, record_name, steps_tried
+from emotion.measure.schema import Benchmark, Example, Made, Record
 from emotion.model.artifact import WEIGHT_FILES
 from emotion.model.released import RECOMMENDED, RELEASED
 from emotion.report.render import complete, render
-from emotion.report.tables import plus_minus
 from emotion.task.dataset import DEFAULT_DATASET
 from emotion.task.source import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 
@@ -43,34 +43,34 @@ RUNTIMES = {
 
 
 def render_cards(
-    records: list[dict], folder: Path, run: dict | None = None, seeds: list[dict] | None = None
+    records: list[Record], folder: Path, runs: dict[str, Benchmark] | None = None, seeds: list[dict] | None = None
 ) -> dict[Path, str]:
     """The card of each variant as it is tracked in ``folder``, for a repository that is named after the variant.
 
     Args:
-        run: the JSON of run_benchmark.py that has timed the variants in turns; None if there is none.
+        runs: of `read_benchmarks`: the runs that have timed the variants in turns; None if there is none.
         seeds: the field `seeds` of comparison.json; None where no means over seeds were measured.
     """
     cards = {}
     for variant in variants_with_card(records):
         # On the Hub `results/` lies beside the card, in this repository one folder higher.
         cards[folder / f"{variant}.md"] = render_card(
-            records, variant, f"{PLACEHOLDER}-{variant}", root="../", run=run, seeds=seeds, code="../README.md"
+            records, variant, f"{PLACEHOLDER}-{variant}", root="../", runs=runs, seeds=seeds, code="../README.md"
         )
     return cards
 
 
-def variants_with_card(records: list[dict]) -> list[str]:
+def variants_with_card(records: list[Record]) -> list[str]:
     """The variants of the records, sorted; a language model has no card, since it is there to compare with alone."""
-    return sorted({record["variant"] for record in records if record["format"] in RUNTIMES})
+    return sorted({record.variant for record in records if record.format in RUNTIMES})
 
 
 def render_card(
-    records: list[dict],
+    records: list[Record],
     variant: str,
     repo_id: str,
     root: str = "",
-    run: dict | None = None,
+    runs: dict[str, Benchmark] | None = None,
     seeds: list[dict] | None = None,
     code: str | None = None,
 ) -> str:
@@ -79,7 +79,7 @@ def render_card(
     Args:
         records: those of the variant, of the baseline that it is compared with, and of the variants that it links to.
         root: where the card finds `results/`; empty for a card on the Hub.
-        run, seeds: as for `render_cards`.
+        runs, seeds: as for `render_cards`.
         code: where the repository of the code is; None if that is not known.
 
     Raises:
@@ -92,43 +92,44 @@ def render_card(
     with complete(f"the card of {variant}"):
         data = describe(own, repo_id)
         facts = collect_facts(own, baseline) | {"repo_id": repo_id, "root": root, "code": code, "tags": data.tags}
-        facts["speeds"] = list_speeds(own, baseline, run) if run else {}
-        times = [times_of(record, run) for record in facts["compared"]]
-        facts["lines"] = list(zip(facts["compared"], times, strict=True))
-        facts["interleaved"] = run if run and all(time["interleaved"] for time in times) else None
-        forms = {record["format"] for record in own}  # a seed whose NF4 lost too much has kept another form
+        facts["torchao_times"] = list_torchao_times(own, baseline, runs or {})
+        facts["times"] = [line for record in facts["compared"] for line in times_of(record, runs or {})]
+        timed_on = {line["run"] for line in facts["times"]}
+        facts["interleaved"] = {PROCESSORS[one]: runs[one] for one in runs or {} if one in timed_on}
+        forms = {record.format for record in own}  # a seed whose NF4 lost too much has kept another form
         facts["means"] = [row for row in seeds or () if row["variant"] == variant and row["format"] in forms]
-        rows = own[0]["made"]["dataset_fingerprint"]  # only what was scored on the same ones stands in one table
-        comparable = [record for record in records if record["made"]["dataset_fingerprint"] == rows]
+        rows = own[0].made.dataset_fingerprint  # only what was scored on the same ones stands in one table
+        comparable = [record for record in records if record.made.dataset_fingerprint == rows]
         facts["family"] = list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
-        text = render(TEMPLATE, card_data=data.to_yaml(), climbed=climbed, **facts)
+        text = render(TEMPLATE, card_data=data.to_yaml(), first=own[0], climbed=climbed, **facts)
     card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
     check_metadata(card.data.to_dict(), variant)
     return str(card).rstrip("\n") + "\n"
 
 
-def check_comparable(own: list[dict], baseline: list[dict], variant: str) -> None:
+def check_comparable(own: list[Record], baseline: list[Record], variant: str) -> None:
     """Raises `UserError` unless there are records of both, whole, of real test rows, and of the same ones."""
     if own and variant not in variants_with_card(own):
         raise UserError(f"{variant} is a language model to compare with; this project publishes classifiers alone")
     for record in own + baseline:
-        check_record(record, record_name(record), "card")
-        if record["quality"]["split"] != "test" or record["made"]["dataset_source"] == "sample":
-            raise UserError(f"{record_name(record)} was not scored on a real dataset's test split: not for a card")
+        if not record.examples or not record.sha256:
+            raise UserError(f"{record.name} has no 'examples' or no 'sha256', which a card needs; measure it again")
+        if record.quality.split != "test" or record.made.dataset_source == "sample":
+            raise UserError(f"{record.name} was not scored on a real dataset's test split: not for a card")
     if not own or not baseline:
         missing = BASELINE if own else variant
         raise UserError(f"no record of '{missing}' to write a card from; measure it with run_evaluation.py")
-    if len({record["made"]["dataset_fingerprint"] for record in own + baseline}) != 1:
+    if len({record.made.dataset_fingerprint for record in own + baseline}) != 1:
         raise UserError(f"{variant} and {BASELINE} were not scored on the same rows; measure them again")
 
 
-def order(records: list[dict], variant: str) -> list[dict]:
+def order(records: list[Record], variant: str) -> list[Record]:
     """The records of a variant; the first is the card's main one, of the format that `from_pretrained` opens."""
-    own = [record for record in records if record["variant"] == variant]
-    return sorted(own, key=lambda record: list(WEIGHT_FILES).index(record["format"]))
+    own = [record for record in records if record.variant == variant]
+    return sorted(own, key=lambda record: list(WEIGHT_FILES).index(record.format))
 
 
-def describe(records: list[dict], repo_id: str):
+def describe(records: list[Record], repo_id: str):
     """The metadata of a card, as `ModelCardData`.
 
     Args:
@@ -137,25 +138,25 @@ def describe(records: list[dict], repo_id: str):
     from huggingface_hub import ModelCardData
 
     first = records[0]
-    made, formats = first["made"], [record["format"] for record in records]
+    made, formats = first.made, [record.format for record in records]
     tags = ["emotion"]
     for format in formats:
         tags += RUNTIMES[format][1]
-    if made.get("merged"):  # the Hub finds adapters by these
+    if made.merged:  # the Hub finds adapters by these
         tags += ["peft", "lora"]
-    encoder = made["base_model"] if "/" in (made["base_model"] or "") else None  # a local model has no id to link to
+    encoder = made.base_model if "/" in (made.base_model or "") else None  # a local model has no id to link to
     # A quantized variant's parent is the very model that it was made from: the same owner's baseline.
-    from_baseline = "baseline" in (made["recipe"] or {})
-    base = sibling(repo_id, first["variant"], BASELINE) if from_baseline else encoder
+    from_baseline = "baseline" in (made.recipe or {})
+    base = sibling(repo_id, first.variant, BASELINE) if from_baseline else encoder
     optional = {}  # what the Hub takes only with a value
     if base:
         optional |= {"base_model": base, "base_model_relation": relation(records)}
-    if made["dataset"] == DEFAULT_DATASET:
+    if made.dataset == DEFAULT_DATASET:
         optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}  # of another dataset neither is known
     widget = []
     # The answers as they were measured: the Hub need not run the model to show them.
-    for example in clearest(first["examples"]):
-        widget.append({"text": example["text"], "output": ranking(example)})
+    for example in clearest(first.examples):
+        widget.append({"text": example.text, "output": ranking(example)})
     return ModelCardData(
         license=LICENSES.get(encoder, "other"),
         # What `from_pretrained` of Transformers cannot open must not carry its name.
@@ -178,29 +179,29 @@ def sibling(repo_id: str, variant: str, other: str) -> str:
     return f"{owner}{slash}{stem}{other}"
 
 
-def relation(records: list[dict]) -> str:
+def relation(records: list[Record]) -> str:
     """How the variant came from its base model, in the Hub's words."""
     # An adapter first: its joined model is quantized too, and the Hub allows one word.
-    if records[0]["made"].get("merged"):
+    if records[0].made.merged:
         return "adapter"
-    return "quantized" if any(record["scheme"]["quantized_layers"] for record in records) else "finetune"
+    return "quantized" if any(record.scheme.quantized_layers for record in records) else "finetune"
 
 
-def list_results(record: dict) -> list:
+def list_results(record: Record) -> list:
     """Macro F1, accuracy and the F1 of each class, for the card's `model-index`."""
     from huggingface_hub import EvalResult
 
-    made, quality = record["made"], record["quality"]
-    values = [("f1", "Macro F1", quality["macro_f1"]), ("accuracy", "Accuracy", quality["accuracy"])]
-    for label, value in quality["per_class_f1"].items():
+    made, quality = record.made, record.quality
+    values = [("f1", "Macro F1", quality.macro_f1), ("accuracy", "Accuracy", quality.accuracy)]
+    for label, value in quality.per_class_f1.items():
         values.append(("f1", f"F1 {label}", value))
     scored_on = {
         "task_type": "text-classification",
         "task_name": "Text Classification",
-        "dataset_type": made["dataset"],
-        "dataset_name": made["dataset"],
-        "dataset_split": quality["split"],
-        "dataset_args": {"sha256_of_rows": made["dataset_fingerprint"]},  # which rows, whatever the name
+        "dataset_type": made.dataset,
+        "dataset_name": made.dataset,
+        "dataset_split": quality.split,
+        "dataset_args": {"sha256_of_rows": made.dataset_fingerprint},  # which rows, whatever the name
     }
     results = []
     for kind, name, value in values:
@@ -208,104 +209,89 @@ def list_results(record: dict) -> list:
     return results
 
 
-def ranking(example: dict) -> list[dict]:
+def ranking(example: Example) -> list[dict]:
     """The classes of an example, most probable first, as the Hub's widget shows them."""
-    scores = sorted(example["scores"].items(), key=lambda item: -item[1])
+    scores = sorted(example.scores.items(), key=lambda item: -item[1])
     return [{"label": label, "score": score} for label, score in scores]
 
 
-def clearest(examples: list[dict]) -> list[dict]:
+def clearest(examples: list[Example]) -> list[Example]:
     """Of the texts that are meant for one class, the one that is answered most surely with it; in their order.
 
     A class whose texts are all answered wrongly shows none, unless no text at all is answered rightly: then the
     classes are another dataset's, for which the texts are not meant.
     """
     # A text of an older record, which does not say what it is meant for, stands for itself.
-    rightly = [one for one in examples if one.get("meant") in (None, ranking(one)[0]["label"])]
+    rightly = [one for one in examples if one.meant in (None, ranking(one)[0]["label"])]
     best = {}
     for example in rightly or examples:
-        scores, meant = example["scores"], example.get("meant", example["text"])
-        if meant not in best or scores.get(meant, 0) > best[meant]["scores"].get(meant, 0):
+        scores, meant = example.scores, example.meant or example.text
+        if meant not in best or scores.get(meant, 0) > best[meant].scores.get(meant, 0):
             best[meant] = example
     return list(best.values())
 
 
-def collect_facts(own: list[dict], baseline: list[dict]) -> dict:
+def collect_facts(own: list[Record], baseline: list[Record]) -> dict:
     """What the template tells, by the names that it uses."""
     first = own[0]
-    made, shown = first["made"], clearest(first["examples"])
-    example = shown[min(1, len(shown) - 1)]["text"]  # which one is as good as any
-    method = first["variant"].split("-")[0]  # ptq-int4 is a ptq: its words and its citation are the same
-    weights, packages = {}, {"peft"} if made.get("merged") else set()
+    made, shown = first.made, clearest(first.examples)
+    example = shown[min(1, len(shown) - 1)].text  # which one is as good as any
+    method = first.variant.split("-")[0]  # ptq-int4 is a ptq: its words and its citation are the same
+    weights, packages = {}, {"peft"} if made.merged else set()
     for record in own:
-        weights[record["format"]] = weights_file(record)
-        packages.update(RUNTIMES[record["format"]][2])
-    versions = first["environment"]["packages"]
-    machines = set()  # of the baseline too, whose times stand in the same table
-    for record in own + baseline:
-        machines.add(f"{record['environment']['cpu']}, threads: {record['environment']['threads']}")
+        weights[record.format] = weights_file(record)
+        packages.update(RUNTIMES[record.format][2])
+    versions = first.environment.packages
     return {
-        "title": f"BERT emotion classifier, {TITLES.get(first['variant'], first['variant'].upper())}",
+        "title": f"BERT emotion classifier, {TITLES.get(first.variant, first.variant.upper())}",
         "method": method,
         "records": own,
         "baseline": baseline,
-        "compared": own if first["variant"] == BASELINE else baseline + own,
+        "compared": own if first.variant == BASELINE else baseline + own,
         "weights": weights,
         "runtimes": {format: words[0] for format, words in RUNTIMES.items()},
-        "made": made,
-        "encoder": first.get("encoder"),  # a record from before it was counted has none
         "seed": trained_seed(made),
-        "quality": first["quality"],
-        "labels": first["quality"]["labels"],
         # Counted in the files, not taken from the variant's name.
-        "quantized": any(record["scheme"]["quantized_layers"] for record in own),
-        "adapter": bool(made.get("merged")),
-        "in_float": list(first["scheme"]["kept_in_float"]),
+        "quantized": any(record.scheme.quantized_layers for record in own),
         # transformers.js does not take a file's name: it makes one of this word, and of q8 model_quantized.onnx.
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": used_values(made),
         "epochs": trained_epochs(made),
         "versions": {name: versions[name] for name in sorted(packages)},  # KeyError: a record without a version
-        "machines": sorted(machines),
         "example": example,
         "answer": lambda record: answer(record, example),
-        "percent": lambda share: format(100 * share, ".2f"),
-        "mean": plus_minus,
-        "or_dash": lambda value: "-" if value is None else value,
     }
 
 
-def answer(record: dict, text: str) -> dict:
+def answer(record: Record, text: str) -> dict:
     """What a form was measured to answer to one of its examples: `label` and `score`."""
-    answers = {example["text"]: example for example in record["examples"]}
+    answers = {example.text: example for example in record.examples}
     return ranking(answers[text])[0]
 
 
-def climbed(record: dict) -> list[str]:
+def climbed(record: Record) -> list[str]:
     """All steps that were tried for a form, the one that was kept in bold; empty if there was one alone."""
-    named = []
-    for step in steps_tried(record):
-        named.append(f"**{step['remedy']}** (kept)" if step.get("kept") else step["remedy"])
+    named = [f"**{step.remedy}** (kept)" if step.kept else step.remedy for step in record.steps_tried]
     return named if len(named) > 1 else []
 
 
-def trained_seed(made: dict) -> int | None:
+def trained_seed(made: Made) -> int | None:
     """The seed of the training: of a variant that was made from a baseline, that baseline's."""
-    recipe = made["recipe"] or {}
-    return recipe.get("baseline", recipe).get("seed", made["seed"])
+    recipe = made.recipe or {}
+    return recipe.get("baseline", recipe).get("seed", made.seed)
 
 
-def trained_epochs(made: dict) -> float | None:
+def trained_epochs(made: Made) -> float | None:
     """The epochs of the training that a record tells of: its own, or of PTQ that of the baseline."""
-    recipe = made["recipe"] or {}
+    recipe = made.recipe or {}
     return recipe.get("num_train_epochs", recipe.get("baseline", {}).get("num_train_epochs"))
 
 
-def list_family(records: list[dict], variant: str, repo_id: str, seeds: list[dict], on_hub: bool) -> list[dict]:
+def list_family(records: list[Record], variant: str, repo_id: str, seeds: list[dict], on_hub: bool) -> list[dict]:
     """The variants that are released together, this one among them: where they are, and what tells them apart."""
     family = []
     for name in dict.fromkeys((*RELEASED, variant)):
-        forms = {record["format"]: record for record in order(records, name)}
+        forms = {record.format: record for record in order(records, name)}
         means = {row["format"]: row["macro_f1"] for row in seeds if row["variant"] == name}
         if not forms or name not in variants_with_card(records):
             continue
@@ -319,7 +305,7 @@ def list_family(records: list[dict], variant: str, repo_id: str, seeds: list[dic
                 "repo_id": other,
                 "link": f"https://huggingface.co/{other}" if on_hub else f"{name}.md",
                 "form": RUNTIMES[shown][0],
-                "megabytes": forms[shown]["size"]["megabytes"],
+                "megabytes": forms[shown].size.megabytes,
                 "macro_f1": means.get(shown),
                 "recommended": name == RECOMMENDED,
             }
@@ -327,38 +313,57 @@ def list_family(records: list[dict], variant: str, repo_id: str, seeds: list[dic
     return family if len(family) > 1 else []
 
 
-def list_speeds(own: list[dict], baseline: list[dict], run: dict) -> dict[str, float]:
-    """Form -> the median milliseconds of one text, of FP32 in PyTorch and the variant's own forms, in one run."""
-    speeds, timed = {}, run["artifacts"]
-    for record in [record for record in baseline if record["format"] == "pytorch"] + own:
-        title = RUNTIMES[record["format"]][0]
-        for ending, words in (("", ""), (COMPILED, " with torch.compile")):
-            if one := timed.get(f"{artifact_name(record)}{ending}"):
-                speeds[title + words] = one["latency_ms"]["p50"]
-    return speeds
+def list_torchao_times(
+    own: list[Record], baseline: list[Record], runs: dict[str, Benchmark]
+) -> dict[str, dict[str, float]]:
+    """Kind of processor -> form -> median milliseconds of one text, of FP32 in PyTorch and the variant's own forms."""
+    found = {}
+    for processor, run in runs.items():
+        for record in [record for record in baseline if record.format == "pytorch"] + own:
+            title = RUNTIMES[record.format][0]
+            for ending, words in (("", ""), (COMPILED, " with torch.compile")):
+                if one := run.artifacts.get(f"{record.timed_as}{ending}"):
+                    found.setdefault(PROCESSORS[processor], {})[title + words] = one.latency_ms.p50
+    return found
 
 
-def times_of(record: dict, run: dict | None) -> dict:
-    """A form's milliseconds for one text and its texts per second; of the interleaved run if it took part."""
-    timed = run and run["artifacts"].get(artifact_name(record))
-    latency = timed["latency_ms"] if timed else record["latency_ms"]
-    rate = round(timed["throughput_per_s"]["median"]) if timed else record["throughput_per_s"]["value"]
-    return {"p50": latency["p50"], "p95": latency["p95"], "texts_per_s": rate, "interleaved": bool(timed)}
+def times_of(record: Record, runs: dict[str, Benchmark]) -> list[dict]:
+    """A form's times on each kind of processor, a line each; its record's own, taken alone, if it is in no run.
+
+    `faster` is the ratio to the fastest FP32 of the same run, and `run` the class of its processors; None without one.
+    """
+    lines = []
+    for processor, run in runs.items():
+        if timed := run.artifacts.get(record.timed_as):
+            lines.append(
+                {
+                    "run": processor,
+                    "latency": timed.latency_ms,
+                    "texts_per_s": round(timed.throughput_per_s.median),
+                    "faster": timed.times_faster_at_batch_1.median,
+                }
+            )
+    own = {"run": None, "latency": record.latency_ms, "texts_per_s": record.throughput_per_s.value}
+    lines = lines or [own | {"faster": None}]
+    for line in lines:
+        processor = line["run"] or record.environment.processor
+        line |= {"record": record, "processor": PROCESSORS[processor]}
+    return lines
 
 
-def weights_file(record: dict) -> str:
+def weights_file(record: Record) -> str:
     """The file of weights of a record's format: the first that is neither a tokenizer's nor a configuration."""
-    return next(name for name in record["size"]["files"] if "tokenizer" not in name and "config" not in name)
+    return next(name for name in record.size.files if "tokenizer" not in name and "config" not in name)
 
 
-def used_values(made: dict) -> dict:
+def used_values(made: Made) -> dict:
     """The values that decided the result, as they were used; those of a recipe in a recipe as names with dots."""
-    recipe, used = made["recipe"] or {}, {}
+    recipe, used = made.recipe or {}, {}
     baseline = {f"baseline.{key}": value for key, value in recipe.get("baseline", {}).items()}
     for name, value in (recipe | baseline).items():
         key = name.split(".")[-1]
         if key == "model_name_or_path":  # the recipe's default, for which another encoder may have stood in
-            value = made["base_model"]
+            value = made.base_model
         if key not in FREE and name != "baseline":
             used[name] = value
     return used

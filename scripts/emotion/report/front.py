@@ -7,15 +7,12 @@ differs between two lines may be the luck of a seed.
 from collections import Counter
 from pathlib import Path
 
-from emotion.measure.evidence import read_study
 from emotion.measure.record import read_records
+from emotion.measure.schema import Bits, read_study
 from emotion.model.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
-from emotion.report.comparison import REFERENCE, Family, find_reference
-from emotion.report.pages import cells_of
+from emotion.report.comparison import REFERENCE, Family, find_reference, processors_of
 from emotion.report.render import complete, render
-from emotion.report.tables import markdown_table, plus_minus
 
-ONE_SEED = "†"  # Markdown would take an asterisk for emphasis
 # The form of a released variant whose file this repository holds; all others are INT8 and fewer bits in ONNX Runtime
 FORMS = {"baseline": "bf16", "qlora": "nf4"}
 TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}
@@ -61,8 +58,9 @@ def render_block(families: list[Family], root: Path) -> str:
         fewer=fewer,  # QLoRA keeps floats where 4 bits cost a seed too much
         reference=lines[0],
         reference_mean=mean_of(lines[0], seeds),
-        runtime=small["about"]["compared_with"],
-        origins=[merged(families, name) for name in ("machines", "dates", "commits", "made_at")],
+        runtimes=sorted({run["compared_with"] for run in small["about"]["runs"].values()}),
+        machines=merged_machines(families),
+        origins=[merged(families, name) for name in ("dates", "commits", "made_at")],
         opened=opened_score(results),
         base_link=below(root, families[1].folder) if len(families) > 1 else None,
         link=below(root, results),
@@ -73,7 +71,7 @@ def render_block(families: list[Family], root: Path) -> str:
 def opened_score(results: Path) -> float | None:
     """Macro F1 of the released baseline as `from_pretrained` opens it, in float32; None if that was not measured."""
     folder = results / SCORES_OF_OPENED
-    return find_reference(read_records(folder))["quality"]["macro_f1"] if folder.is_dir() else None
+    return find_reference(read_records(folder)).quality.macro_f1 if folder.is_dir() else None
 
 
 def below(root: Path, folder: Path) -> str | None:
@@ -87,17 +85,17 @@ def describe_encoder(about: dict) -> dict:
     return {"name": name, "parameters": about["parameters"]}
 
 
-def validation_scores(study: dict) -> dict[str, float]:
+def validation_scores(study: Bits) -> dict[str, float]:
     """Variant of QAT -> macro F1 of its file for ONNX Runtime on validation, opened again; the mean over the seeds."""
     scores = {}
-    for variant, cell in study["cells"].items():
-        if cell["method"] == "qat":
-            of_seeds = [forms["onnx, reopened"]["validation_macro_f1"] for forms in cell["forms"]]
+    for variant, cell in study.cells.items():
+        if cell.method == "qat":
+            of_seeds = cell.over_seeds("onnx, reopened", "validation_macro_f1")
             scores[variant] = sum(of_seeds) / len(of_seeds)
     return scores
 
 
-def describe_choice(study: dict, lines: list[dict]) -> dict | None:
+def describe_choice(study: Bits, lines: list[dict]) -> dict | None:
     """What validation says of the recommended variant and of the next smaller one, which a reader would ask for.
 
     Returns:
@@ -149,12 +147,17 @@ def list_lines(comparison: dict, prefix: str = "", variants: tuple = RELEASED) -
 
 def reference_line(comparison: dict) -> dict:
     """FP32: its scores, and size and speed of what the others are divided by, the fastest form of it."""
-    fastest = comparison["about"]["compared_with"] or ""
-    for row in comparison["rows"]:
-        # A record is called variant-format, an artifact folder:format.
-        if Path(fastest).name == f"{row['variant']}:{row['format']}" or fastest == row["name"]:
-            return {**find_line(comparison, *REFERENCE.split("-")), **speeds_of(row)}
-    return find_line(comparison, *REFERENCE.split("-"))
+    line, fastest = find_line(comparison, *REFERENCE.split("-")), {}
+    for processor, run in comparison["about"]["runs"].items():
+        for row in comparison["rows"]:
+            # A record is called variant-format, an artifact folder:format.
+            artifact = Path(run["compared_with"]).name
+            if artifact == f"{row['variant']}:{row['format']}" or run["compared_with"] == row["name"]:
+                fastest[processor] = row
+    if not fastest:
+        return line
+    speeds = {processor: row["speeds"][processor] for processor, row in fastest.items()}
+    return {**line, **speeds_of(next(iter(fastest.values()))), "speeds": speeds}
 
 
 def find_line(comparison: dict, variant: str, format: str | None = None) -> dict | None:
@@ -175,7 +178,7 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
 
 def speeds_of(row: dict) -> dict:
     """The fields of a row that do not depend on a seed."""
-    return {name: row[name] for name in ("megabytes", "times_smaller", "p50_ms", "times_faster_at_batch_1")}
+    return {name: row[name] for name in ("megabytes", "times_smaller", "speeds")}
 
 
 def is_mean(score: dict) -> bool:
@@ -184,26 +187,8 @@ def is_mean(score: dict) -> bool:
 
 
 def summary_table(lines: list[dict]) -> str:
-    """The columns that tell which variant to take; a dash for what was not measured."""
-    rows = []
-    for line in lines:
-        faster = line["times_faster_at_batch_1"]
-        rows.append(
-            [
-                line["title"],
-                _score(line["macro_f1"]),
-                _score(line["accuracy"]),
-                f"{line['megabytes']:.1f}",
-                "-" if line["p50_ms"] is None else f"{line['p50_ms']:.2f}",
-                "-" if faster is None else f"{faster['median']:.1f}x",
-            ]
-        )
-    return markdown_table(["variant", "macro F1 %", "accuracy %", "size MB", "latency ms", "speed-up"], rows)
-
-
-def _score(score: dict) -> str:
-    """`88.84 ± 1.16`; a single seed has no deviation but a mark."""
-    return plus_minus(score) + ("" if is_mean(score) else ONE_SEED)
+    """The columns that tell which variant to take."""
+    return render("readme_table.md", lines=lines, processors=processors_of(lines))
 
 
 def merged(families: list[Family], name: str) -> list[str]:
@@ -211,10 +196,20 @@ def merged(families: list[Family], name: str) -> list[str]:
     return sorted({value for family in families for value in family.comparison["about"][name]})
 
 
-def describe_picture(study: dict) -> dict:
+def merged_machines(families: list[Family]) -> list[str]:
+    """The processors that the families were timed on, each once: 'AVX2: AMD EPYC, 2 threads'."""
+    found = {}  # in order
+    for family in families:
+        for one in family.comparison["about"]["machines"]:
+            threads = "1 thread" if one["threads"] == 1 else f"{one['threads']} threads"
+            found[f"{one['title']}: {one['cpu']}, {threads}"] = None
+    return list(found)
+
+
+def describe_picture(study: Bits) -> dict:
     """What the caption of `bits.png` tells: the bits, and how many seeds."""
-    cells = cells_of(study, "qat")
-    return {"bits": [cell["bits"] for cell in cells], "seeds": len(cells[0]["runs"])}
+    cells = study.cells_of("qat")
+    return {"bits": [cell.bits for cell in cells], "seeds": len(cells[0].runs)}
 
 
 @complete("the README's times")
@@ -223,11 +218,11 @@ def render_times(family: Family) -> str:
     rows, study = [], None
     for format, variant, words, folder in RUNTIMES:
         line = find_line(family.comparison, variant, format)
-        if line and line["p50_ms"] is not None:
-            rows.append([words, f"`weights/{folder}`", f"{line['megabytes']:.1f}", f"{line['p50_ms']:.2f}"])
+        if line and any(speed["p50_ms"] is not None for speed in line["speeds"].values()):
+            rows.append({"words": words, "folder": f"weights/{folder}", **speeds_of(line)})
     if (family.folder / "javascript.json").is_file():
         study = read_study(family.folder / "javascript.json")
-        size, time = study["bytes_to_serve"] / 1e6, study["latency_ms"]["p50"]
-        rows.append(["Node.js", f"`{study['artifact']}`", f"{size:.1f}", f"{time:.2f}"])
-    table = markdown_table(["runtime", "folder", "MB", "ms a text"], rows) if rows else ""
-    return render("readme_times.md", table=table, study=study)
+        speeds = {study.environment.processor: {"p50_ms": study.latency_ms.p50}}
+        megabytes = study.bytes_to_serve / 1e6
+        rows.append({"words": "Node.js", "folder": study.artifact, "megabytes": megabytes, "speeds": speeds})
+    return render("readme_times.md", rows=rows, processors=processors_of(rows), study=study)

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from emotion.common.files import whole_file
-from emotion.report.pages import cells_of
+from emotion.measure.schema import Bits, Dataset, PtqSensitivity, QloraSweep, Record
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -60,17 +60,16 @@ def grid(count: int, columns: int, size: float, rows_of: int = 1):
     return figure, blocks
 
 
-def plot_confusion_matrix(record: dict, path: Path) -> None:
+def plot_confusion_matrix(record: Record, path: Path) -> None:
     """Counts in the cells, colour by the share of the true class."""
-    quality = record["quality"]
+    quality = record.quality
     with styled():
         # Inches: the margin with the names, and a cell per class.
-        size = 2.2 + 0.75 * min(len(quality["labels"]), MOST_NAMED)
+        size = 2.2 + 0.75 * min(len(quality.labels), MOST_NAMED)
         figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the bar of colours
-        draw_confusion(axes, quality["confusion_matrix"], quality["labels"], cbar=True)
+        draw_confusion(axes, quality.confusion_matrix, quality.labels, cbar=True)
         axes.set_title(
-            f"{record['variant']}-{record['format']}, {quality['split']}: {quality['examples']} texts, "
-            f"macro F1 {quality['macro_f1']:.3f}",
+            f"{record.name}, {quality.split}: {quality.examples} texts, macro F1 {quality.macro_f1:.3f}",
             fontsize="medium",
         )
         save_figure(figure, path)
@@ -97,12 +96,9 @@ def draw_cells(axes, values, numbers, labels: list[str], **options) -> None:
     axes.tick_params(axis="x", rotation=30)
 
 
-def plot_sensitivity(layers: list[dict], path: Path) -> None:
-    """How far the logits move when one layer alone is quantized; ``layers`` are those of ptq_sensitivity.json."""
-    shifts = {}
-    for one in layers:
-        if one["layer"] is not None:  # None: all layers of a kind at once, which is no cell of this picture
-            shifts[one["kind"], one["layer"]] = one["mean_logit_shift"]
+def plot_sensitivity(study: PtqSensitivity, path: Path) -> None:
+    """How far the logits move when one layer alone is quantized; all of a kind at once are no cell of it."""
+    shifts = {(one.kind, one.layer): one.mean_logit_shift for one in study.layers if one.layer is not None}
     kinds = list(dict.fromkeys(kind for kind, _ in shifts))
     places = list(dict.fromkeys(place for _, place in shifts))
     # Not every kind is in every place: embeddings have no layer. Those cells stay empty.
@@ -119,16 +115,16 @@ def plot_sensitivity(layers: list[dict], path: Path) -> None:
         save_figure(figure, path)
 
 
-def plot_dataset(study: dict, path: Path) -> None:
+def plot_dataset(study: Dataset, path: Path) -> None:
     """Share of each class in each split, and how the lengths of the texts are spread; from dataset.json."""
-    labels, splits = study["labels"], study["splits"]
-    longest = max(one["longest"] for one in splits.values())
+    labels, splits = study.labels, study.splits
+    longest = max(one.longest for one in splits.values())
     with styled():
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
         colors = seaborn.color_palette(STYLE["palette"])
         width = 0.8 / len(splits)  # of a bar; the rest is the gap between two classes
         for index, (split, one) in enumerate(splits.items()):
-            counts, lengths = np.array(one["class_counts"]), np.array(one["length_counts"])
+            counts, lengths = np.array(one.class_counts), np.array(one.length_counts)
             # Beside each other, the middle one of the splits above the name of the class.
             places = np.arange(len(labels)) + (index - (len(splits) - 1) / 2) * width
             left.bar(places, 100 * counts / counts.sum(), width, label=split, color=colors[index])
@@ -144,21 +140,21 @@ def plot_dataset(study: dict, path: Path) -> None:
         save_figure(figure, path)
 
 
-def plot_sweep(sweep: dict, path: Path) -> None:
+def plot_sweep(sweep: QloraSweep, path: Path) -> None:
     """Validation macro F1 and loss of each candidate, best on top; small dots are single seeds."""
-    candidates = dict(sorted(sweep["candidates"].items(), key=lambda item: item[1]["validation_macro_f1"]["mean"]))
+    candidates = dict(sorted(sweep.candidates.items(), key=lambda item: item[1].validation_macro_f1.mean))
     places, colors = np.arange(len(candidates)), seaborn.color_palette(STYLE["palette"])
-    shades = [colors[1] if name == sweep["chosen"] else colors[0] for name in candidates]
+    shades = [colors[1] if name == sweep.chosen else colors[0] for name in candidates]
     panels = (("validation_macro_f1", 100, "macro F1 in %"), ("validation_loss", 1, "loss"))
     with styled():
         figure, both = plt.subplots(1, 2, figsize=(11, 1 + 0.38 * len(candidates)), sharey=True)
         for axes, (key, factor, title) in zip(both, panels, strict=True):
-            values = factor * np.array([one[key]["mean"] for one in candidates.values()])
+            values = factor * np.array([getattr(one, key).mean for one in candidates.values()])
             # A line from the lowest value, not from zero: the candidates differ by a few points only.
             axes.hlines(places, min(values), values, color="0.85", linewidth=2, zorder=1)
             axes.scatter(values, places, c=shades, s=60, zorder=2)
             for place, one in zip(places, candidates.values(), strict=True):
-                seeds = [factor * run[key] for run in one["runs"]]
+                seeds = [factor * getattr(run, key) for run in one.runs]
                 axes.scatter(seeds, [place] * len(seeds), color="0.6", s=12, zorder=1)
             axes.set(xlabel=f"validation {title}")
         both[0].set_yticks(places, candidates)
@@ -193,22 +189,22 @@ def plot_rounding(path: Path) -> None:
         save_figure(figure, path)
 
 
-def plot_bits(study: dict, path: Path) -> None:
+def plot_bits(study: Bits, path: Path) -> None:
     """Macro F1 against megabytes: a line per method, FP32 as the level to reach; bars: deviation over the seeds."""
     with styled():
         figure, axes = plt.subplots(figsize=(7.5, 3.4))  # low: the README shows it below its table
         colors = seaborn.color_palette(STYLE["palette"])
         for method, color in (("ptq", colors[1]), ("qat", colors[0])):
-            cells = cells_of(study, method)[::-1]  # the smallest first
-            sizes = [cell["megabytes"] for cell in cells]
-            changes = 100 * np.array([cell["change"]["mean"] for cell in cells])  # points
-            deviations = 100 * np.array([cell["change"]["standard_deviation"] or 0 for cell in cells])  # 0: one seed
+            cells = study.cells_of(method)[::-1]  # the smallest first
+            sizes = [cell.megabytes for cell in cells]
+            changes = 100 * np.array([cell.change.mean for cell in cells])  # points
+            deviations = 100 * np.array([cell.change.standard_deviation or 0 for cell in cells])  # 0: one seed
             look = {"color": color, "marker": "o", "capsize": 3, "label": method.upper()}
             axes.errorbar(sizes, changes, yerr=deviations, **look)
             if method == "qat":  # one line of labels is enough: both methods have the same sizes
                 for cell, size, top in zip(cells, sizes, changes + deviations, strict=True):
                     offset = {"xytext": (0, 7), "textcoords": "offset points"}  # just above the bar
-                    axes.annotate(f"{cell['bits']} bits", (size, top), ha="center", fontsize="small", **offset)
+                    axes.annotate(f"{cell.bits} bits", (size, top), ha="center", fontsize="small", **offset)
         axes.axhline(0, color="0.5", linewidth=1, linestyle="--", label="FP32")
         axes.set(xlabel="megabytes to serve", ylabel="macro F1 against FP32, points")
         axes.legend(frameon=False)

@@ -1,9 +1,13 @@
-"""Fills the templates: the words of every page stand in files, and Python prepares the numbers and tables."""
+"""Fills the templates: the words and tables of every page stand in files, and Python prepares what they cannot count.
+
+A table is a block `{% filter table %}` with a line per row and `¦` between its cells, the head first.
+"""
 
 import contextlib
 from pathlib import Path
 
 from emotion.common.errors import UserError
+from emotion.common.processor import TITLES
 
 import jinja2
 
@@ -42,10 +46,66 @@ def render(template: Path | str, **fields) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         finalize=_without_last_newline,
+        extensions=["jinja2.ext.loopcontrols"],
     )
-    environment.filters["short"] = shorten
+    environment.filters |= {
+        "short": shorten,
+        "processor": TITLES.get,  # of a class of processors
+        "number": number,
+        "percent": lambda value, form=".2f": number(value, form, 100),
+        "mean": plus_minus,
+        "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",  # no verdict depends on how far below
+        "times": _times,
+        "spread": lambda one, unit="": f"{one.median:.2f}{unit} [{one.min:.2f}, {one.max:.2f}]",  # over the rounds
+        "table": _table,
+    }
     source = (TEMPLATES / template).read_text(encoding="utf-8")  # an absolute path stays as it is
     return environment.from_string(source).render(**fields)
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown whose columns line up in plain text too; all but the first are right-aligned.
+
+    Args:
+        head: the names of the columns.
+        rows: as many cells each; there may be no row.
+    """
+    lines = [[cell.strip().replace("|", "\\|") for cell in line] for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [f"| {' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])} |" for line in lines]
+    # The colon on the right of a rule is Markdown's mark for a column that is aligned there.
+    lines.insert(1, f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:]))
+    return "\n".join(lines) + "\n"
+
+
+def _times(ratio) -> str:
+    """' (2.1x)', of a spread its median; a second digit where it is needed to see how much slower or larger."""
+    if not ratio:  # not part of an interleaved run
+        return ""
+    ratio = ratio["median"] if isinstance(ratio, dict) else ratio
+    return f" ({ratio:.1f}x)" if ratio >= 0.95 else f" ({ratio:.2f}x)"
+
+
+def _table(text: str) -> str:
+    """The table that a block of a template spells out."""
+    head, *rows = [line.split("¦") for line in text.splitlines() if line.strip()]
+    return markdown_table(head, rows)
+
+
+def number(value: float | None, form: str = ".2f", factor: float = 1) -> str:
+    """The value times the factor, formatted; a dash for None, which stands for a value that was not measured."""
+    return "-" if value is None else format(factor * value, form)
+
+
+def plus_minus(one, form: str = ".2f", factor: float = 100) -> str:
+    """A mean over seeds and its standard deviation: '89.04 ± 0.66', in points if not said; a single seed has none.
+
+    Args:
+        one: a `Deviation`, or a mapping with its fields.
+    """
+    mean, deviation = dict(one)["mean"], dict(one)["standard_deviation"]
+    text = number(mean, form, factor)
+    return text if deviation is None else f"{text} ± {number(deviation, form.removeprefix('+'), factor)}"
 
 
 def shorten(commit: str | None) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from emotion.common.errors import UserError
 from emotion.common.files import relative, write_json, write_text
 from emotion.common.machine import describe_run
-from emotion.measure.evidence import read_study
-from emotion.measure.record import read_records, record_name
+from emotion.measure.record import read_records
+from emotion.measure.schema import Record, Trace, read_study
 from emotion.model.artifact import find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.report.render import complete, render
-from emotion.report.tables import markdown_table
 from emotion.task.scores import softmax
 
 import numpy as np
@@ -115,7 +114,7 @@ def trace_weights(before, after) -> dict:
 
 
 @complete("the page of one text")
-def render_trace_page(results: Path, records: list[dict], root: Path, cards: dict | None = None) -> dict[Path, str]:
+def render_trace_page(results: Path, records: list[Record], root: Path, cards: dict | None = None) -> dict[Path, str]:
     """`docs/follow_one_text.md` from `trace.json`, the records and the card; none where there was no trace.
 
     Args:
@@ -125,76 +124,40 @@ def render_trace_page(results: Path, records: list[dict], root: Path, cards: dic
     if not (results / "trace.json").is_file():
         return {}
     trace = read_study(results / "trace.json")
-    card = root / "model_cards" / f"{Path(trace['artifact']).name}.md"
+    card = root / "model_cards" / f"{Path(trace.artifact).name}.md"
     if cards is None and card.is_file():  # a trace is measured without rendering the cards again
         cards = {card: card.read_text(encoding="utf-8")}
     text = render(
         "follow_one_text.md",
         trace=trace,
         command=_command(trace),
-        label=trace["labels"][trace["label"]],
-        pieces=markdown_table(["piece", *trace["pieces"]], [["id", *map(str, trace["token_ids"])]]),
-        weights=trace["weights"],
-        rounded=_rounded_table(trace["weights"]),
-        logits=_logits_table(trace),
-        cells=_cells_table(trace, records),
+        gap=lambda logits: float(np.abs(np.subtract(logits, trace.logits["FP32"])).max()),
+        share=lambda logits: float(softmax(np.array(logits)).max()),
+        records=_followed(trace, records),
         card=card.name,
         card_table=_class_lines((cards or {}).get(card, "")),
     )
     return {root / "docs" / "follow_one_text.md": text}
 
 
-def _command(trace: dict) -> str:
+def _command(trace: Trace) -> str:
     """The command that made the page; a folder that is the default needs no flag."""
-    words = [f'python scripts/run_trace.py "{trace["text"]}"']
+    words = [f'python scripts/run_trace.py "{trace.text}"']
     for name, default in (("artifact", ARTIFACT), ("baseline", BASELINE)):
-        if trace[name] != default:
-            words.append(f"--{name} {trace[name]}")
+        if getattr(trace, name) != default:
+            words.append(f"--{name} {getattr(trace, name)}")
     return " ".join(words)
 
 
-def _rounded_table(weights: dict) -> str:
-    """The first weights of the row, step by step from float to integer and back."""
-    columns = []
-    for exact, integer, error in zip(weights["exact"], weights["integers"], weights["errors"], strict=True):
-        scaled = exact / weights["scale"]  # the float that rounding turns into the integer below it
-        restored = integer * weights["scale"]
-        columns.append([f"{exact:+.5f}", f"{scaled:+.2f}", f"{integer:+d}", f"{restored:+.5f}", f"{error:+.5f}"])
-    # One column per weight, one line per step: the columns above turned on their side.
-    names = ("FP32", "divided by the scale", "INT8", "times the scale", "error")
-    rows = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
-    return markdown_table(["weight", *map(str, range(len(columns)))], rows)
-
-
-def _logits_table(trace: dict) -> str:
-    """The logits of each form, their gap to FP32, and the answer with its probability."""
-    exact = np.array(trace["logits"]["FP32"])
-    rows = []
-    for name, values in trace["logits"].items():
-        logits = np.array(values)
-        best = int(logits.argmax())  # softmax keeps the order: the largest logit is the largest probability
-        gap = "-" if name == "FP32" else f"{np.abs(logits - exact).max():.3f}"
-        answer = f"{trace['labels'][best]} ({100 * softmax(logits)[best]:.2f} %)"
-        rows.append([name, *(f"{value:+.3f}" for value in values), gap, answer])
-    return markdown_table(["form", *trace["labels"], "gap", "answer"], rows)
-
-
-def _cells_table(trace: dict, records: list[dict]) -> str:
-    """The cell of each record's matrix to which the text belongs, by its label and that form's answer."""
-    rows, truth = [], trace["label"]  # the index of the class, and of its row in the matrix
-    name = trace["labels"][truth]
+def _followed(trace: Trace, records: list[Record]) -> list[tuple[Record, int]]:
+    """The records of the forms that the text went through, and the index of the class that each answered."""
+    followed = []
     for record in records:
         # The trace calls the baseline's own form FP32; it followed the text through that one alone.
-        form = "FP32" if record["format"] == "pytorch" else record["format"]
-        if record["artifact"] not in {trace["baseline"], trace["artifact"]} or form not in trace["logits"]:
-            continue
-        answer = int(np.argmax(trace["logits"][form]))
-        of_class = record["quality"]["confusion_matrix"][truth]  # one row: the answers to the texts of this class
-        f1 = record["quality"]["per_class_f1"][name]
-        cells = [record_name(record), name, trace["labels"][answer], str(of_class[answer]), str(sum(of_class))]
-        rows.append([*cells, f"{100 * f1:.2f}"])
-    head = ["record", "true", "answer", "texts in that cell", f"of all {name}", f"F1 of {name} %"]
-    return markdown_table(head, rows) if rows else ""
+        form = "FP32" if record.format == "pytorch" else record.format
+        if record.artifact in {trace.baseline, trace.artifact} and form in trace.logits:
+            followed.append((record, int(np.argmax(trace.logits[form]))))
+    return followed
 
 
 def _class_lines(card: str) -> str:

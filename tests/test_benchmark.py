@@ -1,0 +1,331 @@
+"""Kinds of processors, what the benchmark leaves out, and the libraries that it compares with."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+
+import run_benchmark
+import run_comparison
+import study_operators
+from conftest import ROOT, build_rows, copy_to_edit, read_json
+from emotion.common import processor
+from emotion.common.errors import UserError
+from emotion.common.processor import TITLES, class_of, find_processor_class
+from emotion.measure import benchmark, contenders, ctranslate2_peer, roofline
+from emotion.measure.benchmark import Protocol, interleave
+from emotion.model.artifact import files_to_serve
+from emotion.model.classifier import open_artifact
+from emotion.model.emotion_classifier import EmotionClassifier
+from emotion.report.cards import render_card
+from emotion.report.tables import render_table
+from test_comparison import words_of_report
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+SHORTLY = Protocol(threads=1, rounds=1, texts_per_round=4, batches_per_round=1)
+AVX2 = {"avx2": True, "avx512_bf16": False, "cpu_name": "of this test"}
+VNNI = {"avx2", "avx_vnni", "avx512_bw", "avx512_vnni"}
+
+
+@pytest.fixture
+def on_avx2(monkeypatch):
+    """The libraries see a processor with AVX2 alone, and so does Linux."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX2)
+    monkeypatch.setattr(processor, "instruction_sets_of_kernel", lambda: ["avx2"])
+    monkeypatch.setattr(processor, "is_arm", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("instruction_sets", "expected"),
+    [
+        ({"avx", "sse4_2"}, None),
+        ({"avx2"}, "avx2"),
+        ({"avx2", "avx_vnni"}, "avx_vnni"),
+        ({"avx2", "avx512_f", "avx512_bw"}, "avx512"),
+        (VNNI, "avx512_vnni"),
+        (VNNI | {"amx_int8", "amx_bf16"}, "amx"),
+        (VNNI | {"amx_bf16"}, "avx512_vnni"),
+    ],
+)
+def test_a_processor_has_the_highest_class_that_fits(instruction_sets, expected):
+    assert class_of(instruction_sets) == expected
+    as_linux_writes = {re.sub("^avx512_(f|bw)$", r"avx512\1", name) for name in instruction_sets}
+    assert class_of(as_linux_writes) == expected
+
+
+def test_each_tracked_run_is_of_the_class_that_it_is_named_after():
+    found = []
+    for path in (ROOT / "results").rglob("benchmark/*.json"):
+        if path.stem != "operators":
+            assert path.stem in TITLES and class_of(read_json(path)["environment"]["instruction_sets"]) == path.stem
+            found.append(path.stem)
+    assert len(found) >= 2
+
+
+def test_no_class_is_found_where_instructions_are_hidden(on_avx2, monkeypatch, artifact, tmp_path):
+    assert find_processor_class() == "avx2"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(UserError, match="ONEDNN_MAX_CPU_ISA"):
+        find_processor_class()
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(processor, "instruction_sets_of_kernel", lambda: ["avx2", "avx512bw", "avx512_vnni"])
+    start = time.monotonic()
+    for output in ("results", "avx2.json", "avx512_vnni.json"):
+        with pytest.raises(UserError, match="the libraries see avx2, and .* avx512_vnni"):
+            run_benchmark.main([f"{artifact}:onnx", "--output", output])
+    assert time.monotonic() - start < 5 and not list(tmp_path.glob("*"))  # before anything is timed
+    run_benchmark.choose_file("run.json")  # a file of no class may be written
+
+
+def test_a_run_goes_into_the_file_of_its_processor(on_avx2, tmp_path):
+    assert run_benchmark.choose_file("results/benchmark").name == "avx2.json"  # a folder that is not there yet
+    assert run_benchmark.choose_file(str(tmp_path)) == tmp_path / "avx2.json"
+    with pytest.raises(UserError, match="amx.json is for AMX; this processor's is avx2.json"):
+        run_benchmark.choose_file("amx.json")
+
+
+@pytest.fixture
+def two_kinds(tmp_path):
+    """The tracked results, and as if they had been measured on AVX2 too, at half the ratios."""
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results", results)
+    run = read_json(results / "benchmark" / "avx512_vnni.json")
+    run["environment"] |= {"cpu": "another", "instruction_sets": ["avx", "avx2"]}
+    run["peaks"]["bfloat16_gop_per_s"] = None
+    for one in run["artifacts"].values():
+        ratios = one["times_faster_at_batch_1"]
+        one["times_faster_at_batch_1"] = {name: value / 2 for name, value in ratios.items()}
+        if one["precision"] == "bfloat16":
+            one["roofline"] = None
+    del run["artifacts"]["weights/baseline:bf16"]
+    run["artifacts"]["weights/baseline:onnx-dynamic"]["quality"] = {
+        "examples": 2000,
+        "macro_f1": 0.8765,
+        "macro_f1_ci95": [0.86, 0.89],
+        "accuracy": 0.92,
+        "expected_calibration_error": 0.02,
+        "equal_labels": 0.99,
+    }
+    (results / "benchmark" / "avx2.json").write_text(json.dumps(run))
+    return results
+
+
+def test_every_table_names_each_kind_of_processor(two_kinds, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "\n".join([run_comparison.START, run_comparison.END, run_comparison.TIMES_START, run_comparison.TIMES_END])
+    )
+    families = [run_comparison.read_family(two_kinds), run_comparison.read_family(two_kinds / "base")]
+    pages = run_comparison.render_family(families[0], []) | run_comparison.render_pages(families, readme)
+    text = pages[readme]
+    assert re.search(r"speed-up: 3\.2x, AVX-512 VNNI \(0\.63 ms a text\); 1\.6x, AVX2 \(0\.63 ms a text\)", text)
+    rows = {}
+    for line in re.findall(r"^\| .*", text, re.MULTILINE):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        rows[cells[0]] = cells
+    assert rows["variant"][-4:] == [
+        f"{name}, {title}" for title in ("AVX-512 VNNI", "AVX2") for name in ("latency ms", "speed-up")
+    ]
+    assert rows["qat-int4"][-4:] == ["0.63", "3.2x", "0.63", "1.6x"]
+    assert rows["baseline, BF16"][-4:] == ["3.50", "0.6x", "-", "-"]
+    assert rows["base-size ptq, INT8"][-2:] == ["-", "-"]  # its encoder was timed on one kind
+    assert "AVX2: another, 2 threads" in text and rows["Node.js"][-2:] == ["0.72", "-"]
+    page = pages[two_kinds / "comparison.md"]
+    assert "### AVX-512 VNNI" in page and "### AVX2" in page and "87.65 [86.0, 89.0]" in page
+    card = pages[tmp_path / "model_cards" / "qat-int4.md"]
+    speeds = re.findall(r"\| qat-int4, ONNX Runtime \| (.*?) \| .* \| ([\d.]+x) \|", card)
+    assert speeds == [("AVX-512 VNNI", "3.2x"), ("AVX2", "1.6x")] and "another, threads: 2" in card
+    (two_kinds / "comparison.json").write_text(pages[two_kinds / "comparison.json"])
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    words = words_of_report(tmp_path)
+    assert "(AVX-512 VNNI, 3.2 × as fast" in words and "all-MiniLM-L6-v2, AVX2. A single text" in words
+    assert "in FP32 and INT8, and its memory" in words  # with AVX2 no peak of bfloat16
+
+
+def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
+    shutil.rmtree(two_kinds / "benchmark")
+    family = run_comparison.read_family(two_kinds)
+    head, _, *lines = render_table(family.comparison).splitlines()
+    assert "p50 ms, AVX-512 VNNI" in head
+    (record,) = [one for one in family.records if (one.variant, one.format) == ("qat-int4", "onnx")]
+    (line,) = [line for line in lines if line.startswith("| qat-int4 ")]
+    assert f" {record.latency_ms.p50:.2f} |" in line
+    card = render_card(family.records, "qat-int4", "user/mine")
+    assert f"| qat-int4, ONNX Runtime | AVX-512 VNNI | {record.latency_ms.p50} |" in card
+
+
+def test_what_the_processor_has_no_instructions_for_is_left_out(on_avx2, artifact, quantized, capsys):
+    named = [(artifact, "onnx"), (artifact, "bf16"), (artifact, "bf16-compiled"), (artifact, "pytorch")]
+    assert contenders.leave_out_unfit(named) == [(artifact, "onnx"), (artifact, "pytorch")]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [f"{artifact}:bf16", f"{artifact}:bf16-compiled"]
+    assert all("bfloat16" in line for line in lines)
+    with pytest.raises(UserError, match="nothing is left"):
+        contenders.leave_out_unfit(named[1:2])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fits"),
+    [
+        ("quantization_config", {"quant_method": "torchao", "quant_type": "Int8DynamicActivationInt8Weight"}, False),
+        ("quantization_config", {"quant_method": "torchao", "quant_type": "Int8WeightOnly"}, True),
+        ("dtype", "bfloat16", False),
+    ],
+)
+def test_a_root_that_needs_missing_instructions_is_left_out(on_avx2, artifact, tmp_path, field, value, fits):
+    folder = copy_to_edit(artifact, tmp_path / "copy")
+    config = read_json(folder / "config.json") | {field: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    format = "nf4" if field == "dtype" else "torchao"
+    assert (contenders.find_obstacle(folder, format) is None) == fits
+
+
+def test_no_peak_is_made_up(on_avx2, artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "SIZE", 256)
+    monkeypatch.setattr(roofline, "COPIED_BYTES", 2**24)
+    result = {"artifacts": {}}
+    for precision in ("bfloat16", "int8"):
+        times = {"latency_ms": {"mean": 1.0}, "throughput_per_s": {"median": 100.0}}
+        result["artifacts"][precision] = {"scheme": {"weights": precision}, "precision": precision, **times}
+    roofline.add_roofline(result, (1e6, 1000), threads=1)
+    assert result["peaks"]["bfloat16_gop_per_s"] is None and result["peaks"]["float32_gop_per_s"] > 0
+    assert result["artifacts"]["bfloat16"]["roofline"] is None
+    assert result["artifacts"]["int8"]["roofline"]["batch_1"]["share"] > 0
+    monkeypatch.setattr(study_operators, "TEXTS", 8)
+    study_operators.main([f"{artifact}:onnx", "--threads", "1", "--results_dir", str(tmp_path)])
+    text = (tmp_path / "benchmark" / "operators.md").read_text()
+    assert "FP32 " in text and "BF16" not in text.split("Measured peaks")[1]
+
+
+def test_what_was_timed_is_kept_if_the_peaks_are_not_found(artifact, monkeypatch, tmp_path):
+    def interrupted(*words):
+        assert (tmp_path / "run.json").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_benchmark, "add_roofline", interrupted)
+    words = "--rounds 1 --texts 4 --batches 1 --strings 0 --cold_starts 0 --threads 1 --output run.json".split()
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark.main([f"{artifact}:onnx", *words])
+    assert read_json(tmp_path / "run.json")["artifacts"]["baseline:onnx"]["latency_ms"]["p50"] > 0
+
+
+def test_a_peer_that_dies_is_left_out_and_the_others_are_kept(artifact, capsys, monkeypatch):
+    texts, turns = build_rows(40)["text"], []
+    take_turn = benchmark.Worker.take_turn
+
+    def kill_the_second(worker, *words):
+        turns.append(worker.name)
+        if turns.count("peer") == 2 and worker.name == "peer":
+            os.kill(worker._process.pid, signal.SIGSEGV)
+        take_turn(worker, *words)
+
+    monkeypatch.setattr(benchmark.Worker, "take_turn", kill_the_second)
+    named = {"own": (artifact, "onnx"), "peer": (artifact, "pytorch"), "broken": (artifact / "nowhere", "onnx")}
+    measured = interleave(named, texts, SHORTLY, peers=["peer", "broken"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert list(measured) == ["own"] and len(lines) == 2
+    assert "broken" in lines[0] and "peer" in lines[1] and "SIGSEGV" in lines[1]
+    with pytest.raises(UserError, match="nothing is left"):
+        interleave({"broken": named["broken"]}, texts, SHORTLY, peers=["broken"])
+    turns.clear()
+    with pytest.raises(UserError, match="peer .*SIGSEGV"):  # what is no peer ends the run
+        interleave({"own": named["own"], "peer": named["peer"]}, texts, SHORTLY)
+
+
+def fail_or_die(folder, format, work):
+    """What stands for `make_contender` in the process that makes a peer."""
+    if format == "onnx-plain":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    raise TypeError("data type 'bfloat16' not understood")
+
+
+def test_a_peer_that_cannot_be_made_is_left_out(artifact, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contenders.shutil, "which", lambda name: None)
+    compiled, own = (artifact, "pytorch-compiled"), (artifact, "onnx")
+    assert contenders.make_contenders([compiled, own], tmp_path) == {own: own}
+    assert "needs a C++ compiler" in capsys.readouterr().out
+    monkeypatch.setattr(contenders, "make_contender", fail_or_die)
+    with pytest.raises(UserError, match="nothing is left"):
+        contenders.make_contenders([(artifact, "onnx-plain"), (artifact, "openvino-plain")], tmp_path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("left out: .*:onnx-plain cannot be made: the process that made it died", first)
+    assert re.fullmatch("left out: .*:openvino-plain cannot be made: .*'bfloat16' not understood", second)
+
+
+def test_pytorchs_dynamic_int8_is_scored_and_counted(artifact):
+    rows = build_rows(70)
+    names = ["warm", "cold", "none"]
+    labels = [names[label] for label in rows["label"]]
+    named = {"own": (artifact, "pytorch"), "peer": (artifact, contenders.DYNAMIC)}
+    measured = interleave(named, rows["text"], SHORTLY, peers=["peer"], labels=labels)
+    one = measured["peer"]
+    assert "quality" not in measured["own"]  # it has a record
+    assert one["precision"] == "int8" and one["scheme"]["quantized_layers"] == one["scheme"]["linear_layers"] == 14
+    assert one["scheme"]["weights"] == "int8 per-tensor" and one["scheme"]["embeddings"] == "float32"
+    assert one["quality"]["examples"] == 70 and one["quality"]["equal_labels"] > 0.9
+    low, high = one["quality"]["macro_f1_ci95"]
+    assert 0.5 < low <= one["quality"]["macro_f1"] <= high
+    worker = SimpleNamespace(_about={"labels": names})
+    assert benchmark.Worker.score(worker, ["a text"], ["another label"], None) is None
+
+
+def test_a_file_of_bfloat16_that_is_computed_in_float32_is_compared_with():
+    def timed(weights, precision, p50):
+        return {"scheme": {"weights": weights}, "precision": precision, "latency_ms": {"p50": p50}}
+
+    measured = {"int8": timed("int8 per-tensor", "int8", 1), "bf16": timed("bfloat16", "bfloat16", 2)}
+    assert benchmark.fastest_fp32(measured) == "int8"  # none computes in FP32
+    measured["clone"] = timed("bfloat16", "float32", 4)
+    assert benchmark.fastest_fp32(measured) == "clone"
+    assert benchmark.fastest_fp32(measured | {"fp32": timed("float32", "float32", 3)}) == "fp32"
+
+
+@pytest.mark.processes  # with its package: `make peers` installs what the tests of `make test` do without
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "gamma and beta"])
+def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_path, stored):
+    source = copy_to_edit(artifact, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    if stored == "bfloat16":
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    elif stored == "gamma and beta":  # as Transformers 5 names them where it saves what it has loaded
+        new = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        tensors = {
+            re.sub(r"LayerNorm\.\w+$", lambda found: new.get(found[0], found[0]), n): t for n, t in tensors.items()
+        }
+        assert sum(name.endswith("LayerNorm.gamma") for name in tensors) == 5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made = contenders.make_contenders([(source, "ctranslate2")], tmp_path)  # in a process of its own
+    folder, format = made[source, "ctranslate2"]
+    assert not (folder / "model.safetensors").exists()  # the floats are no part of what it serves
+    plain, texts = open_artifact(source, "pytorch", threads=1), build_rows(70)["text"]
+    expected = plain.logits(plain.encode(texts))
+    peer = EmotionClassifier(folder, format, 2, contenders.open_contender)
+    agree = [one["label"] for one in peer.classify(texts)] == [peer.labels[row] for row in expected.argmax(axis=-1)]
+    assert agree and np.corrcoef(peer.logits(texts).ravel(), expected.ravel())[0, 1] > 0.99
+    scheme = contenders.describe_contender(peer.runtime, folder, format)
+    assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)  # 6 per layer; the head is in floats
+    assert scheme["embeddings"] == "int8 per-row" and scheme["weights"] == "int8 per-channel"
+    (file,) = (folder / format).glob("model*")
+    assert (
+        file.stat().st_size < contenders.bytes_of(folder, format) < sum(files_to_serve(artifact, "pytorch").values())
+    )
+
+
+def test_ctranslate2_says_which_encoders_it_cannot_convert(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mpnet"}')
+    with pytest.raises(UserError, match="'mpnet', only bert, distilbert, roberta"):
+        ctranslate2_peer.convert(tmp_path, tmp_path / "made")
+
+
+def test_a_peer_that_is_not_installed_is_left_out(artifact, monkeypatch, capsys):
+    monkeypatch.setattr(ctranslate2_peer, "is_installed", lambda: False)
+    named = [(artifact, "onnx"), (artifact, "ctranslate2")]
+    assert contenders.leave_out_unfit(named) == named[:1]
+    assert "make peers" in capsys.readouterr().out
