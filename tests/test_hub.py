@@ -38,7 +38,7 @@ def waits(monkeypatch):
     waited = []
     for module in (hub_requests, _http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
-    for name, value in (("TIMEOUT_S", 0.2), ("PATIENCE_S", 0.3), ("GRACE_S", 0.2), ("LARGEST_ANSWER", 1_000_000)):
+    for name, value in (("TIMEOUT_S", 0.2), ("GRACE_S", 0.2), ("LARGEST_ANSWER", 1_000_000)):
         monkeypatch.setattr(hub_requests, name, value)
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.5)
@@ -113,26 +113,26 @@ def test_the_wait_that_is_asked_for_is_kept_and_bounded(method, headers, waited,
     [
         ("POST /objects/batch", (200, QUOTA), "private storage limit reached"),
         ("POST /objects/batch", 403, "may not do that with user/model .the server was told"),
-        ("POST /objects/batch", 413, "takes no more for user/model .status 413"),
-        ("PUT /lfs/", 507, "takes no more for user/model .status 507"),
+        ("POST /objects/batch", 413, "status 413"),
+        ("PUT /lfs/", 507, "status 507"),
         ("PUT /lfs/", 401, "does not know this token"),
         ("POST /commit/", 401, "does not know this token"),
         ("POST /preupload/", (403, b"quota\nof the \x1b[2J" + WRITE.encode()), "quota of the .2J.the token."),
-        ("POST /preupload/", (418, b"x" * 9999, {"Content-Type": "text/plain"}), "refused .status 418.: x+ ...$"),
+        ("POST /preupload/", (418, b"x" * 9999, {"Content-Type": "text/plain"}), "status 418. .x+ ...$"),
         ("POST /preupload/", (400, ["a list"]), "status 400"),
-        ("POST /repos/create", (200, b"<html>Sign in</html>"), "is of no use"),
+        ("POST /repos/create", (200, b"<html>Sign in</html>"), "no useful answer"),
         (
             "POST /repos/create",
             (409, b"Cannot create repo: another conflicting operation is in progress"),
-            "gives no useful answer",
+            "no useful answer",
         ),
-        ("GET /api/models/", (200, ["a list"]), "is of no use"),
+        ("GET /api/models/", (200, ["a list"]), "no useful answer"),
         ("GET /api/models/", "endless", "is larger than"),
-        ("POST /preupload/", (200, {}), "is of no use"),
-        ("POST /preupload/", (200, None), "is of no use"),
-        ("POST /preupload/", (302, b""), "is of no use"),
-        ("POST /preupload/", "hang", "broke|gives no useful answer"),
-        ("PUT /lfs/", "hang", "broke|gives no useful answer"),
+        ("POST /preupload/", (200, {}), "no useful answer"),
+        ("POST /preupload/", (200, None), "no useful answer"),
+        ("POST /preupload/", (302, b""), "no useful answer"),
+        ("POST /preupload/", "hang", "no useful answer"),
+        ("PUT /lfs/", "hang", "no useful answer"),
         ("POST /commit/", (200, {"success": True}), None),  # the commit is not made: the second try finds that out
     ],
 )
@@ -149,13 +149,6 @@ def test_what_a_publisher_is_told(request_, action, message, hub, waits, capsys)
     check_line(str(caught.value))
     assert WRITE not in capsys.readouterr().err and time.monotonic() - start < 20
     assert REPOSITORY not in hub.repositories or len(hub.repositories[REPOSITORY].commits) == 1
-
-
-def test_large_files_go_through_the_client_that_is_watched(hub, waits, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    publish()
-    assert is_whole(fetch()) and not any("xet" in path for _, path in hub.requests)
-    assert constants.HF_HUB_DISABLE_XET is False  # as the caller had it
 
 
 def test_a_repository_of_something_else_is_left_alone(hub, waits):
@@ -210,22 +203,22 @@ def test_what_passes_is_fetched_again(fault, hub, waits):
     ("request_", "action", "message"),
     [
         ("HEAD config.json", (404, {}, {"ETag": 'W/"2-a/b+c="'}), "no repository user/model on the Hub"),
-        ("HEAD config.json", {"ETag": None}, "is of no use.*ETag"),
+        ("HEAD config.json", {"ETag": None}, "no useful answer.*ETag"),
         ("HEAD config.json", {"ETag": '"../../../outside"'}, "ETag cannot be"),
-        ("HEAD config.json", {"X-Linked-ETag": "/outside"}, "X-Linked-Etag cannot be"),
+        ("HEAD config.json", {"X-Linked-ETag": "/outside"}, "X-Linked-ETag cannot be"),
         ("HEAD config.json", {"X-Repo-Commit": "../outside"}, "X-Repo-Commit cannot be"),
         ("HEAD tokenizer.json", {"X-Repo-Commit": "0" * 40}, "X-Repo-Commit cannot be"),
-        ("HEAD config.json", (200, b"<html>Sign in</html>"), "is of no use"),
-        ("HEAD config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "gives no useful answer"),
-        ("HEAD config.json", (302, b""), "is of no use"),
-        ("HEAD config.json", "hang", "broke|gives no useful answer"),
+        ("HEAD config.json", (200, b"<html>Sign in</html>"), "no useful answer"),
+        ("HEAD config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "no useful answer"),
+        ("HEAD config.json", (302, b""), "no useful answer"),
+        ("HEAD config.json", "hang", "no useful answer"),
         (
             "GET config.json",
             (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}),
-            "broke .ConnectError at 127.0.0.1",
+            "ConnectError|127.0.0.1/nowhere",
         ),
-        ("GET config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "broke"),
-        ("GET model_quantized.onnx", "cut", "broke"),
+        ("GET config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "no useful answer"),
+        ("GET model_quantized.onnx", "cut", "no useful answer"),
         ("GET model_quantized.onnx", "trickle", "fewer than 1,000 bytes a second"),
         ("GET model_quantized.onnx", "endless", "larger than"),
         ("GET model_quantized.onnx", "shorter", "Consistency check failed"),

@@ -1,35 +1,35 @@
 """Requests to the Hub: each wait has an end, what may pass is tried again, and an error becomes one line.
 
 `huggingface_hub` retries, resumes and compares lengths. Left to this module: most requests to its API have no timeout,
-it waits as long as a server asks and follows redirects without end, and it names files in its cache after headers.
-No HTTP library is imported: version 1 builds on `httpx`, version 2 on `httpx2`, and their clients are alike.
+it waits as long as a server asks, follows redirects without end, and names files in its cache after headers. Both its
+HTTP libraries, `httpx` in version 1 and `httpx2` in version 2, have clients with the hooks that are used here.
 """
 
 import contextlib
-import math
 import re
 import sys
 import threading
 import time
+from collections import Counter
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
-from emotion.common.errors import LONGEST_REASON, UserError, mask_token
+from emotion.common.errors import LONGEST_REASON, UserError, mask_token, raised_by
 
 from huggingface_hub import constants
-from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
 LONGEST_WAIT_S = 120  # between two attempts, whatever the Hub asks for
 TIMEOUT_S = 60  # for each step of a request that huggingface_hub sets none for
-PATIENCE_S = 20  # for which a request that has failed is repeated
+MOST_TRIES = 5  # of one request in an attempt: 15 s of a Hub that answers 500
 LOWEST_RATE, GRACE_S = 1000, 30  # bytes a second that a body must come with on average, after so many seconds
 LARGEST_ANSWER = 100_000_000  # bytes, of what is no file of an announced length; answers are read into memory
 
 
 class UselessAnswerError(Exception):
-    """The Hub gives no answer of use; no class that huggingface_hub would catch, to ask for more of the same."""
+    """What huggingface_hub would repeat or read without end; no class that it would catch."""
 
 
 def endpoint_answers() -> bool:
@@ -74,29 +74,25 @@ class Requests:
     """Bounds the requests of one call of `ask_hub`.
 
     Attributes:
-        exhausted: whether a request failed for `PATIENCE_S`.
+        exhausted: whether huggingface_hub has repeated a request `MOST_TRIES` times.
     """
 
     def __init__(self):
         self.exhausted = False
         self._reported = False
-        self._detail = ""  # of the last failure
-        self._failing = {}  # request that has no useful answer yet -> when it was first repeated
+        self._status = "none"  # of the last answer
+        self._tries = Counter()  # request -> how often it was asked without an answer of use
 
     @contextlib.contextmanager
     def bounded(self):
         """While the block runs, the client of huggingface_hub calls the methods below."""
         hooks = get_session().event_hooks
-        self._failing.clear()
+        self._tries.clear()
         hooks["request"].append(self._before)
         hooks["response"].append(self._after)
-        # Xet sends large files through a client of its own, which is silent for minutes where the Hub fails. Every
-        # repository takes and gives them by plain HTTP too.
-        xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
         try:
             yield
         finally:
-            constants.HF_HUB_DISABLE_XET = xet
             hooks["request"].remove(self._before)
             hooks["response"].remove(self._after)
 
@@ -106,20 +102,18 @@ class Requests:
         print(line, file=sys.stderr)
 
     def _before(self, request) -> None:
-        """Sets timeouts, and ends the repetition of a request by huggingface_hub or by a redirect."""
-        key, now = _key(request), time.monotonic()
-        if key in self._failing:
-            self._failing[key] = first = min(now, self._failing[key])
-            reason = f"the Hub gives no useful answer to {request.method} {request.url.path}{self._detail}"
-            if now - first > PATIENCE_S:
-                self.exhausted = True
-                raise UselessAnswerError(reason)
-            if not self._reported:
-                self.report(mask_token(f"{reason}; trying again"))
-        self._failing.setdefault(key, math.inf)
-        most_s = constants.HF_HUB_ETAG_TIMEOUT if request.method == "HEAD" else math.inf
+        """Sets timeouts; raises `UselessAnswerError` where repeating a request would go on for too long."""
+        tries = self._tries[_key(request)]
+        self._tries[_key(request)] += 1
+        where = f"{request.method} {request.url.host}{request.url.path}, last status {self._status}"
+        self.exhausted |= tries >= MOST_TRIES
+        if self.exhausted:
+            raise UselessAnswerError(f"{where}, {MOST_TRIES} times")
+        if tries and not self._reported:
+            self.report(mask_token(f"no useful answer of the Hub to {where}; trying again"))
+        most_s = constants.HF_HUB_ETAG_TIMEOUT if request.method == "HEAD" else TIMEOUT_S
         timeouts = request.extensions["timeout"]
-        request.extensions["timeout"] = {step: min(time_s or TIMEOUT_S, most_s) for step, time_s in timeouts.items()}
+        request.extensions["timeout"] = {step: min(time_s or most_s, most_s) for step, time_s in timeouts.items()}
 
     def _after(self, response) -> None:
         """Looks at an answer's headers, before its body is read.
@@ -128,15 +122,14 @@ class Requests:
             FileMetadataError: for headers that cannot be true; huggingface_hub then takes the file from its cache.
             HfHubHTTPError: if the Hub asks for a pause, which huggingface_hub would not heed, or take in silence.
         """
-        pause_s = requested_pause(response)
-        if is_final(response) or pause_s:
-            self._failing.pop(_key(response.request), None)
-        else:
-            self._detail = f" (status {response.status_code})"
-        if pause_s:
+        self._status = response.status_code
+        if requested_pause(response):
             hf_raise_for_status(response)
-        if response.request.method == "HEAD":
-            check_cache_headers(response)
+        # Of what huggingface_hub takes as the last answer: errors and redirections have ETags of their own.
+        if response.is_success or response.headers.get("Location", "").startswith(("http", "//")):
+            del self._tries[_key(response.request)]
+            if response.request.method == "HEAD":
+                check_cache_headers(response)
         response.iter_raw = bound_body(response)
 
 
@@ -144,19 +137,11 @@ def _key(request) -> tuple:
     return threading.get_ident(), request.method, str(request.url)
 
 
-def is_final(response) -> bool:
-    """Whether huggingface_hub takes what an answer's headers say, and asks no more."""
-    return response.is_success or response.headers.get("Location", "").startswith(("http", "//"))
-
-
 def check_cache_headers(response) -> None:
-    """Raises `FileMetadataError` if a header by which the cache names a folder or a file cannot be what it should."""
+    """Raises `FileMetadataError` if a header would name a file outside of the cache, or of another commit."""
     asked = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
-    forms = {constants.HUGGINGFACE_HEADER_X_REPO_COMMIT: asked[1] if asked else "[0-9a-f]{40}"}
-    if is_final(response):  # errors and redirections have ETags of their own
-        linked = constants.HUGGINGFACE_HEADER_X_LINKED_ETAG
-        # A path would put the file wherever the other side likes.
-        forms[linked if linked in response.headers else "ETag"] = r'(W/)?"?\w[\w.-]*"?'
+    etag = r'(W/)?"?\w[\w.-]*"?'
+    forms = {"X-Repo-Commit": asked[1] if asked else "[0-9a-f]{40}", "X-Linked-ETag": etag, "ETag": etag}
     for name, form in forms.items():
         value = response.headers.get(name)
         if value is not None and not re.fullmatch(form, value):  # huggingface_hub itself asks for those that it needs
@@ -166,18 +151,17 @@ def check_cache_headers(response) -> None:
 def bound_body(response):
     """A replacement of ``response.iter_raw``, which raises where a body comes too slowly or without end."""
     read, start = response.iter_raw, time.monotonic()
-    is_file = response.request.method == "GET" and "/api/" not in response.request.url.path
     # The client itself holds a body to the length that was announced.
-    largest = math.inf if is_file and "Content-Length" in response.headers else LARGEST_ANSWER
+    is_file = "/api/" not in response.request.url.path and "Content-Length" in response.headers
 
     def iter_raw(chunk_size: int | None = None):
         size = 0
         for chunk in read(chunk_size):
             size += len(chunk)
-            if size > largest:
-                raise UselessAnswerError(f"an answer of the Hub is larger than {largest:,} bytes")
+            if not is_file and size > LARGEST_ANSWER:
+                raise UselessAnswerError(f"an answer is larger than {LARGEST_ANSWER:,} bytes")
             if time.monotonic() - start > GRACE_S + size / LOWEST_RATE:
-                raise UselessAnswerError(f"the Hub sends fewer than {LOWEST_RATE:,} bytes a second")
+                raise UselessAnswerError(f"fewer than {LOWEST_RATE:,} bytes a second")
             yield chunk
 
     return iter_raw
@@ -204,59 +188,46 @@ def summarize(error: BaseException, repo_id: str) -> tuple[bool, str | None, flo
         Whether it may pass by itself; its meaning in one line, None for an error of this program; the seconds that the
         Hub asks to wait.
     """
-    # What the library could not get, or where it failed to read a refusal's body, is told by the cause.
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    for one in chain:
+    for one in chain:  # the cause of others, where the library looked into its cache, or failed to read a refusal
         if response := getattr(one, "response", None):
             return *summarize_status(one, response.status_code, repo_id), requested_pause(response)
-    for one in chain:
-        if isinstance(one, UselessAnswerError):
-            return True, one_line(str(one)), 0
-        if type(one).__module__.startswith("httpx"):
-            name = f"{type(one).__name__} at {one.request.url.host}"
-            return type(one).__name__ != "ConnectError", one_line(f"the connection to the Hub broke ({name})"), 0
-    if isinstance(error, HFValidationError):
-        return False, one_line(f"'{repo_id}' is no name for a repository"), 0
-    if isinstance(error, LocalEntryNotFoundError) and not error.__cause__:  # the cache alone was asked
-        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
-        return False, f"{repo_id} is not whole in the cache, and {why}", 0
-    if isinstance(error, OSError) and error.errno:
+    ours = UselessAnswerError | FileMetadataError | LocalEntryNotFoundError
+    if raised_by(error) == "emotion" and not isinstance(error, ours):
+        return False, None, 0
+    if isinstance(error, LocalEntryNotFoundError):
+        if not error.__cause__:  # the cache alone was asked
+            why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
+            return False, f"{repo_id} is not whole in the cache, and {why}", 0
+        error = error.__cause__
+    elif isinstance(error, OSError) and error.errno:
         place = f"downloads go to {constants.HF_HUB_CACHE}, and HF_HOME names another place"
         return False, one_line(f"{error.filename or 'the disk'}: {error.strerror}; {place}"), 0
-    if is_of_library(error):
-        root = chain[1] if isinstance(error, LocalEntryNotFoundError) else error
-        reason = f"the answer of {constants.ENDPOINT} is of no use ({type(root).__name__}: {root})"
-        return not isinstance(root, ValueError), one_line(reason), 0  # a card is refused, a body is no JSON
-    return False, None, 0
+    name = type(error).__name__
+    # Nothing listens there, or the library refuses what it was given or was told.
+    passing = name != "ConnectError" and not isinstance(error, ValueError)
+    return passing, one_line(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
 
 
 def summarize_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[bool, str]:
     """Whether a refusal of the Hub may pass by itself, and its meaning in one line."""
     message = getattr(error, "server_message", None)
     detail = f" ({message})" if message else ""
-    if status in {413, 507}:  # too large, or no space left: a quota
-        return False, one_line(f"the Hub takes no more for {repo_id} (status {status}){detail}; free some space there")
-    if status in {408, 429} or status >= 500:  # too slow, too many requests, or a failure on the Hub's side
-        return True, f"the Hub is busy or failing (status {status})"
     # 401 stands for a missing repository too: the Hub does not tell a stranger which private ones there are.
     reasons = {
         401: f"the Hub does not know this token, or {repo_id} is not there; run `hf auth login` again",
         403: f"this token may not do that with {repo_id}{detail}; take one that may",
         404: f"no repository {repo_id} on the Hub, or no file of that name in it",
+        413: f"a file is too large for {repo_id} (status 413){detail}",
+        507: f"{repo_id} has no space left (status 507){detail}; free some",
     }
-    return False, one_line(reasons.get(status, f"the Hub refused (status {status}): {message or error}"))
-
-
-def is_of_library(error: BaseException) -> bool:
-    """Whether an error comes out of huggingface_hub, which reads answers as if they had the right form."""
-    frame = error.__traceback__
-    while frame:
-        if frame.tb_frame.f_globals.get("__name__", "").startswith("huggingface_hub"):
-            return True
-        frame = frame.tb_next
-    return False
+    passing = status not in reasons and (status in {408, 429} or status >= 500)
+    other = (
+        f"the Hub is busy or failing (status {status})" if passing else f"the Hub refuses (status {status}){detail}"
+    )
+    return passing, one_line(reasons.get(status, other))
 
 
 def one_line(text: str) -> str:
