@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import mutations_hub
 from conftest import run_script, seeds_for
-from emotion.common import hub_requests
+from emotion.common import command, hub_requests
 from emotion.common.errors import UserError
 from emotion.model import hub as hub_module
 from hub_server import WRITE, Fault, Repository
@@ -284,6 +284,28 @@ def test_a_cache_that_cannot_be_written_is_named(hub, waits, tmp_path, monkeypat
     done = predict(hub, tmp_path, "0", monkeypatch)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert re.search(r"taken.*HF_HOME names another place", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_no_command_shows_the_token(traceback, hub, capsys, monkeypatch):
+    """Whatever library was asked: a server may send back what it was sent."""
+    monkeypatch.setenv(command.TRACEBACK_VARIABLE, traceback)
+
+    def main():
+        raise UserError(f"the Hub says: {WRITE} is no token")
+
+    with pytest.raises(SystemExit):
+        command.run(main)
+    printed = capsys.readouterr().err
+    assert "is no token" in printed and WRITE not in printed and ("Traceback" in printed) == bool(traceback)
+
+
+def test_a_failing_hub_is_given_up_soon_and_not_in_silence(hub, waits, capsys):
+    hold(hub)
+    hub.faults.append(Fault("HEAD", "config.json", 500, times=FOREVER))
+    with pytest.raises(UserError, match="status 500"):
+        fetch()
+    assert 0 < sum(waits) <= 30 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 # Whatever else

@@ -66,7 +66,8 @@ class RowReader:
     def __init__(self, source: Source):
         self._source = source
         self._ends = list(accumulate(file.rows for file in source.files))
-        self._position, self._stream = 0, None  # the stream stands before this row
+        # The stream stands before this row; the rest of a batch that it has given already comes first.
+        self._position, self._stream, self._rest = 0, None, None
 
     def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         """Yields the rows from ``start`` to before ``stop``, in batches of any size.
@@ -79,15 +80,14 @@ class RowReader:
         on = here == there and self._position < start and self._source.kind != "parquet"
         if not self._stream or not (on or self._position == start):
             before = self._ends[there] - self._source.files[there].rows
-            self._stream, self._position = self._batches(there, start - before), start
+            self._stream, self._rest, self._position = self._batches(there, start - before), None, start
         while self._position < stop:
-            batch = next(self._stream)
-            skipped = min(start - self._position, len(batch)) if self._position < start else 0
+            batch = self._rest or next(self._stream)
+            skipped = max(0, min(start - self._position, len(batch)))
             taken = batch.slice(skipped, stop - self._position - skipped)
+            self._rest = batch.slice(skipped + len(taken))  # false if it has no rows
             self._position += skipped + len(taken)
-            if skipped + len(taken) < len(batch):
-                self._stream = chain([batch.slice(skipped + len(taken))], self._stream)
-            if len(taken):
+            if taken:
                 yield taken
 
     def _batches(self, first: int, start: int) -> Iterator[pa.RecordBatch]:

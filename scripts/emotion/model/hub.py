@@ -94,7 +94,7 @@ def upload(
     """
     from emotion.common.hub_requests import ask_hub, endpoint_answers, one_line
 
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     check_can_publish(repo_id)
     if not endpoint_answers():
@@ -119,7 +119,9 @@ def upload(
         if present - MADE_BY_HUB and not any(name.startswith(marker) for name in present):
             raise UserError(f"{repo_id} holds something else (no {marker} in it); name another repository")
         # One commit for all: a reader never finds new weights beside an old card. The Hub makes none of no changes.
-        operations = _operations(files, present)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        # The Hub writes .gitattributes itself, and large files need it.
+        operations += [CommitOperationDelete(name) for name in sorted(present - files.keys() - {".gitattributes"})]
         commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
         # The Hub leaves out, without a word, what a .gitignore in the repository names.
         taken = {file.rfilename for file in api.repo_info(repo_id, repo_type=repo_type).siblings}
@@ -128,19 +130,6 @@ def upload(
         return one_line(commit.commit_url)
 
     return ask_hub(attempt, repo_id)
-
-
-def _operations(files: dict[str, Path | bytes], present: set[str]) -> list:
-    """The operations of a commit after which a repository that holds the files ``present`` holds ``files`` alone."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    operations = []
-    for name, content in files.items():
-        operations.append(CommitOperationAdd(name, content))
-    # The Hub writes .gitattributes itself, and large files need it.
-    for name in sorted(present - files.keys() - {".gitattributes"}):
-        operations.append(CommitOperationDelete(name))
-    return operations
 
 
 def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
