@@ -7,7 +7,6 @@ from hub_server import WRITE, Fault, Hub
 REQUESTS = (
     ("POST", "/api/repos/create"),
     ("GET", "/api/models/"),
-    ("GET", "/tree/"),
     ("POST", "/validate-yaml"),
     ("POST", "/preupload/"),
     ("POST", "/objects/batch"),

@@ -390,11 +390,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"a.jsonl": b'[{"text": "red"}]'}, ["a.jsonl", "out"], "a.jsonl cannot be read: .*one object per line"),
         ({"a.jsonl": b'{"text": "r", "text": "b"}'}, ["a.jsonl", "out"], "a.jsonl .* line 1: 'text' is there twice"),
         ({"a.jsonl": b'{"text": "r", "n": 12345678901234567890}'}, ["a.jsonl", "out"], "a.jsonl .* 64 bits"),
-        (
-            {"a.jsonl": b'{"text": "", "n": 9007199254740993}\n{"n": 0.5}'},
-            ["a.jsonl", "out"],
-            "a.jsonl cannot be read",
-        ),
+        ({"a.jsonl": b'{"text": "", "n": 9007199254740993}\n{"n": 0.5}'}, ["a.jsonl", "out"], "a.jsonl .* 900719"),
         ({"a.jsonl": b'{"text": ' + b"[" * 8000 + b"]" * 8000 + b"}"}, ["a.jsonl", "out"], "a.jsonl .* line 1"),
         ({"a.jsonl": b'{"n": ' + b"[" * 40 + b"]" * 40 + b', "text": ""}'}, ["a.jsonl", "out"], "column n .* nested"),
         ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl", "out"], "column text of a.jsonl holds int64, no texts"),
