@@ -22,8 +22,8 @@ import run_ptq  # noqa: E402
 import run_qat  # noqa: E402
 import run_qlora  # noqa: E402
 import study_qlora  # noqa: E402
+from emotion.common import hub_requests  # noqa: E402
 from emotion.measure import seeds  # noqa: E402
-from emotion.model import hub as hub_module  # noqa: E402
 from emotion.task.dataset import DEFAULT_DATASET, load_task  # noqa: E402
 from emotion.task.source import EMBEDDED_MODEL  # noqa: E402
 from hub_server import WRITE, running_hub  # noqa: E402
@@ -342,7 +342,7 @@ def hub(shared_hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_module, "WAITS_S", (0, 0, 0))
+    monkeypatch.setattr(hub_requests, "WAITS_S", (0, 0, 0))
     return shared_hub
 
 

@@ -7,7 +7,6 @@ from hub_server import WRITE, Fault, Hub
 REQUESTS = (
     ("POST", "/api/repos/create"),
     ("GET", "/api/models/"),
-    ("GET", "/tree/"),
     ("POST", "/validate-yaml"),
     ("POST", "/preupload/"),
     ("POST", "/objects/batch"),
@@ -20,29 +19,8 @@ REQUESTS = (
     ("GET", "tokenizer.json"),
     ("GET", "model_quantized.onnx"),
 )
-STATUSES = (
-    204,
-    206,
-    300,
-    302,
-    304,
-    400,
-    401,
-    402,
-    403,
-    404,
-    408,
-    409,
-    413,
-    416,
-    418,
-    422,
-    429,
-    451,
-    500,
-    502,
-    503,
-    507,
+STATUSES = tuple(
+    map(int, "204 206 300 302 304 400 401 402 403 404 408 409 413 416 418 422 429 451 500 502 503 507".split())
 )
 BODIES = (
     b"",

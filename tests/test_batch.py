@@ -64,9 +64,8 @@ def read(output: Path) -> pa.Table:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """All that a job leaves, the lock aside."""
-    found = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if name != ".lock"}
+    """All that a job leaves."""
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def encode(kind: str, texts: list) -> bytes:
@@ -179,16 +178,16 @@ def test_hostile_texts_come_out_once(kind, artifact, tmp_path):
     assert counts["cut"] == 3
 
 
-def test_half_a_character_in_json_is_replaced(artifact, tmp_path):
-    lines = [json.dumps({"text": text}) for text in ("red", "red \ud83d sky", "", "blue")]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+def test_half_a_character_and_bytes_that_are_no_utf8_in_json_are_replaced(artifact, tmp_path):
+    lines = [json.dumps({"text": text}).encode() for text in ("red", "red \ud83d sky", "", "blue \N{PILE OF POO}")]
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n".join([*lines, b'{"text": "blue \xff"}']))
     answers = read(call(tmp_path / "a.jsonl", tmp_path / "out", model=artifact))
-    assert answers["status"].to_pylist() == ["ok", "replaced", "empty", "ok"]
-    assert answers["text"].to_pylist()[1].startswith("red \ufffd")
+    assert answers["status"].to_pylist() == ["ok", "replaced", "empty", "ok", "replaced"]
+    assert answers["text"].to_pylist()[1:] == ["red \ufffd sky", "", "blue \N{PILE OF POO}", "blue \ufffd"]
 
 
 def test_json_lines_of_different_shapes_have_one_schema(artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK", 50)  # so that each line is a block
+    monkeypatch.setattr(rows, "BATCH_ROWS", 1)
     lines = [
         {"text": "red", "n": 1, "day": "2026-01-01"},
         {"n": 2.5, "text": None, "list": [1], "day": "now"},
@@ -209,7 +208,7 @@ def test_an_empty_line_of_a_csv_with_one_column_is_a_row(artifact, tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
 def test_any_range_is_read(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK", 3000)
+    monkeypatch.setattr(rows, "BATCH_SIZE", 3000)
     names = []
     for start, stop in [(0, 250), (250, 250), (250, 400), (400, COUNT)]:  # the second one has no rows
         names.append(str(tmp_path / f"{len(names)}.{kind}"))
@@ -261,12 +260,15 @@ def test_shards_of_text(format, artifact, tmp_path):
     table = pa.table(
         {"text": texts, "n": [1.5, float("nan"), None, 2.0], "day": pa.array([0, 1, None, 3], pa.date32())}
     )
+    if format == "jsonl":
+        table = table.append_column("list", [[[{"n": float("inf")}], [{"n": 1.5}], None, []]])
     pq.write_table(table, tmp_path / "a.parquet")
     output = call(tmp_path / "a.parquet", tmp_path / "out", model=artifact, output_format=format)
     content = (output / f"part-00000.{format}").read_text(encoding="utf-8")
     if format == "jsonl":
         answers = [json.loads(line) for line in content.splitlines()]
-        assert [answer["n"] for answer in answers] == [1.5, None, None, 2.0]
+        assert [answer["n"] for answer in answers] == [1.5, None, None, 2.0] and "NaN" not in content
+        assert [answer["list"] for answer in answers] == [[{"n": None}], [{"n": 1.5}], None, []]
         assert [answer["text"] for answer in answers] == texts and answers[0]["day"] == "1970-01-01"
     else:
         answers = list(csv.DictReader(io.StringIO(content)))
@@ -315,7 +317,7 @@ def stop_in_the_middle(output: Path) -> None:
     for number in (1, 2):
         (output / f"part-0000{number}.parquet").unlink()
         (output / ".done" / f"part-0000{number}.json").unlink()
-    (output / ".part-00001.parquet.99.partial").write_bytes(b"half")
+    (output / ".part-00001.parquet.partial").write_bytes(b"half")
     manifest = read_json(output / "_manifest.json") | {"complete": False}
     (output / "_manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"}))
 
@@ -375,15 +377,22 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
-        ({"a.csv": b""}, ["a.csv", "out"], "a.csv cannot be read: Empty CSV file"),
+        ({"a.csv": b""}, ["a.csv", "out"], "a.csv cannot be read: it is empty"),
         ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv has no column 'text'; it has t, n"),
         ({"a.csv": b"text\nr\n"}, ["a.csv", "out", "--keep_columns", "n"], "a.csv has no column 'n'; it has text"),
         ({"a.csv": b"text,text\nred,1\n"}, ["a.csv", "out"], "a.csv has two columns 'text'"),
         ({"a.csv": b"text,label\nred,1\n"}, ["a.csv", "out"], "the input has a column label .* --prefix predicted_"),
-        ({"a.csv": b"n,text\n1,a\n1,b,c\n"}, ["a.csv", "out"], "a.csv cannot be read: .* Expected 2 columns, got 3"),
-        ({"a.csv": b'text\n"red\n' + b"x" * 1000}, ["a.csv", "out"], "longer than .* or a quote is never closed"),
+        ({"a.csv": b"n,text\n1,a\n1,b,c\n"}, ["a.csv", "out"], "a.csv .* line 3: expected 2 columns, got 3"),
+        ({"a.csv": b'n,text\n1,r\n2,"red\n3,r\n'}, ["a.csv", "out"], "line 3: a quote is never closed"),
+        ({"a.csv": b'text\n"red\n' + b"x\n" * 1000}, ["a.csv", "out"], "line 2: field larger than"),
+        ({"a.txt": b"red\n" + b"x" * 1000}, ["a.txt", "out"], "line 2 is longer than 300"),
         ({"in/a.csv": b"text\nr\n", "in/b.csv": b"n,text\n1,r\n"}, ["in", "out"], "b.csv .* the columns n;"),
         ({"a.jsonl": b'[{"text": "red"}]'}, ["a.jsonl", "out"], "a.jsonl cannot be read: .*one object per line"),
+        ({"a.jsonl": b'{"text": "r", "text": "b"}'}, ["a.jsonl", "out"], "a.jsonl .* line 1: 'text' is there twice"),
+        ({"a.jsonl": b'{"text": "r", "n": 12345678901234567890}'}, ["a.jsonl", "out"], "a.jsonl .* 64 bits"),
+        ({"a.jsonl": b'{"text": "", "n": 9007199254740993}\n{"n": 0.5}'}, ["a.jsonl", "out"], "a.jsonl .* 900719"),
+        ({"a.jsonl": b'{"text": ' + b"[" * 8000 + b"]" * 8000 + b"}"}, ["a.jsonl", "out"], "a.jsonl .* line 1"),
+        ({"a.jsonl": b'{"n": ' + b"[" * 40 + b"]" * 40 + b', "text": ""}'}, ["a.jsonl", "out"], "column n .* nested"),
         ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl", "out"], "column text of a.jsonl holds int64, no texts"),
         ({"a.jsonl": b'{"n": 5}'}, ["a.jsonl", "out"], "a.jsonl has no column 'text'; it has n"),
         ({"a.parquet": b"PAR1 it is not"}, ["a.parquet", "out"], "a.parquet cannot be read"),
@@ -391,7 +400,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
     ],
 )
 def test_what_cannot_be_done_is_said(files, words, message, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK", 300)
+    monkeypatch.setattr(rows, "LONGEST_VALUE", 300)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -409,7 +418,7 @@ def test_ray_is_an_extra(artifact, table, tmp_path, monkeypatch):
 
 def test_two_at_once_are_refused(artifact, table, tmp_path):
     output = call(table, tmp_path / "out", model=artifact)
-    with FileLock(output / ".lock"), pytest.raises(UserError, match="another run is writing into"):
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="another process is writing"):
         call(table, output, model=artifact)
 
 

@@ -58,8 +58,7 @@ def words(texts: Path, output: Path, artifact: Path, *more) -> list[str]:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    found = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if name != ".lock"}
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def start(texts: Path, output: Path, artifact: Path, shards: int) -> subprocess.Popen:

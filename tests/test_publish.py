@@ -402,7 +402,7 @@ def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):
     [
         (None, "0", "no repository user/nowhere|user/nowhere is not there"),
         ("http://127.0.0.1:9", "0", "cannot be reached"),
-        (None, "1", "HF_HUB_OFFLINE keeps this program|not in the cache"),
+        (None, "1", "HF_HUB_OFFLINE is set"),
     ],
 )
 def test_a_repository_that_cannot_be_had_is_said(endpoint, offline, message, hub, monkeypatch):

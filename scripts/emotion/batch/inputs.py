@@ -95,7 +95,10 @@ def local_path(name: str) -> Path:
     """Where a file lies on this machine; one of the Hub is fetched first, unless it is here already."""
     if not name.startswith(ON_THE_HUB):
         return Path(name)
+    from emotion.common.hub_requests import ask_hub
+
     from huggingface_hub import hf_hub_download, parse_hf_uri
 
-    place = parse_hf_uri(name)
-    return Path(hf_hub_download(place.id, place.path_in_repo, repo_type=place.type, revision=place.revision))
+    uri = parse_hf_uri(name)
+    file = {"filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
+    return Path(ask_hub(lambda: hf_hub_download(uri.id, **file), uri.id))

@@ -1,4 +1,4 @@
-"""The output folder of a job: what was asked, what is done, and a lock; a second call goes on or is refused."""
+"""The output folder of a job: what was asked, and what is done; a second call goes on or is refused."""
 
 import contextlib
 import os
@@ -9,14 +9,10 @@ from pathlib import Path
 
 from emotion.batch.shards import STATUSES, Job
 from emotion.common.errors import UserError
-from emotion.common.files import read_json, relative, sha256, write_json
+from emotion.common.files import read_json, relative, sha256, taken, write_json
 from emotion.model.artifact import files_to_serve
 
-from filelock import FileLock, Timeout
-
-# The names begin so that readers of a folder of Parquet skip these files.
-MANIFEST = "_manifest.json"
-LOCK = ".lock"
+MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
 
 
@@ -27,16 +23,13 @@ def claim(output: Path):
     Raises:
         UserError: if it holds something else, or another process is writing into it.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    # A killed process may have left only the lock, or the beginning of a manifest.
-    foreign = [path.name for path in output.iterdir() if not path.name.startswith((LOCK, f".{MANIFEST}"))]
-    if foreign and not (output / MANIFEST).is_file():
-        raise UserError(f"{output} holds something else (no {MANIFEST} in it); name another folder")
-    try:
-        with FileLock(output / LOCK, timeout=0):  # the system frees it, however the process ends
-            yield
-    except Timeout as error:
-        raise UserError(f"another run is writing into {output}; wait for it, or name another folder") from error
+    with taken(output) as folder:
+        folder.mkdir(exist_ok=True)
+        # A killed process may have left the beginning of a manifest.
+        foreign = [path.name for path in folder.iterdir() if not path.name.startswith(f".{MANIFEST}")]
+        if foreign and not (folder / MANIFEST).is_file():
+            raise UserError(f"{output} holds something else (no {MANIFEST} in it); name another folder")
+        yield
 
 
 def describe(job: Job) -> dict:
@@ -76,8 +69,6 @@ def begin(job: Job, asked: dict) -> None:
     for part, now in asked.items():
         if different := _difference(part, before.get(part), now):
             raise UserError(f"{job.output} holds answers to another question: {different}; name another folder")
-    for path in job.output.glob(".part-*.partial"):  # of a process that was killed
-        path.unlink()
 
 
 def _difference(name: str, before, now) -> str | None:

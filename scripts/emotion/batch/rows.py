@@ -1,10 +1,13 @@
-"""Reads the rows of files as a stream, by pyarrow: any range of them, in flat memory, with the same columns from all.
+"""Reads the rows of files as a stream: any range of them, in flat memory, with the same columns from all.
 
-A survey counts the rows first. It takes a thousandth of the time that the answers take, finds a file that cannot be
+Parquet is read by pyarrow; CSV and JSON lines by Python's own readers, which refuse what pyarrow guesses at: a quote
+that is never closed, an integer of more than 64 bits, nesting without end.
+
+A survey counts the rows first. It takes a hundredth of the time that the answers take, finds a file that cannot be
 read before the work begins, and lets every process of a cluster open the file that its rows are in.
 """
 
-import contextlib
+import csv
 import io
 import json
 import lzma
@@ -12,21 +15,20 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
-from emotion.batch.inputs import ON_THE_HUB, kind_of, local_path
-from emotion.common.errors import UserError
+from emotion.batch.inputs import ON_THE_HUB, local_path
+from emotion.common.errors import UserError, one_line
 from emotion.common.files import sha256
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
-BLOCK = 8 << 20  # bytes that are read and parsed at once; a row of a CSV file cannot be longer
-BATCH_ROWS = 8192  # of Parquet at once; fewer where rows are long
-BOM = b"\xef\xbb\xbf"
+BATCH_ROWS, BATCH_SIZE = 8192, 8 << 20  # rows that are read at once; fewer where they have more characters or bytes
+LONGEST_VALUE = 8 << 20  # characters of a line, or of a value of CSV
+DEEPEST = 32  # levels of lists in a column: Parquet takes 49
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,20 @@ class RowReader:
         Raises:
             UserError: if a file cannot be read any more, or has another number of rows than it had.
         """
-        self._move_to(start)
+        here, there = (bisect_right(self._ends, row) for row in (self._position, start))
+        # Only Parquet knows where a row lies in its file. Elsewhere reading on is shorter than from the file's start.
+        on = here == there and self._position < start and self._source.kind != "parquet"
+        if not self._stream or not (on or self._position == start):
+            before = self._ends[there] - self._source.files[there].rows
+            self._stream, self._rest, self._position = self._batches(there, start - before), None, start
         while self._position < stop:
             batch = self._rest or next(self._stream)
-            taken = batch.slice(0, stop - self._position)
-            self._rest = batch.slice(len(taken)) if len(taken) < len(batch) else None
-            self._position += len(taken)
-            yield taken
-
-    def _move_to(self, start: int) -> None:
-        here, there = bisect_right(self._ends, self._position), bisect_right(self._ends, start)
-        # Only Parquet knows where a row lies in its file. Elsewhere reading on is shorter than from the file's start.
-        if self._stream and here == there and self._position < start and self._source.kind != "parquet":
-            for _ in self.read(self._position, start):
-                pass
-        elif not self._stream or self._position != start:
-            before = self._ends[there] - self._source.files[there].rows
-            self._stream, self._rest = self._batches(there, start - before), None
-            self._position = start
+            skipped = max(0, min(start - self._position, len(batch)))
+            taken = batch.slice(skipped, stop - self._position - skipped)
+            self._rest = batch.slice(skipped + len(taken))  # false if it has no rows
+            self._position += skipped + len(taken)
+            if taken:
+                yield taken
 
     def _batches(self, first: int, start: int) -> Iterator[pa.RecordBatch]:
         """Yields all rows from row ``start`` of file ``first`` on."""
@@ -120,7 +118,7 @@ def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str
     files, schema = [], None
     wanted = None if keep_columns is None else [text_column, *keep_columns]
     for name in names:
-        with _reading(name):
+        with one_line(f"{name} cannot be read"):
             path = local_path(name)
             rows, found = _count(path, kind)
             _check_columns(name, found, [text_column] if wanted is None else wanted, kind)
@@ -134,7 +132,18 @@ def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str
     place = schema.get_field_index(text_column)
     if schema.types[place] not in (pa.string(), pa.null()):  # null: there is no text in any row
         raise UserError(f"column {text_column} of {names[0]} holds {schema.types[place]}, no texts; see --text_column")
+    for field in schema:
+        if is_nested(field.type, DEEPEST):
+            raise UserError(f"column {field.name} of {names[0]} is nested more than {DEEPEST} levels deep")
     return Source(kind, tuple(files), schema.set(place, pa.field(text_column, pa.string())))
+
+
+def is_nested(type: pa.DataType, levels: int) -> bool:
+    """Whether a type is one of lists or structs inside of each other, more than ``levels`` deep."""
+    inner = [type]
+    for _ in range(levels + 1):  # no recursion: Python's ends before that of JSON does
+        inner = [one.field(place).type for one in inner for place in range(one.num_fields)]
+    return bool(inner)
 
 
 def _check_columns(name: str, schema: pa.Schema, wanted: list[str], kind: str) -> None:
@@ -159,90 +168,129 @@ def _merge(schema: pa.Schema, found: pa.Schema, kind: str) -> pa.Schema:
 
 def read_file(name: str, kind: str, schema: pa.Schema, start: int = 0) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a file from row ``start`` on, with these columns and types."""
-    with _reading(name):
+    with one_line(f"{name} cannot be read"):
         path = local_path(name)
         if kind == "parquet":
             batches, start = _read_parquet(path, schema, start)
         else:
-            batches = _read(path, kind, schema)
+            batches = _read_text(path, kind, schema)
         for batch in batches:
             skipped = min(start, len(batch))
             start -= skipped
             if skipped < len(batch):
-                yield _conform(batch.slice(skipped), schema)
+                yield batch.slice(skipped)
 
 
 def _count(path: Path, kind: str) -> tuple[int, pa.Schema]:
     """The number of rows, and the columns with the types that this project writes them with."""
     if kind == "parquet":
         with pa.parquet.ParquetFile(path) as file:
-            return file.metadata.num_rows, _plain(file.schema_arrow, kind)
-    rows, schema = 0, None
-    for batch in _read(path, kind, None):
+            return file.metadata.num_rows, _plain(file.schema_arrow)
+    rows, schema = 0, pa.schema([])
+    for batch in _read_text(path, kind, None):
         rows += len(batch)
-        found = _plain(batch.schema, kind)
-        schema = _merge(schema or found, found, kind)
-    nothing = [("text", pa.string())] if kind == "txt" else []  # an empty file
-    return rows, schema or pa.schema(nothing)
+        schema = _merge(schema or batch.schema, batch.schema, kind)
+    return rows, schema
 
 
-def _read(path: Path, kind: str, schema: pa.Schema | None) -> Iterator[pa.RecordBatch]:
-    """Yields all rows of a file of text; without a schema the columns are those of the file."""
-    if kind in {"csv", "tsv"}:
-        yield from _read_csv(path, "," if kind == "csv" else "\t", schema)
+def _read_text(path: Path, kind: str, schema: pa.Schema | None) -> Iterator[pa.RecordBatch]:
+    """Yields all rows of a file of text; without a schema the columns are those of each batch."""
+    # A value of a table may hold any line end.
+    lines = _read_lines(path, newline="" if kind in DELIMITERS else "\n")
+    if kind == "jsonl":
+        for block in _blocks(_read_objects(lines)):
+            yield _batch_of_objects(block, schema)
         return
-    for block in _whole_lines(path):
-        if kind == "txt":
-            lines = block.removesuffix(b"\n").split(b"\n")
-            yield pa.record_batch({"text": pa.array([line.removesuffix(b"\r") for line in lines], pa.binary())})
-        elif block.strip():  # lines with nothing in them are no rows of JSON
-            yield from _parse_json(block, schema).to_batches()
+    names, rows = ["text"], ((len(line), [line.removesuffix("\n").removesuffix("\r")]) for line in lines)
+    if kind in DELIMITERS:
+        rows = _read_table(lines, DELIMITERS[kind])
+        _, names = next(rows)
+    schema = schema or pa.schema([(name, pa.string()) for name in names])  # CSV has no types: "007" stays as it is
+    places = [names.index(name) for name in schema.names]
+    for block in chain([[]], _blocks(rows)):  # a file without rows has its columns
+        columns = [pa.array([row[place] for row in block], pa.string()) for place in places]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _read_csv(path: Path, delimiter: str, schema: pa.Schema | None) -> Iterator[pa.RecordBatch]:
-    """Yields all values as bytes: CSV has no types, and "007" must come out as it went in."""
-    reading = pa.csv.ReadOptions(block_size=BLOCK)
-    parsing = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with _open(path) as stream:
-        names = pa.csv.open_csv(stream, reading, parsing).schema.names
-    if len(names) == 1:  # then an empty line is a row
-        parsing.ignore_empty_lines = False
-    types = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.binary()), include_columns=schema.names if schema else None
-    )
-    with _open(path) as stream:
-        reader = pa.csv.open_csv(stream, reading, parsing, types)
-        yield pa.RecordBatch.from_pylist([], reader.schema)  # so that a file without rows has its columns
-        yield from reader
+def _read_lines(path: Path, newline: str) -> Iterator[str]:
+    """Yields the lines of a file; U+FFFD, the mark of a lost character, stands for bytes that are no UTF-8."""
+    # pyarrow does not know xz.
+    is_xz = path.suffix.lower() == ".xz"
+    file = lzma.open(path) if is_xz else pa.input_stream(str(path), compression="detect")  # noqa: SIM115 (below)
+    with io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline=newline) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_VALUE), ""), 1):
+            if len(line) == LONGEST_VALUE and not line.endswith(("\r", "\n")):
+                raise ValueError(f"line {number} is longer than {LONGEST_VALUE:,} characters")
+            yield line
 
 
-def _parse_json(block: bytes, schema: pa.Schema | None) -> pa.Table:
-    """The rows of whole lines; each block tells its own types, so that the first one does not bind the rest."""
-    reading = pa.json.ReadOptions(block_size=len(block) + 1)
-    parsing = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore" if schema else "infer")
+def _read_table(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of characters and the values of the row of names, then of each row."""
+    csv.field_size_limit(LONGEST_VALUE)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    names, begin = [], 1
     try:
-        return pa.json.read_json(io.BytesIO(block), reading, parsing)
-    except pa.ArrowInvalid as error:
-        if "surrogate" not in str(error):
-            raise
-    # Half of an emoji, cut by another program: `_conform` will put the mark of a lost character in its place.
-    lines = [json.dumps(json.loads(line), ensure_ascii=False) for line in block.splitlines() if line.strip()]
-    return _parse_json("\n".join(lines).encode("utf-8", "surrogatepass"), schema)
+        for row in reader:
+            names = names or row
+            if not row and len(names) == 1:  # then an empty line is a row
+                row = [""]
+            if row and len(row) != len(names):
+                raise csv.Error(f"expected {len(names)} columns, got {len(row)}")
+            if row:
+                yield sum(map(len, row)), row
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        reason = "a quote is never closed" if "end of data" in str(error) else error
+        raise ValueError(f"the row that begins in line {begin}: {reason}") from error
+    if not names:
+        raise ValueError("it is empty")
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Yields blocks of bytes that end where a line ends."""
-    with _open(path) as stream:
-        parts, first = [], True
-        while block := stream.read(BLOCK):
-            block, first = block.removeprefix(BOM) if first else block, False
-            end = block.rfind(b"\n") + 1
-            if end:
-                yield b"".join([*parts, block[:end]])
-                parts = []
-            parts.append(block[end:])
-    if rest := b"".join(parts):
-        yield rest
+def _read_objects(lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
+    """Yields the number of characters and the object of each line of JSON; empty lines are no rows."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                row = json.loads(line, object_pairs_hook=_object)
+                if "\\ud" in line or "\\uD" in line:  # half of an emoji, perhaps, cut by another program
+                    words = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass")
+                    row = json.loads(words.decode("utf-16", "replace"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is no object but {type(row).__name__}")
+                yield len(line), row
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error} (one object per line is wanted)") from error
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """An object of JSON; raises `ValueError` for a name that it has twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{max(names, key=names.count)}' is there twice")
+    return found
+
+
+def _batch_of_objects(rows: list[dict], schema: pa.Schema | None) -> pa.RecordBatch:
+    try:
+        batch = pa.RecordBatch.from_struct_array(pa.array(rows, pa.struct(list(schema)) if schema else None))
+    except OverflowError as error:
+        raise ValueError("an integer has more than 64 bits; write it as a text") from error
+    names = dict.fromkeys(name for row in rows for name in row)
+    return batch if schema or not names else batch.select(list(names))  # in the order of the file
+
+
+def _blocks(rows: Iterator[tuple]) -> Iterator[list]:
+    """Yields lists of rows, which come with their sizes, of at most `BATCH_ROWS` rows."""
+    block, total = [], 0
+    for size, row in rows:
+        block.append(row)
+        total += size
+        if len(block) == BATCH_ROWS or total > BATCH_SIZE:
+            yield block
+            block, total = [], 0
+    if block:
+        yield block
 
 
 def _read_parquet(path: Path, schema: pa.Schema, start: int) -> tuple[Iterator[pa.RecordBatch], int]:
@@ -254,39 +302,17 @@ def _read_parquet(path: Path, schema: pa.Schema, start: int) -> tuple[Iterator[p
         start -= groups[first].num_rows
         first += 1
     longest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-    size = max(1, min(BATCH_ROWS, BLOCK // (longest + 1)))
-    return file.iter_batches(size, row_groups=range(first, len(groups)), columns=schema.names), start
+    size = max(1, min(BATCH_ROWS, BATCH_SIZE // (longest + 1)))
+    batches = file.iter_batches(size, row_groups=range(first, len(groups)), columns=schema.names)
+    return (_conform(batch, schema) for batch in batches), start
 
 
-def _open(path: Path):
-    """A stream of the file's bytes, decompressed by its ending."""
-    if path.suffix.lower() == ".xz":  # which pyarrow does not know
-        return lzma.open(path)
-    return pa.input_stream(str(path), compression="detect")
-
-
-@contextlib.contextmanager
-def _reading(name: str):
-    """Makes one clear line of whatever the readers raise."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if kind_of(name) == "jsonl":
-            reason += " (one object per line is wanted)"
-        if "straddling" in reason:
-            reason = f"a row is longer than {BLOCK >> 20} MB, or a quote is never closed"
-        raise UserError(f"{name} cannot be read: {reason}") from error
-
-
-def _plain(schema: pa.Schema, kind: str) -> pa.Schema:
+def _plain(schema: pa.Schema) -> pa.Schema:
     """The schema with one type for all kinds of strings, and without what other programs noted in it."""
     fields = []
     for field in schema:
         type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         text = pa.types.is_large_string(type) or pa.types.is_string_view(type)
-        # What was read as bytes; and JSON has no dates: pyarrow sees them where all texts of a block look like one.
-        text |= kind != "parquet" and (pa.types.is_binary(type) or pa.types.is_timestamp(type))
         fields.append(pa.field(field.name, pa.string() if text else type))
     return pa.schema(fields)
 

@@ -1,7 +1,7 @@
 """Makes a shard: reads its rows, classifies them, and writes rows and answers into one file, whole or not at all.
 
 A shard's bytes depend on its rows, the model and the flags alone, not on who makes it or what was made before.
-Reading, computing and writing go on side by side.
+The next rows are read while these are classified.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.batch.rows import RowReader, Source
-from emotion.common.errors import UserError
+from emotion.common.errors import UserError, one_line
 from emotion.common.files import read_json, sha256, whole_file, write_json
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.task.scores import softmax
@@ -120,15 +120,10 @@ class ShardMaker:
         job, counts, start = self._job, Counter(), number * self._job.shard_rows
         batches = self._reader.read(start, start + job.rows_of(number))
         with _naming(job.path(number)), whole_file(job.path(number)) as partial:
-            with _open_writer(partial, job.output_format, job.schema) as write, ThreadPoolExecutor(1) as writing:
-                written = None
+            with _open_writer(partial, job.output_format, job.schema) as write:
                 for piece in _ahead(pieces(batches, job.text_column)):
-                    table = self._answer(piece, counts)
-                    if written:  # one piece at most waits for the disk
-                        written.result()
-                    written = writing.submit(write, table)
+                    write(self._answer(piece, counts))
                     progress(len(piece))
-                written.result()
             made = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
             made["sha256"] = sha256(partial)
         # After the rename: a shard without a record is made again.
@@ -251,7 +246,9 @@ def _open_writer(path: Path, format: str, schema: pa.Schema):
         with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
             yield writer.write_table
     elif format == "csv":
-        with pa.csv.CSVWriter(path, schema) as writer:
+        with one_line("--output_format csv"):  # which has no lists
+            writer = pa.csv.CSVWriter(path, schema)
+        with writer:
             yield writer.write_table
     else:
         with path.open("w", encoding="utf-8") as file:
@@ -259,13 +256,11 @@ def _open_writer(path: Path, format: str, schema: pa.Schema):
 
 
 def _lines_of_json(table: pa.Table) -> Iterator[str]:
-    for place, field in enumerate(table.schema):
-        if pa.types.is_floating(field.type):  # JSON has no word for numbers that are not finite
-            column = table.column(place)
-            finite = pa.compute.if_else(pa.compute.is_finite(column), column, pa.scalar(None, field.type))
-            table = table.set_column(place, field, finite)
     for row in table.to_pylist():
-        yield json.dumps(row, ensure_ascii=False, default=str) + "\n"  # dates and decimals as words
+        line = json.dumps(row, ensure_ascii=False, default=str)  # dates and decimals as words
+        if "NaN" in line or "Infinity" in line:  # for which JSON has no word, in a list as elsewhere
+            line = json.dumps(json.loads(line, parse_constant=lambda word: None), ensure_ascii=False)
+        yield line + "\n"
 
 
 def _ahead(items: Iterator) -> Iterator:

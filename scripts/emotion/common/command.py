@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from emotion.common.errors import UserError, raised_by
+from emotion.common.errors import UserError, mask_token, raised_by
 from emotion.common.quiet import quiet_libraries
 
 # On import: libraries read these settings while they load, and every command imports this file before them.
@@ -34,9 +34,9 @@ def run(main) -> None:
         if progress := sys.modules.get("emotion.common.progress"):  # of a command that has shown a bar
             progress.close_bars()
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
-            traceback.print_exc()
+            print(mask_token(traceback.format_exc()), end="", file=sys.stderr)
         if message:
-            print(f"error: {shorten(message)}", file=sys.stderr)
+            print(f"error: {shorten(mask_token(message))}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 

@@ -1,6 +1,7 @@
 """The error that a user can mend, which `emotion.common.command` prints as one line, and whose code raised another."""
 
 import contextlib
+import sys
 
 LONGEST_REASON = 300  # characters; some libraries put a page into their message
 
@@ -15,6 +16,13 @@ def raised_by(error: BaseException) -> str:
     while trace.tb_next:
         trace = trace.tb_next
     return trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+
+
+def mask_token(text: str) -> str:
+    """A text without the user's token for the Hub: a server may send back what it was sent."""
+    hub = sys.modules.get("huggingface_hub")  # which alone sends it
+    token = hub and hub.get_token()
+    return text.replace(token, "(the token)") if token else text
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
-"""The Hub: uploads a folder in one commit and downloads a model file by file; retries where that can help.
+"""The Hub: uploads a folder in one commit and downloads a model file by file.
 
 `huggingface_hub` is imported when it is needed, and takes the token from the environment or the login store. Its
 errors become one line that says what to do.
 """
 
-import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from emotion.common.errors import UserError
@@ -16,9 +16,7 @@ from emotion.common.names import check_repo_id
 from emotion.common.sums import SUMS_FILE, check_sums
 from emotion.model.artifact import SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
 
-WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
 MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository that nobody has written to
-LONGEST_WAIT_S = 120  # between two attempts, whatever the Hub asks for
 
 
 @dataclass
@@ -94,11 +92,13 @@ def upload(
     Raises:
         UserError: if the Hub refuses, or still fails at the last attempt, or the repository holds something else.
     """
-    from emotion.model.hub_answers import one_line
+    from emotion.common.hub_requests import ask_hub, endpoint_answers, one_line
 
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
     check_can_publish(repo_id)
+    if not endpoint_answers():
+        raise UserError(f"the Hub ({constants.ENDPOINT}) cannot be reached")
 
     def attempt() -> str:
         api = HfApi()
@@ -109,36 +109,27 @@ def upload(
             exist_ok=True,
             space_sdk="static" if repo_type == "space" else None,
         )
+        info = api.repo_info(repo_id, repo_type=repo_type)
         # Creating a repository that exists changes nothing, so a public one would stay public.
-        if private and api.repo_info(repo_id, repo_type=repo_type).private is not True:
+        if private and info.private is not True:
             raise UserError(
                 f"{repo_id} exists and everybody can read it; make it private first, or leave out --private"
             )
-        present = set(api.list_repo_files(repo_id, repo_type=repo_type))
+        present = {file.rfilename for file in info.siblings}
         if present - MADE_BY_HUB and not any(name.startswith(marker) for name in present):
             raise UserError(f"{repo_id} holds something else (no {marker} in it); name another repository")
         # One commit for all: a reader never finds new weights beside an old card. The Hub makes none of no changes.
-        operations = _operations(files, present)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        # The Hub writes .gitattributes itself, and large files need it.
+        operations += [CommitOperationDelete(name) for name in sorted(present - files.keys() - {".gitattributes"})]
         commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
         # The Hub leaves out, without a word, what a .gitignore in the repository names.
-        if absent := files.keys() - set(api.list_repo_files(repo_id, repo_type=repo_type)):
+        taken = {file.rfilename for file in api.repo_info(repo_id, repo_type=repo_type).siblings}
+        if absent := files.keys() - taken:
             raise UserError(f"{repo_id} did not take {', '.join(sorted(absent))}; look for a .gitignore there")
         return one_line(commit.commit_url)
 
-    return try_again(attempt, repo_id)
-
-
-def _operations(files: dict[str, Path | bytes], present: set[str]) -> list:
-    """The operations of a commit after which a repository that holds the files ``present`` holds ``files`` alone."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    operations = []
-    for name, content in files.items():
-        operations.append(CommitOperationAdd(name, content))
-    # The Hub writes .gitattributes itself, and large files need it.
-    for name in sorted(present - files.keys() - {".gitattributes"}):
-        operations.append(CommitOperationDelete(name))
-    return operations
+    return ask_hub(attempt, repo_id)
 
 
 def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
@@ -155,8 +146,11 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
         UserError: if the repository has none of the formats, a file is not the one that was published, or the Hub
             refuses or still fails at the last attempt.
     """
+    from emotion.common.hub_requests import ask_hub, endpoint_answers
+
     check_repo_id(repo_id)
-    folder, names = try_again(lambda: _download(repo_id, formats), repo_id)
+    offline = not endpoint_answers()  # then the cache alone is read
+    folder, names = ask_hub(lambda: _download(repo_id, formats, offline), repo_id)
     if verify:
         try:
             check_sums(folder, names)
@@ -165,67 +159,32 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
     return folder
 
 
-def _download(repo_id: str, formats: list[str]) -> tuple[Path, list[str]]:
+def _download(repo_id: str, formats: list[str], offline: bool) -> tuple[Path, list[str]]:
     """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
-    from emotion.model.hub_answers import explain
-
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-    folder = Path(hf_hub_download(repo_id, SHARED_FILES[0])).parent
+    download = partial(hf_hub_download, repo_id, local_files_only=offline)
+    # Offline, nobody knows whether the repository lacks a file that the cache lacks.
+    absent = EntryNotFoundError if offline else RemoteEntryNotFoundError
+    folder = Path(download(SHARED_FILES[0])).parent
     # The cache names its folders by commit. All files come from this one, whatever is pushed meanwhile.
-    commit = folder.name
+    download = partial(download, revision=folder.name)
     for name in SHARED_FILES[1:]:
-        hf_hub_download(repo_id, name, revision=commit)
-    try:
-        hf_hub_download(repo_id, SUMS_FILE, revision=commit)
-    except EntryNotFoundError as error:  # most repositories have none
-        if explain(error, repo_id)[0]:  # it may have one: the Hub gave no answer
-            raise
-    absent = None
+        download(name)
+    with suppress(absent):  # most repositories have none
+        download(SUMS_FILE)
     for format in formats:
         for weights in WEIGHT_FILES[format]:
             # Tried one after the other: a list of files exists on the Hub only, not in the cache.
             try:
-                hf_hub_download(repo_id, weights, revision=commit)
-            except EntryNotFoundError as error:
-                absent = error
+                download(weights)
+            except absent:
                 continue
             names = names_to_serve(folder, folder / weights, format)
             for name in names:
-                hf_hub_download(repo_id, name, revision=commit)
+                download(name)
             return folder, names
-    if isinstance(absent, LocalEntryNotFoundError):  # it may be there: nobody could be asked
-        raise absent
+    if offline:
+        raise LocalEntryNotFoundError(f"no file for {' or '.join(formats)}")
     raise UserError(f"{repo_id} has no file for {' or '.join(formats)}")
-
-
-def try_again(attempt, repo_id: str):
-    """Calls ``attempt`` until it succeeds, and waits longer each time.
-
-    Returns:
-        The result of ``attempt``.
-
-    Raises:
-        UserError: for an error that will stay, at once; for one that may pass, after the last attempt.
-    """
-    from emotion.model.hub_answers import explain, watched_requests
-
-    waits_s = iter(WAITS_S)
-    while True:
-        try:
-            with watched_requests():
-                return attempt()
-        except UserError:  # in the user's words already
-            raise
-        except Exception as error:
-            passing, reason, asked_s = explain(error, repo_id)
-            if reason is None:  # not the Hub's: an error of this program, whose traceback is needed
-                raise
-            wait_s = next(waits_s, None) if passing else None  # None: there is nothing more to wait for
-            if wait_s is None:
-                raise UserError(reason) from error
-            wait_s = max(wait_s, min(asked_s, LONGEST_WAIT_S))
-            asks = f", though it asks for {asked_s:.0f} s" if asked_s > LONGEST_WAIT_S else ""
-            print(f"{reason}; trying again in {wait_s:.0f} s{asks}", file=sys.stderr)
-        time.sleep(wait_s)

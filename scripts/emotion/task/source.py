@@ -76,31 +76,15 @@ def _hub_has_model(name: str) -> bool:
     Raises:
         UserError: if the Hub says no, or gives no answer of use.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from emotion.common.hub_requests import ask_hub
 
-    reachable = hub_is_reachable()  # asked first: if the answer is no, the download below reads the cache alone
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    load = hf_hub_download if hub_is_reachable() else try_to_load_from_cache
     try:
-        hf_hub_download(name, "config.json")  # the smallest file that every model has
-    # The order of the branches counts: some of these errors are subclasses of others further down.
-    except LocalEntryNotFoundError as error:  # it is not in the cache, and the Hub gives no answer or none that helps
-        if reachable:
-            raise UserError(f"--model_name_or_path {name}: the Hub failed: {error}; try again later") from error
-        return False
-    except GatedRepoError as error:
-        raise UserError(f"--model_name_or_path {name}: the Hub gives it only to those it let in") from error
-    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        raise UserError(f"--model_name_or_path {name}: no such model on the Hub or on this disk") from error
-    except HfHubHTTPError as error:
-        raise UserError(f"--model_name_or_path {name}: the Hub refused: {error}") from error
-    return True
+        return isinstance(ask_hub(lambda: load(name, "config.json"), name), str)  # a file that every model has
+    except UserError as error:
+        raise UserError(f"--model_name_or_path {name}: {error}") from error
 
 
 def _embedded_model() -> BaseModel:
@@ -160,19 +144,15 @@ def hub_is_reachable() -> bool:
 
     If it does not answer, the libraries are switched to offline: they would retry each file for minutes.
     """
+    from emotion.common.hub_requests import endpoint_answers
+
     import datasets
-    import httpx
     from huggingface_hub import constants
 
-    if constants.is_offline_mode():
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=10)  # seconds; any answer will do, a refusal too
-        return True
-    except httpx.HTTPError:
+    if not endpoint_answers():
         # Both libraries read HF_HUB_OFFLINE while they are imported, so the variable itself would come too late.
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        return False
+    return not constants.HF_HUB_OFFLINE
 
 
 def _trained_from(folder: Path) -> str:
