@@ -1,7 +1,7 @@
 """Names that come from a file or a command line: checked where they enter, so that none becomes a path or a page."""
 
 import re
-from pathlib import PurePosixPath
+from pathlib import PureWindowsPath
 
 from emotion.common.errors import UserError
 
@@ -33,7 +33,10 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_inside(name, where) -> None:
-    """Raises `UserError` unless a name that a record gives leads to a file inside the artifact's folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    """Raises `UserError` unless a name that a file gives leads to a file inside the artifact's folder.
+
+    On every system: a name with a drive or backslashes leads elsewhere on Windows alone.
+    """
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or not path.parts:
         raise UserError(f"{where}: {name!r} leads out of the artifact's folder")

@@ -34,8 +34,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # `tokenizers` warns of its threads whenever a process is forked after it was used.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "PYTHONWARNINGS" in os.environ:  # someone who sets it wants to see the libraries' warnings
         return
     warnings.filterwarnings("ignore")
