@@ -25,6 +25,7 @@ from emotion.model.released import RECOMMENDED
 
 BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines
+READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take the byte 26 for the end of a file
 LINE = 1 << 20  # bytes of a line: hundreds of pages, of which no model takes more than the first few
 
 
@@ -101,7 +102,7 @@ def read_batches(arguments):
     if not arguments.file and not sys.stdin:
         raise UserError("standard input is closed; give sentences or --file")
     # A bare descriptor: Python's own files wait until a buffer is full, and a user at a terminal would wait too.
-    descriptor = os.open(arguments.file, os.O_RDONLY) if arguments.file else sys.stdin.fileno()
+    descriptor = os.open(arguments.file, READ_BYTES) if arguments.file else sys.stdin.fileno()
     return read_lines(descriptor)
 
 

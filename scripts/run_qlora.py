@@ -14,12 +14,11 @@ The same command trains on several GPUs and machines: accelerate_config.yaml say
     accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
 """
 
-import tempfile
 from pathlib import Path
 
 from emotion.common.command import run
 from emotion.common.errors import UserError
-from emotion.common.files import ROOT
+from emotion.common.files import ROOT, scratch_folder
 from emotion.common.flags import parse_recipe
 from emotion.common.recipe import Recipe
 from emotion.measure.remedies import WatchedArguments, save_watched
@@ -134,7 +133,7 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
     made, validation = {}, validation_rows(task, threads=torch.get_num_threads())
     count = min(CALIBRATION_ROWS, len(get_split(task, "train")))
     rows = draw_calibration_rows(task, TextEncoder(folder), count, training.seed)
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch_folder() as temporary:
         # Both forms are made from a float folder, as they would be from a baseline.
         whole = Path(temporary) / "merged"
         merged.save_pretrained(whole)

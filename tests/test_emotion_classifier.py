@@ -1,8 +1,10 @@
 """From strings to labels, as another program uses it: order, batches, threads, formats, errors."""
 
+import copy
 import gc
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -151,6 +153,47 @@ def test_neither_torch_nor_transformers_is_imported(format, texts, quantized):
     done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "{'warm'}\n"
+
+
+FORKED = """
+import faulthandler, os, sys
+from emotion import EmotionClassifier
+folder, format, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+texts = ["red", "blue", "white sky", "i see the gray house"] * 10
+classifier = EmotionClassifier.from_pretrained(folder, format, threads=threads)
+def labels():
+    return [answer["label"] for answer in classifier.classify(texts)]
+expected = labels()
+child = os.fork()
+faulthandler.dump_traceback_later(100, exit=True)
+if not child:
+    grandchild = os.fork()
+    faulthandler.dump_traceback_later(100, exit=True)
+    assert labels() == expected and labels()[:1] == expected[:1]
+    assert classifier.classify(texts[:1])[0]["label"] == expected[0]
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) if grandchild else 0)
+assert labels() == expected
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("format", [*FORMATS, "pytorch"])
+def test_a_forked_process_answers(format, quantized, artifact):
+    """40 texts before, 40 in the child and in its child, as under `gunicorn --preload`; then all three end."""
+    folder = artifact if format == "pytorch" else quantized
+    command = [sys.executable, "-c", FORKED, str(folder), format, "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "pytorch"])
+def test_a_copy_answers_in_every_format(format, quantized, artifact):
+    folder = artifact if format == "pytorch" else quantized
+    classifier = EmotionClassifier.from_pretrained(folder, format, threads=2)
+    for other in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
+        np.testing.assert_array_equal(other.logits(["red", "blue sky"]), classifier.logits(["red", "blue sky"]))
 
 
 @pytest.mark.parametrize(

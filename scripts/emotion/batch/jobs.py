@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from emotion.batch.inputs import ON_THE_HUB
 from emotion.batch.shards import STATUSES, Job
 from emotion.common.errors import UserError
 from emotion.common.files import read_json, relative, sha256, taken, write_json
@@ -38,7 +39,9 @@ def describe(job: Job) -> dict:
     common = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 (names of the Hub are no paths)
     files = []
     for file in job.source.files:
-        files.append(asdict(file) | {"path": file.path.removeprefix(common).lstrip("/")})
+        on_the_hub = file.path.startswith(ON_THE_HUB)  # such a name holds the commit, and no folder of this machine
+        path = file.path if on_the_hub else Path(file.path).relative_to(common).as_posix()
+        files.append(asdict(file) | {"path": path})
     served = files_to_serve(job.folder, job.format)
     packages = ("pyarrow", "numpy", "tokenizers", RUNTIMES.get(job.format, "torch"))
     return {

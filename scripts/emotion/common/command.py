@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from emotion.common.errors import UserError, mask_token, raised_by
+from emotion.common.processes import is_main_process
 from emotion.common.quiet import quiet_libraries
 
 # On import: libraries read these settings while they load, and every command imports this file before them.
@@ -21,7 +22,7 @@ LONGEST = 2000  # characters of an error: a value of a megabyte must not bury wh
 
 def run(main) -> None:
     """Runs a script's ``main`` and ends the process: status 0, or one line on standard error and another status."""
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first one speaks for all
+    if not is_main_process():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open until the process ends)
     _prepare_streams()
     try:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 
+WAIT_S = 600  # for the process that writes a file; longer only where it has died and its system frees no locks
 ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository: <root>/scripts/emotion/common/
 
 
@@ -87,16 +89,19 @@ def write_json(path: Path, value) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path):
+def whole_file(path: Path, wait: bool = True):
     """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds, and is removed if not.
 
     Two processes may write the same file: the second waits for the first. A link stays one: its target is written.
+
+    Args:
+        wait: as in `taken`.
 
     Raises:
         UserError: if ``path`` is no file, or its folder cannot be written.
     """
     check_is_file(path)
-    with taken(path, wait=True) as place:  # which removes what an error leaves
+    with taken(path, wait) as place:  # which removes what an error leaves
         yield _partial(place)  # beside it, since a rename to another disk would be a copy
         _partial(place).replace(place)
 
@@ -130,6 +135,11 @@ def whole_folder(folder: Path, kind: FolderKind | None = None):
         _clear(place)
 
 
+def scratch_folder() -> tempfile.TemporaryDirectory:
+    """A temporary folder that a model may be opened from: Windows leaves there what is still mapped into memory."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def discard(folder: Path) -> None:
     """Removes a folder that this project has made; a process killed meanwhile leaves no half of it in its place."""
     with taken(folder) as place:
@@ -142,7 +152,7 @@ def taken(path: Path, wait: bool = False):
     """Holds the place of a file or folder while the block runs; the process that holds it may do so again inside.
 
     Args:
-        wait: whether to wait for a process that holds it.
+        wait: whether to wait for a process that holds it, up to `WAIT_S`.
 
     Yields:
         The place itself: where ``path`` leads to if it is a link.
@@ -150,7 +160,7 @@ def taken(path: Path, wait: bool = False):
     Raises:
         UserError: if another process holds it, or nothing can be written there.
     """
-    from filelock import FileLock, Timeout  # imported here: a program that only answers writes nothing
+    from filelock import FileLock, SoftFileLock, Timeout  # imported here: a program that only answers writes nothing
 
     place = _target(path)
     # One lock object per place: a second one of the same process would wait for the first.
@@ -158,9 +168,13 @@ def taken(path: Path, wait: bool = False):
     inside = lock.is_locked  # this process holds it already
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=wait)
+        lock.acquire(timeout=WAIT_S if wait else 0)
     except Timeout as error:
-        raise UserError(f"another process is writing {path}; wait until it ends, or name another place") from error
+        # On a disk without locks the file itself is one, which a process that was killed on another machine leaves.
+        left = f", or remove {lock.lock_file} if none does" if isinstance(lock, SoftFileLock) else ""
+        raise UserError(
+            f"another process is writing {path}{left}; wait until it ends, or name another place"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder") from error
     try:
@@ -170,8 +184,10 @@ def taken(path: Path, wait: bool = False):
     finally:
         if not inside:
             _clear(place)
-            # Removed while it is held: one who waits for a file that is gone looks for the new one.
-            Path(lock.lock_file).unlink(missing_ok=True)
+            # Removed while it is held: one who waits for a file that is gone looks for the new one. Windows removes no
+            # open file; there `filelock` does it, after the release.
+            with contextlib.suppress(PermissionError):
+                Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
@@ -187,7 +203,7 @@ def check_replaceable(folder: Path, kind: FolderKind | None, inputs: Iterable[Pa
     place = _target(folder)
     if place.exists() and not place.is_dir():
         raise UserError(f"{folder} is a {_what_is(place)}; name a folder")
-    if place.is_mount() or Path.cwd().is_relative_to(place):  # neither can be renamed, or not without harm
+    if os.path.ismount(place) or Path.cwd().is_relative_to(place):  # neither can be renamed, or not without harm
         raise UserError(f"{folder} is a mount point, or holds the folder you are in; name a folder below it")
     for one in inputs:
         read = Path(one).resolve()

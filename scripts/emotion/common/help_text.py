@@ -77,6 +77,6 @@ def _as_typed(default) -> str:
         return str(default).lower()
     if isinstance(default, Enum):
         return str(default.value)
-    text = str(default)
+    path = Path(str(default))
     # Folders of the repository, from its root on
-    return Path(text).relative_to(ROOT).as_posix() if text.startswith(f"{ROOT}/") else text
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(default)

@@ -4,16 +4,17 @@ import contextlib
 import ctypes
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
+from emotion.common.processes import integer_setting
 from emotion.common.ranges import Range
 
 SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
@@ -38,25 +39,69 @@ PACKAGES = (
 )
 
 
-def count_processors() -> int:
-    """The processors that this process may use."""
-    # A container or `taskset` may grant fewer processors than the machine has. macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def count_processors(root: Path = Path("/")) -> int:
+    """The processors that this process may use: those of `taskset` and the like, within the quota of its container.
+
+    Args:
+        root: the folder that holds `proc` and `sys`.
+    """
+    # macOS and Windows do not tell which processors a process may use.
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Of 1.5 processors one: a second thread would be stopped for half of the time, in the middle of an answer.
+    return max(1, int(min(granted, read_cpu_quota(root))))
+
+
+def read_cpu_quota(root: Path) -> float:
+    """How many processors' time the control groups (cgroup v1 or v2) grant; infinite where none limits it."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    quota = math.inf
+    for group in groups:
+        _, controllers, name = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):  # v2 names none
+            continue
+        for hierarchy in {controllers, controllers and "cpu"}:  # v1 mounts "cpu,cpuacct", "cpu", or both
+            # Each group above limits it too. Inside a container the group's name may be that of the machine, of which
+            # only the root is to be seen.
+            for one in (PurePosixPath(name), *PurePosixPath(name).parents):
+                folder = root / "sys/fs/cgroup" / hierarchy / one.relative_to("/")
+                quota = min(quota, _quota_of(folder))
+    return quota
+
+
+def _quota_of(folder: Path) -> float:
+    """The quota of one control group, in processors; infinite without a limit."""
+    with contextlib.suppress(OSError, ValueError):  # no such file; or "max", which is no limit
+        quota, period = map(int, (folder / "cpu.max").read_text(encoding="utf-8").split())
+        return quota / period
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+        if quota > 0:  # -1: no limit
+            return quota / int((folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+    return math.inf
 
 
 # More threads than processors only wait for each other, and each takes memory; some more are taken for comparisons.
 THREADS = Range(1, max(64, 8 * count_processors()))
 
 
-def choose_threads(threads: int | None) -> int:
-    """The number of threads asked for, or of all processors that this process may use.
+def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
+    """The number of threads asked for; else that of `OMP_NUM_THREADS`, at most all processors that may be used.
+
+    Args:
+        root: as in `count_processors`.
 
     Raises:
         UserError: if fewer than one is asked for, or many more than there are processors.
     """
     if threads is not None and threads not in THREADS:
         raise UserError(f"threads {threads}: it takes {THREADS}")
-    return threads or count_processors()
+    if threads:
+        return threads
+    processors, wanted = count_processors(root), integer_setting("OMP_NUM_THREADS")
+    return min(processors, wanted) if wanted and wanted > 0 else processors
 
 
 def has_bf16(use_cpu: bool) -> bool:
@@ -158,12 +203,19 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_memory_mb() -> int:
-    """The most memory that was in use at once, in megabytes (1e6 bytes): the GPU's, or the process's on a CPU."""
+def peak_memory_mb() -> int | None:
+    """The most memory that was in use at once, in megabytes (1e6 bytes): the GPU's, or the process's on a CPU.
+
+    None on Windows, whose Python does not count it.
+    """
     import torch
 
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux blocks of 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 

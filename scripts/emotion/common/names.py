@@ -1,6 +1,7 @@
 """Names that come from a file or a command line: checked where they enter, so that none becomes a path or a page."""
 
 import re
+from pathlib import PureWindowsPath
 
 from emotion.common.errors import UserError
 
@@ -30,3 +31,13 @@ def check_repo_id(repo_id: str) -> None:
     # The Hub's own check lets a line break at the end pass.
     if not re.fullmatch(f"({PART}/)?{PART}", repo_id):
         raise UserError(f"{repo_id!r} is no name for a repository; it takes owner/name")
+
+
+def check_inside(name, where) -> None:
+    """Raises `UserError` unless a name that a file gives leads to a file inside the artifact's folder.
+
+    On every system: a name with a drive or backslashes leads elsewhere on Windows alone.
+    """
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or not path.parts:
+        raise UserError(f"{where}: {name!r} leads out of the artifact's folder")

@@ -36,8 +36,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Xet, through which the Hub gives large files, is silent for minutes where it fails; plain HTTP gives them too.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    # `tokenizers` warns of its threads whenever a process is forked after it was used.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "PYTHONWARNINGS" in os.environ:  # someone who sets it wants to see the libraries' warnings
         return
     warnings.filterwarnings("ignore")

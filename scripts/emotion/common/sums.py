@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from emotion.common.errors import UserError, reason_of
-from emotion.common.files import sha256, write_text
+from emotion.common.files import sha256, whole_file, write_text
+from emotion.common.names import check_inside
 
 SUMS_FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -57,12 +58,11 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         match = LINE.fullmatch(line)
         if not match:
             raise UserError(f"{path} line {number} is not '<64 hexadecimal digits>  <name>'")
-        name = PurePosixPath(match[2])
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path} line {number} names a file outside the folder")
-        if name.as_posix() in sums:
+        check_inside(match[2], f"{path} line {number}")
+        name = PurePosixPath(match[2]).as_posix()
+        if name in sums:
             raise UserError(f"{path} line {number} names {name} a second time")
-        sums[name.as_posix()] = match[1]
+        sums[name] = match[1]
     return sums
 
 
@@ -133,5 +133,6 @@ def remembered():
     yield known
     if path.name and len(known) > before:
         newest = dict(list(known.items())[-REMEMBERED_FILES:])
-        with contextlib.suppress(OSError, UserError):
-            write_text(path, json.dumps(newest, indent=0))
+        # Without waiting: another process that writes there keeps nobody from an answer.
+        with contextlib.suppress(OSError, UserError), whole_file(path, wait=False) as partial:
+            partial.write_text(json.dumps(newest, indent=0), encoding="utf-8")

@@ -6,7 +6,6 @@ folder whole or not at all.
 
 import contextlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from emotion.common.errors import UserError
 from emotion.common.fields import read_fields
 from emotion.common.files import FolderKind, check_replaceable, taken, whole_folder, write_text
 from emotion.common.machine import git_commit, package_versions
+from emotion.common.processes import is_main_process
 from emotion.common.recipe import PLACES, RECIPE_FILE, Recipe
 from emotion.common.sums import check_sums, write_sums
 from emotion.task.dataset import Task, fingerprint
@@ -183,8 +183,7 @@ def own_place(folder: Path, arguments, recipe: Recipe):
     Raises:
         UserError: before any work, if an artifact there would destroy something, or another process holds the place.
     """
-    # Of several processes that train together the first one saves, and speaks for all.
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_main_process():  # of several that train together, and of which the main one saves
         yield
         return
     check_replaceable(folder, ARTIFACT, inputs_of(arguments, recipe))

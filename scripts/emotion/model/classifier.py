@@ -66,7 +66,7 @@ class OnnxClassifier:
         self._inputs = list(inputs)  # not every encoder takes token types: DistilBERT's file has two, BERT's three
         (logits,) = [value for value in outputs if value.name == "logits"]
         self.labels = read_labels(folder, weights, width=logits.shape[-1])
-        self.encode = TextEncoder(folder)
+        self.encode = TextEncoder(folder, threads)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 logits (texts, labels)."""
@@ -120,7 +120,7 @@ class OpenVinoClassifier:
             self._idle.put(model.create_infer_request())
         self._inputs = list(inputs)
         self.labels = read_labels(folder, weights, width=int(width) if width.isdigit() else width)
-        self.encode = TextEncoder(folder)
+        self.encode = TextEncoder(folder, threads)
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 logits (texts, labels)."""
@@ -162,7 +162,7 @@ class TorchClassifier:
         variant = "bf16" if ".bf16." in weights.name else None  # Transformers' word for the middle of the file's name
         # `open_artifact` has compared the files with their sums.
         self.model = load_trained_classifier(folder, verify=False, variant=variant, dtype=dtype).eval()
-        self.encode = TextEncoder(folder)
+        self.encode = TextEncoder(folder, threads)
         # Asked of the model itself: Transformers lets a head of another width pass where weights are quantized.
         width = self.logits([[self.encode.pad_id]]).shape[-1]
         self.labels = read_labels(folder, weights, width)

@@ -5,7 +5,6 @@ threads. Many texts are answered side by side: each thread computes a batch of i
 batches depend on the texts alone, so that the number of threads does not change the answers to many texts.
 """
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from emotion.common import processes
 from emotion.common.errors import UserError
 from emotion.common.machine import choose_threads
 from emotion.common.sums import SUMS_FILE, read_sums
@@ -32,12 +32,11 @@ CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at o
 
 
 class EmotionClassifier:
-    """Names the most probable labels of texts.
+    """Names the most probable labels of texts; a copy, a pickle or a forked process opens the folder anew.
 
     Attributes:
         labels: the names of the classes, in the order of the logits.
         format: the format that was opened.
-        runtime: the opened file, one of the classes in classifier.py, which computes a batch with all threads.
     """
 
     def __init__(self, folder: Path, format: str, threads: int, open_runtime=open_artifact):
@@ -45,12 +44,35 @@ class EmotionClassifier:
 
         ``open_runtime`` is called as `open_artifact` is: a benchmark opens formats that no artifact has.
         """
-        self.runtime, self._open_runtime = open_runtime(folder, format, threads=threads), open_runtime
-        self.labels, self.format = self.runtime.labels, format
-        self._folder, self._threads = folder, threads
-        self._one_by_one = Workers(self.runtime, calls=1)
+        self._folder, self.format, self._threads, self._open_runtime = folder, format, threads, open_runtime
+        self._open()
+        self._folder = Path(folder).absolute()  # to open it again, wherever the process stands then
+
+    def _open(self) -> None:
+        """Opens the runtime for this process."""
+        # OpenMP, with which PyTorch computes, keeps its threads by the thread that calls. That of a fork has threads
+        # that are not there; a new one gets new threads.
+        caller = ThreadPoolExecutor(max_workers=1) if processes.forks else None
+        open_runtime = partial(self._open_runtime, self._folder, self.format, threads=self._threads)
+        self._runtime = caller.submit(open_runtime).result() if caller else open_runtime()
+        self.labels = self._runtime.labels
+        self._one_by_one = Workers(self._runtime, calls=1, pool=caller)
         self._side_by_side = None  # opened by the first call with many texts
-        self._opening = threading.Lock()
+        self._forks = processes.forks  # last: until then another thread would wait for what is opened here
+
+    def __reduce__(self):
+        """For `pickle` and `copy`: a runtime cannot be copied, and its folder can be opened again."""
+        return type(self), (self._folder, self.format, self._threads, self._open_runtime)
+
+    @property
+    def runtime(self):
+        """The opened file, one of the classes in classifier.py, which computes a batch with all threads."""
+        if self._forks != processes.forks:
+            with processes.opening:
+                if self._forks != processes.forks:
+                    processes.never_destroy((self._runtime, self._one_by_one, self._side_by_side))
+                    self._open()
+        return self._runtime
 
     @classmethod
     def from_pretrained(
@@ -117,7 +139,7 @@ class EmotionClassifier:
     def _logits_in_chunks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields float32 (texts, labels) for one chunk of texts after the other."""
         texts, position, started = iter(texts), 0, deque()
-        workers = None
+        runtime, workers = self.runtime, None
         try:
             while chunk := list(islice(texts, CHUNK)):
                 check_texts(chunk, position)
@@ -125,7 +147,7 @@ class EmotionClassifier:
                 # The first chunk decides: a short one is all there is.
                 workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
                 # While the workers compute the chunk before, this thread tokenises the next.
-                started.append(workers.start(self.runtime.encode(chunk)))
+                started.append(workers.start(runtime.encode(chunk)))
                 if len(started) > 1:
                     yield self._collect(started.popleft())
             while started:
@@ -149,11 +171,11 @@ class EmotionClassifier:
 
     def _open_side_by_side(self) -> "Workers":
         """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
-        with self._opening:  # two threads may ask at once
+        with processes.opening:  # two threads may ask at once
             if self._side_by_side is None:
                 self._side_by_side = self._one_by_one
                 # PyTorch sets its threads for the whole process, and runs one call at a time.
-                if self._threads > 1 and not isinstance(self.runtime, TorchClassifier):
+                if self._threads > 1 and not isinstance(self._runtime, TorchClassifier):
                     runtime = self._open_runtime(self._folder, self.format, threads=self._threads, calls=self._threads)
                     self._side_by_side = Workers(runtime, calls=self._threads)
             return self._side_by_side
@@ -162,12 +184,12 @@ class EmotionClassifier:
 class Workers:
     """An opened model, and the threads that call it; they end with the process or with this object."""
 
-    def __init__(self, runtime, calls: int):
-        """Takes a class of classifier.py, and how many calls it computes side by side."""
+    def __init__(self, runtime, calls: int, pool: ThreadPoolExecutor | None = None):
+        """Takes a class of classifier.py, how many calls it computes side by side, and the threads to call it by."""
         self._runtime = runtime
         # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
         # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
-        self._pool = ThreadPoolExecutor(max_workers=calls) if calls > 1 else None
+        self._pool = pool or (ThreadPoolExecutor(max_workers=calls) if calls > 1 else None)
 
     def start(self, token_ids: list[list[int]]) -> list[tuple[np.ndarray, Future]]:
         """Starts all batches; returns the numbers of each batch's texts, and its logits to come."""

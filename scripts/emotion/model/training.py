@@ -10,7 +10,8 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable
-from emotion.common.machine import choose_threads, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
+from emotion.common.machine import count_processors, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
+from emotion.common.processes import integer_setting
 from emotion.common.progress import Bar
 from emotion.common.recipe import Recipe
 from emotion.model.artifact import inputs_of, own_place
@@ -57,7 +58,7 @@ class RecipeTrainingArguments(TrainingArguments):
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
         if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(max(1, choose_threads(None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+            torch.set_num_threads(max(1, count_processors() // (integer_setting("LOCAL_WORLD_SIZE") or 1)))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / self.artifact.name))
         super().__post_init__()
 

@@ -1,10 +1,10 @@
 """From a model that was trained with fake quantizers to its files, with the scores of each form side by side."""
 
 import contextlib
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from emotion.common.files import scratch_folder
 from emotion.model.artifact import find_formats
 from emotion.model.classifier import ModelInMemory, open_artifact, predict
 from emotion.model.pretrained import load_trained_classifier
@@ -43,7 +43,7 @@ def save_converted(
     # to these is the fault of saving, or of the runtime.
     if runtime == "onnx":
         logits["converted"] = predict(ModelInMemory(to_integers(plan.model), encoder), token_ids)
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         plan = convert_to_float(plan, tokenizer, Path(scratch))
         seconds = save_formats(plan, folder, calibration, arguments)
         if runtime == "torchao":
@@ -75,7 +75,7 @@ def with_float_files(folder: Path):
         yield Path(folder)
         return
     print(f"{folder} has no FP32 file for ONNX Runtime; one is made for this run")
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch_folder() as temporary:
         copy = Path(temporary) / Path(folder).name
         model = load_trained_classifier(folder, dtype=torch.float32)
         model.save_pretrained(copy)

@@ -1,6 +1,8 @@
 """Texts to token ids: with `tokenizers` and NumPy alone for answering, as columns of the rows for training."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from emotion.common.errors import UserError, one_line
@@ -14,6 +16,7 @@ import numpy as np
 # has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
 LETTERS = (16, 128, 1024)
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
+SHARE = 16  # texts that a thread tokenizes at least: to hand over fewer would take as long
 MOST_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
 # What is read of tokenizer_config.json
 TOKEN = (str, dict)
@@ -31,10 +34,15 @@ class TextEncoder:
         texts_cut: how many texts were too long so far.
     """
 
-    def __init__(self, folder: Path):
-        """Reads the two files of the tokenizer; raises `UserError` if one is missing or does not fit the model."""
+    def __init__(self, folder: Path, threads: int = 1):
+        """Reads the two files of the tokenizer; raises `UserError` if one is missing or does not fit the model.
+
+        ``threads`` are those that tokenize many texts at once.
+        """
         from tokenizers import Tokenizer
 
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(max_workers=threads)  # which starts a thread when there is work for it
         self._file = Path(folder) / "tokenizer.json"
         settings = read_fields(self._file.with_name("tokenizer_config.json"), json.loads, SETTINGS)
         model = read_fields(self._file.with_name("config.json"), json.loads, {"vocab_size?": int})
@@ -70,9 +78,19 @@ class TextEncoder:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
         beginnings = [shorten(text, self._tokenizer, self._max_length) for text in texts]
         with one_line(f"{self._file} cannot be used"):
-            encodings = self._tokenizer.encode_batch_fast(beginnings)  # fast: without each token's place in the text
+            encodings = self._encode(beginnings)
         self.texts_cut += count_cut(encodings, texts, beginnings)
         return [encoding.ids for encoding in encodings]
+
+    def _encode(self, texts: list[str]) -> list:
+        """The encoding of each text; each thread makes those of an equal share."""
+        encode = self._tokenizer.encode_batch_fast  # fast: without each token's place in the text
+        threads = min(self._threads, len(texts) // SHARE)
+        if threads < 2:
+            return encode(texts)
+        size = -(-len(texts) // threads)
+        shares = [texts[start : start + size] for start in range(0, len(texts), size)]
+        return list(chain.from_iterable(self._pool.map(encode, shares)))
 
     def pieces(self, token_ids: list[int]) -> list[str]:
         """The word pieces that the ids stand for."""
