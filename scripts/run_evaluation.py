@@ -17,6 +17,7 @@ from emotion.common.files import ROOT, check_result, relative, sha256
 from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment, has_bf16
 from emotion.common.names import check_name
+from emotion.common.progress import Bar
 from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.inspection import describe_encoder, describe_scheme
@@ -171,7 +172,8 @@ def answer_rows(classifier: EmotionClassifier, folder: Path, task: Task, rows) -
             f"{folder} answers {len(classifier.labels)} labels ({', '.join(classifier.labels)}), "
             f"{task.name} has {len(task.labels)} ({', '.join(task.labels)})"
         )
-    logits = classifier.logits(rows["text"])
+    with Bar(total=len(rows), desc="scored") as bar:
+        logits = classifier.logits(rows["text"], bar.update)
     if classifier.texts_cut:
         print(f"{classifier.texts_cut} texts are longer than the model takes and were cut")
     return logits

@@ -7,6 +7,7 @@ many strings to their labels. Nothing here depends on the variant.
 
 import time
 
+from emotion.common.progress import Bar
 from emotion.model.classifier import batches_by_length, predict
 from emotion.task.dataset import Task, conflicting_texts
 from emotion.task.scores import expected_calibration_error, macro_f1_interval, score
@@ -109,9 +110,13 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
         }
     # Not counted: a runtime prepares itself for each new length and batch size, and the rows may have been scored by
     # another copy of the model.
-    predict(classifier, token_ids, batch_size=32)
-    times_ms = time_each(classifier, [token_ids[row] for row in choose_timed(len(token_ids), runs)])[WARMUP_RUNS:]
+    with Bar(total=3, desc="timed") as bar:
+        predict(classifier, token_ids, batch_size=32)
+        bar.update()
+        times_ms = time_each(classifier, [token_ids[row] for row in choose_timed(len(token_ids), runs)])[WARMUP_RUNS:]
+        bar.update()
+        texts_per_s = time_batches(classifier, token_ids, batch_size=32)
     return {
         "latency_ms": summarize_latency(times_ms),
-        "throughput_per_s": {"batch_size": 32, "value": round(time_batches(classifier, token_ids, batch_size=32), 1)},
+        "throughput_per_s": {"batch_size": 32, "value": round(texts_per_s, 1)},
     }

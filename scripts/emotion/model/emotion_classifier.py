@@ -6,7 +6,7 @@ batches depend on the texts alone, so that the number of threads does not change
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -130,13 +130,16 @@ class EmotionClassifier:
         for logits in self._logits_in_chunks(texts):
             yield from name_labels(logits, self.labels, top_k)
 
-    def logits(self, texts: Iterable[str]) -> np.ndarray:
-        """Returns float32 logits (texts, labels), in the order of the texts; it raises as `classify` does."""
+    def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
+        """Returns float32 logits (texts, labels), in the order of the texts; it raises as `classify` does.
+
+        ``progress`` is called with the number of texts of each batch that is computed.
+        """
         refuse_single_text(texts)
         nothing = np.empty((0, len(self.labels)), dtype=np.float32)  # the answer to no texts
-        return np.concatenate([nothing, *self._logits_in_chunks(texts)])
+        return np.concatenate([nothing, *self._logits_in_chunks(texts, progress)])
 
-    def _logits_in_chunks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    def _logits_in_chunks(self, texts: Iterable[str], progress=None) -> Iterator[np.ndarray]:
         """Yields float32 (texts, labels) for one chunk of texts after the other."""
         texts, position, started = iter(texts), 0, deque()
         runtime, workers = self.runtime, None
@@ -147,7 +150,7 @@ class EmotionClassifier:
                 # The first chunk decides: a short one is all there is.
                 workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
                 # While the workers compute the chunk before, this thread tokenises the next.
-                started.append(workers.start(runtime.encode(chunk)))
+                started.append(workers.start(runtime.encode(chunk), progress))
                 if len(started) > 1:
                     yield self._collect(started.popleft())
             while started:
@@ -191,12 +194,15 @@ class Workers:
         # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
         self._pool = pool or (ThreadPoolExecutor(max_workers=calls) if calls > 1 else None)
 
-    def start(self, token_ids: list[list[int]]) -> list[tuple[np.ndarray, Future]]:
+    def start(self, token_ids: list[list[int]], progress=None) -> list[tuple[np.ndarray, Future]]:
         """Starts all batches; returns the numbers of each batch's texts, and its logits to come."""
         started = []
         for rows in batches_by_tokens(token_ids):
             batch = [token_ids[row] for row in rows]
-            started.append((rows, self._submit(batch)))
+            future = self._submit(batch)
+            if progress:
+                future.add_done_callback(partial(_tell, progress, len(rows)))
+            started.append((rows, future))
         return started
 
     def _submit(self, batch: list[list[int]]) -> Future:
@@ -206,6 +212,10 @@ class Workers:
         future = Future()
         future.set_result(self._runtime.logits(batch))
         return future
+
+
+def _tell(progress, count: int, _: Future) -> None:
+    progress(count)
 
 
 def choose_format(folder: Path, verify: bool) -> str:
