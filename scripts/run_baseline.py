@@ -147,8 +147,9 @@ def count_layers_above(model) -> dict[str, int]:
 
 def save_forms(model, tokenizer, folder) -> dict:
     """Writes the tokenizer and the three forms of the model into a folder; returns the result of `export_onnx`."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, variant="bf16")
-    model.float().save_pretrained(folder)  # after BF16, so that config.json is that of the FP32 model
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, variant="bf16", save_original_format=False)
+    # After BF16, so that config.json is that of the FP32 model
+    model.float().save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     # The file is made from the saved folder, so both hold the very same weights.
     saved = AutoModelForSequenceClassification.from_pretrained(folder)

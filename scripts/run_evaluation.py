@@ -15,9 +15,9 @@ from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_result, relative, sha256
 from emotion.common.flags import parse_flags
-from emotion.common.machine import THREADS, choose_threads, describe_environment
+from emotion.common.machine import THREADS, choose_threads, describe_environment, has_bf16
 from emotion.common.names import check_name
-from emotion.common.ranges import Range
+from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.inspection import describe_encoder, describe_scheme
 from emotion.measure.record import BASE_FAMILY, describe_scored, explain, write_record
@@ -80,6 +80,9 @@ class EvaluationArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     split: str = field(default="test", metadata={"help": "Split to score."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Score only so many rows, the first ones of the split.", "choices": COUNT}
+    )
     threads: int | None = field(
         default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
     )
@@ -111,9 +114,13 @@ def main(argv=None) -> None:
     variant = made_by.get("variant", folder.resolve().name)
     check_name(variant, folder)
     check_result(Path(arguments.results_dir) / "metrics" / f"{variant}-{format}.json", ("variant",))
-    check_place(made_by, Path(arguments.results_dir))
+    check_place(made_by, Path(arguments.results_dir), arguments.max_eval_samples)
+    if format == "bf16" and not has_bf16(use_cpu=True):
+        print(f"left out: {folder} ({format}); this processor has no bfloat16 products, and emulates them slowly")
+        return
     task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
     rows = get_split(task, arguments.split)
+    rows = rows.select(range(min(arguments.max_eval_samples or len(rows), len(rows))))
     # Where the data came from is said before it counts: the sample's scores mean nothing.
     print(f"{variant}: {folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
@@ -142,16 +149,14 @@ def main(argv=None) -> None:
     print_summary(record, write_record(record, Path(arguments.results_dir), logits, labels))
 
 
-def check_place(made_by: dict, results: Path) -> None:
-    """Raises `UserError` if a model that was made from random weights would get a record beside the real ones."""
-    if made_by.get("made", {}).get("base_model_source") == RANDOM and results.resolve() in (
-        ROOT / "results",
-        ROOT / "results" / BASE_FAMILY,
-    ):
-        raise UserError(
-            f"{made_by['variant']} was made from random weights: its record does not belong into results/; "
-            "name another folder with --results_dir"
-        )
+def check_place(made_by: dict, results: Path, max_eval_samples: int | None) -> None:
+    """Raises `UserError` if a model made from random weights, or a part of the rows, would get a published record."""
+    if results.resolve() not in (ROOT / "results", ROOT / "results" / BASE_FAMILY):
+        return
+    random = made_by.get("made", {}).get("base_model_source") == RANDOM
+    if random or max_eval_samples:
+        why = "a model with random weights" if random else f"--max_eval_samples {max_eval_samples}"
+        raise UserError(f"a record of {why} does not belong into results/; name another folder with --results_dir")
 
 
 def answer_rows(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:

@@ -23,10 +23,11 @@ from emotion.common.files import ROOT
 from emotion.common.flags import parse_recipe
 from emotion.common.recipe import Recipe
 from emotion.measure.remedies import WatchedArguments, save_watched
-from emotion.measure.sensitivity import Rows, logits_of, validation_rows
-from emotion.model.artifact import describe_made, describe_origin, find_formats, new_artifact, quantized_by
+from emotion.measure.sensitivity import Rows, validation_rows
+from emotion.model.artifact import describe_made, describe_origin, new_artifact, quantized_by
 from emotion.model.checkpoints import find_checkpoint
-from emotion.model.pretrained import load_trained_classifier
+from emotion.model.classifier import ModelInMemory, predict
+from emotion.model.pretrained import load_trained_classifier, save_compact
 from emotion.model.training import (
     FiniteTrainer,
     RecipeTrainingArguments,
@@ -38,7 +39,7 @@ from emotion.model.training import (
 )
 from emotion.quantize.adapter import QloraArguments, build_qlora, merge
 from emotion.quantize.layers import CalibrationRows
-from emotion.quantize.nf4 import nf4_options, round_to_nf4
+from emotion.quantize.nf4 import nf4_options, open_in_float32, round_to_nf4
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.quantize.scheme import draw_calibration_rows, make_plan
 from emotion.task.dataset import Task, get_split, load_task
@@ -143,7 +144,7 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
             # As run_ptq.py: with outlier units in floats, if rounding everything would lose too much.
             made |= save_watched(make_plan(whole, merged, watched, rows), folder, rows, validation, watched)
         if "nf4" in formats:
-            options = nf4_options(str(whole), task.labels, training.bf16)
+            options = nf4_options(str(whole), task.labels, bf16=False)
             made["merged"] = save_smallest(whole, folder, options, rows, validation, watched.max_loss / 100)
         return made
 
@@ -162,20 +163,26 @@ def save_smallest(
     Returns:
         Validation macro F1 of each form that was tried, FP32 first; the last one was kept.
     """
+    token_ids = rows.encoder(validation.texts)
 
-    def macro_f1(saved: Path, format: str) -> float:
-        return score(logits_of(saved, format, validation), validation.labels)["macro_f1"]
+    def macro_f1(saved: Path) -> float:
+        # All in float32, so that the choice does not turn on the processor.
+        logits = predict(ModelInMemory(open_in_float32(saved), rows.encoder), token_ids)
+        return score(logits, validation.labels)["macro_f1"]
 
-    tried = {"fp32": macro_f1(whole, "pytorch")}
+    tried = {"fp32": macro_f1(whole)}
     # The adapter has made up for rounding to NF4, but its sum with the base must be rounded again. On some encoders
     # this costs too much: then BF16 has half the bytes of FP32, and FP32 is what is left.
-    for form, dtype in (("nf4", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32 kept", torch.float32)):
+    for form in ("nf4", "bf16", "fp32 kept"):
         if form == "nf4":
-            smaller = round_to_nf4(whole, rows, dtype, options)
+            smaller = round_to_nf4(whole, rows, options)
+            # The table of words alone: of a file in 4 bits, newer releases of Transformers leave all weights in the
+            # type of the file. A sum with the positions in float32 is float32; norms and head must be so too.
+            smaller.get_input_embeddings().to(torch.bfloat16)
         else:
-            smaller = load_trained_classifier(whole, dtype=dtype)
-        smaller.save_pretrained(folder)  # over the form before it
-        tried[form] = macro_f1(folder, next(iter(find_formats(folder))))
+            smaller = load_trained_classifier(whole, dtype=torch.bfloat16 if form == "bf16" else torch.float32)
+        save_compact(smaller, folder)  # over the form before it
+        tried[form] = macro_f1(folder)
         if tried[form] >= tried["fp32"] - max_loss:
             break
     return tried

@@ -55,7 +55,6 @@ class Candidate:
 
 CANDIDATES = {
     "torchao": Candidate("torchao"),
-    "torchao, 8-bit weights": Candidate("torchao", {"reduce_range": False}),
     "ONNX Runtime, dynamic": Candidate("onnx"),
     "ONNX Runtime, dynamic, outliers split": Candidate("onnx", {"split_outliers": True}),
     "ONNX Runtime, dynamic, 8-bit weights": Candidate("onnx", {"reduce_range": False}),
@@ -68,7 +67,7 @@ CANDIDATES = {
 # Format -> the flags that decide it, with their values in a candidate that does not change them. The recipe's own
 # values must not matter here: it holds the winners of the study before.
 FLAGS = {
-    "torchao": {"reduce_range": True, "keep_float": []},
+    "torchao": {"keep_float": []},
     "onnx": {"reduce_range": True, "keep_float": [], "onnx_calibration": "none", "split_outliers": False},
     "openvino": {"reduce_range": True, "keep_float": [], "smooth_quant": False},
 }

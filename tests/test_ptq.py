@@ -88,7 +88,7 @@ def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
     assert (
         scheme["activations"]
         == {
-            "torchao": "int8 dynamic per-token",
+            "torchao": "float32",
             "onnx": "int8 dynamic per-tensor",
             "openvino": "int8 static per-tensor",
         }[format]
@@ -142,7 +142,7 @@ def test_from_pretrained_answers_one_text_about_as_fast_as_in_fp32(tmp_path):
                 opened(ids)
                 measured.append(time.process_time() - start)
     of_float, of_int8 = (min(measured) for measured in seconds)
-    assert of_int8 <= 1.5 * of_float, (of_int8, of_float)
+    assert of_int8 <= 1.4 * of_float, (of_int8, of_float)
 
 
 def test_openvino_reopens_with_the_very_logits(quantized, artifact, tmp_path, monkeypatch):

@@ -59,6 +59,19 @@ def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
     assert answer["label"] == LABELS[logits[0].argmax()]
 
 
+@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16])
+def test_the_root_opens_in_float32_unless_told_otherwise(dtype, adapted):
+    """The norms too: of tensors under a checkpoint's legacy names, Transformers keeps the type of the file."""
+    model = AutoModelForSequenceClassification.from_pretrained(adapted, dtype=dtype)
+    expected = torch.float32 if dtype == "auto" else dtype
+    floats = {name: part.dtype for name, part in model.named_parameters() if "LayerNorm.weight" in name}
+    assert floats and set(floats.values()) == {expected} and model.dtype == expected
+    inputs = AutoTokenizer.from_pretrained(adapted)(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**inputs).logits.float().numpy()
+    np.testing.assert_allclose(logits, answers(adapted, "nf4"), atol=0.3)
+
+
 def test_what_is_quantized_is_counted_in_the_file(adapted):
     classifier = open_artifact(adapted, "nf4", threads=1)
     scheme = describe_scheme(classifier, weights_of(adapted, "nf4"), "nf4")
@@ -125,7 +138,7 @@ def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     encoder = TextEncoder(artifact)
     shown = CalibrationRows(encoder, encoder(build_rows(60)["text"]))
-    chosen = round_to_nf4(artifact, shown, torch.float32, options)
+    chosen = round_to_nf4(artifact, shown, options)
     name = "bert.encoder.layer.0.output.dense"
     states = [model.get_submodule(name).weight.quant_state for model in (plain, chosen)]
     assert torch.equal(states[0].absmax, states[1].absmax)

@@ -166,15 +166,17 @@ def _torch_matrix(name: str, part, stored: dict[str, str]) -> Matrix:
     weight = part.weight
     state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself holds packed bytes
     if state is not None:
-        # bitsandbytes restores the weights for each product, and multiplies in this float type.
-        activations = str(part.compute_dtype).removeprefix("torch.")
+        # bitsandbytes restores the weights for each product, and multiplies in this float type; weights that it has
+        # packed for the processor's bfloat16 instructions are multiplied by these.
+        packed = getattr(state, "packing_format_for_cpu", False)
+        activations = "bfloat16" if packed else str(part.compute_dtype).removeprefix("torch.")
         return Matrix(name, state.quant_type, f"in blocks of {state.blocksize}", activations)
     integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself goes on saying float32
     if integers is None:
         # Opening a file may widen a table; an adapter's model has other names than its files.
         return Matrix(name, stored.get(f"{name}.weight", str(weight.dtype).removeprefix("torch.")))
     dtype = str(integers.dtype).removeprefix("torch.")
-    # With these options torchao rounds the activations too, each token by its own range; without, the weights alone.
+    # Another program's file may have options by which torchao rounds the activations too.
     dynamic = getattr(weight, "act_quant_kwargs", None) is not None
     activations = "int8 dynamic per-token" if dynamic else "float32"
     return Matrix(name, dtype, granularity(weight.scale.shape), activations, _largest(integers.numpy()))

@@ -126,6 +126,19 @@ def load_trained_classifier(folder: Path, verify: bool = True, **options):
     return model
 
 
+def save_compact(model, folder: Path) -> None:
+    """Saves a model whose weights are stored in smaller types than it computes in, which is float32 unless told.
+
+    `from_pretrained` opens the folder in float32, or in the ``dtype`` that it is given. Processors without the
+    instructions for bfloat16 take 4 to 7 times as long in it.
+    """
+    # Not in a checkpoint's legacy names (`LayerNorm.gamma`): of a quantized file, Transformers leaves tensors that it
+    # renames in the type in which they are stored, and the norms would not fit the activations.
+    model.save_pretrained(folder, save_original_format=False)
+    model.config.dtype = "float32"  # Transformers wrote that of the first weight
+    model.config.save_pretrained(folder)
+
+
 def check_sizes(weights: Path) -> None:
     """Raises `UserError` if config.json asks for a far larger model than the weights hold.
 

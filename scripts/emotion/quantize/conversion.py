@@ -47,7 +47,7 @@ def save_converted(
         plan = convert_to_float(plan, tokenizer, Path(scratch))
         seconds = save_formats(plan, folder, calibration, arguments)
         if runtime == "torchao":
-            converted = quantize_torchao(plan, plan.folder / "int8", arguments.reduce_range)
+            converted = quantize_torchao(plan, plan.folder / "int8")
             logits["converted"] = predict(ModelInMemory(converted, encoder), token_ids)
     # As a user opens them: saving and reopening has its own mistakes to make.
     for format in find_formats(folder):

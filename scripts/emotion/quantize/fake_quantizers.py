@@ -6,10 +6,10 @@ sums are those of the integers to the last digit. The slope of rounding is zero 
 passes straight through (Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
 for Conditional Computation", 2013).
 
-Each runtime measures activations in its own way, and so does its fake quantizer: torchao token by token, ONNX Runtime
-with one range for all tokens that the file computes (behind the last attention those are the first ones of the
-texts), and with the outlier units of outliers.py in floats. torchao's own fake quantizers have neither of these nor
-the levels of lowbit.py, and they multiply values that are scaled back already. Hence those below.
+ONNX Runtime rounds activations by one range for all tokens that the file computes (behind the last attention those
+are the first ones of the texts), with the outlier units of outliers.py in floats; the file for Transformers leaves
+all of them in float. torchao's own fake quantizers have neither of these nor the levels of lowbit.py, and they
+multiply values that are scaled back already. Hence those below.
 """
 
 import copy
@@ -29,14 +29,10 @@ from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
-FULL_SPAN = (-128, 127)  # smallest and largest integer of 8 bits
-# Weights, as each runtime makes them; of 7 bits ("reduced"), no processor's sums overflow.
-WEIGHT_SPANS = {
-    ("torchao", True): (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT - 1),
-    ("torchao", False): FULL_SPAN,
-    ("onnx", True): (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT),
-    ("onnx", False): (-127, 127),
-}
+# Smallest and largest integer of a weight in each runtime's file
+FULL_SPAN = (-128, 127)  # torchao's
+ONNX_SPAN = (-127, 127)
+REDUCED_SPAN = (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT)  # ONNX Runtime's at 7 bits: no processor's sums overflow
 
 
 def round_rows(
@@ -82,6 +78,11 @@ def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[
 def round_by_first_token(values: torch.Tensor, whole: torch.Tensor | None = None):
     """As `round_all`, with the range of the first tokens of (texts, tokens, width): the file computes no others."""
     return round_all(values, values[:, :1])
+
+
+def keep_floats(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves float values as they are, with the scale 1, as a product does whose weights alone are integers."""
+    return values, torch.ones((), device=values.device)
 
 
 def round_float8(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,24 +316,25 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
 
     Args:
         runtime: whose rounding is trained for: 'onnx' or 'torchao'; below 8 bits it is always 'onnx'.
-        reduce_range: whether INT8 weights have 7 bits; see levels.py.
+        reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see levels.py.
     """
     model, scales, splits, onnx = plan.model, plan.scales, splits_of(plan), runtime == "onnx"
     linear, embeddings = set(plan.layers.linear), set(plan.layers.embeddings)
     # torchao asks for these when it swaps the layers, and gives each one quantizers of its own, which are replaced
     # below. From then on the configurations compute nothing; torchao's conversion still looks at them.
-    activations = IntxFakeQuantizeConfig(torch.uint8 if onnx else torch.int8, "per_token", is_symmetric=not onnx)
+    activations = IntxFakeQuantizeConfig(torch.uint8, "per_token", is_symmetric=False)
     weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
     table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
     quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in linear)
     quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in embeddings)
-    round_weight = partial(round_rows, span=WEIGHT_SPANS[runtime, reduce_range])
+    span = (REDUCED_SPAN if reduce_range else ONNX_SPAN) if onnx else FULL_SPAN
+    round_weight = partial(round_rows, span=span)
     for name, part in model.named_modules():
         # torchao has no way to name another class for its layer. Giving the finished layer a subclass changes its
         # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
             part.__class__, part.split = RoundedLinear, splits.get(name, Split([]))
-            round_values = round_all if onnx else round_rows
+            round_values = round_all if onnx else keep_floats
             if onnx and name in plan.of_first_token:
                 round_values = round_by_first_token
             part.activation_fake_quantizer = Rounding(activations, round_values)

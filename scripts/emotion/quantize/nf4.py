@@ -79,7 +79,16 @@ def start_from_rounding_error(model: PeftModel, exact) -> None:
             layer.lora_B["default"].weight.data.copy_((u * root)[:, :rank])
 
 
-def round_to_nf4(folder: Path, rows: CalibrationRows, dtype: torch.dtype, options: dict):
+def open_in_float32(folder: Path):
+    """Opens a saved classifier, of 4 bits too, so that every processor multiplies in float32 and answers alike."""
+    model = load_trained_classifier(folder, dtype=torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # the kernel of these processors multiplies in bfloat16
+    return model
+
+
+def round_to_nf4(folder: Path, rows: CalibrationRows, options: dict):
     """Opens a float model in NF4, with codes that keep the outputs of each layer rather than each weight (gptq.py).
 
     An adapter changes most weights by less than half a step: rounding to the nearest level would undo much of it.
@@ -88,13 +97,13 @@ def round_to_nf4(folder: Path, rows: CalibrationRows, dtype: torch.dtype, option
     Args:
         folder: the float model, saved.
         rows: they show what the layers' inputs look like.
-        dtype: of the layers that stay in float.
         options: those of `nf4_options`.
 
     Returns:
         The model in NF4.
     """
-    model, exact = load_trained_classifier(folder, dtype=dtype, **options), load_trained_classifier(folder)
+    model = load_trained_classifier(folder, dtype=torch.float32, **options)
+    exact = load_trained_classifier(folder)
     rounded = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
     products = multiply_inputs(exact.to(model.device), list(rounded), rows)
     for name, layer in rounded.items():

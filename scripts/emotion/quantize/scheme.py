@@ -59,7 +59,7 @@ class SchemeArguments:
     )
     reduce_range: bool = field(
         default=True,
-        metadata={"help": "Use 7 of the 8 bits of a weight, so that the sums are right on every processor."},
+        metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, for right sums on every processor."},
     )
     smooth_quant: bool = field(
         default=False,
@@ -212,7 +212,7 @@ def copy_shared_files(source: Path, folder: Path) -> None:
 def save_format(plan: Plan, folder: Path, format: str, rows: CalibrationRows, arguments: SchemeArguments) -> None:
     """Writes the model of the plan into ``folder`` in one format, in the place of an earlier one of that format."""
     if format == "torchao":
-        quantize_torchao(plan, folder, arguments.reduce_range)
+        quantize_torchao(plan, folder)
     elif format == "onnx":
         # The name that transformers.js looks for.
         _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", rows, arguments)

@@ -23,7 +23,7 @@ REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must n
 OPERATORS = "benchmark/operators"  # file of study_operators.py, without its ending
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
-SCORES = ("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
+SCORES = ("examples", "macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
 
 
 @dataclass(frozen=True)
