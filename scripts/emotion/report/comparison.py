@@ -23,7 +23,7 @@ REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must n
 OPERATORS = "benchmark/operators"  # file of study_operators.py, without its ending
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
-SCORES = ("macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
+SCORES = ("examples", "macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,6 @@ def scored_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmar
         "name": name,
         "variant": record.variant,
         "format": record.format,
-        "examples": record.quality.examples,
         **{score: getattr(record.quality, score) for score in SCORES},
         "megabytes": record.size.megabytes,
         "times_smaller": times_smaller(timed, runs),
@@ -250,7 +249,6 @@ def alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchmar
         "name": name,
         "variant": Path(folder).name,
         "format": title,
-        "examples": None,
         **{score: getattr(scored[0], score) if scored else None for score in SCORES},
         "megabytes": first.bytes_to_serve / 1e6,  # a record has them already
         "times_smaller": times_smaller(timed, runs),
