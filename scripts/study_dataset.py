@@ -11,9 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json, write_text
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.report.pages import render_dataset
 from emotion.report.plots import plot_dataset
@@ -35,7 +35,7 @@ class ExplorationArguments(TaskArguments):
 
 def main(argv=None) -> None:
     """Counts, and writes the numbers, the page and the picture."""
-    (arguments,) = parse_flags((ExplorationArguments,), positional="dataset_name", argv=argv)
+    (arguments,) = parse_args((ExplorationArguments,), positional="dataset_name", argv=argv)
     base = find_base_model(arguments.model_name_or_path)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
     # The base model that a training would take, and its limit: the page says how many texts a training would cut.

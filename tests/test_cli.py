@@ -11,8 +11,8 @@ import run_baseline
 import run_qat
 from conftest import ROOT, run_script, train_flags
 from emotion.common import command, progress
+from emotion.common.arguments import parse_args_and_config
 from emotion.common.errors import UserError
-from emotion.common.flags import parse_recipe
 from emotion.common.machine import SCRIPTS
 from emotion.common.progress import Bar
 from emotion.model.training import RecipeTrainingArguments
@@ -32,7 +32,7 @@ def write_recipe(folder, **values):
 
 def test_a_flag_beats_the_recipe(encoder, tmp_path):
     recipe = write_recipe(tmp_path, model_name_or_path=str(encoder), learning_rate=1e-3, weight_decay=0.5)
-    arguments, training, used = parse_recipe(CLASSES, recipe, ["--learning_rate", "2e-3"])
+    arguments, training, used = parse_args_and_config(CLASSES, recipe, ["--learning_rate", "2e-3"])
     assert (training.learning_rate, training.weight_decay) == (2e-3, 0.5)
     assert arguments.model_name_or_path == str(encoder)
     assert used.values["learning_rate"] == 2e-3 and used.values["weight_decay"] == 0.5
@@ -41,7 +41,7 @@ def test_a_flag_beats_the_recipe(encoder, tmp_path):
 
 def test_another_recipe_is_the_first_word(encoder, tmp_path):
     recipe = write_recipe(tmp_path, model_name_or_path=str(encoder), learning_rate=7e-3)
-    _, training, used = parse_recipe(CLASSES, run_baseline.RECIPE, [str(recipe)])
+    _, training, used = parse_args_and_config(CLASSES, run_baseline.RECIPE, [str(recipe)])
     assert training.learning_rate == 7e-3 and used.path == recipe
 
 
@@ -52,7 +52,7 @@ def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
         weight_decay=0.1,
         per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}},
     )
-    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"], name_base_model)
+    _, training, _ = parse_args_and_config(CLASSES, recipe, ["--weight_decay", "0.3"], name_base_model)
     assert (training.learning_rate, training.weight_decay) == (3e-4, 0.3)
 
 
@@ -66,7 +66,7 @@ def test_values_of_the_bits_replace_the_recipes_but_not_a_flag(tmp_path):
         (["--bits", "2"], (3e-4, 0.2)),
         (["--bits", "2", "--weight_decay", "0.3"], (3e-4, 0.3)),
     ):
-        _, training, used = parse_recipe(classes, recipe, [*flags, "--output_dir", "out"])
+        _, training, used = parse_args_and_config(classes, recipe, [*flags, "--output_dir", "out"])
         assert (training.learning_rate, training.weight_decay) == expected
         assert used.values["learning_rate"] == expected[0] and "per_bits" not in used.values
 
@@ -81,7 +81,7 @@ def test_a_base_model_has_values_of_its_own_for_the_bits(tmp_path):
     classes = (run_qat.QatArguments, RecipeTrainingArguments)
     for name, bits, expected in (("a/b", 8, 2e-5), ("a/b", 4, 4e-5), ("a/b", 2, 2e-5), (None, 2, 3e-4)):
         flags = ["--bits", str(bits), "--output_dir", "out"]
-        _, training, _ = parse_recipe(classes, recipe, flags, lambda _, name=name: name)
+        _, training, _ = parse_args_and_config(classes, recipe, flags, lambda _, name=name: name)
         assert training.learning_rate == expected
 
 
@@ -104,12 +104,14 @@ def test_a_base_model_has_values_of_its_own_for_the_bits(tmp_path):
 def test_a_wrong_key_or_flag_is_named(values, flags, message, tmp_path):
     recipe = write_recipe(tmp_path, **values)
     with pytest.raises(UserError, match=".*") as error:
-        parse_recipe(CLASSES, recipe, flags)
+        parse_args_and_config(CLASSES, recipe, flags)
     assert message in str(error.value)
 
 
 def test_the_repositorys_own_recipe_is_valid():
-    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"], name_base_model)
+    _, training, recipe = parse_args_and_config(
+        CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"], name_base_model
+    )
     assert training.metric_for_best_model == "macro_f1" and training.load_best_model_at_end
     assert recipe.values["learning_rate"] == training.learning_rate
     assert training.output_dir.endswith("weights/checkpoints/x")  # beside the artifact, not in it

@@ -19,8 +19,8 @@ import run_qlora
 from conftest import ROOT, run_script, seeds_for
 from emotion import EmotionClassifier
 from emotion.common import command
+from emotion.common.arguments import make_parser, parse_args_and_config
 from emotion.common.errors import UserError
-from emotion.common.flags import _parser, parse_recipe
 from emotion.common.machine import THREADS, choose_threads
 from emotion.model.training import RecipeTrainingArguments
 from emotion.task import tokens
@@ -80,9 +80,9 @@ def end_of(main, capsys) -> tuple[int, str]:
         (run_baseline, "per_device_eval_batch_size", "1" + "0" * 30, "it takes at most 1000000000"),
         (run_baseline, "max_grad_norm", "-1", "--max_grad_norm -1.0: it takes 0 or more"),
         (run_baseline, "max_length", "0", "--max_length 0: it takes 3 or more"),
-        (run_baseline, "max_train_rows", "0", "--max_train_rows 0: it takes 1 or more"),
+        (run_baseline, "max_train_samples", "0", "--max_train_samples 0: it takes 1 or more"),
         (run_baseline, "attention_dropout", "-1", "--attention_dropout -1.0: it takes 0 to below 1"),
-        (run_baseline, "layer_decay", "0", "--layer_decay 0.0: it takes above 0 to 1"),
+        (run_baseline, "layerwise_lr_decay", "0", "--layerwise_lr_decay 0.0: it takes above 0 to 1"),
         (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model f1: it takes macro_f1, accuracy"),
         (run_baseline, "report_to", "nobody", "--report_to nobody: it takes none"),
         (run_baseline, "resume_from_checkpoint", "weights/checkpoints/x", "it takes last"),
@@ -90,15 +90,15 @@ def end_of(main, capsys) -> tuple[int, str]:
         (run_baseline, "deepspeed", "nowhere.json", ""),
         (run_baseline, "output_dir", "caf\udce9", "is not UTF-8"),
         (run_baseline, "output_dir", "a\0b", "holds a character of value 0"),
-        (run_qlora, "lora_rank", "0", "--lora_rank 0: it takes 1 to 1024"),
+        (run_qlora, "lora_r", "0", "--lora_r 0: it takes 1 to 1024"),
         (run_qlora, "lora_dropout", "1", "--lora_dropout 1.0: it takes 0 to below 1"),
         (run_qlora, "init_lora_weights", "zero", "it takes default, gaussian or loftq"),
         (run_qlora, "formats", "gguf", "--formats gguf: it takes adapter, nf4 or onnx"),
         (run_qat, "quantize_after", "-1", "--quantize_after -1: it takes 0 or more"),
         (run_qat, "baseline", "nowhere", "no folder nowhere"),
         (run_ptq, "bits", "7", "--bits 7: it takes 8, 4, 3 or 2"),
-        (run_ptq, "max_loss", "-101", "--max_loss -101.0: it takes -100 to 100"),
-        (run_ptq, "calibration_rows", "0", "--calibration_rows 0: it takes 1 or more"),
+        (run_ptq, "max_f1_drop", "-101", "--max_f1_drop -101.0: it takes -100 to 100"),
+        (run_ptq, "num_calibration_samples", "0", "--num_calibration_samples 0: it takes 1 or more"),
         (run_ptq, "baseline", "nowhere", "no folder nowhere"),
     ],
 )
@@ -125,7 +125,7 @@ def classes_of(name: str) -> list:
 def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
     classes = classes_of(name)
     assert classes
-    parser = _parser(classes, ["--help_all"])
+    parser = make_parser(classes, ["--help_all"])
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:
         if action.type in (int, float) and action.dest != "local_rank":  # the launcher's, not the user's
@@ -139,7 +139,7 @@ def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
 def test_random_flags_end_in_one_line_or_are_taken(seed, nothing_is_loaded, encoder, capsys, record_property):
     rng = random.Random(seed)
     record_property("draws", 60)
-    names = [action.dest for action in _parser(TRAININGS[run_qlora])._actions if "help" not in action.dest]
+    names = [action.dest for action in make_parser(TRAININGS[run_qlora])._actions if "help" not in action.dest]
     ends = []
     for _ in range(60):
         about, words = draw_flag(rng, names)
@@ -166,7 +166,7 @@ def test_random_recipes_end_in_one_line_or_are_taken(seed, encoder, tmp_path, re
         (tmp_path / "recipe.yaml").write_bytes(content)
         try:
             flags = ["--model_name_or_path", str(encoder), "--output_dir", "out"]
-            parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", flags, lambda _: None)
+            parse_args_and_config(TRAININGS[run_qlora], tmp_path / "recipe.yaml", flags, lambda _: None)
         except UserError as error:
             refused += 1
             assert "recipe.yaml" in str(error) or "--" in str(error), about
@@ -198,7 +198,7 @@ def test_random_recipes_end_in_one_line_or_are_taken(seed, encoder, tmp_path, re
 def test_a_recipe_that_is_none_is_refused(content, message, encoder, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(UserError) as error:
-        parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", ["--output_dir", "out"], lambda _: None)
+        parse_args_and_config(TRAININGS[run_qlora], tmp_path / "recipe.yaml", ["--output_dir", "out"], lambda _: None)
     assert message in str(error.value)
 
 
@@ -206,7 +206,7 @@ def test_a_recipe_may_write_out_a_mapping(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "lr_scheduler_kwargs: {num_cycles: 2}\noutput_dir: out\ntarget_modules: query"
     )
-    arguments, training, _ = parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", [])
+    arguments, training, _ = parse_args_and_config(TRAININGS[run_qlora], tmp_path / "recipe.yaml", [])
     assert training.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.target_modules == ["query"]
 
 

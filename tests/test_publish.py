@@ -387,7 +387,7 @@ def test_a_download_that_is_not_what_was_published_is_refused(folders, results, 
     done = run_script("predict.py", *words)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "config.json differs from" in done.stderr and "hf cache rm model/user/bert-emotion" in done.stderr
-    assert run_script("predict.py", *words, "--no_verify").stdout.startswith("hot")
+    assert run_script("predict.py", *words, "--skip_checksum").stdout.startswith("hot")
 
 
 def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):

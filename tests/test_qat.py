@@ -363,7 +363,7 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, monkeyp
     recipes = {}
     for method in ("ptq", "qat"):
         values = yaml.safe_load((ROOT / "configs" / f"{method}.yaml").read_text())
-        small = {"num_train_epochs": 1, "learning_rate": 1e-3, "bf16": False, "calibration_rows": 30}
+        small = {"num_train_epochs": 1, "learning_rate": 1e-3, "bf16": False, "num_calibration_samples": 30}
         recipes[method] = tmp_path / f"{method}.yaml"
         recipes[method].write_text(yaml.safe_dump(values | {key: small[key] for key in small if key in values}))
     monkeypatch.setattr(seeds, "recipe_of", recipes.get)

@@ -83,7 +83,7 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
 
 
 def test_only_the_adapter_and_the_head_learn(encoder, colors):
-    arguments = adapter.QloraArguments(lora_rank=4)
+    arguments = adapter.QloraArguments(lora_r=4)
     model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "classifier" in name for name in learning)
@@ -185,11 +185,11 @@ def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys
     ("flags", "message"),
     [
         (["--target_modules", "qvery"], "--target_modules qvery: no layer's name ends so; there are attention.output"),
-        (["--trained_whole", "head"], "--trained_whole head: no layer's name ends so"),
+        (["--modules_to_save", "head"], "--modules_to_save head: no layer's name ends so"),
         (["--init_lora_weights", "pissa"], "--init_lora_weights pissa: it takes default, gaussian or loftq"),
         (["--init_lora_weights", "loftq", "--load_in_4bit", "false"], "take default for a float base"),
         (["--formats", "gguf"], "--formats gguf: it takes adapter, nf4 or onnx"),
-        (["--lora_ranks", "8"], "unknown flag --lora_ranks. Did you mean lora_rank?"),
+        (["--lora_ranks", "8"], "unknown flag --lora_ranks. Did you mean lora_r?"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, encoder, colors, tmp_path):

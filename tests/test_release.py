@@ -153,7 +153,7 @@ def test_the_released_baseline_opens_as_it_is_and_can_be_quantized(released, tmp
     classify = pipeline("text-classification", model=str(folder))
     assert classify.model.dtype == torch.float32 and classify("a red house")[0]["label"] == "warm"
     run_ptq.main(
-        ["--baseline", str(folder), "--output_dir", str(out), "--formats", "onnx", "--calibration_rows", "60"]
+        ["--baseline", str(folder), "--output_dir", str(out), "--formats", "onnx", "--num_calibration_samples", "60"]
     )
     assert EmotionClassifier.from_pretrained(out).classify(["a red house"])[0]["label"] == "warm"
 

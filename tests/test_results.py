@@ -123,7 +123,7 @@ def test_a_missing_field_stops_the_renderer(page, tmp_path):
     [
         (("made", "dataset_source"), "sample", "not for the README"),
         (("made", "train_dataset_source"), "sample", "not for the README"),
-        (("made", "recipe"), {"max_train_rows": 100}, "is a short run .max_train_rows in its recipe."),
+        (("made", "recipe"), {"max_train_samples": 100}, "is a short run .max_train_samples in its recipe."),
         (("quality", "split"), "validation", "not for the README"),
         (("made", "dataset_fingerprint"), "other", "not scored on the same rows"),
     ],
@@ -378,7 +378,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(
     changes = [one["formats"]["onnx"]["macro_f1"] - runs[one["seed"]]["macro_f1"] for one in summary_of_ptq["runs"]]
     assert summary_of_ptq["formats"]["onnx"]["change"]["mean"] == pytest.approx(sum(changes) / 2)
     made = yaml.safe_load((tmp_path / "weights" / "ptq" / "recipe.yaml").read_text())
-    assert made["seed"] == best["seed"] and made["recipe"]["calibration_rows"] == 30
+    assert made["seed"] == best["seed"] and made["recipe"]["num_calibration_samples"] == 30
     (row,) = seed_rows(summary_of_ptq)
     low, high = row["change_ci95"]
     assert low <= row["change"]["mean"] <= high
