@@ -229,7 +229,7 @@ def baseline_of(colors, build_once):
 @pytest.fixture(scope="session")
 def quantized(artifact, build_once) -> Path:
     """That baseline in INT8, in all its formats."""
-    words = ["--baseline", str(artifact), "--num_calibration_samples", "60"]
+    words = ["--model_name_or_path", str(artifact), "--num_calibration_samples", "60"]
     return build_once("weights/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
 
 
@@ -245,7 +245,7 @@ def adapted(encoder, colors, build_once) -> Path:
 
 def qat_flags(artifact, out, **changes) -> list[str]:
     values = {
-        "baseline": artifact,
+        "model_name_or_path": artifact,
         "output_dir": out,
         "learning_rate": 1e-3,
         "num_train_epochs": 2,
@@ -289,7 +289,7 @@ def real(build_once) -> Path:
 @pytest.fixture(scope="session")
 def real_int8(real, build_once) -> Path:
     """The same in INT8."""
-    words = ["--baseline", str(real), "--num_calibration_samples", "60"]
+    words = ["--model_name_or_path", str(real), "--num_calibration_samples", "60"]
     return build_once("real/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
 
 

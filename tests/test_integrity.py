@@ -331,8 +331,8 @@ def test_every_command_that_opens_an_artifact_checks_it(command, artifact, color
         file.seek(-9, os.SEEK_END)
         file.write(b"\x00")
     words = {
-        "run_ptq.py": ["--baseline", folder, "--output_dir", tmp_path / "out"],
-        "run_qat.py": ["--baseline", folder, "--output_dir", tmp_path / "out"],
+        "run_ptq.py": ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"],
+        "run_qat.py": ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"],
         "run_evaluation.py": [folder, "--results_dir", tmp_path / "results"],
         "run_baseline.py": [
             "--model_name_or_path",

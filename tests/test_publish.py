@@ -230,7 +230,7 @@ def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_
     shutil.copytree(results, tmp_path / "results")
     run_ptq.main(
         [
-            "--baseline",
+            "--model_name_or_path",
             str(artifact),
             "--output_dir",
             str(tmp_path / "ptq"),

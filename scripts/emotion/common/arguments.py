@@ -174,11 +174,14 @@ def _resolve(classes, argv, default: Path | None) -> tuple:
     """The parser, the namespace of all flags, and the `Recipe`: our own flags, and others that are not as usual."""
     path, flags = _split_config(argv, default)
     parser, own = make_parser(classes, "[config.yaml] [--flag value ...]"), _own_fields(classes)
-    usual = {action.dest: parser.get_default(action.dest) for action in parser._actions}
+    required = [action for action in parser._actions if action.required]
+    for action in required:
+        action.required = False
+    usual = vars(_parse_all(parser, []))  # the defaults, as argparse converts them
     given = _typed_config(parser, path) if path else {}
     parser.set_defaults(**given)
-    for action in parser._actions:
-        action.required = action.required and action.dest not in given
+    for action in required:
+        action.required = action.dest not in given
     namespace = _parse_all(parser, flags)
     values = {}
     for name, value in vars(namespace).items():
