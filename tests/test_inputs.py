@@ -112,8 +112,7 @@ def classes_of(name: str) -> list:
     module = importlib.import_module(name)
     tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8"))
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    found = [vars(module)[one] for one in defined if is_dataclass(vars(module)[one]) and one.endswith("Arguments")]
-    return found
+    return [vars(module)[one] for one in defined if is_dataclass(vars(module)[one]) and one.endswith("Arguments")]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

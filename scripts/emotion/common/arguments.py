@@ -17,7 +17,6 @@ import textwrap
 from argparse import ArgumentError
 from collections import Counter
 from dataclasses import dataclass
-from dataclasses import fields as fields_of
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +98,7 @@ RANGES = {
     "report_to": ("none", *filter(find_spec, ("tensorboard", "wandb", "mlflow", "trackio"))),  # those installed
 }
 # Of the hundred flags of `TrainingArguments`, `--help` shows those whose default is ours, and these.
-COMMON = {"seed", "max_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "resume_from_checkpoint"}
+COMMON = {"max_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "resume_from_checkpoint", "report_to"}
 # Flags of `TrainingArguments` that hold a mapping, which a config may write out
 MAPPINGS = {"accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "fsdp_config", "deepspeed"}
 
@@ -199,7 +198,9 @@ def make_parser(classes, usage: str):
     logging.disable_progress_bar()  # of reading and writing files; a training shows its own
     # No abbreviations: a misspelt flag must be an error, and not another flag.
     parser = make_plain(HfArgumentParser(classes, allow_abbrev=False, usage=f"%(prog)s {usage}"))
-    inherited = {field.name: field for one in classes for base in one.__mro__[1:] for field in _fields_of(base)}
+    inherited = {}  # the fields of all base classes, those of the farthest last
+    for base in [base for one in classes for base in one.__mro__[1:]]:
+        inherited |= getattr(base, "__dataclass_fields__", {})
     shown = _own_fields(classes) | COMMON
     for action in parser._actions:
         # A class that changes a default alone leaves the text of the flag to the class that it is based on.
@@ -208,6 +209,8 @@ def make_parser(classes, usage: str):
         action.choices = RANGES.get(action.dest, action.choices)
         if action.choices and len(list(action.choices)) > MOST_CHOICES:
             action.metavar = action.dest.upper()
+        elif action.nargs == "?":
+            action.metavar = "{true,false}"
         if action.dest not in shown | {"help"} or action.const is False:  # `--no_x`, beside `--x`
             action.help = argparse.SUPPRESS
     if inherited.keys() - shown:
@@ -307,14 +310,14 @@ def _typed(parser, action, value):
     """One value of a config, or raises argparse's error if its flag does not take it."""
     if value is None and action.default is None:
         return None
-    if action.nargs == "+" and isinstance(value, list):
-        return [_typed_word(parser, action, one) for one in value]
-    if isinstance(value, dict) and action.dest in MAPPINGS:
-        value = json.dumps(value)  # as on the command line; `TrainingArguments` reads it back
-    return [_typed_word(parser, action, value)] if action.nargs == "+" else _typed_word(parser, action, value)
+    if action.nargs == "+":
+        return [_typed_word(parser, action, one) for one in (value if isinstance(value, list) else [value])]
+    return _typed_word(parser, action, value)
 
 
 def _typed_word(parser, action, value):
+    if isinstance(value, dict) and action.dest in MAPPINGS:
+        value = json.dumps(value)  # as on the command line; `TrainingArguments` reads it back
     # YAML reads `no` as false and 2026-11-26 as a date: neither is what a flag with a word of its own means.
     if not isinstance(value, str | int | float) or (isinstance(value, bool) and action.type is str):
         kind = "nothing" if value is None else f"a {type(value).__name__}"
@@ -380,10 +383,6 @@ def _own_fields(classes) -> set[str]:
     """The names of the flags whose default is ours: all but those that only a class of Transformers declares."""
     bases = [base for one in classes for base in one.__mro__ if not base.__module__.startswith("transformers.")]
     return {name for base in bases for name in inspect.get_annotations(base)}
-
-
-def _fields_of(base) -> tuple:
-    return fields_of(base) if hasattr(base, "__dataclass_fields__") else ()
 
 
 def _number_or_text(word: str) -> bool | int | float | str:

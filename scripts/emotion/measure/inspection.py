@@ -279,7 +279,7 @@ def _packed_matrices(constants: dict) -> dict[str, Matrix]:
         name, _, kind = full.rpartition("/")
         if kind != "multipliers":
             continue
-        # Groups are rows x pairs x pair, of 8 x eighths weights each; eight weights fill as many bytes as they have bits.
+        # (rows, pairs of groups, pair, eighths of a group, bits): eight weights fill as many bytes as each has bits.
         _, _, pair, eighths, bits = constants[f"{name}/codes0"].dims
         # A multiplier is stored less one, in 4 bits where two share a byte and in 8 where a row has odd groups.
         stored = numpy_helper.to_array(tensor)

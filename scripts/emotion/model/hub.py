@@ -141,12 +141,13 @@ def _operations(files: dict[str, Path | bytes], present: set[str]) -> list:
     return operations
 
 
-def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
+def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
     """Downloads the files that one format of a published artifact needs, or takes them from the cache.
 
     Args:
         formats: the formats to look for; the first that the repository has is taken.
         verify: whether the files are compared with the repository's SHA256SUMS, where it has one.
+        optional: other files to download, if the repository has them.
 
     Returns:
         The folder that holds the files.
@@ -156,7 +157,7 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
             refuses or still fails at the last attempt.
     """
     check_repo_id(repo_id)
-    folder, names = try_again(lambda: _download(repo_id, formats), repo_id)
+    folder, names = try_again(lambda: _download(repo_id, formats, (SUMS_FILE, *optional)), repo_id)
     if verify:
         try:
             check_sums(folder, names)
@@ -165,7 +166,7 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
     return folder
 
 
-def _download(repo_id: str, formats: list[str]) -> tuple[Path, list[str]]:
+def _download(repo_id: str, formats: list[str], optional: tuple[str, ...]) -> tuple[Path, list[str]]:
     """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
     from emotion.model.hub_answers import explain
 
@@ -177,11 +178,12 @@ def _download(repo_id: str, formats: list[str]) -> tuple[Path, list[str]]:
     commit = folder.name
     for name in SHARED_FILES[1:]:
         hf_hub_download(repo_id, name, revision=commit)
-    try:
-        hf_hub_download(repo_id, SUMS_FILE, revision=commit)
-    except EntryNotFoundError as error:  # most repositories have none
-        if explain(error, repo_id)[0]:  # it may have one: the Hub gave no answer
-            raise
+    for name in optional:
+        try:
+            hf_hub_download(repo_id, name, revision=commit)
+        except EntryNotFoundError as error:  # most repositories have none
+            if explain(error, repo_id)[0]:  # it may have one: the Hub gave no answer
+                raise
     absent = None
     for format in formats:
         for weights in WEIGHT_FILES[format]:

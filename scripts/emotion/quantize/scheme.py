@@ -8,9 +8,10 @@ from pathlib import Path
 from emotion.common.arguments import COUNT, Range
 from emotion.common.errors import UserError
 from emotion.common.progress import Bar
-from emotion.common.recipe import Recipe
+from emotion.common.recipe import RECIPE_FILE, Recipe
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
 from emotion.model.emotion_classifier import find_model
+from emotion.model.hub import fetch
 from emotion.quantize.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
@@ -94,6 +95,8 @@ def check_scheme(arguments: SchemeArguments) -> Path:
     if arguments.bits < 8 and arguments.onnx_calibration != "none":
         raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: with {arguments.bits} bits it takes none")
     baseline = find_model(arguments.model_name_or_path, "pytorch")
+    if baseline != Path(arguments.model_name_or_path):  # of the Hub: what made it tells its base model and its dataset
+        fetch(arguments.model_name_or_path, ["pytorch"], optional=(RECIPE_FILE,))
     find_formats(baseline)  # raises if this is no model folder
     # Quantizing integers again would round twice; what makes an artifact small starts from the float weights.
     if quantizer := quantized_by(baseline):
