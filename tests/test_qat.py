@@ -295,7 +295,8 @@ def interrupted(*words):
 def trainer_of(artifact, colors, quantize_after) -> run_qat.QatTrainer:
     model = load_trained_classifier(artifact)
     prepare(make_plan(artifact, model, SchemeArguments(bits=2)))
-    training = run_qat.RecipeTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
+    plain = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "bf16": False}
+    training = run_qat.RecipeTrainingArguments(output_dir="out", use_cpu=True, **plain)
     trainer = run_qat.QatTrainer(quantize_after=quantize_after, model=model, args=training)
     trainer.current_gradient_accumulation_steps = 1  # what a training sets when it starts
     return trainer

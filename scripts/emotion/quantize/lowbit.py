@@ -207,7 +207,7 @@ class Packer:
     A byte has 256 values. A table of 256 rows therefore lists the levels of every byte, and one look-up (`Gather`)
     does the shifting, the masking and the step from codes to levels.
 
-    Names are read elsewhere: `measure/inspection.py` finds packed matrices by ``<name>/codes...`` and
+    Names are read elsewhere: `measure/inspection.py` finds packed matrices by ``<name>/codes0`` and
     ``<name>/multipliers``, and passes over nodes named ``<name>/unpack...``.
 
     Args:
