@@ -16,9 +16,9 @@ import run_evaluation
 import run_llama_factory
 import run_publish
 from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_script
-from emotion.common.arguments import parse_with_other_flags
+from emotion.common.arguments import parse_with_other_flags, read_config
 from emotion.common.errors import UserError
-from emotion.common.recipe import Recipe, read_recipe, read_recipe_of
+from emotion.common.recipe import Recipe, read_recipe_of
 from emotion.model import llama_factory, packaged_llama
 from emotion.model.artifact import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
 from emotion.model.classifier import open_artifact
@@ -237,7 +237,7 @@ def test_flags_that_are_not_ours_are_the_other_programs():
     arguments, recipe, own = parse_with_other_flags((class_,), path, words)
     assert own == {"max_train_samples": 64} and arguments.max_train_samples == 64
     theirs = {"learning_rate": 0.001, "lora_rank": 4, "max_steps": -1, "eval_strategy": "no", "do_train": True}
-    assert recipe.values == read_recipe(path) | theirs
+    assert recipe.values == read_config(path) | theirs
     for wrong in (["--lora_rank"], ["--lora_rank", "--max_steps", "3"], ["--max_steps", "3", "4"]):
         with pytest.raises(UserError, match="expected flags with one value each"):
             parse_with_other_flags((class_,), path, wrong)
@@ -317,7 +317,7 @@ def test_a_second_run_replaces_what_the_first_has_made(generative, colors, tmp_p
         fill_generative(tmp_path / "twice", colors)
     assert list(find_formats(tmp_path / "twice")) == ["adapter"]
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
-    recipe = Recipe(RECIPE.path, read_recipe(RECIPE.path))
+    recipe = Recipe(RECIPE.path, read_config(RECIPE.path))
     run_llama_factory.check(recipe, generative)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
