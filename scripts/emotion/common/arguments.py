@@ -298,7 +298,7 @@ def _typed_config(parser, path: Path) -> dict:
     typed = {}
     for key, value in read_config(path).items():
         if key not in actions:
-            raise UserError(f"{path}: unknown key '{key!s:.80}'.{_did_you_mean(str(key), actions)}")
+            raise UserError(f"{path}: unknown key '{key!s:.80}'.{_did_you_mean(str(key), parser)}")
         try:
             typed[key] = _typed(parser, actions[key], value)
         except ArgumentError as error:
@@ -363,7 +363,7 @@ def _check_word(word: str) -> None:
 def _parse_all(parser, flags: list[str]) -> argparse.Namespace:
     namespace, unknown = parser.parse_known_args(flags)
     if unknown:
-        raise UserError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), vars(namespace))}")
+        raise UserError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), parser)}")
     return namespace
 
 
@@ -396,7 +396,9 @@ def _number_or_text(word: str) -> bool | int | float | str:
     return word
 
 
-def _did_you_mean(name: str, known) -> str:
-    # One suggestion, if there is a name that is similar enough to be meant.
-    close = difflib.get_close_matches(name, list(known), n=1)
+def _did_you_mean(name: str, parser) -> str:
+    # One suggestion, if there is a name that is similar enough to be meant; of those in `--help` before all others.
+    shown = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
+    close = difflib.get_close_matches(name, shown, n=1)
+    close = close or difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
     return f" Did you mean {close[0]}?" if close else ""
