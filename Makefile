@@ -5,7 +5,6 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SHORT := build/run
 FUZZ := 20
-SMALL := sentence-transformers/all-MiniLM-L6-v2
 
 # What `make benchmark` interleaves: every form of every variant, and what a user would pick without them
 TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-compiled pytorch-dynamic onnx-plain \
@@ -18,8 +17,7 @@ TIMED := $(addprefix weights/baseline:,onnx pytorch bf16 pytorch-compiled bf16-c
 PROFILED := $(addprefix weights/baseline:,onnx-plain onnx onnx-dynamic openvino-plain) weights/ptq:onnx weights/ptq:openvino weights/qat-int4:onnx
 
 # The base-size encoder's family: smaller tables, since each of its lines takes five times as long
-BASE := sentence-transformers/all-mpnet-base-v2
-OF_BASE := --weights_dir weights/base --results_dir results/base
+OF_BASE := --config_dir configs/mpnet-base --weights_dir weights/base --results_dir results/base
 BASE_SEEDS := 42
 BASE_TIMED := $(addprefix weights/base/baseline:,onnx pytorch bf16 openvino-plain) \
 	$(addprefix weights/base/ptq:,onnx openvino torchao) $(addprefix weights/base/qat:,onnx openvino) \
@@ -64,7 +62,7 @@ score = for format in $(2); do $(RUN) scripts/run_evaluation.py $(1) --format $$
 unpack = PYTHONPATH=scripts $(RUN) -c "from emotion.common.command import run; from $(1) import $(2); run($(2))"
 SHORTLY := --max_eval_samples 500 --latency_runs 200 --results_dir $(SHORT)/results
 # An adapter starts from zeros beside a head that knows nothing: it needs more steps than the baseline, of fewer rows
-BRIEFLY := --max_train_rows 6400 --num_train_epochs 1 --per_device_train_batch_size 16
+BRIEFLY := --max_train_samples 6400 --num_train_epochs 1 --per_device_train_batch_size 16
 SEEDS := 42 43 44
 
 # Before .venv is made, which is the larger part of both where it is not there
@@ -73,13 +71,13 @@ announce:
 	@echo "It takes about 7 GB of disk for $(VENV), and at most 1 GB for $(SHORT). Its scores are not the published ones."
 
 run: announce $(READY)
-	$(RUN) scripts/run_baseline.py --model_name_or_path $(SMALL) --max_train_rows 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
+	$(RUN) scripts/run_baseline.py configs/minilm/baseline.yaml --max_train_samples 6400 --num_train_epochs 1 --output_dir $(SHORT)/baseline
 	@$(call score,$(SHORT)/baseline,pytorch bf16 onnx,$(SHORTLY))
-	$(RUN) scripts/run_ptq.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/ptq --calibration_rows 100 --max_loss 2
+	$(RUN) scripts/run_ptq.py --model_name_or_path $(SHORT)/baseline --output_dir $(SHORT)/ptq --num_calibration_samples 100 --max_f1_drop 2
 	@$(call score,$(SHORT)/ptq,torchao onnx openvino,$(SHORTLY))
-	$(RUN) scripts/run_qat.py --baseline $(SHORT)/baseline --output_dir $(SHORT)/qat --formats onnx --max_train_rows 1600
+	$(RUN) scripts/run_qat.py --model_name_or_path $(SHORT)/baseline --output_dir $(SHORT)/qat --formats onnx --max_train_samples 1600
 	@$(call score,$(SHORT)/qat,onnx,$(SHORTLY))
-	$(RUN) scripts/run_qlora.py --model_name_or_path $(SMALL) $(BRIEFLY) --output_dir $(SHORT)/qlora
+	$(RUN) scripts/run_qlora.py configs/minilm/qlora.yaml $(BRIEFLY) --output_dir $(SHORT)/qlora
 	@$(call score,$(SHORT)/qlora,onnx,$(SHORTLY))
 	@echo "Short run:"
 	$(RUN) scripts/run_comparison.py --results_dir $(SHORT)/results --print_only
@@ -90,12 +88,12 @@ run: announce $(READY)
 
 results: $(READY)
 	$(RUN) scripts/study_dataset.py
-	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46 --model_name_or_path $(SMALL)
+	$(RUN) scripts/run_seeds.py baseline --seeds 42 43 44 45 46
 	$(RUN) scripts/study_ptq.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 	$(RUN) scripts/study_graphs.py weights/seeds/baseline-42
 	$(RUN) scripts/study_openvino.py weights/seeds/baseline-42
 	$(RUN) scripts/study_qlora.py --seed $(SEEDS)
-	$(RUN) scripts/run_seeds.py qlora --seeds $(SEEDS) --model_name_or_path $(SMALL)
+	$(RUN) scripts/run_seeds.py qlora --seeds $(SEEDS)
 	for variant in ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(SEEDS) || exit 1; done
 	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(SEEDS)
@@ -132,8 +130,8 @@ score_base = $(call score,weights/base/$(1),$(2),--results_dir results/base)
 
 # Static ranges are left out of the study: their calibration keeps all inner values of 300 texts in memory.
 results-base: base-encoder
-	$(RUN) scripts/run_seeds.py baseline --seeds $(BASE_SEEDS) --model_name_or_path $(BASE) $(OF_BASE)
-	$(RUN) scripts/run_seeds.py qlora --seeds $(BASE_SEEDS) --model_name_or_path $(BASE) $(OF_BASE)
+	$(RUN) scripts/run_seeds.py baseline --seeds $(BASE_SEEDS) $(OF_BASE)
+	$(RUN) scripts/run_seeds.py qlora --seeds $(BASE_SEEDS) $(OF_BASE)
 	for variant in ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) scripts/run_seeds.py $$variant --seeds $(BASE_SEEDS) $(OF_BASE) || exit 1; done
 	$(RUN) scripts/study_bits.py 8 4 2 --seeds $(BASE_SEEDS) $(OF_BASE)
@@ -164,18 +162,18 @@ $(VENV)/.peers: $(READY) requirements-peers.txt
 
 # LLaMA Factory, in an environment of its own. Without the Hub the short job trains a tiny Llama with random weights.
 LLAMA_FACTORY := .venv-llama-factory
-SHORT_LLAMA := --max_train_rows 640 --num_train_epochs 1 --eval_strategy no --save_strategy no --load_best_model_at_end false
+SHORT_LLAMA := --max_train_samples 640 --num_train_epochs 1 --eval_strategy no --save_strategy no --load_best_model_at_end false
 
 llama-factory: $(READY) $(LLAMA_FACTORY)/.ready
 	@echo "A short run on part of the data: it shows that everything works, its scores say nothing of generative models."
-	$(RUN) scripts/run_llama_factory.py $(SHORT_LLAMA) --stand_in true --output_dir $(SHORT)/llama-qlora
+	$(RUN) scripts/run_llama_factory.py $(SHORT_LLAMA) --use_tiny_model true --output_dir $(SHORT)/llama-qlora
 	@$(call score,$(SHORT)/llama-qlora,adapter,$(SHORTLY))
 
 # The record of a generative model: one epoch of part of the rows, half an hour and more on two cores
 results-llama: $(LLAMA_FACTORY)/.ready packaged-llama
 	$(RUN) scripts/run_llama_factory.py --model_name_or_path build/SmolLM2-135M-Instruct-Q4_1 --template smollm2 \
 		--default_system "You are a helpful AI assistant named SmolLM, trained by Hugging Face" \
-		--max_train_rows 3200 --num_train_epochs 1 --eval_strategy no --load_best_model_at_end false \
+		--max_train_samples 3200 --num_train_epochs 1 --eval_strategy no --load_best_model_at_end false \
 		--save_strategy steps --save_steps 25 --logging_steps 5
 	$(call score,weights/llama-qlora,adapter)
 	$(RUN) scripts/run_comparison.py

@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 
 from emotion.batch.inputs import is_table
+from emotion.common.arguments import COUNT, make_plain
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
-from emotion.common.help_text import describe
 from emotion.common.machine import THREADS
-from emotion.common.ranges import COUNT, speak_plainly
 from emotion.model.released import RECOMMENDED
 
 BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
@@ -46,7 +45,7 @@ def main(argv=None) -> None:
         # Beside the answers, not among them.
         print(f"answered by weights/{RECOMMENDED}; --model takes another", file=sys.stderr)
     classifier = EmotionClassifier.from_pretrained(
-        arguments.model, arguments.format, arguments.threads, verify=not arguments.no_verify
+        arguments.model, arguments.format, arguments.threads, verify=not arguments.skip_checksum
     )
     # Batch by batch: the first answers are printed while the rest of a stream has not been written yet.
     empty = 0
@@ -60,7 +59,7 @@ def main(argv=None) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags of the command line, checked; `HfArgumentParser`, which the other commands use, would load torch."""
-    parser = argparse.ArgumentParser()
+    parser = make_plain(argparse.ArgumentParser())
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
     parser.add_argument(
         "--model",
@@ -73,9 +72,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
-    parser.add_argument("--no_verify", action="store_true", help="open files that differ from the folder's SHA256SUMS")
-    speak_plainly(parser)
-    describe(parser)
+    parser.add_argument(
+        "--skip_checksum", action="store_true", help="open files that differ from the folder's SHA256SUMS"
+    )
     arguments = parser.parse_args(argv)
     if arguments.texts and arguments.file:
         raise UserError("give sentences or --file, not both")

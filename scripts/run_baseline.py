@@ -4,17 +4,17 @@ The artifact, `weights/baseline`, holds the checkpoint with the best macro F1 on
 (`model.safetensors`), BF16 (`model.bf16.safetensors`) and FP32 for ONNX Runtime (`onnx/model.onnx`). This script never
 reads the test split; `run_evaluation.py` scores it.
 
-    python scripts/run_baseline.py    # the recipe configs/baseline.yaml
+    python scripts/run_baseline.py    # BERT-base: configs/bert-base-uncased/baseline.yaml
+    python scripts/run_baseline.py configs/minilm/baseline.yaml --seed 43
     accelerate launch --config_file accelerate_config.yaml scripts/run_baseline.py --seed 43 --output_dir weights/other
 """
 
 import copy
 from dataclasses import dataclass, field
 
+from emotion.common.arguments import Range, parse_args_and_config
 from emotion.common.command import run
 from emotion.common.files import ROOT
-from emotion.common.flags import parse_recipe
-from emotion.common.ranges import Range
 from emotion.common.recipe import Recipe
 from emotion.model.artifact import describe_made, describe_origin, new_artifact
 from emotion.model.checkpoints import find_checkpoint
@@ -31,21 +31,21 @@ from emotion.model.training import (
 from emotion.quantize.layers import find_stack
 from emotion.quantize.onnx_graph import export_onnx
 from emotion.task.dataset import TaskArguments, load_task
-from emotion.task.source import find_base_model, name_base_model
+from emotion.task.source import find_base_model
 from emotion.task.tokens import load_training_rows
 
 import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 
-RECIPE = ROOT / "configs" / "baseline.yaml"
+CONFIG = ROOT / "configs" / "bert-base-uncased" / "baseline.yaml"
 
 
 @dataclass
 class BaselineArguments(TaskArguments):
     """The flags of the baseline, beside those of the task and the training."""
 
-    layer_decay: float = field(
-        default=1.0,
+    layerwise_lr_decay: float = field(
+        default=0.85,
         metadata={
             "help": "Learning rate of a layer as a share of that of the layer above it.",
             "choices": Range(0, 1, above=True),
@@ -53,10 +53,19 @@ class BaselineArguments(TaskArguments):
     )
 
 
+@dataclass
+class BaselineTrainingArguments(RecipeTrainingArguments):
+    """The training of the baseline."""
+
+    output_dir: str = field(default="weights/baseline", metadata={"help": "Folder in which the artifact is saved."})
+
+
+ARGUMENTS = (BaselineArguments, BaselineTrainingArguments)
+
+
 def main(argv=None) -> None:
     # 1. Parse
-    classes = (BaselineArguments, RecipeTrainingArguments)
-    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_base_model)
+    arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv, CONFIG)
     with training_place(training, arguments, recipe):
         train(arguments, training, recipe)
 
@@ -76,7 +85,7 @@ def train(arguments: BaselineArguments, training: RecipeTrainingArguments, recip
 
     # 4. Train; afterwards the model has the weights of the best checkpoint on validation
     trainer = BaselineTrainer(
-        layer_decay=arguments.layer_decay,
+        layerwise_lr_decay=arguments.layerwise_lr_decay,
         model=model,
         args=training,
         train_dataset=train_ids,
@@ -100,14 +109,14 @@ def train(arguments: BaselineArguments, training: RecipeTrainingArguments, recip
 class BaselineTrainer(FiniteTrainer):
     """The `Trainer` with layer-wise learning rates.
 
-    Each layer has ``layer_decay`` times the learning rate of the layer above it. The lower a layer, the more general
-    its knowledge from pretraining, and the less it should change (Howard and Ruder, "Universal Language Model
+    Each layer has ``layerwise_lr_decay`` times the learning rate of the layer above it. The lower a layer, the more
+    general its knowledge from pretraining, and the less it should change (Howard and Ruder, "Universal Language Model
     Fine-tuning for Text Classification", ACL 2018).
     """
 
-    def __init__(self, layer_decay: float, **kwargs):
+    def __init__(self, layerwise_lr_decay: float, **kwargs):
         super().__init__(**kwargs)
-        self.layer_decay = layer_decay
+        self.layerwise_lr_decay = layerwise_lr_decay
 
     def create_optimizer(self, model=None):
         """The optimizer of the recipe, with a group of parameters for each learning rate and weight decay."""
@@ -118,7 +127,7 @@ class BaselineTrainer(FiniteTrainer):
         groups = {}
         for name, parameter in model.named_parameters():
             weight_decay = self.args.weight_decay if name in decayed else 0.0
-            rate = self.args.learning_rate * self.layer_decay ** depths[name]
+            rate = self.args.learning_rate * self.layerwise_lr_decay ** depths[name]
             # A scheduler multiplies the rate of each group, so the ratios between layers stay.
             group = groups.setdefault((rate, weight_decay), {"params": [], "lr": rate, "weight_decay": weight_decay})
             group["params"].append(parameter)

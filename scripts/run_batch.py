@@ -16,13 +16,12 @@ from emotion.batch import jobs
 from emotion.batch.inputs import find_files
 from emotion.batch.rows import survey
 from emotion.batch.shards import Answers, Job, ShardMaker, plan_columns
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS
 from emotion.common.progress import Bar
-from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier, find_model
 from emotion.model.released import RECOMMENDED
 
@@ -76,7 +75,7 @@ def main(argv=None) -> None:
     Raises:
         UserError: if a flag, the model or the input is wrong, or the folder holds something else.
     """
-    (arguments,) = parse_flags((BatchArguments,), positional="paths", argv=argv)
+    (arguments,) = parse_args((BatchArguments,), positional="paths", argv=argv)
     *words, output = arguments.paths
     kind, names = find_files(words, arguments.dataset_config, arguments.split)
     refuse_overlap(words, names, Path(output))

@@ -21,13 +21,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, Range, parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import check_result, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.processor import TITLES, find_processor_class
-from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.benchmark import (
     NOISE_LIMIT,
@@ -90,7 +89,7 @@ class BenchmarkArguments:
 
 def main(argv=None) -> None:
     """Times the artifacts and writes the result; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((BenchmarkArguments,), positional="artifacts", argv=argv)
+    (arguments,) = parse_args((BenchmarkArguments,), positional="artifacts", argv=argv)
     output = choose_file(arguments.output) if arguments.output else None  # an error now, not after the timing
     named = leave_out_unfit([split_name(name) for name in arguments.artifacts])
     first_folder = named[0][0]  # it tells the dataset, and the architecture that the roofline counts

@@ -15,10 +15,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_bytes
-from emotion.common.flags import parse_flags
 from emotion.common.progress import Bar
 from emotion.measure.record import BASE_FAMILY
 from emotion.measure.schema import Record
@@ -53,7 +53,7 @@ class ComparisonArguments:
 
 def main(argv=None) -> None:
     """Writes, checks or prints, as the flags say."""
-    (arguments,) = parse_flags((ComparisonArguments,), positional="results_dir", argv=argv)
+    (arguments,) = parse_args((ComparisonArguments,), positional="results_dir", argv=argv)
     results, readme = Path(arguments.results_dir).resolve(), Path(arguments.readme).resolve()
     families = [read_family(results)]
     if (results / BASE_FAMILY / "metrics").is_dir():
@@ -172,7 +172,7 @@ def check_publishable(record: Record) -> None:
         raise UserError(f"{name} was scored on {record.quality.split}, not on test: not for the README")
     recipe = made.recipe or {}
     # A full training of a generative model takes longer than the comparison is worth.
-    limits = {"max_steps"} if record.format == "adapter" else {"max_train_rows", "max_steps"}
+    limits = {"max_steps"} if record.format == "adapter" else {"max_train_samples", "max_steps"}
     # A quantized artifact's recipe holds that of its baseline, whose training may have been the short one.
     short = limits & {**recipe, **recipe.get("baseline", {})}.keys()
     if short:

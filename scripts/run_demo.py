@@ -15,12 +15,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+from emotion.common.arguments import Range, make_plain
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, sha256, whole_file
-from emotion.common.help_text import describe
 from emotion.common.javascript import LIBRARIES, check_libraries
-from emotion.common.ranges import Range, speak_plainly
 
 PAGE = ROOT / "docs" / "demo"
 FP32 = Path("baseline") / "onnx" / "model.onnx"  # as the page asks for it
@@ -67,13 +66,11 @@ def main(argv=None) -> None:
     Raises:
         UserError: if the libraries are not installed, or another program has the port.
     """
-    parser = argparse.ArgumentParser()
+    parser = make_plain(argparse.ArgumentParser())
     parser.add_argument(
         "--port", type=int, default=8000, choices=Range(0, 65535), help="port to listen at; 0 takes a free one"
     )
     parser.add_argument("--weights_dir", default=str(ROOT / "weights"), help="folder with a folder for each variant")
-    speak_plainly(parser)
-    describe(parser)
     arguments = parser.parse_args(argv)
     server = make_server(arguments.port, Path(arguments.weights_dir))
     print(f"the demo page: http://127.0.0.1:{server.server_port}/   (Ctrl+C ends it)", flush=True)

@@ -11,14 +11,13 @@ import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, Range, parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_result, relative, sha256
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment, has_bf16
 from emotion.common.names import check_name
 from emotion.common.progress import Bar
-from emotion.common.ranges import COUNT, Range
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.inspection import describe_encoder, describe_scheme
 from emotion.measure.record import BASE_FAMILY, describe_scored, explain, write_record
@@ -95,17 +94,19 @@ class EvaluationArguments:
             "choices": Range(0),
         },
     )
-    no_verify: bool = field(default=False, metadata={"help": "Open files that differ from the folder's SHA256SUMS."})
+    skip_checksum: bool = field(
+        default=False, metadata={"help": "Open files that differ from the folder's SHA256SUMS."}
+    )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
     """Opens the folder, scores it, times it, and writes and prints what came out."""
-    (arguments,) = parse_flags((EvaluationArguments,), positional="artifact", argv=argv)
+    (arguments,) = parse_args((EvaluationArguments,), positional="artifact", argv=argv)
     folder = Path(arguments.artifact)
     # The first is the default, as a user of `from_pretrained` would get it.
     format = arguments.format or next(iter(find_formats(folder)))
-    verify = not arguments.no_verify
+    verify = not arguments.skip_checksum
     weights = weights_of(folder, format, verify)  # says what is wrong with the folder before the dataset is loaded
     if arguments.latency_runs and arguments.latency_runs < 200:
         raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")

@@ -25,10 +25,10 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from emotion.common.arguments import parse_with_other_flags
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, read_json, relative, taken, write_json
-from emotion.common.flags import parse_beside
 from emotion.common.machine import has_bf16
 from emotion.common.recipe import Recipe
 from emotion.model.artifact import ARTIFACT, describe_made, describe_origin, new_artifact
@@ -71,7 +71,7 @@ class LlamaFactoryArguments(DrawArguments):
         default="Which emotion does this text express? Answer with one of these words: {labels}.",
         metadata={"help": "First line of each prompt; {labels} stands for the class names."},
     )
-    stand_in: bool = field(
+    use_tiny_model: bool = field(
         default=False,
         metadata={"help": "Where the Hub cannot be reached, train a tiny Llama with random weights instead."},
     )
@@ -80,11 +80,11 @@ class LlamaFactoryArguments(DrawArguments):
 
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, recipe, own_flags = parse_beside((LlamaFactoryArguments,), RECIPE, argv)
+    arguments, recipe, own_flags = parse_with_other_flags((LlamaFactoryArguments,), RECIPE, argv)
     folder = Path(arguments.output_dir)
     check(recipe, folder)
     recipe = replace(recipe, values=recipe.values | choose_device(recipe.values))
-    work, stand_in = work_of(folder), arguments.stand_in and not hub_is_reachable()
+    work, stand_in = work_of(folder), arguments.use_tiny_model and not hub_is_reachable()
 
     # Two runs of one name would remove each other's rows while LLaMA Factory trains on them.
     with taken(folder), taken(work), mark_lines("tiny random Llama: " if stand_in else ""):

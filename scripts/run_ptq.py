@@ -4,18 +4,16 @@ The artifact, `weights/ptq`, holds the same layers in 8 bits for Transformers (`
 Runtime and transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`). study_ptq.py has chosen the
 layers and methods on validation. This script never reads the test split; run_evaluation.py scores it.
 
-    python scripts/run_ptq.py                                    # the recipe configs/ptq.yaml
-    python scripts/run_ptq.py --baseline weights/mine --output_dir weights/mine-ptq --formats onnx
+    python scripts/run_ptq.py --model_name_or_path weights/baseline
+    python scripts/run_ptq.py configs/minilm/ptq-int4.yaml --model_name_or_path weights/baseline --formats onnx
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import SEED, parse_args_and_config
 from emotion.common.command import run
-from emotion.common.files import ROOT
-from emotion.common.flags import parse_recipe
 from emotion.common.machine import choose_threads
-from emotion.common.ranges import SEED
 from emotion.common.recipe import Recipe, read_recipe_of
 from emotion.measure.remedies import WatchedArguments, save_watched
 from emotion.measure.sensitivity import validation_rows
@@ -28,19 +26,18 @@ from emotion.quantize.scheme import (
     describe_quantized,
     draw_calibration_rows,
     make_plan,
-    name_model_of_baseline,
 )
 from emotion.task.dataset import load_task_of
 from emotion.task.tokens import TextEncoder
-
-RECIPE = ROOT / "configs" / "ptq.yaml"
 
 
 @dataclass
 class PtqArguments(WatchedArguments):
     """The flags of PTQ, beside those of the scheme and of its loss."""
 
-    baseline: str = field(default="weights/baseline", metadata={"help": "Folder of the fine-tuned model to quantize."})
+    model_name_or_path: str = field(
+        kw_only=True, metadata={"help": "Fine-tuned model to quantize: a local folder or a Hub id."}
+    )
     output_dir: str = field(default="weights/ptq", metadata={"help": "Folder in which the artifact is saved."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset of the calibration rows; by default that of the baseline."}
@@ -48,24 +45,27 @@ class PtqArguments(WatchedArguments):
     seed: int = field(default=42, metadata={"help": "Seed by which the calibration rows are drawn.", "choices": SEED})
 
 
+ARGUMENTS = (PtqArguments, HubArguments)
+
+
 def main(argv=None) -> None:
     # 1. Parse
-    arguments, hub, recipe = parse_recipe((PtqArguments, HubArguments), RECIPE, argv, name_model_of_baseline)
-    check_scheme(arguments)
+    arguments, hub, recipe = parse_args_and_config(ARGUMENTS, argv)
+    baseline = check_scheme(arguments)
     with own_place(Path(arguments.output_dir), arguments, recipe):
-        quantize(arguments, hub, recipe)
+        quantize(baseline, arguments, hub, recipe)
 
 
-def quantize(arguments: PtqArguments, hub: HubArguments, recipe: Recipe) -> None:
+def quantize(baseline: Path, arguments: PtqArguments, hub: HubArguments, recipe: Recipe) -> None:
     """The other moves, while no other process may write to the same place."""
-    baseline, artifact = Path(arguments.baseline), Path(arguments.output_dir)
+    artifact = Path(arguments.output_dir)
 
     # 2. Load the task: rows of train that calibrate, and those of validation that show what is lost
     made_by = read_recipe_of(baseline)
     task = load_task_of(made_by, arguments.dataset_name)
-    print(f"{baseline}   calibration: {arguments.calibration_rows} rows of {task.name} ({task.source}), train")
+    print(f"{baseline}   calibration: {arguments.num_calibration_samples} rows of {task.name} ({task.source}), train")
 
-    rows = draw_calibration_rows(task, TextEncoder(baseline), arguments.calibration_rows, arguments.seed)
+    rows = draw_calibration_rows(task, TextEncoder(baseline), arguments.num_calibration_samples, arguments.seed)
     scored = validation_rows(task, threads=choose_threads(None))
 
     with with_float_files(baseline) as floats:

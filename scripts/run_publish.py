@@ -15,10 +15,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, sha256, without_path
-from emotion.common.flags import parse_flags
 from emotion.common.machine import code_url
 from emotion.common.names import check_repo_id
 from emotion.common.recipe import RECIPE_FILE, read_recipe_of
@@ -51,7 +51,9 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "Where to: user/name."})
     private: bool = field(default=False, metadata={"help": "Create the repository for your eyes only."})
     dry_run: bool = field(default=False, metadata={"help": "List the files, their bytes and the card; send nothing."})
-    no_verify: bool = field(default=False, metadata={"help": "Send files that differ from the folder's SHA256SUMS."})
+    skip_checksum: bool = field(
+        default=False, metadata={"help": "Send files that differ from the folder's SHA256SUMS."}
+    )
     model_id: str | None = field(
         default=None,
         metadata={
@@ -66,7 +68,7 @@ class PublishArguments:
 
 def main(argv=None) -> None:
     """Lists the files, and sends them unless it is a dry run."""
-    (arguments,) = parse_flags((PublishArguments,), positional="artifact", argv=argv)
+    (arguments,) = parse_args((PublishArguments,), positional="artifact", argv=argv)
     check_repo_id(arguments.repo_id)  # both go into cards, and into the script of the page
     if arguments.model_id is not None:
         check_repo_id(arguments.model_id)
@@ -77,7 +79,7 @@ def main(argv=None) -> None:
             raise UserError(f"name a repository that the page loads with --model_id user/name-{RECOMMENDED}")
         files = collect_page(folder, arguments.model_id)
     else:
-        if not arguments.no_verify:
+        if not arguments.skip_checksum:
             check_sums(folder)
         files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
     refuse_tokens(files)

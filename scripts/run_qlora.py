@@ -10,16 +10,18 @@ Low-Rank Adaptation of Large Language Models", ICLR 2022). The artifact, `weight
 
 The same command trains on several GPUs and machines: accelerate_config.yaml says how.
 
-    python scripts/run_qlora.py    # the recipe configs/qlora.yaml
+    python scripts/run_qlora.py    # BERT-base: configs/bert-base-uncased/qlora.yaml
+    python scripts/run_qlora.py configs/minilm/qlora.yaml --seed 43
     accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args_and_config
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, scratch_folder
-from emotion.common.flags import parse_recipe
 from emotion.common.recipe import Recipe
 from emotion.measure.remedies import WatchedArguments, save_watched
 from emotion.measure.sensitivity import Rows, validation_rows
@@ -43,20 +45,31 @@ from emotion.quantize.onnx_graph import export_onnx
 from emotion.quantize.scheme import draw_calibration_rows, make_plan
 from emotion.task.dataset import Task, get_split, load_task
 from emotion.task.scores import score
-from emotion.task.source import BaseModel, find_base_model, name_base_model
+from emotion.task.source import BaseModel, find_base_model
 from emotion.task.tokens import TextEncoder, load_training_rows
 
 import torch
 from transformers import set_seed
 
-RECIPE = ROOT / "configs" / "qlora.yaml"
+CONFIG = ROOT / "configs" / "bert-base-uncased" / "qlora.yaml"
 CALIBRATION_ROWS = 300  # rows of train, on which rounding the merged model should change its answers least
+
+
+@dataclass
+class QloraTrainingArguments(RecipeTrainingArguments):
+    """The training of an adapter."""
+
+    output_dir: str = field(default="weights/qlora", metadata={"help": "Folder in which the artifact is saved."})
+    learning_rate: float = 1e-3  # chosen on validation: results/qlora_sweep.md
+    warmup_steps: float = 0.1
+
+
+ARGUMENTS = (QloraArguments, QloraTrainingArguments)
 
 
 def main(argv=None) -> None:
     # 1. Parse
-    classes = (QloraArguments, RecipeTrainingArguments)
-    arguments, training, recipe = parse_recipe(classes, RECIPE, argv, name_base_model)
+    arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv, CONFIG)
     with training_place(training, arguments, recipe):
         train(arguments, training, recipe)
 
@@ -129,7 +142,7 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
         return {}
     tokenizer.save_pretrained(folder)
     merged.config.save_pretrained(folder)
-    watched = WatchedArguments(formats=["onnx"], save_worse=True)
+    watched = WatchedArguments(formats=["onnx"], allow_drop=True)
     made, validation = {}, validation_rows(task, threads=torch.get_num_threads())
     count = min(CALIBRATION_ROWS, len(get_split(task, "train")))
     rows = draw_calibration_rows(task, TextEncoder(folder), count, training.seed)
@@ -144,7 +157,7 @@ def save_merged(merged, tokenizer, folder: Path, task: Task, formats: list[str],
             made |= save_watched(make_plan(whole, merged, watched, rows), folder, rows, validation, watched)
         if "nf4" in formats:
             options = nf4_options(str(whole), task.labels, bf16=False)
-            made["merged"] = save_smallest(whole, folder, options, rows, validation, watched.max_loss / 100)
+            made["merged"] = save_smallest(whole, folder, options, rows, validation, watched.max_f1_drop / 100)
         return made
 
 

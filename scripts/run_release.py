@@ -10,10 +10,10 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, check_replaceable, read_json, whole_folder
-from emotion.common.flags import parse_flags
 from emotion.common.sums import check_sums, has_files, write_sums
 from emotion.measure.schema import Record
 from emotion.model.artifact import ARTIFACT
@@ -32,7 +32,7 @@ class ReleaseArguments:
 
 def main(argv=None) -> None:
     """Checks all variants, then replaces their folders; ``argv``: the flags, else those of the command line."""
-    (arguments,) = parse_flags((ReleaseArguments,), positional="weights_dir", argv=argv)
+    (arguments,) = parse_args((ReleaseArguments,), positional="weights_dir", argv=argv)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     licence = weights / LICENSE_FILE
     if not licence.is_file():

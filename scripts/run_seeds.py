@@ -8,19 +8,18 @@ with it row by row.
 
     python scripts/run_seeds.py baseline --seeds 42 43 44 45 46
     python scripts/run_seeds.py ptq
-    python scripts/run_seeds.py qat-int4        # run_qat.py with configs/qat.yaml and --bits 4
-    python scripts/run_seeds.py qat-int4-float  # the same training without rounding, to compare with
+    python scripts/run_seeds.py qat-int4 --config_dir configs/mpnet-base  # run_qat.py with its qat-int4.yaml
+    python scripts/run_seeds.py qat-int4-float  # the training without rounding, to compare with
 """
 
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import SEED, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, check_replaceable, whole_folder, write_json
-from emotion.common.flags import parse_flags
-from emotion.common.ranges import SEED
-from emotion.measure.seeds import check_seeds, choose_seed, make_and_score, summarize
+from emotion.measure.seeds import CONFIGS, check_seeds, choose_seed, make_and_score, summarize
 from emotion.model.artifact import ARTIFACT
 
 
@@ -29,13 +28,9 @@ class SeedsArguments:
     """Which variant is made, and with which seeds."""
 
     variant: str = field(
-        metadata={
-            "help": "baseline, ptq, qat, ...: run_<variant>.py with configs/<variant>.yaml; -int4 adds --bits 4."
-        }
+        metadata={"help": "The name of a config: baseline, ptq, qat, qlora, ptq-int4, ...; -float: without rounding."}
     )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model of a variant that starts from one; that of its recipe by default."}
-    )
+    config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
     seeds: list[int] = field(
         default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use.", "choices": SEED}
@@ -46,14 +41,14 @@ class SeedsArguments:
 
 def main(argv=None) -> None:
     """Makes, scores and summarizes; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((SeedsArguments,), positional="variant", argv=argv)
+    (arguments,) = parse_args((SeedsArguments,), positional="variant", argv=argv)
     check_seeds(arguments.seeds)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     check_replaceable(weights / arguments.variant, ARTIFACT)  # now, not after hours of training
     # One seed is made and scored before the next begins: an interrupted run keeps all that was finished.
     runs = []
     for seed in arguments.seeds:
-        runs.append(make_and_score(seed, arguments.variant, weights, results, arguments.model_name_or_path))
+        runs.append(make_and_score(seed, arguments.variant, weights, results, Path(arguments.config_dir)))
     chosen, chosen_by = choose_seed(arguments.variant, runs, results)
     # A copy: the artifacts of all seeds stay where they are, for the variants that start from them.
     with whole_folder(weights / arguments.variant, ARTIFACT) as folder:

@@ -10,9 +10,9 @@ row, word pieces, one row of rounded weights, logits, and, where the artifact ha
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads
 from emotion.common.recipe import read_recipe_of
 from emotion.report.trace import ARTIFACT, BASELINE, measure_trace, write_trace
@@ -40,7 +40,7 @@ class TraceArguments:
 
 def main(argv=None) -> None:
     """Measures, writes and prints."""
-    (arguments,) = parse_flags((TraceArguments,), positional="text", argv=argv)
+    (arguments,) = parse_args((TraceArguments,), positional="text", argv=argv)
     # Any text could be classified; only a row of the dataset has a label, with which the page begins.
     folder, threads = Path(arguments.artifact), choose_threads(arguments.threads)
     task = load_task_of(read_recipe_of(folder))  # the dataset that the artifact learnt

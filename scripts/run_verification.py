@@ -10,10 +10,10 @@ classes may change sides; on the processor of the record nothing may.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_environment
 from emotion.common.progress import Bar
 from emotion.common.recipe import read_recipe_of
@@ -44,7 +44,7 @@ class VerificationArguments:
 
 def main(argv=None) -> None:
     """Verifies every released variant and prints a table; ends with an error if one differs."""
-    (arguments,) = parse_flags((VerificationArguments,), positional="weights_dir", argv=argv)
+    (arguments,) = parse_args((VerificationArguments,), positional="weights_dir", argv=argv)
     threads = choose_threads(arguments.threads)
     lines, differing = [], []
     for variant in Bar(RELEASED, desc="verified"):

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, read_json, relative, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
-from emotion.common.ranges import COUNT
 from emotion.model.emotion_classifier import EmotionClassifier
 from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
@@ -59,7 +58,7 @@ class StudyArguments:
 
 
 def main(argv=None) -> None:
-    (arguments,) = parse_flags((StudyArguments,), positional="model", argv=argv)
+    (arguments,) = parse_args((StudyArguments,), positional="model", argv=argv)
     task, work = load_task(arguments.dataset_name), Path(arguments.work_dir)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Draws the ladder: 8, 4, 3 and 2 bits per weight, rounded after the training (PTQ) or trained for it (QAT).
+"""Draws the ladder: 8, 4 and 2 bits per weight, rounded after the training (PTQ) or trained for it (QAT).
 
 Both methods round alike at the same bits and groups. Each cell is a real file for ONNX Runtime, scored on test against
 the FP32 baseline of the same seed; the recipes were chosen on validation. The control of QAT is the same training
@@ -6,20 +6,19 @@ without rounding: a gain that it has too is the training's, and not the quantize
 again. Cells of other bits stay in `bits.json`, so that the ladder can be drawn step by step.
 
     python scripts/study_bits.py
-    python scripts/study_bits.py --bits 3 --seeds 42
+    python scripts/study_bits.py --bits 2 --seeds 42
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import SEED, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, read_json, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
-from emotion.common.ranges import SEED
 from emotion.common.recipe import base_model_of
 from emotion.measure.schema import SUMMARIZED
-from emotion.measure.seeds import check_seeds, make_and_score, summarize_scores
+from emotion.measure.seeds import CONFIGS, check_seeds, make_and_score, summarize_scores
 from emotion.quantize.levels import BITS
 from emotion.quantize.scheme import CONTROL, name_variant
 from emotion.report.figures import write_studies
@@ -30,20 +29,19 @@ from emotion.report.pages import page_of
 class BitsArguments:
     """Which cells of the ladder are drawn, and where they go."""
 
-    bits: list[int] = field(
-        default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits per weight.", "choices": BITS}
-    )
+    bits: list[int] = field(default_factory=lambda: list(BITS), metadata={"help": "Bits per weight.", "choices": BITS})
     seeds: list[int] = field(
         default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines.", "choices": SEED}
     )
     controls: bool = field(default=True, metadata={"help": "Train on in floats, too, to compare QAT with."})
+    config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
     weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
     """Makes the cells and draws the ladder; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((BitsArguments,), positional="bits", argv=argv)
+    (arguments,) = parse_args((BitsArguments,), positional="bits", argv=argv)
     check_seeds(arguments.seeds)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     path = results / "bits.json"
@@ -54,7 +52,9 @@ def main(argv=None) -> None:
         controls = [("qat", CONTROL)] if arguments.controls else []
         for method, ending in [("ptq", ""), ("qat", ""), *controls]:
             variant = name_variant(method, bits) + ending
-            runs = [make_and_score(seed, variant, weights, results) for seed in arguments.seeds]
+            runs = [
+                make_and_score(seed, variant, weights, results, Path(arguments.config_dir)) for seed in arguments.seeds
+            ]
             cell = {"method": method + ending, "bits": bits} | describe_cell(variant, runs, results)
             study["cells"][variant] = cell
             write_study(study, path)  # after each cell: the ladder takes hours, and may be interrupted

@@ -11,13 +11,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.report.figures import write_studies
 from emotion.task.dataset import TaskArguments, conflicting_texts, load_task
-from emotion.task.source import find_base_model
+from emotion.task.source import DEFAULT_MODEL, find_base_model
 from emotion.task.tokens import load_tokenizer
 
 import numpy as np
@@ -29,16 +29,17 @@ QUANTILES = (5, 50, 95, 99)  # percent, of the lengths
 class ExplorationArguments(TaskArguments):
     """Which dataset, counted in the word pieces of which model."""
 
+    model_name_or_path: str = DEFAULT_MODEL
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
     """Counts, and writes the numbers, the page and the picture."""
-    (arguments,) = parse_flags((ExplorationArguments,), positional="dataset_name", argv=argv)
+    (arguments,) = parse_args((ExplorationArguments,), positional="dataset_name", argv=argv)
     base = find_base_model(arguments.model_name_or_path)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
     # The base model that a training would take, and its limit: the page says how many texts a training would cut.
-    tokenizer = load_tokenizer(base.path, arguments.max_length)
+    tokenizer = load_tokenizer(base.path, arguments.max_seq_length)
     splits = {}
     for split, rows in task.splits.items():
         splits[split] = describe_split(rows, task.labels, tokenizer)

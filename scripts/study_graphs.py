@@ -12,12 +12,11 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.progress import Bar
-from emotion.common.ranges import COUNT
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.sensitivity import compare, logits_of, validation_rows
@@ -109,7 +108,7 @@ class GraphArguments:
 
 def main(argv=None) -> None:
     """Makes the files, times them and writes the page; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((GraphArguments,), positional="baseline", argv=argv)
+    (arguments,) = parse_args((GraphArguments,), positional="baseline", argv=argv)
     baseline, results = Path(arguments.baseline), Path(arguments.results_dir)
     task, threads = load_task_of(read_recipe_of(baseline)), choose_threads(arguments.threads)
     rows = validation_rows(task, threads)

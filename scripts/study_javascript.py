@@ -11,13 +11,12 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, relative, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.javascript import WEB, check_libraries
 from emotion.common.machine import THREADS, choose_threads, describe_run
-from emotion.common.ranges import COUNT
 from emotion.common.recipe import read_recipe_of
 from emotion.measure.ruler import WARMUP_RUNS, choose_timed, summarize_latency
 from emotion.model.artifact import files_to_serve
@@ -43,7 +42,7 @@ class JavaScriptArguments:
 
 def main(argv=None) -> None:
     """Times the artifact and writes `javascript.json`; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((JavaScriptArguments,), positional="artifact", argv=argv)
+    (arguments,) = parse_args((JavaScriptArguments,), positional="artifact", argv=argv)
     artifact, threads = Path(arguments.artifact), choose_threads(arguments.threads)
     served, task = files_to_serve(artifact, "onnx"), load_task_of(read_recipe_of(artifact))
     texts = get_split(task, "test")["text"]

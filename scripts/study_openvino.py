@@ -13,11 +13,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
-from emotion.common.ranges import COUNT
 from emotion.common.recipe import base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.openvino_forms import FORMAT, FORMS
@@ -55,7 +54,7 @@ class OpenVinoArguments:
 
 def main(argv=None) -> None:
     """Makes the files, times them and writes the page; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((OpenVinoArguments,), positional="baseline", argv=argv)
+    (arguments,) = parse_args((OpenVinoArguments,), positional="baseline", argv=argv)
     baseline, results = Path(arguments.baseline), Path(arguments.results_dir)
     task, threads = load_task_of(read_recipe_of(baseline)), choose_threads(arguments.threads)
     rows = draw_calibration_rows(task, TextEncoder(baseline), CALIBRATION_ROWS, seed=42)

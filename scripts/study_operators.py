@@ -10,9 +10,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import THREADS, choose_threads, describe_run
 from emotion.common.progress import Bar
 from emotion.common.recipe import base_model_of, read_recipe_of
@@ -42,7 +42,7 @@ class OperatorsArguments:
 
 def main(argv=None) -> None:
     """Profiles the artifacts and writes the page; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((OperatorsArguments,), positional="artifacts", argv=argv)
+    (arguments,) = parse_args((OperatorsArguments,), positional="artifacts", argv=argv)
     results, named = Path(arguments.results_dir), [split_name(name) for name in arguments.artifacts]
     first_folder = named[0][0]  # all artifacts get the texts of its dataset
     task, threads = load_task_of(read_recipe_of(first_folder)), choose_threads(arguments.threads)

@@ -12,10 +12,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import parse_args
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
 from emotion.common.progress import Bar
 from emotion.measure.benchmark import name_of, split_name
@@ -41,7 +41,7 @@ class ProcessorArguments:
 
 def main(argv=None) -> None:
     """Scores the artifacts and writes the page; ``argv``: the flags, those of the command line if not given."""
-    (arguments,) = parse_flags((ProcessorArguments,), positional="artifacts", argv=argv)
+    (arguments,) = parse_args((ProcessorArguments,), positional="artifacts", argv=argv)
     results, named = Path(arguments.results_dir), [split_name(name) for name in arguments.artifacts]
     found = {}  # artifact -> limit -> what was compared
     for folder, format in Bar(named, desc="artifacts"):

@@ -2,7 +2,7 @@
 
 Everything is scored on validation, with several baselines. The test split is not touched. For each format the study
 chooses by one rule. Candidates must answer alike on every processor, and their mean macro F1 must lie within 0.2
-points of the best such candidate. Of these, the fastest at batch 1 wins. configs/ptq.yaml holds the winners.
+points of the best such candidate. Of these, the fastest at batch 1 wins. The defaults of run_ptq.py are the winners.
 
     python scripts/study_ptq.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 """
@@ -12,12 +12,11 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run
 from emotion.common.progress import Bar
-from emotion.common.ranges import COUNT
 from emotion.common.recipe import Recipe, base_model_of, read_recipe_of
 from emotion.measure.benchmark import Protocol, interleave
 from emotion.measure.inspection import describe_scheme
@@ -41,7 +40,6 @@ from emotion.task.tokens import TextEncoder
 
 import numpy as np
 
-RECIPE = ROOT / "configs" / "ptq.yaml"
 CALIBRATION_ROWS = 300
 
 
@@ -64,12 +62,12 @@ CANDIDATES = {
     "OpenVINO, 8-bit weights": Candidate("openvino", {"reduce_range": False}),
     "OpenVINO, SmoothQuant": Candidate("openvino", {"smooth_quant": True}),
 }
-# Format -> the flags that decide it, with their values in a candidate that does not change them. The recipe's own
-# values must not matter here: it holds the winners of the study before.
+# Format -> the flags that decide it, with their values in a candidate that does not change them. The defaults
+# of run_ptq.py must not matter here: they are the winners of the study before.
 FLAGS = {
-    "torchao": {"keep_float": []},
-    "onnx": {"reduce_range": True, "keep_float": [], "onnx_calibration": "none", "split_outliers": False},
-    "openvino": {"reduce_range": True, "keep_float": [], "smooth_quant": False},
+    "torchao": {"modules_to_not_convert": []},
+    "onnx": {"reduce_range": True, "modules_to_not_convert": [], "onnx_calibration": "none", "split_outliers": False},
+    "openvino": {"reduce_range": True, "modules_to_not_convert": [], "smooth_quant": False},
 }
 
 
@@ -95,7 +93,7 @@ class StudyArguments:
 
 
 def main(argv=None) -> None:
-    (arguments,) = parse_flags((StudyArguments,), positional="baselines", argv=argv)
+    (arguments,) = parse_args((StudyArguments,), positional="baselines", argv=argv)
     baselines, results = [Path(folder) for folder in arguments.baselines], Path(arguments.results_dir)
     task = load_task_of(read_recipe_of(baselines[0]))
     rows = validation_rows(task, choose_threads(None))
@@ -113,7 +111,7 @@ def main(argv=None) -> None:
     layers = measure_layers(baselines[0], few)
     write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
     worst = max((one for one in layers if one["layer"] is not None), key=lambda one: one["mean_logit_shift"])
-    without_worst = Candidate("onnx", {"keep_float": worst["names"]})
+    without_worst = Candidate("onnx", {"modules_to_not_convert": worst["names"]})
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
     candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
 
@@ -139,9 +137,9 @@ def make_candidates(
         rows = draw_calibration_rows(task, TextEncoder(baseline), CALIBRATION_ROWS, seed=42)
         for name, candidate in Bar(candidates.items(), desc=f"candidates of {baseline.name}"):
             flags = FLAGS[candidate.format] | candidate.changes
-            arguments = SchemeArguments(formats=[candidate.format], calibration_rows=CALIBRATION_ROWS, **flags)
+            arguments = SchemeArguments(formats=[candidate.format], num_calibration_samples=CALIBRATION_ROWS, **flags)
             plan = make_plan(baseline, model, arguments, rows)
-            made = describe_quantized("ptq", Recipe(RECIPE, flags), made_by, plan, arguments)
+            made = describe_quantized("ptq", Recipe(None, flags), made_by, plan, arguments)
             # As run_ptq.py, but without remedies: every candidate is wanted as it is, whatever it loses.
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
             with new_artifact(folder, made) as partial:

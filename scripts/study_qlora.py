@@ -12,13 +12,13 @@ candidate that predicts a single class with any seed never wins. A training that
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import run_qlora
+from emotion.common.arguments import POSITIVE, SEED, parse_args, resolve_config
 from emotion.common.command import run
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import choose_threads, describe_run, run_script
-from emotion.common.ranges import POSITIVE, SEED
-from emotion.common.recipe import comparable, read_recipe, read_recipe_of
+from emotion.common.recipe import comparable, read_recipe_of
 from emotion.measure.schema import SUMMARIZED_OF_TRAINING
 from emotion.measure.seeds import check_seeds, summarize_scores
 from emotion.model.artifact import adapter_bytes
@@ -26,10 +26,10 @@ from emotion.report.figures import write_studies
 from emotion.report.pages import page_of
 from emotion.task.scores import VALIDATION_NOISE
 
-RECIPE = ROOT / "configs" / "qlora.yaml"
+CONFIG = ROOT / "configs" / "minilm" / "qlora.yaml"
 # All that the candidates may change is named here, so that a change of the recipe does not move the study's centre.
 CENTRE = {
-    "lora_rank": 16,
+    "lora_r": 16,
     "lora_alpha": 32,
     "learning_rate": 1e-3,
     "lora_dropout": 0.0,
@@ -40,7 +40,7 @@ CENTRE = {
 CANDIDATES = {
     "centre": {},
     "rate 5e-4": {"learning_rate": 5e-4},
-    "rank 8": {"lora_rank": 8, "lora_alpha": 16},  # alpha goes along: the adapter is scaled by alpha / rank
+    "rank 8": {"lora_r": 8, "lora_alpha": 16},  # alpha goes along: the adapter is scaled by alpha / rank
     "query and value only": {"target_modules": ["query", "value"]},  # as in Hu et al., "LoRA", ICLR 2022
     "LoftQ": {"init_lora_weights": "loftq"},  # Li et al., ICLR 2024: the adapter starts from NF4's rounding error
 }
@@ -64,7 +64,7 @@ class SweepArguments:
         default_factory=lambda: list(CANDIDATES),
         metadata={"help": f"Some of {', '.join(CANDIDATES)}.", "choices": CANDIDATES},
     )
-    recipe: str = field(default=str(RECIPE), metadata={"help": "The recipe that the candidates change."})
+    config: str = field(default=str(CONFIG), metadata={"help": "The config that the candidates change."})
     # As many as the recipe has: the learning rate falls over all of them, so fewer would be another recipe.
     epochs: float = field(
         default=3.0, metadata={"help": "Epochs that each candidate is trained for.", "choices": POSITIVE}
@@ -80,7 +80,7 @@ class SweepArguments:
 
 def main(argv=None) -> None:
     """Trains the candidates, chooses one and writes the page; ``argv``: the flags, the command line's if not given."""
-    (arguments,) = parse_flags((SweepArguments,), positional="candidates", argv=argv)
+    (arguments,) = parse_args((SweepArguments,), positional="candidates", argv=argv)
     check_seeds(arguments.seed, "--seed")
     learnt = {}
     for name in arguments.candidates:
@@ -96,7 +96,7 @@ def main(argv=None) -> None:
         "candidates": {name: summarize(name, one, arguments) for name, one in learnt.items()},
     }
     sweep["chosen"] = choose(sweep["candidates"])
-    sweep["recipe"] = find_recipe(read_recipe(Path(arguments.recipe)), arguments.candidates)
+    sweep["recipe"] = find_recipe(resolve_config(run_qlora.ARGUMENTS, [arguments.config]).values, arguments.candidates)
     results = Path(arguments.results_dir)
     write_json(results / "qlora_sweep.json", sweep)
     print(write_studies(results)[page_of(results, "qlora")])
@@ -120,7 +120,7 @@ def learn(name: str, seed: int, arguments: SweepArguments) -> dict:
         for key, value in changes.items():
             # A list is a flag with several words: --target_modules query value
             words += [f"--{key}", *(value if isinstance(value, list) else [value])]
-        run_script("run_qlora.py", arguments.recipe, *words, "--output_dir", folder, *resume, check=True)
+        run_script("run_qlora.py", arguments.config, *words, "--output_dir", folder, *resume, check=True)
     return read_recipe_of(folder)
 
 

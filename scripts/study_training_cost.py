@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, parse_args
 from emotion.common.command import run
 from emotion.common.files import ROOT, write_json
-from emotion.common.flags import parse_flags
 from emotion.common.machine import (
     THREADS,
     choose_threads,
@@ -28,8 +28,6 @@ from emotion.common.machine import (
     reset_peak_memory,
 )
 from emotion.common.progress import Bar
-from emotion.common.ranges import COUNT
-from emotion.common.recipe import read_recipe
 from emotion.measure.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.adapter import QloraArguments, build_qlora
@@ -74,7 +72,7 @@ class CostArguments:
 
 
 def main(argv=None) -> None:
-    (arguments,) = parse_flags((CostArguments,), positional="models", argv=argv)
+    (arguments,) = parse_args((CostArguments,), positional="models", argv=argv)
     bases = [find_base_model(name) for name in arguments.models]  # all: a missing one stops the study at once
     task, threads = load_task(arguments.dataset_name), choose_threads(arguments.threads)
     measured = {}
@@ -171,23 +169,20 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
 
 
 def build_model(method: str, path: str, labels: list[str], bf16: bool):
-    """The model of one of `METHODS`, with the settings of configs/qlora.yaml where they matter."""
-    recipe = {
-        key: value
-        for key, value in read_recipe(ROOT / "configs" / "qlora.yaml").items()
-        if key in vars(QloraArguments())
-    }
+    """The model of one of `METHODS`, with the settings of run_qlora.py where they matter."""
+    # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
+    arguments = QloraArguments(
+        model_name_or_path=path, load_in_4bit=method.startswith("QLoRA"), init_lora_weights="default"
+    )
     if method == METHODS[0] or method in BITS:
-        model = build_classifier(path, labels, recipe["attention_dropout"])  # the same dropout for all methods
+        model = build_classifier(path, labels, arguments.attention_dropout)  # the same dropout for all methods
         if method in BITS:
             # As run_qat.py does it, but for the layers that see the first token alone in an ONNX file, which a base
             # model does not have: here they take the range of all tokens.
             scheme = SchemeArguments(bits=BITS[method])
-            prepare(plan_again(Plan(Path(path), model, find_layers(model, scheme.keep_float)), scheme))
+            prepare(plan_again(Plan(Path(path), model, find_layers(model, scheme.modules_to_not_convert)), scheme))
         return model
-    # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
-    recipe |= {"load_in_4bit": method.startswith("QLoRA"), "init_lora_weights": "default"}
-    model = build_qlora(path, labels, QloraArguments(**recipe), bf16)
+    model = build_qlora(path, labels, arguments, bf16)
     if "checkpointing" in method:
         # By hand, since Transformers cannot do it for MPNet.
         for layer in model.get_submodule(find_stack(model)):

@@ -229,7 +229,7 @@ def baseline_of(colors, build_once):
 @pytest.fixture(scope="session")
 def quantized(artifact, build_once) -> Path:
     """That baseline in INT8, in all its formats."""
-    words = ["--baseline", str(artifact), "--calibration_rows", "60"]
+    words = ["--model_name_or_path", str(artifact), "--num_calibration_samples", "60"]
     return build_once("weights/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
 
 
@@ -245,13 +245,13 @@ def adapted(encoder, colors, build_once) -> Path:
 
 def qat_flags(artifact, out, **changes) -> list[str]:
     values = {
-        "baseline": artifact,
+        "model_name_or_path": artifact,
         "output_dir": out,
         "learning_rate": 1e-3,
         "num_train_epochs": 2,
         "bf16": False,
         "per_device_train_batch_size": 16,
-        "calibration_rows": 60,
+        "num_calibration_samples": 60,
         "disable_tqdm": True,
         **changes,
     }
@@ -274,7 +274,7 @@ def real(build_once) -> Path:
     """The embedded model after a short training on real rows."""
     values = {
         "model_name_or_path": EMBEDDED_MODEL,
-        "max_train_rows": 3200,
+        "max_train_samples": 3200,
         "max_steps": 90,
         "learning_rate": "4e-4",
         "eval_strategy": "no",
@@ -289,7 +289,7 @@ def real(build_once) -> Path:
 @pytest.fixture(scope="session")
 def real_int8(real, build_once) -> Path:
     """The same in INT8."""
-    words = ["--baseline", str(real), "--calibration_rows", "60"]
+    words = ["--model_name_or_path", str(real), "--num_calibration_samples", "60"]
     return build_once("real/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
 
 

@@ -19,7 +19,7 @@ from emotion.report.pages import page_of  # noqa: E402
 TITLES = {
     "test_no_damage_of_an_artifact_changes_its_answer_in_silence": "damaged artifacts, with sums and without",
     "test_random_flags_end_in_one_line_or_are_taken": "flags",
-    "test_random_recipes_end_in_one_line_or_are_taken": "recipes",
+    "test_random_configs_end_in_one_line_or_are_taken": "recipes",
     "test_a_random_dataset_opens_or_is_refused": "folders of datasets",
     "test_random_texts_have_one_finite_answer_each": "texts",
     "test_no_fault_of_a_hub_is_more_than_a_line": "faults of a Hub",

@@ -111,15 +111,15 @@ def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypat
     assert all(torch.equal(one[name], best[name]) for name in one)
 
 
-def trainer_of(encoder, layer_decay):
+def trainer_of(encoder, layerwise_lr_decay):
     model = build_classifier(str(encoder), ["warm", "cold", "none"], None)
     arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
-    return run_baseline.BaselineTrainer(model=model, args=arguments, layer_decay=layer_decay)
+    return run_baseline.BaselineTrainer(model=model, args=arguments, layerwise_lr_decay=layerwise_lr_decay)
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
 def test_each_layer_learns_slower_than_the_one_above(kind, tmp_path):
-    trainer = trainer_of(build_encoder(tmp_path / kind, kind), layer_decay=0.5)
+    trainer = trainer_of(build_encoder(tmp_path / kind, kind), layerwise_lr_decay=0.5)
     rates = {}
     for group in trainer.create_optimizer().param_groups:
         for parameter in group["params"]:

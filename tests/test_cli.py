@@ -1,118 +1,96 @@
-"""Recipes and flags: what beats what, and what an error says."""
+"""Configs and flags: what overrides what, and what an error says."""
 
 import importlib
 import io
 import re
 import subprocess
 import sys
-from dataclasses import fields
 
 import run_baseline
+import run_ptq
 import run_qat
+import run_qlora
 from conftest import ROOT, run_script, train_flags
 from emotion.common import command, progress
+from emotion.common.arguments import parse_args_and_config, resolve_config
 from emotion.common.errors import UserError
-from emotion.common.flags import parse_recipe
+from emotion.common.files import sha256
 from emotion.common.machine import SCRIPTS
 from emotion.common.progress import Bar
-from emotion.model.training import RecipeTrainingArguments
-from emotion.task.source import EMBEDDED_MODEL, name_base_model
 
 import pytest
 import yaml
 
-CLASSES = (run_baseline.BaselineArguments, RecipeTrainingArguments)
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml"))
+METHODS = {"baseline": run_baseline, "ptq": run_ptq, "qat": run_qat, "qlora": run_qlora}
 
 
-def write_recipe(folder, **values):
-    path = folder / "recipe.yaml"
+def write_config(folder, **values):
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), **values}))
-    return path
+    return str(path)
 
 
-def test_a_flag_beats_the_recipe(encoder, tmp_path):
-    recipe = write_recipe(tmp_path, model_name_or_path=str(encoder), learning_rate=1e-3, weight_decay=0.5)
-    arguments, training, used = parse_recipe(CLASSES, recipe, ["--learning_rate", "2e-3"])
+def test_a_flag_overrides_the_config(encoder, tmp_path):
+    config = write_config(tmp_path, model_name_or_path=str(encoder), learning_rate=1e-3, weight_decay=0.5)
+    words = [config, "--learning_rate", "2e-3", "--adam_beta1", "0.8"]
+    arguments, training, used = parse_args_and_config(run_baseline.ARGUMENTS, words)
     assert (training.learning_rate, training.weight_decay) == (2e-3, 0.5)
     assert arguments.model_name_or_path == str(encoder)
     assert used.values["learning_rate"] == 2e-3 and used.values["weight_decay"] == 0.5
-    assert "max_length" not in used.values  # neither the recipe nor a flag set it
+    assert used.values["max_seq_length"] == 128  # a default of ours
+    assert used.values["adam_beta1"] == 0.8 and "adam_beta2" not in used.values  # of a library: what is not usual
+    assert used.sha256 == sha256(tmp_path / "config.yaml")
 
 
-def test_another_recipe_is_the_first_word(encoder, tmp_path):
-    recipe = write_recipe(tmp_path, model_name_or_path=str(encoder), learning_rate=7e-3)
-    _, training, used = parse_recipe(CLASSES, run_baseline.RECIPE, [str(recipe)])
-    assert training.learning_rate == 7e-3 and used.path == recipe
+def test_without_a_config_the_defaults_hold(artifact):
+    arguments, hub, used = parse_args_and_config(run_ptq.ARGUMENTS, ["--model_name_or_path", str(artifact)])
+    assert arguments.bits == 8 and arguments.output_dir == "weights/ptq" and used.path is used.sha256 is None
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        parse_args_and_config(run_ptq.ARGUMENTS, [])
 
 
-def test_values_of_a_base_model_replace_the_recipes_but_not_a_flag(tmp_path):
-    recipe = write_recipe(
-        tmp_path,
-        learning_rate=1e-5,
-        weight_decay=0.1,
-        per_model={EMBEDDED_MODEL: {"learning_rate": 3e-4, "weight_decay": 0.2}},
-    )
-    _, training, _ = parse_recipe(CLASSES, recipe, ["--weight_decay", "0.3"], name_base_model)
-    assert (training.learning_rate, training.weight_decay) == (3e-4, 0.3)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_config_is_valid_and_holds_only_what_differs_from_the_defaults(path):
+    command_of = METHODS[path.stem.split("-")[0]]
+    words = ["--model_name_or_path", "any", "--output_dir", "out"]
+    used = resolve_config(command_of.ARGUMENTS, [path, *words]).values
+    usual = resolve_config(command_of.ARGUMENTS, words).values
+    given = yaml.safe_load(path.read_text())
+    assert given.pop("output_dir").endswith(f"/{path.stem}")
+    given.pop("model_name_or_path", None)
+    assert {name for name in used if used[name] != usual.get(name)} == given.keys()
 
 
-def test_values_of_the_bits_replace_the_recipes_but_not_a_flag(tmp_path):
-    values = {"learning_rate": 1e-5, "weight_decay": 0.1, "bits": 8}
-    recipe = write_recipe(tmp_path, **values, per_bits={2: {"learning_rate": 3e-4, "weight_decay": 0.2}})
-    classes = (run_qat.QatArguments, RecipeTrainingArguments)
-    for flags, expected in (
-        ([], (1e-5, 0.1)),
-        (["--bits", "4"], (1e-5, 0.1)),
-        (["--bits", "2"], (3e-4, 0.2)),
-        (["--bits", "2", "--weight_decay", "0.3"], (3e-4, 0.3)),
-    ):
-        _, training, used = parse_recipe(classes, recipe, [*flags, "--output_dir", "out"])
-        assert (training.learning_rate, training.weight_decay) == expected
-        assert used.values["learning_rate"] == expected[0] and "per_bits" not in used.values
-
-
-def test_a_base_model_has_values_of_its_own_for_the_bits(tmp_path):
-    recipe = write_recipe(
-        tmp_path,
-        learning_rate=1e-5,
-        per_bits={2: {"learning_rate": 3e-4}},
-        per_model={"a/b": {"learning_rate": 2e-5, "per_bits": {4: {"learning_rate": 4e-5}}}},
-    )
-    classes = (run_qat.QatArguments, RecipeTrainingArguments)
-    for name, bits, expected in (("a/b", 8, 2e-5), ("a/b", 4, 4e-5), ("a/b", 2, 2e-5), (None, 2, 3e-4)):
-        flags = ["--bits", str(bits), "--output_dir", "out"]
-        _, training, _ = parse_recipe(classes, recipe, flags, lambda _, name=name: name)
-        assert training.learning_rate == expected
+def test_an_encoder_has_a_config_for_each_method():
+    names = {}
+    for path in CONFIGS:
+        names.setdefault(path.parent.name, set()).add(path.stem)
+    assert names.keys() == {"bert-base-uncased", "minilm", "mpnet-base"}
+    assert len(set(map(frozenset, names.values()))) == 1
 
 
 @pytest.mark.parametrize(
     ("values", "flags", "message"),
     [
-        ({"learning_rat": 1e-3}, [], "unknown key 'learning_rat'. Did you mean learning_rate?"),
-        ({"per_model": {"a/b": {"epochs": 3}}}, [], "unknown key 'epochs'"),
-        ({"per_model": {"a/b": {"per_bits": {2: {"epochs": 3}}}}}, [], "unknown key 'epochs'"),
-        ({"per_model": {"a/b": None}}, [], "per_model must hold lines such as"),
-        ({"per_bits": {2: {"learning_rate": 1e-4}}}, [], "per_bits needs the flag --bits, which this script does not"),
-        ({"num_train_epochs": "many"}, [], "invalid float value: 'many'"),
-        ({}, ["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean learning_rate?"),
-        ({}, ["weights/baseline"], "expected a recipe that ends in .yaml"),
-        ({}, ["missing.yaml"], "no recipe at missing.yaml"),
-        ({"seed": 1.5}, [], "invalid int value: '1.5'"),
+        ({"learning_rat": 1e-3}, [], "learning_rat.* learning_rate"),
+        ({"per_model": {"a/b": {"epochs": 3}}}, [], "per_model"),
+        ({"num_train_epochs": "many"}, [], "config.yaml: --num_train_epochs: .*many"),
+        ({}, ["--learning_rat", "1"], "--learning_rat.* learning_rate"),
+        ({"seed": 1.5}, [], "--seed: .*1.5"),
         ({"eval_strategy": "sometimes"}, [], "sometimes"),
     ],
 )
-def test_a_wrong_key_or_flag_is_named(values, flags, message, tmp_path):
-    recipe = write_recipe(tmp_path, **values)
-    with pytest.raises(UserError, match=".*") as error:
-        parse_recipe(CLASSES, recipe, flags)
-    assert message in str(error.value)
+def test_a_wrong_key_or_flag_is_named(values, flags, message, encoder, tmp_path):
+    config = write_config(tmp_path, model_name_or_path=str(encoder), **values)
+    with pytest.raises(UserError, match=message):
+        parse_args_and_config(run_baseline.ARGUMENTS, [config, *flags])
 
 
-def test_the_repositorys_own_recipe_is_valid():
-    _, training, recipe = parse_recipe(CLASSES, run_baseline.RECIPE, ["--output_dir", "weights/x"], name_base_model)
-    assert training.metric_for_best_model == "macro_f1" and training.load_best_model_at_end
-    assert recipe.values["learning_rate"] == training.learning_rate
-    assert training.output_dir.endswith("weights/checkpoints/x")  # beside the artifact, not in it
+@pytest.mark.parametrize("word", ["weights/baseline", "missing.yaml"])
+def test_a_word_before_the_flags_is_a_config(word):
+    with pytest.raises(UserError, match=word):
+        parse_args_and_config(run_baseline.ARGUMENTS, [word])
 
 
 def test_an_error_is_one_line_and_a_status(encoder, tmp_path):
@@ -130,48 +108,36 @@ def test_a_traceback_only_when_asked_for(monkeypatch):
 
 
 COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
-TRAININGS = ("run_baseline", "run_qat", "run_qlora")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_begins_with_what_a_command_does_and_an_example(name, monkeypatch, capsys):
+def test_help_is_short_and_begins_with_what_a_command_does(name, monkeypatch, capsys):
     script = importlib.import_module(name)
     monkeypatch.setitem(sys.modules, "__main__", script)  # as if it had been started
     monkeypatch.setenv("COLUMNS", "119")
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
     assert end.value.code == 0
-    about, _, flags = capsys.readouterr().out.partition("\nflags:\n")
-    first, example = about.split("\n\n")[:2]
-    assert script.__doc__.strip().startswith(first) and first.endswith(".")
-    assert example.startswith("    ") and f"scripts/{name}.py" in example
+    about, _, flags = capsys.readouterr().out.partition("\noptions:\n")
+    assert script.__doc__.strip() in about and f"scripts/{name}.py" in about
     # Each flag once, and no default of a machine's own folders
     shown = re.findall(r"^  (--\w+)", flags, flags=re.MULTILINE)
-    assert shown and len(shown) == len(set(shown)) and "--adam_beta1" not in shown and str(ROOT) not in flags
-    assert ("--help_all" in shown) == (name in TRAININGS)
+    assert shown and len(shown) == len(set(shown)) <= 50 and str(ROOT) not in flags
 
 
-def test_help_shows_the_recipes_values_and_help_all_every_flag_of_the_trainer(monkeypatch, capsys):
+def test_help_shows_ranges_and_the_defaults_of_the_config(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "__main__", run_qat)
-    seen = {}
-    for flag in ("--help", "--help_all"):
-        with pytest.raises(SystemExit):
-            run_qat.main([flag])
-        seen[flag] = " ".join(capsys.readouterr().out.split())
-    values = yaml.safe_load(run_qat.RECIPE.read_text())
-    assert (
-        f"--per_device_train_batch_size {{1 or more}} The batch size per device for training. (default: "
-        f"{values['per_device_train_batch_size']})" in seen["--help"]
-    )
-    assert "--bits {8,4,3,2}" in seen["--help"] and "recipe configs/qat.yaml" in seen["--help"]
-    missing = [field.name for field in fields(RecipeTrainingArguments) if f"--{field.name} " not in seen["--help_all"]]
-    assert not missing and "--adam_beta1 {0 to below 1}" in seen["--help_all"]
-    assert len(seen["--help_all"]) > 2 * len(seen["--help"])
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit):
+        run_qat.main([str(ROOT / "configs" / "minilm" / "qat-int4.yaml"), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--per_device_train_batch_size \{1 or more\} The batch size .{0,60}default: 32", shown)
+    assert re.search(r"--bits \{8,4,2\} [^-]*default: 4", shown) and "--adam_beta1" not in shown
 
 
 def test_help_of_a_started_command():
     done = run_script("predict.py", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("Tells the emotion of sentences") and not done.stderr
+    assert done.returncode == 0 and "Tells the emotion of sentences" in done.stdout and not done.stderr
 
 
 class Terminal(io.StringIO):

@@ -251,7 +251,7 @@ def test_a_place_belongs_to_one_process(tmp_path):
 
 def flags_of(command, artifact, encoder, colors, out) -> list[str]:
     if command is run_ptq:
-        return ["--baseline", str(artifact), "--output_dir", str(out)]
+        return ["--model_name_or_path", str(artifact), "--output_dir", str(out)]
     return qat_flags(artifact, out) if command is run_qat else train_flags(encoder, colors, out)
 
 
@@ -289,10 +289,10 @@ def test_a_command_refuses_before_any_work(command, artifact, encoder, colors, t
 def test_the_recipe_stays(encoder, colors, tmp_path):
     recipe = tmp_path / "mine" / "recipe.yaml"
     recipe.parent.mkdir()
-    shutil.copy(ROOT / "configs" / "baseline.yaml", recipe)
+    shutil.copy(run_baseline.CONFIG, recipe)
     with pytest.raises(UserError, match="this run reads .*recipe.yaml"):
         run_baseline.main([str(recipe), *train_flags(encoder, colors, tmp_path / "mine")])
-    assert re.search("learning_rate", recipe.read_text())
+    assert re.search("model_name_or_path", recipe.read_text())
 
 
 def test_a_result_replaces_an_earlier_one_alone(tmp_path):

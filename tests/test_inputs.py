@@ -5,10 +5,12 @@ import importlib
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import tracemalloc
+from argparse import SUPPRESS
 from dataclasses import is_dataclass
 
 import predict
@@ -19,26 +21,20 @@ import run_qlora
 from conftest import ROOT, run_script, seeds_for
 from emotion import EmotionClassifier
 from emotion.common import command
+from emotion.common.arguments import make_parser, parse_args_and_config
 from emotion.common.errors import UserError
-from emotion.common.flags import _parser, parse_recipe
 from emotion.common.machine import THREADS, choose_threads
-from emotion.model.training import RecipeTrainingArguments
 from emotion.task import tokens
 from emotion.task.dataset import Task, load_task
 from emotion.task.source import EMBEDDED_MODEL, find_base_model
 from emotion.task.tokens import TextEncoder
-from mutations_inputs import DATASETS, LETTERS, draw_dataset, draw_flag, draw_recipe, draw_text
+from mutations_inputs import DATASETS, LETTERS, draw_config, draw_dataset, draw_flag, draw_text
 
 import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-TRAININGS = {
-    run_baseline: (run_baseline.BaselineArguments, RecipeTrainingArguments),
-    run_qat: (run_qat.QatArguments, RecipeTrainingArguments),
-    run_qlora: (run_qlora.QloraArguments, RecipeTrainingArguments),
-}
 LIGHT = {"predict", "run_demo"}  # their flags are no dataclasses, whose parser would load torch
 COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in LIGHT)
 
@@ -68,45 +64,44 @@ def end_of(main, capsys) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("module", "flag", "value", "message"),
     [
-        (run_baseline, "seed", "-1", "--seed -1: it takes 0 to 4294967295"),
+        (run_baseline, "seed", "-1", "--seed: "),
         (run_baseline, "seed", "9" * 5000, "--seed"),
-        (run_baseline, "learning_rate", "-1", "--learning_rate -1.0: it takes above 0"),
-        (run_baseline, "learning_rate", "nan", "--learning_rate nan: it takes above 0"),
-        (run_baseline, "num_train_epochs", "0", "--num_train_epochs 0.0: it takes above 0"),
-        (run_baseline, "num_train_epochs", "inf", "--num_train_epochs inf: it takes above 0"),
-        (run_baseline, "weight_decay", "-1", "--weight_decay -1.0: it takes 0 to 1"),
-        (run_baseline, "warmup_steps", "-0.1", "--warmup_steps -0.1: it takes 0 or more"),
-        (run_baseline, "per_device_train_batch_size", "0", "--per_device_train_batch_size 0: it takes 1 or more"),
-        (run_baseline, "per_device_eval_batch_size", "1" + "0" * 30, "it takes at most 1000000000"),
-        (run_baseline, "max_grad_norm", "-1", "--max_grad_norm -1.0: it takes 0 or more"),
-        (run_baseline, "max_length", "0", "--max_length 0: it takes 3 or more"),
-        (run_baseline, "max_train_rows", "0", "--max_train_rows 0: it takes 1 or more"),
-        (run_baseline, "attention_dropout", "-1", "--attention_dropout -1.0: it takes 0 to below 1"),
-        (run_baseline, "layer_decay", "0", "--layer_decay 0.0: it takes above 0 to 1"),
-        (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model f1: it takes macro_f1, accuracy"),
-        (run_baseline, "report_to", "nobody", "--report_to nobody: it takes none"),
-        (run_baseline, "resume_from_checkpoint", "weights/checkpoints/x", "it takes last"),
+        (run_baseline, "learning_rate", "-1", "--learning_rate: "),
+        (run_baseline, "learning_rate", "nan", "--learning_rate: "),
+        (run_baseline, "num_train_epochs", "0", "--num_train_epochs: "),
+        (run_baseline, "num_train_epochs", "inf", "--num_train_epochs: "),
+        (run_baseline, "weight_decay", "-1", "--weight_decay: "),
+        (run_baseline, "warmup_steps", "-0.1", "--warmup_steps: "),
+        (run_baseline, "per_device_train_batch_size", "0", "--per_device_train_batch_size: "),
+        (run_baseline, "per_device_eval_batch_size", "1" + "0" * 30, "1000000000"),
+        (run_baseline, "max_grad_norm", "-1", "--max_grad_norm: "),
+        (run_baseline, "max_seq_length", "0", "--max_seq_length: "),
+        (run_baseline, "max_train_samples", "0", "--max_train_samples: "),
+        (run_baseline, "attention_dropout", "-1", "--attention_dropout: "),
+        (run_baseline, "layerwise_lr_decay", "0", "--layerwise_lr_decay: "),
+        (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model: "),
+        (run_baseline, "report_to", "nobody", "--report_to: "),
+        (run_baseline, "resume_from_checkpoint", "weights/checkpoints/x", "--resume_from_checkpoint: "),
         (run_baseline, "accelerator_config", "nowhere.json", "FileNotFoundError"),
         (run_baseline, "deepspeed", "nowhere.json", ""),
         (run_baseline, "output_dir", "caf\udce9", "is not UTF-8"),
-        (run_baseline, "output_dir", "a\0b", "holds a character of value 0"),
-        (run_qlora, "lora_rank", "0", "--lora_rank 0: it takes 1 to 1024"),
-        (run_qlora, "lora_dropout", "1", "--lora_dropout 1.0: it takes 0 to below 1"),
-        (run_qlora, "init_lora_weights", "zero", "it takes default, gaussian or loftq"),
-        (run_qlora, "formats", "gguf", "--formats gguf: it takes adapter, nf4 or onnx"),
-        (run_qat, "quantize_after", "-1", "--quantize_after -1: it takes 0 or more"),
-        (run_qat, "baseline", "nowhere", "no folder nowhere"),
-        (run_ptq, "bits", "7", "--bits 7: it takes 8, 4, 3 or 2"),
-        (run_ptq, "max_loss", "-101", "--max_loss -101.0: it takes -100 to 100"),
-        (run_ptq, "calibration_rows", "0", "--calibration_rows 0: it takes 1 or more"),
-        (run_ptq, "baseline", "nowhere", "no folder nowhere"),
+        (run_baseline, "output_dir", "a\0b", "character of value 0"),
+        (run_qlora, "lora_r", "0", "--lora_r: "),
+        (run_qlora, "lora_dropout", "1", "--lora_dropout: "),
+        (run_qlora, "init_lora_weights", "zero", "--init_lora_weights: "),
+        (run_qlora, "formats", "gguf", "--formats: "),
+        (run_qat, "quantize_after", "-1", "--quantize_after: "),
+        (run_qat, "model_name_or_path", "nowhere", "no folder nowhere"),
+        (run_ptq, "bits", "7", "--bits: "),
+        (run_ptq, "max_f1_drop", "-101", "--max_f1_drop: "),
+        (run_ptq, "num_calibration_samples", "0", "--num_calibration_samples: "),
+        (run_ptq, "model_name_or_path", "nowhere", "no folder nowhere"),
     ],
 )
 def test_a_value_without_a_meaning_is_refused_before_anything_is_loaded(
     module, flag, value, message, nothing_is_loaded, encoder, capsys
 ):
-    model = [] if module in (run_ptq, run_qat) else ["--model_name_or_path", str(encoder)]
-    words = [*model, "--output_dir", "out", f"--{flag}={value}"]
+    words = ["--model_name_or_path", str(encoder), "--output_dir", "out", f"--{flag}={value}"]
     status, error = end_of(lambda: module.main(words), capsys)
     assert status == 1 and error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert len(error) < 2100  # also of a value of 5,000 letters
@@ -117,20 +112,20 @@ def classes_of(name: str) -> list:
     module = importlib.import_module(name)
     tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8"))
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    found = [vars(module)[one] for one in defined if is_dataclass(vars(module)[one]) and one.endswith("Arguments")]
-    return [*found, RecipeTrainingArguments] if module in TRAININGS else found
+    return [vars(module)[one] for one in defined if is_dataclass(vars(module)[one]) and one.endswith("Arguments")]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
     classes = classes_of(name)
     assert classes
-    parser = _parser(classes, ["--help_all"])
+    parser = make_parser(classes, "")
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:
         if action.type in (int, float) and action.dest != "local_rank":  # the launcher's, not the user's
             assert action.choices, f"{name}: --{action.dest} takes any number"
-            assert f"--{action.dest} {{{','.join(map(str, action.choices))}}}" in shown
+            if action.help != SUPPRESS:
+                assert f"--{action.dest} {{{','.join(map(str, action.choices))}}}" in shown
             assert float("nan") not in action.choices and float("inf") not in action.choices
 
 
@@ -139,7 +134,7 @@ def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
 def test_random_flags_end_in_one_line_or_are_taken(seed, nothing_is_loaded, encoder, capsys, record_property):
     rng = random.Random(seed)
     record_property("draws", 60)
-    names = [action.dest for action in _parser(TRAININGS[run_qlora])._actions if "help" not in action.dest]
+    names = [action.dest for action in make_parser(run_qlora.ARGUMENTS, "")._actions if "help" not in action.dest]
     ends = []
     for _ in range(60):
         about, words = draw_flag(rng, names)
@@ -156,57 +151,61 @@ def test_random_flags_end_in_one_line_or_are_taken(seed, nothing_is_loaded, enco
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", seeds_for(1))
-def test_random_recipes_end_in_one_line_or_are_taken(seed, encoder, tmp_path, record_property):
+def test_random_configs_end_in_one_line_or_are_taken(seed, encoder, tmp_path, record_property):
     rng = random.Random(seed)
     record_property("draws", 80)
     names = ["learning_rate", "seed", "output_dir", "eval_strategy", "bf16", "target_modules", "lr_scheduler_kwargs"]
     refused = 0
     for _ in range(80):
-        about, content = draw_recipe(rng, names)
-        (tmp_path / "recipe.yaml").write_bytes(content)
+        about, content = draw_config(rng, names)
+        (tmp_path / "config.yaml").write_bytes(content)
         try:
-            flags = ["--model_name_or_path", str(encoder), "--output_dir", "out"]
-            parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", flags, lambda _: None)
+            flags = ["config.yaml", "--model_name_or_path", str(encoder), "--output_dir", "out"]
+            parse_args_and_config(run_qlora.ARGUMENTS, flags)
         except UserError as error:
             refused += 1
-            assert "recipe.yaml" in str(error) or "--" in str(error), about
+            assert "config.yaml" in str(error) or "--" in str(error), about
     assert refused > 45
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"seed: -1", "--seed -1: it takes 0 to"),
-        (b"learning_rate: .nan", "--learning_rate nan: it takes above 0"),
-        (b"learning_rate: [1, 2]", "--learning_rate takes a word or a number, and this is a list"),
-        (b"learning_rate: null", "--learning_rate takes a word or a number, and this is nothing"),
-        (b"target_modules: [[1]]", "--target_modules takes a word or a number, and this is a list"),
-        (b"output_dir: 2026-11-26", "this is a date; quotes make a word of it"),
-        (b"output_dir: no", "this is a bool; quotes make a word of it"),
+        (b"seed: -1", "--seed"),
+        (b"learning_rate: .nan", "--learning_rate"),
+        (b"learning_rate: [1, 2]", "--learning_rate: .* list"),
+        (b"learning_rate: null", "--learning_rate: .* nothing"),
+        (b"learning_rate: true", "--learning_rate: .*True"),
+        (b"bf16: 5", "--bf16"),
+        (b"target_modules: [[1]]", "--target_modules: .* list"),
+        (b"output_dir: 2026-11-26", "--output_dir: .* date"),
+        (b"output_dir: no", "--output_dir: .* bool"),
+        (b"output_dir: {a: 1}", "--output_dir: .* dict"),
         (b"seed: 1\nseed: 2", "line 1: 'seed' is there 2 times"),
-        (b"1: 2", "unknown key '1'"),
-        (b"help: x", "unknown key 'help'"),
-        (b"seed: caf\xe9", "is not valid YAML"),
-        (b"a: &a [*a]", "takes no aliases and no tags"),
-        (b"seed: !!python/object/apply:os.getpid []", "takes no aliases and no tags"),
-        (b"seed: " + b"[" * 5_000, "is not valid YAML"),
-        (b"#" * 100_001, "100,001 bytes and is no recipe"),
-        (b"per_model: {a: {per_model: {b: {seed: 1}}}}", "per_model stands inside per_model"),
-        (b"per_model: {5: {seed: 1}}", "per_model holds 5, which is no name of a model"),
+        (b"lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is there 2 times"),
+        (b"1: 2", "'1'"),
+        (b"help: x", "'help'"),
+        (b"no_bf16: true", "'no_bf16'"),
+        (b"seed: caf\xe9", "not valid YAML"),
+        (b"a: &a [*a]", "aliases"),
+        (b"seed: !!python/object/apply:os.getpid []", "tags"),
+        (b"seed: " + b"[" * 5_000, "not valid YAML"),
+        (b"#" * 100_001, "100,001 bytes"),
+        (b"per_model: {a: {seed: 1}}", "'per_model'"),
     ],
 )
-def test_a_recipe_that_is_none_is_refused(content, message, encoder, tmp_path):
-    (tmp_path / "recipe.yaml").write_bytes(content)
+def test_a_config_that_is_none_is_refused(content, message, encoder, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError) as error:
-        parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", ["--output_dir", "out"], lambda _: None)
-    assert message in str(error.value)
+        parse_args_and_config(run_qlora.ARGUMENTS, ["config.yaml", "--model_name_or_path", "a", "--output_dir", "out"])
+    assert re.search(message, str(error.value)) and len(str(error.value).splitlines()) == 1
 
 
-def test_a_recipe_may_write_out_a_mapping(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
+def test_a_config_may_write_out_a_mapping(tmp_path):
+    (tmp_path / "config.yaml").write_text(
         "lr_scheduler_kwargs: {num_cycles: 2}\noutput_dir: out\ntarget_modules: query"
     )
-    arguments, training, _ = parse_recipe(TRAININGS[run_qlora], tmp_path / "recipe.yaml", [])
+    arguments, training, _ = parse_args_and_config(run_qlora.ARGUMENTS, ["config.yaml", "--model_name_or_path", "a"])
     assert training.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.target_modules == ["query"]
 
 
@@ -357,7 +356,7 @@ def test_threads_are_bounded(threads, capsys):
     with pytest.raises(UserError, match="it takes 1 to"):
         choose_threads(threads)
     status, error = end_of(lambda: predict.main(["--threads", str(threads), "red"]), capsys)
-    assert status == 1 and f"--threads {threads}: it takes" in error and THREADS.most < 100_000
+    assert status == 1 and "--threads: " in error and THREADS.most < 100_000
 
 
 def test_words_and_output_of_other_encodings(artifact):

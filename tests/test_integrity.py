@@ -323,8 +323,8 @@ def test_what_was_edited_on_purpose_is_opened_when_asked(artifact, colors, tmp_p
     edit_config(folder / "config.json", id2label=names | {"2": "grey"})
     done = run_script("predict.py", "--model", folder, "a gray house")
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "config.json differs from" in done.stderr and "--no_verify" in done.stderr
-    done = run_script("predict.py", "--model", folder, "--no_verify", "a gray house")
+    assert "config.json differs from" in done.stderr and "--skip_checksum" in done.stderr
+    done = run_script("predict.py", "--model", folder, "--skip_checksum", "a gray house")
     assert done.returncode == 0 and done.stdout.startswith("grey")
 
 
@@ -335,8 +335,8 @@ def test_every_command_that_opens_an_artifact_checks_it(command, artifact, color
         file.seek(-9, os.SEEK_END)
         file.write(b"\x00")
     words = {
-        "run_ptq.py": ["--baseline", folder, "--output_dir", tmp_path / "out"],
-        "run_qat.py": ["--baseline", folder, "--output_dir", tmp_path / "out"],
+        "run_ptq.py": ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"],
+        "run_qat.py": ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"],
         "run_evaluation.py": [folder, "--results_dir", tmp_path / "results"],
         "run_baseline.py": [
             "--model_name_or_path",
@@ -360,7 +360,7 @@ def test_a_folder_that_differs_from_its_sums_is_not_published(artifact, tmp_path
         run_publish.main([str(folder), "--repo_id", "user/colors", "--dry_run"])
     with pytest.raises(UserError, match="no records in"):  # it went on
         run_publish.main(
-            [str(folder), "--repo_id", "user/colors", "--dry_run", "--no_verify", "--results_dir", str(tmp_path)]
+            [str(folder), "--repo_id", "user/colors", "--dry_run", "--skip_checksum", "--results_dir", str(tmp_path)]
         )
 
 

@@ -16,9 +16,9 @@ import run_evaluation
 import run_llama_factory
 import run_publish
 from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_script
+from emotion.common.arguments import parse_with_other_flags, read_config
 from emotion.common.errors import UserError
-from emotion.common.flags import parse_beside
-from emotion.common.recipe import Recipe, read_recipe, read_recipe_of
+from emotion.common.recipe import Recipe, read_recipe_of
 from emotion.model import llama_factory, packaged_llama
 from emotion.model.artifact import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
 from emotion.model.classifier import open_artifact
@@ -150,7 +150,7 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
     run_comparison.check_publishable(record)
-    record["made"]["recipe"]["max_train_rows"] = 3200  # the page says so
+    record["made"]["recipe"]["max_train_samples"] = 3200  # the page says so
     run_comparison.check_publishable(record)
     record["made"]["base_model_source"] = RANDOM
     with pytest.raises(UserError, match="made from random weights: not for the README"):
@@ -232,15 +232,15 @@ def test_every_row_is_compared_with_what_was_trained_on(generative, colors, tmp_
 
 def test_flags_that_are_not_ours_are_the_other_programs():
     class_, path = run_llama_factory.LlamaFactoryArguments, ROOT / "configs" / "llama_factory.yaml"
-    words = ["--learning_rate", "1e-3", "--max_train_rows=64", "--lora_rank=4", "--max_steps", "-1"]
+    words = ["--learning_rate", "1e-3", "--max_train_samples=64", "--lora_rank=4", "--max_steps", "-1"]
     words += ["--eval_strategy", "no", "--do_train", "true"]
-    arguments, recipe, own = parse_beside((class_,), path, words)
-    assert own == {"max_train_rows": 64} and arguments.max_train_rows == 64
+    arguments, recipe, own = parse_with_other_flags((class_,), path, words)
+    assert own == {"max_train_samples": 64} and arguments.max_train_samples == 64
     theirs = {"learning_rate": 0.001, "lora_rank": 4, "max_steps": -1, "eval_strategy": "no", "do_train": True}
-    assert recipe.values == read_recipe(path) | theirs
+    assert recipe.values == read_config(path) | theirs
     for wrong in (["--lora_rank"], ["--lora_rank", "--max_steps", "3"], ["--max_steps", "3", "4"]):
         with pytest.raises(UserError, match="expected flags with one value each"):
-            parse_beside((class_,), path, wrong)
+            parse_with_other_flags((class_,), path, wrong)
 
 
 def test_what_cannot_work_is_said_at_once(tmp_path, monkeypatch):
@@ -317,7 +317,7 @@ def test_a_second_run_replaces_what_the_first_has_made(generative, colors, tmp_p
         fill_generative(tmp_path / "twice", colors)
     assert list(find_formats(tmp_path / "twice")) == ["adapter"]
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
-    recipe = Recipe(RECIPE.path, read_recipe(RECIPE.path))
+    recipe = Recipe(RECIPE.path, read_config(RECIPE.path))
     run_llama_factory.check(recipe, generative)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -336,7 +336,7 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
     other.stdout.readline()
     with pytest.raises(UserError, match="another process is writing"):
-        run_llama_factory.main(["--stand_in", "true", "--output_dir", str(tmp_path / "out")])
+        run_llama_factory.main(["--use_tiny_model", "true", "--output_dir", str(tmp_path / "out")])
     other.communicate("\n")
 
 
@@ -355,7 +355,7 @@ QUICK = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at
 def llama(colors, tmp_path_factory):
     """The folder that a few steps have made of a tiny Llama, all output lines, and the dataset as it was written."""
     work = tmp_path_factory.mktemp("llama_factory")
-    flags = ["--stand_in", "true", "--dataset_name", str(colors), "--output_dir", str(work / "out"), *QUICK]
+    flags = ["--use_tiny_model", "true", "--dataset_name", str(colors), "--output_dir", str(work / "out"), *QUICK]
     flags += ["--max_steps", "12", "--logging_steps", "2", "--learning_rate", "1e-2", "--warmup_steps", "0"]
     flags += ["--gradient_accumulation_steps", "1"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
@@ -412,7 +412,7 @@ def test_the_scorer_agrees_with_likelihoods_by_hand(llama):
 def test_a_wrong_key_is_refused_in_its_own_words(tmp_path, colors):
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text((ROOT / "configs" / "llama_factory.yaml").read_text() + "learning_rat: 1.0e-4\n")
-    flags = ["--stand_in", "true", "--dataset_name", colors, "--output_dir", tmp_path / "wrong"]
+    flags = ["--use_tiny_model", "true", "--dataset_name", colors, "--output_dir", tmp_path / "wrong"]
     done = run_script("run_llama_factory.py", recipe, *flags)
     assert done.returncode == 1
     assert "Some keys are not used by the HfArgumentParser: ['learning_rat']" in done.stdout

@@ -18,6 +18,7 @@ from conftest import (
     realigned,
 )
 from emotion.common import command
+from emotion.common.arguments import resolve_config
 from emotion.common.errors import UserError
 from emotion.measure.contenders import make_contender
 from emotion.measure.inspection import describe_scheme
@@ -73,7 +74,7 @@ def test_one_folder_three_runtimes_and_nothing_else(quantized):
     }
     assert list(find_formats(quantized)) == FORMATS
     made = yaml.safe_load((quantized / "recipe.yaml").read_text())
-    assert set(made["seconds"]) == set(FORMATS) and made["recipe"]["calibration_rows"] == 60
+    assert set(made["seconds"]) == set(FORMATS) and made["recipe"]["num_calibration_samples"] == 60
     assert made["recipe"]["baseline"]["learning_rate"] == 5e-3
     assert made["kept_in_float"]["classifier"] == "outside the encoder's layers"
 
@@ -156,7 +157,7 @@ def test_openvino_reopens_with_the_very_logits(quantized, artifact, tmp_path, mo
 
     monkeypatch.setattr(OVModelForSequenceClassification, "save_pretrained", ask_and_save)
     out = tmp_path / "ptq"
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out), "--formats", "openvino"])
+    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(out), "--formats", "openvino"])
     reopened = OVModelForSequenceClassification.from_pretrained(out, subfolder="openvino")
     assert torch.equal(before["logits"], reopened(**inputs).logits)
     assert list(find_formats(out)) == ["openvino"]  # config.json and tokenizer are there too
@@ -164,7 +165,8 @@ def test_openvino_reopens_with_the_very_logits(quantized, artifact, tmp_path, mo
 
 def test_the_same_rows_give_the_same_files(quantized, artifact, tmp_path):
     again = tmp_path / "again"
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(again), "--calibration_rows", "60"])
+    words = ["--model_name_or_path", str(artifact), "--num_calibration_samples", "60"]
+    run_ptq.main([*words, "--output_dir", str(again)])
     for name in ("onnx/model_quantized.onnx", "openvino/openvino_model.bin"):
         assert (quantized / name).read_bytes() == (again / name).read_bytes()
     first, second = (load_file(folder / "model.safetensors") for folder in (quantized, again))
@@ -190,15 +192,15 @@ def test_no_weight_can_overflow_sixteen_bits(quantized, artifact, tmp_path):
         largest = scheme_of(quantized, format)["largest_weight"]
         assert 2 * 255 * largest < 2**15 and largest >= 63
     full = tmp_path / "full"
-    flags = ["--reduce_range", "false", "--calibration_rows", "30"]
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(full), *flags])
+    flags = ["--reduce_range", "false", "--num_calibration_samples", "30"]
+    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(full), *flags])
     assert all(scheme_of(full, format)["largest_weight"] >= 127 for format in FORMATS)
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy"])
 def test_static_ranges(method, artifact, tmp_path):
-    flags = ["--formats", "onnx", "--onnx_calibration", method, "--calibration_rows", "30"]
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "static"), *flags])
+    flags = ["--formats", "onnx", "--onnx_calibration", method, "--num_calibration_samples", "30"]
+    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(tmp_path / "static"), *flags])
     scheme = scheme_of(tmp_path / "static", "onnx")
     assert scheme["activations"] == "int8 static per-tensor" and scheme["quantized_layers"] == 12
     operators = [node.op_type for node in onnx.load(tmp_path / "static" / "onnx" / "model_quantized.onnx").graph.node]
@@ -212,21 +214,21 @@ def test_static_ranges(method, artifact, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_layers_can_stay_in_float(format, artifact, tmp_path):
     kept = ["bert.encoder.layer.1", "bert.embeddings.word"]
-    flags = ["--formats", format, "--keep_float", *kept, "--calibration_rows", "30"]
-    run_ptq.main(["--baseline", str(artifact), "--output_dir", str(tmp_path / "part"), *flags])
+    flags = ["--formats", format, "--modules_to_not_convert", *kept, "--num_calibration_samples", "30"]
+    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(tmp_path / "part"), *flags])
     scheme = scheme_of(tmp_path / "part", format)
     assert scheme["quantized_layers"] == 6
     assert {"bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"} <= set(scheme["kept_in_float"])
     assert "bert.embeddings.position_embeddings" not in scheme["kept_in_float"]
     made = yaml.safe_load((tmp_path / "part" / "recipe.yaml").read_text())
-    assert made["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in keep_float"
+    assert made["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in modules_to_not_convert"
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
 def test_other_encoders_are_quantized_by_type(kind, baseline_of, tmp_path):
     trained = baseline_of(kind)
-    words = ["--baseline", str(trained), "--output_dir", str(tmp_path / "ptq")]
-    run_ptq.main([*words, "--calibration_rows", "60", "--max_loss", "10"])
+    words = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "ptq")]
+    run_ptq.main([*words, "--num_calibration_samples", "60", "--max_f1_drop", "10"])
     run_evaluation.main([str(trained), "--latency_runs", "0", "--results_dir", str(tmp_path)])
     for format in FORMATS:
         run_evaluation.main(
@@ -265,19 +267,22 @@ def test_calibration_rows_are_drawn_class_by_class():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--calibration_rows", "0"], "--calibration_rows 0: it takes 1 or more"),
-        (["--max_loss", "-101"], "--max_loss -101.0: it takes -100 to 100"),
-        (["--calibration_rows", "481"], "--calibration_rows 481: train has 480 rows"),
-        (["--formats", "gguf"], "--formats gguf: it takes torchao, onnx or openvino"),
+        (["--num_calibration_samples", "0"], "--num_calibration_samples"),
+        (["--max_f1_drop", "-101"], "--max_f1_drop"),
+        (["--num_calibration_samples", "481"], "--num_calibration_samples 481: train has 480 rows"),
+        (["--formats", "gguf"], "--formats"),
         (["--formats"], "--formats"),
-        (["--onnx_calibration", "percentile"], "--onnx_calibration percentile: it takes none, minmax or entropy"),
-        (["--keep_float", "bert.encoder.layer.7"], "--keep_float bert.encoder.layer.7: no layer has such a name"),
-        (["--baseline", "nowhere"], "no folder nowhere; take one that"),
-        (["--calibration_row", "3"], "unknown flag --calibration_row. Did you mean calibration_rows?"),
+        (["--onnx_calibration", "percentile"], "--onnx_calibration"),
+        (
+            ["--modules_to_not_convert", "bert.encoder.layer.7"],
+            "--modules_to_not_convert bert.encoder.layer.7: no layer has such a name",
+        ),
+        (["--model_name_or_path", "nowhere"], "no folder nowhere; take one that"),
+        (["--num_calibration_sample", "3"], "--num_calibration_sample.* num_calibration_samples"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, artifact, tmp_path):
-    words = [] if "--baseline" in flags else ["--baseline", str(artifact)]
+    words = [] if "--model_name_or_path" in flags else ["--model_name_or_path", str(artifact)]
     with pytest.raises(UserError, match=message):
         run_ptq.main([*words, "--output_dir", str(tmp_path / "ptq"), *flags])
     assert not (tmp_path / "ptq").exists()
@@ -285,7 +290,7 @@ def test_flags_that_make_no_sense_are_refused(flags, message, artifact, tmp_path
 
 def test_what_is_quantized_already_is_refused(quantized, tmp_path):
     with pytest.raises(UserError, match="is quantized already .by torchao."):
-        run_ptq.main(["--baseline", str(quantized), "--output_dir", str(tmp_path / "twice")])
+        run_ptq.main(["--model_name_or_path", str(quantized), "--output_dir", str(tmp_path / "twice")])
     with pytest.raises(UserError, match="has no format 'pytorch'; it has torchao, onnx, openvino"):
         make_contender(quantized, "pytorch", tmp_path)
 
@@ -308,7 +313,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
 
         monkeypatch.setattr(scheme, name, on_a_full_disk)
         with pytest.raises(SystemExit):
-            command.run(lambda: run_ptq.main(["--baseline", str(artifact), "--output_dir", str(out)]))
+            command.run(lambda: run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(out)]))
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: cannot write") and "free some space" in message, (name, message)
         monkeypatch.undo()
@@ -330,7 +335,7 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     assert len(packed["names"]) == 3 and packed["mean_logit_shift"] > 0
     worst = max(sensitivity["layers"], key=lambda one: one["mean_logit_shift"] * (one["layer"] is not None))
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
-    assert kept["changes"]["keep_float"] == worst["names"]
+    assert kept["changes"]["modules_to_not_convert"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
     page = tmp_path / "results" / "ptq.md"
     assert pages.render_study_pages(tmp_path / "results")[page] == page.read_text()
@@ -373,8 +378,8 @@ def test_the_rule(candidates, winner):
 
 
 def test_the_recipe_is_what_won():
-    """configs/ptq.yaml holds the flags of the winner of each format."""
-    recipe = yaml.safe_load((ROOT / "configs" / "ptq.yaml").read_text())
+    """The defaults of run_ptq.py are the flags of the winner of each format."""
+    recipe = resolve_config(run_ptq.ARGUMENTS, ["--model_name_or_path", "unused"]).values
     for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
         for flag, value in one["flags"].items():
             assert recipe[flag] == value, (format, flag)
@@ -386,8 +391,8 @@ def test_a_folder_of_another_program_is_quantized_like_a_baseline(artifact, quan
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(artifact / name, folder)
-    words = ["--dataset_name", str(colors), "--formats", "onnx", "--calibration_rows", "60"]
-    run_ptq.main(["--baseline", str(folder), "--output_dir", str(out), *words])
+    words = ["--dataset_name", str(colors), "--formats", "onnx", "--num_calibration_samples", "60"]
+    run_ptq.main(["--model_name_or_path", str(folder), "--output_dir", str(out), *words])
     file = "onnx/model_quantized.onnx"
     assert (out / file).read_bytes() == (quantized / file).read_bytes()
     assert {path.name for path in folder.iterdir()} == {*SHARED_FILES, "model.safetensors"}  # nothing was added to it

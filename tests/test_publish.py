@@ -14,7 +14,7 @@ from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
 from emotion.common.errors import UserError
 from emotion.common.sums import SUMS_FILE, check_sums, read_sums
 from emotion.measure.record import read_records
-from emotion.model.artifact import HOW_TO_GET, find_formats
+from emotion.model.artifact import HOW_TO_GET, find_formats, weights_of
 from emotion.model.classifier import open_artifact
 from emotion.model.released import RELEASED
 from emotion.model.training import RecipeTrainingArguments
@@ -230,7 +230,7 @@ def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_
     shutil.copytree(results, tmp_path / "results")
     run_ptq.main(
         [
-            "--baseline",
+            "--model_name_or_path",
             str(artifact),
             "--output_dir",
             str(tmp_path / "ptq"),
@@ -250,6 +250,16 @@ def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "onnx"
     assert card.data.eval_results[0].metric_value == record["quality"]["macro_f1"]
+
+
+def test_a_model_of_the_hub_is_quantized(folders, results, hub, colors, tmp_path):
+    publish(folders["baseline"], results)
+    words = ["--model_name_or_path", "user/bert-emotion", "--dataset_name", str(colors), "--formats", "onnx"]
+    run_ptq.main([*words, "--num_calibration_samples", "60", "--output_dir", str(tmp_path / "ptq")])
+    recipe = yaml.safe_load((tmp_path / "ptq" / "recipe.yaml").read_text())["recipe"]
+    assert recipe["model_name_or_path"] == "user/bert-emotion" and recipe["baseline"]["learning_rate"] == 5e-3
+    made, expected = (weights_of(folder, "onnx") for folder in (tmp_path / "ptq", folders["ptq"]))
+    assert made.read_bytes() == expected.read_bytes()
 
 
 def test_the_trainer_itself_pushes_nothing(hub, tmp_path):
@@ -387,7 +397,7 @@ def test_a_download_that_is_not_what_was_published_is_refused(folders, results, 
     done = run_script("predict.py", *words)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "config.json differs from" in done.stderr and "hf cache rm model/user/bert-emotion" in done.stderr
-    assert run_script("predict.py", *words, "--no_verify").stdout.startswith("hot")
+    assert run_script("predict.py", *words, "--skip_checksum").stdout.startswith("hot")
 
 
 def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):

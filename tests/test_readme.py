@@ -173,7 +173,7 @@ def test_the_steps_run_one_after_the_other(encoder, colors, tmp_path):
         if script in ("baseline", "qlora"):
             line += f" --dataset_name {shlex.quote(str(colors))}"  # the others take that of their baseline
         # Tiny models that learnt little lose more than a recipe allows.
-        line += {"ptq": " --save_worse true", "evaluation": "", "benchmark": " --rounds 2"}.get(
+        line += {"ptq": " --allow_drop true", "evaluation": "", "benchmark": " --rounds 2"}.get(
             script, " --num_train_epochs 1 --per_device_train_batch_size 16"
         )
         ran.append(line.replace("$SMALL", shlex.quote(str(encoder))))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import run_baseline
 import run_benchmark
 import run_comparison
 import run_evaluation
@@ -13,6 +14,7 @@ import study_bits
 import study_dataset
 import study_operators
 from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
+from emotion.common.arguments import resolve_config
 from emotion.common.errors import UserError
 from emotion.common.processor import ARM, TITLES, class_of
 from emotion.measure import benchmark, contenders, openvino_forms, roofline, seeds
@@ -139,7 +141,7 @@ def test_a_missing_field_stops_the_renderer(page, tmp_path):
     [
         (("made", "dataset_source"), "sample", "not for the README"),
         (("made", "train_dataset_source"), "sample", "not for the README"),
-        (("made", "recipe"), {"max_train_rows": 100}, "is a short run .max_train_rows in its recipe."),
+        (("made", "recipe"), {"max_train_samples": 100}, "is a short run .max_train_samples in its recipe."),
         (("quality", "split"), "validation", "not for the README"),
         (("made", "dataset_fingerprint"), "other", "not scored on the same rows"),
     ],
@@ -299,15 +301,14 @@ def test_a_seed_counts_once(command, seeds, tmp_path):
 
 
 @pytest.mark.processes
-def test_seeds_are_scored_and_the_best_on_validation_is_kept(
-    encoder, colors, tmp_path, monkeypatch, capsys, in_this_process
-):
-    recipe = run_baseline_recipe(tmp_path, encoder, colors)
-    monkeypatch.setattr(seeds, "recipe_of", lambda variant: recipe)
+def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tmp_path, capsys, in_this_process):
+    config = baseline_config(tmp_path, encoder, colors)
     words = [
         "--seeds",
         "1",
         "2",
+        "--config_dir",
+        str(tmp_path),
         "--weights_dir",
         str(tmp_path / "weights"),
         "--results_dir",
@@ -322,22 +323,20 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(
     chosen = (tmp_path / "weights" / "baseline" / "model.safetensors").read_bytes()
     assert chosen == (tmp_path / "weights" / "seeds" / f"baseline-{best['seed']}" / "model.safetensors").read_bytes()
     artifact = tmp_path / "weights" / "seeds" / "baseline-1"
-    values = seeds.resolve(seeds.read_recipe(recipe), None, None)
+    values = resolve_config(run_baseline.ARGUMENTS, [config]).values
     assert seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
     assert seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
     assert not seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
     assert not seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
 
-    quantizing = tmp_path / "ptq.yaml"
-    quantizing.write_text("baseline: weights/baseline\nformats: [onnx]\ncalibration_rows: 30\n")
-    monkeypatch.setattr(seeds, "recipe_of", lambda variant: quantizing)
+    (tmp_path / "ptq.yaml").write_text("formats: [onnx]\nnum_calibration_samples: 30\n")
     run_seeds.main(["ptq", *words])
     summary_of_ptq = read_json(tmp_path / "results" / "seeds" / "ptq.json")
     assert summary_of_ptq["chosen_seed"] == best["seed"]
     changes = [one["formats"]["onnx"]["macro_f1"] - runs[one["seed"]]["macro_f1"] for one in summary_of_ptq["runs"]]
     assert summary_of_ptq["formats"]["onnx"]["change"]["mean"] == pytest.approx(sum(changes) / 2)
     made = yaml.safe_load((tmp_path / "weights" / "ptq" / "recipe.yaml").read_text())
-    assert made["seed"] == best["seed"] and made["recipe"]["calibration_rows"] == 30
+    assert made["seed"] == best["seed"] and made["recipe"]["num_calibration_samples"] == 30
     (row,) = seed_rows(Seeds.read(tmp_path / "results" / "seeds" / "ptq.json"))
     low, high = row["change_ci95"]
     assert low <= row["change"].mean <= high
@@ -353,17 +352,16 @@ def test_a_seed_whose_root_has_another_form_counts_where_it_belongs():
     assert {row["format"]: row["seeds"] for row in rows} == {"nf4": [1], "onnx": [1, 2], "bf16": [2]}
 
 
-def run_baseline_recipe(folder, encoder, colors):
-    values = yaml.safe_load((ROOT / "configs" / "baseline.yaml").read_text())
-    values |= {
+def baseline_config(folder, encoder, colors):
+    values = {
         "model_name_or_path": str(encoder),
         "dataset_name": str(colors),
         "learning_rate": 5e-3,
         "bf16": False,
         "num_train_epochs": 1,
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return folder / "recipe.yaml"
+    (folder / "baseline.yaml").write_text(yaml.safe_dump(values))
+    return folder / "baseline.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,8 @@ def test_node_gives_the_probabilities_of_python(published, python_scores, test_r
 
 def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tmp_path):
     out, texts = tmp_path / "split", list(test_rows["text"])[:50]
-    words = ["--baseline", str(real), "--output_dir", str(out), "--formats", "onnx", "--calibration_rows", "60"]
-    run_ptq.main([*words, "--split_outliers", "true", "--max_loss", "100"])
+    words = ["--model_name_or_path", str(real), "--formats", "onnx", "--num_calibration_samples", "60"]
+    run_ptq.main([*words, "--output_dir", str(out), "--split_outliers", "true", "--max_f1_drop", "100"])
     assert any("/outliers" in node.name for node in onnx.load(weights_of(out, "onnx")).graph.node)
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")}
     classifier = open_artifact(out, "onnx", threads=1)
@@ -147,9 +147,11 @@ def variants(real, real_int8, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     (folder / "baseline").symlink_to(real)
     (folder / "qat").symlink_to(real_int8)
-    words = ["--baseline", str(real), "--formats", "onnx", "--calibration_rows", "60", "--max_loss", "100"]
+    words = ["--model_name_or_path", str(real), "--formats", "onnx", "--num_calibration_samples", "60"]
     for bits in (4, 2):
-        run_ptq.main([*words, "--bits", str(bits), "--output_dir", str(folder / f"qat-int{bits}")])
+        run_ptq.main(
+            [*words, "--max_f1_drop", "100", "--bits", str(bits), "--output_dir", str(folder / f"qat-int{bits}")]
+        )
     return folder
 
 

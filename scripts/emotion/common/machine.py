@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
+from emotion.common.arguments import Range
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.processes import integer_setting
-from emotion.common.ranges import Range
 
 SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
 # Packages whose version a result may depend on, by their names on PyPI; each record lists them.

@@ -1,7 +1,6 @@
-"""Recipes: the YAML file that a command reads, and the recipe.yaml that an artifact keeps of what made it."""
+"""The recipe of a run, and the recipe.yaml that an artifact keeps of what made it."""
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,6 @@ RECIPE_FILE = "recipe.yaml"
 # Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
 PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
 
-LONGEST_RECIPE = 100_000  # bytes; ours have two thousand
 # What is read of an artifact's recipe.yaml
 TEXT, NUMBER = (str, type(None)), (int, type(None))
 TASK_KINDS = {"dataset_name?": str, "dataset_config_name?": TEXT}
@@ -41,73 +39,23 @@ MADE_KINDS = {
     "onnx?": dict,
 }
 
-# Mappings in a recipe: by base model, and by the bits of a weight. The values of an entry replace the recipe's own. An
-# entry of per_model may hold a per_bits of its own.
-PER = ("per_model", "per_bits")
-
-
-def read_recipe(path: Path) -> dict:
-    """Reads a recipe: YAML whose keys are the names of the flags, or of `PER`.
-
-    Raises:
-        UserError: if there is no such file, or it is not YAML, or not a mapping, or holds what no recipe needs.
-    """
-    import yaml  # a Python that only answers texts does not have it
-
-    class PlainLoader(yaml.SafeLoader):
-        """YAML without aliases, by which a few lines can become endless, without tags, and with each key once."""
-
-        def compose_node(self, parent, index):
-            event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-                raise yaml.YAMLError(f"line {event.start_mark.line + 1}: a recipe takes no aliases and no tags")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node, deep=False):
-            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            for name, count in names.most_common(1):
-                if count > 1:
-                    raise yaml.YAMLError(f"line {node.start_mark.line + 1}: '{name:.80}' is there {count} times")
-            return super().construct_mapping(node, deep)
-
-    if not path.is_file():
-        raise UserError(f"no recipe at {path}")
-    if path.stat().st_size > LONGEST_RECIPE:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes and is no recipe; {LONGEST_RECIPE:,} is the most")
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
-    # A number of 5,000 digits, a 13th month or bytes that are not UTF-8 are a ValueError, too many brackets the last.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path} must hold 'key: value' lines")
-    return recipe
-
-
-def resolve(values: dict, model: str | None, bits: int | None) -> dict:
-    """The values of a recipe for one base model and one number of bits per weight, without the mappings of `PER`."""
-    # `or {}`: a mapping whose entries are all commented out is None in YAML.
-    chosen = values | (values.get("per_model") or {}).get(model, {})
-    chosen |= (chosen.get("per_bits") or {}).get(bits, {})
-    return {key: value for key, value in chosen.items() if key not in PER}
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe of a run.
+    """What a run was asked to do.
 
     Attributes:
-        path: the file that was read.
-        values: flag -> value, for every flag that the file or the command line has set.
+        path: the config that was read; None for none.
+        values: flag -> value: all flags of ours that have one, and each other that differs from its default.
     """
 
-    path: Path
+    path: Path | None
     values: dict
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+    def sha256(self) -> str | None:
+        """SHA-256 of the config's bytes, in hexadecimal: flags of the command line and defaults are not in it."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path else None
 
 
 def read_recipe_of(folder: Path) -> dict:

@@ -87,7 +87,7 @@ def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
                 how = "differs from" if name in sums else "is not named in"
                 raise UserError(
                     f"{folder / name} {how} {folder / SUMS_FILE}; make or fetch the artifact again. If the change is "
-                    f"yours, remove {SUMS_FILE} or pass --no_verify"
+                    f"yours, remove {SUMS_FILE} or pass --skip_checksum"
                 )
 
 

@@ -284,10 +284,8 @@ def _packed_matrices(constants: dict) -> dict[str, Matrix]:
         name, _, kind = full.rpartition("/")
         if kind != "multipliers":
             continue
-        planes = [one for other, one in constants.items() if other.startswith(f"{name}/codes")]  # two at 3 bits
-        rows, pairs, pair, eighths, _ = planes[0].dims  # groups are rows x pairs x pair, of 8 x eighths weights each
-        weights = 8 * rows * pairs * pair * eighths
-        bits = 8 * sum(math.prod(plane.dims) for plane in planes) // weights
+        # (rows, pairs of groups, pair, eighths of a group, bits): eight weights fill as many bytes as each has bits.
+        _, _, pair, eighths, bits = constants[f"{name}/codes0"].dims
         # A multiplier is stored less one, in 4 bits where two share a byte and in 8 where a row has odd groups.
         stored = numpy_helper.to_array(tensor)
         halves = (stored & 15, stored >> 4) if pair == 2 else (stored,)

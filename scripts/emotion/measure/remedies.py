@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from emotion.common.arguments import Range
 from emotion.common.errors import UserError
-from emotion.common.ranges import Range
 from emotion.measure.sensitivity import Rows, compare, logits_of, measure_layers
 from emotion.model.artifact import files_to_serve
 from emotion.quantize.layers import CalibrationRows, Plan, explain_float, names_in_float
@@ -33,14 +33,14 @@ RANKING_TEXTS = 300
 class WatchedArguments(SchemeArguments):
     """How a model is quantized, and how much it may lose."""
 
-    max_loss: float = field(
+    max_f1_drop: float = field(
         default=0.5,
         metadata={
             "help": "Points of validation macro F1 that a format may lose without a remedy; below 0 it must gain.",
             "choices": Range(-100, 100),
         },
     )
-    save_worse: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})
+    allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})
 
 
 def save_watched(
@@ -56,14 +56,14 @@ def save_watched(
         `outliers`, where a format keeps units in floats: the rule, and the units of each layer.
 
     Raises:
-        UserError: if no remedy of a format holds and `save_worse` is false.
+        UserError: if no remedy of a format holds and `allow_drop` is false.
     """
     copy_shared_files(plan.folder, folder)
     reference = logits_of(plan.folder, "onnx", validation)
     few = validation.first(RANKING_TEXTS)
     measured = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
     told = {"seconds": {}, "remedies": {}}
-    told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.keep_float)
+    told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
     for format in formats_to_make(arguments):
         attempts, plans = [], []
         for remedy, changed in _ladder(plan, format, rows, measured, arguments):
@@ -75,7 +75,7 @@ def save_watched(
             attempts.append({"remedy": remedy, **effect, "bytes_to_serve": size, "seconds": seconds})
             plans.append(changed)
             _tell(format, attempts[-1])
-            if -100 * effect["macro_f1_change"] <= arguments.max_loss:
+            if -100 * effect["macro_f1_change"] <= arguments.max_f1_drop:
                 break
         kept = _choose(format, attempts, arguments)
         if kept < len(plans) - 1:  # an earlier attempt was better than the last, whose file lies there now
@@ -109,13 +109,13 @@ def _ladder(plan: Plan, format: str, rows: CalibrationRows, measured, arguments)
         yield f"split, {sum(map(len, outliers.values()))} units", plan
     if arguments.bits < 8:
         yield "rounded by outputs", round_by_outputs(plan, rows)
-    if arguments.save_worse:  # measuring every layer takes minutes, and the result would be saved in any case
+    if arguments.allow_drop:  # measuring every layer takes minutes, and the result would be saved in any case
         return
     # A unit is what one product holds: query, key and value together.
     units = sorted(measured(), key=lambda one: -one["mean_logit_shift"])
     for count in FLOAT_UNITS:
         names = [name for one in units[:count] for name in one["names"]]
-        kept = replace(arguments, keep_float=[*arguments.keep_float, *names])
+        kept = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
         yield f"float, {count} units", plan_again(plan, kept)
 
 
@@ -123,18 +123,18 @@ def _choose(format: str, attempts: list[dict], arguments) -> int:
     """The number of the attempt to keep: the last if it holds, else the best one, if the user wants it all the same.
 
     Raises:
-        UserError: if none holds and `save_worse` is false.
+        UserError: if none holds and `allow_drop` is false.
     """
-    if -100 * attempts[-1]["macro_f1_change"] <= arguments.max_loss:
+    if -100 * attempts[-1]["macro_f1_change"] <= arguments.max_f1_drop:
         return len(attempts) - 1
     # Where macro F1 does not tell two attempts apart, the logits do.
     best = max(attempts, key=lambda one: (one["macro_f1_change"], -one["mean_logit_shift"]))
     loss = -100 * best["macro_f1_change"]
     message = f"{format} at {arguments.bits} bits loses {loss:.2f} points of validation macro F1 at best"
-    if not arguments.save_worse:
+    if not arguments.allow_drop:
         raise UserError(
-            f"{message}, more than --max_loss {arguments.max_loss:g}; nothing was saved. Train for it with "
-            "run_qat.py, allow more with --max_loss, or save it all the same with --save_worse true"
+            f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
+            "run_qat.py, allow more with --max_f1_drop, or save it all the same with --allow_drop true"
         )
-    print(f"{message}; saved all the same, as --save_worse asks")
+    print(f"{message}; saved all the same, as --allow_drop asks")
     return attempts.index(best)

@@ -1,13 +1,15 @@
 """Makes and scores one variant with several seeds, and summarizes the scores."""
 
+import importlib
 import re
 import statistics
 from pathlib import Path
 
+from emotion.common.arguments import resolve_config
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT, read_json
 from emotion.common.machine import SCRIPTS, run_script
-from emotion.common.recipe import RECIPE_FILE, base_model_of, comparable, read_recipe, read_recipe_of, resolve
+from emotion.common.recipe import RECIPE_FILE, comparable, read_recipe_of
 from emotion.measure.record import read_logits
 from emotion.model.artifact import find_formats
 from emotion.task.dataset import source_of
@@ -25,39 +27,32 @@ def check_seeds(seeds: list[int], flag: str = "--seeds") -> None:
         raise UserError(f"{flag} {' '.join(map(str, seeds))}: it takes one seed at least, and each once")
 
 
-def recipe_of(method: str) -> Path:
-    """The recipe of a method: 'qat' -> configs/qat.yaml."""
-    return ROOT / "configs" / f"{method}.yaml"
+CONFIGS = ROOT / "configs" / "minilm"
 
 
-def split_variant(variant: str) -> tuple[str, dict]:
-    """'qat-int4' -> 'qat' and {'bits': 4}, the change to that method's recipe; no change for 'qat'.
+def split_variant(variant: str) -> tuple[str, str, dict]:
+    """'qat-int4' -> the method 'qat', its config 'qat-int4', and no change to that.
 
-    'qat-int4-float' is the same training without rounding: {'bits': 4, 'fake_quantize': False}.
+    'qat-int4-float' is the same training without rounding: {'fake_quantize': False}.
     """
-    # The first group is lazy, or it would swallow '-int4' and leave nothing for the second.
-    method, bits, floats = re.fullmatch(r"(.*?)(?:-int(\d))?(-float)?", variant).groups()
-    changes = {"bits": int(bits)} if bits else {}
-    return method, changes | ({"fake_quantize": False} if floats else {})
+    config = variant.removesuffix("-float")
+    return re.sub(r"-int\d$", "", config), config, {} if config == variant else {"fake_quantize": False}
 
 
-def make_and_score(seed: int, variant: str, weights: Path, results: Path, base_model: str | None = None) -> dict:
+def make_and_score(seed: int, variant: str, weights: Path, results: Path, configs: Path = CONFIGS) -> dict:
     """Makes the artifact of one seed, unless it stands already, and scores each of its formats on test.
 
     Args:
         weights: the artifact becomes `seeds/<variant>-<seed>` in this folder.
         results: the records go to `seeds/<seed>` in this folder.
-        base_model: for a variant that starts from one, in place of that of its recipe.
+        configs: the folder of an encoder's configs.
 
     Returns:
         The seed, the scores on validation and the costs of the training; and the scores on test, per format in
         `formats`, or for the baseline beside the rest.
     """
-    method, changes = split_variant(variant)
-    if base_model:
-        changes["model_name_or_path"] = base_model
     artifact, seed_results = weights / "seeds" / f"{variant}-{seed}", results / "seeds" / str(seed)
-    training = make(artifact, method, changes, seed, weights)["training"]
+    training = make(artifact, variant, seed, weights, configs)["training"]
     run = {
         "seed": seed,
         "validation_macro_f1": training["validation_macro_f1"],
@@ -72,41 +67,36 @@ def make_and_score(seed: int, variant: str, weights: Path, results: Path, base_m
     return run | {"formats": formats}
 
 
-def make(artifact: Path, method: str, changes: dict, seed: int, weights: Path) -> dict:
-    """Runs a method's script with changes to its recipe, unless the artifact stands; returns its recipe.yaml.
+def make(artifact: Path, variant: str, seed: int, weights: Path, configs: Path) -> dict:
+    """Runs a method's script with a config and a seed, unless the artifact stands; returns its recipe.yaml.
 
     Raises:
         UserError: if the method has no script.
         SystemExit: if the script fails; it has said why.
     """
-    script, recipe = SCRIPTS / f"run_{method}.py", recipe_of(method)
+    method, config, changes = split_variant(variant)
+    script = SCRIPTS / f"run_{method}.py"
     # The method is part of a word that the user gave: it may name no script.
     if not script.is_file():
-        raise UserError(f"variant {method}: no {script.name}")
-    values = read_recipe(recipe)
-    trained, starts_from_baseline = "num_train_epochs" in values, "baseline" in values
-    # The baseline of the same seed, so that the two can be compared row by row.
-    baseline = weights / "seeds" / f"baseline-{seed}" if starts_from_baseline else None
-    # A method without training draws its calibration rows alike for all baselines, by the seed of its recipe.
+        raise UserError(f"variant {variant}: no {script.name}")
+    classes = importlib.import_module(script.stem).ARGUMENTS
+    # A quantized variant starts from the baseline of the same seed, so that the two can be compared row by row.
+    baseline = weights / "seeds" / f"baseline-{seed}" if method in {"ptq", "qat"} else None
+    words = [configs / f"{config}.yaml"]
+    if baseline:
+        words += ["--model_name_or_path", baseline]
+    for name, value in changes.items():
+        words += [f"--{name}", value]
+    # A method without training draws its calibration rows alike for all baselines, by the seed of its config.
+    trained = method != "ptq"
     if trained:
-        changes = changes | {"seed": seed}
-    # A recipe may differ by base model and by bits; only what holds for this one is compared with what was made.
-    if starts_from_baseline:
-        model = base_model_of(baseline)
-    else:
-        model = find_base_model((values | changes)["model_name_or_path"]).name
-    values = resolve(values, model, changes.get("bits", values.get("bits")))
-    if is_up_to_date(artifact, values | changes, baseline):
+        words += ["--seed", seed]
+    if is_up_to_date(artifact, resolve_config(classes, words).values, baseline):
         print(f"seed {seed}: {artifact} stands")
     else:
-        words = []
-        for name, value in changes.items():
-            words += [f"--{name}", value]
-        if baseline:
-            words += ["--baseline", baseline]
-        if trained:  # a training that was interrupted goes on where it stopped
-            words += ["--resume_from_checkpoint", "last"]
-        run_script(script.name, recipe, *words, "--output_dir", artifact, check=True)
+        # A training that was interrupted goes on where it stopped.
+        resume = ["--resume_from_checkpoint", "last"] if trained else []
+        run_script(script.name, *words, *resume, "--output_dir", artifact, check=True)
     return read_recipe_of(artifact)
 
 
@@ -176,8 +166,8 @@ def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
     if baseline:
         # By the time of the file: a baseline that was made again is another one, whatever its recipe says.
         made_after = (artifact / RECIPE_FILE).stat().st_mtime > (baseline / RECIPE_FILE).stat().st_mtime
-        for values in (wanted, recipe):
-            values.pop("baseline")  # in one the name of a folder, in the other the recipe of that folder
+        wanted.pop("model_name_or_path")  # the name of a folder,
+        recipe.pop("baseline")  # and the recipe of that folder
         return made_after and comparable(recipe) == comparable(wanted)
     # The same recipe gives another model where the Hub cannot be reached and a substitute stands in.
     base = find_base_model(wanted["model_name_or_path"])

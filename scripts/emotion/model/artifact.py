@@ -48,7 +48,7 @@ HOW_TO_GET = (
 FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
 
 MADE_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "made", "training", "versions"}  # of `describe_made`
-INPUTS = ("baseline", "model_name_or_path", "dataset_name")  # flags that name what a command reads
+INPUTS = ("model_name_or_path", "dataset_name")  # flags that name what a command reads
 
 
 def _is_ours(folder: Path) -> bool:
@@ -173,7 +173,8 @@ def files_beside(weights: Path, format: str) -> list[Path]:
 def inputs_of(arguments, recipe: Recipe) -> list[Path]:
     """The files and folders that a command reads, by its flags: a name on the Hub is none."""
     named = [getattr(arguments, flag, None) for flag in INPUTS]
-    return [recipe.path, *(Path(name) for name in named if name and Path(name).exists())]
+    config = [recipe.path] if recipe.path else []
+    return [*config, *(Path(name) for name in named if name and Path(name).exists())]
 
 
 @contextlib.contextmanager

@@ -132,12 +132,13 @@ def upload(
     return ask_hub(attempt, repo_id)
 
 
-def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
+def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
     """Downloads the files that one format of a published artifact needs, or takes them from the cache.
 
     Args:
         formats: the formats to look for; the first that the repository has is taken.
         verify: whether the files are compared with the repository's SHA256SUMS, where it has one.
+        optional: other files to download, if the repository has them.
 
     Returns:
         The folder that holds the files.
@@ -150,7 +151,7 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
 
     check_repo_id(repo_id)
     offline = not endpoint_answers()  # then the cache alone is read
-    folder, names = ask_hub(lambda: _download(repo_id, formats, offline), repo_id)
+    folder, names = ask_hub(lambda: _download(repo_id, formats, (SUMS_FILE, *optional), offline), repo_id)
     if verify:
         try:
             check_sums(folder, names)
@@ -159,7 +160,7 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True) -> Path:
     return folder
 
 
-def _download(repo_id: str, formats: list[str], offline: bool) -> tuple[Path, list[str]]:
+def _download(repo_id: str, formats: list[str], optional: tuple[str, ...], offline: bool) -> tuple[Path, list[str]]:
     """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
@@ -172,8 +173,9 @@ def _download(repo_id: str, formats: list[str], offline: bool) -> tuple[Path, li
     download = partial(download, revision=folder.name)
     for name in SHARED_FILES[1:]:
         download(name)
-    with suppress(absent):  # most repositories have none
-        download(SUMS_FILE)
+    for name in optional:
+        with suppress(absent):  # most repositories have none
+            download(name)
     for format in formats:
         for weights in WEIGHT_FILES[format]:
             # Tried one after the other: a list of files exists on the Hub only, not in the cache.

@@ -21,6 +21,8 @@ from emotion.task.scores import four_digits, score
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 
 @dataclass
@@ -35,6 +37,29 @@ class RecipeTrainingArguments(TrainingArguments):
         hub: the `HubArguments`.
     """
 
+    # The recipe that all trainings share. Optimization:
+    per_device_train_batch_size: int = 32
+    learning_rate: float = 5e-5
+    num_train_epochs: float = 3.0
+    lr_scheduler_type: SchedulerType | str = "cosine"
+    warmup_steps: float = 0.06  # as a share of all steps
+    weight_decay: float = 0.01
+    seed: int = 42
+    # Speed:
+    bf16: bool = True  # FP32 if the processor has no bfloat16
+    optim: OptimizerNames | str = "adamw_torch_fused"
+    train_sampling_strategy: str = "group_by_length"  # less padding
+    per_device_eval_batch_size: int = 64
+    dataloader_pin_memory: bool = False  # helps transfers to a GPU only
+    # The checkpoint with the best macro F1 on validation is kept:
+    eval_strategy: IntervalStrategy | str = "epoch"
+    save_strategy: SaveStrategy | str = "epoch"
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "macro_f1"
+    greater_is_better: bool | None = True
+    save_total_limit: int | None = 2
+    logging_strategy: IntervalStrategy | str = "epoch"
+    disable_tqdm: bool | None = False  # a bar is shown
     # Every trained parameter gets a gradient here. To look for others in each step would only take time.
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Several processes look for parameters that got no gradient."}
@@ -51,7 +76,7 @@ class RecipeTrainingArguments(TrainingArguments):
         self.hub = HubArguments(self.push_to_hub, self.hub_model_id, self.hub_private_repo, self.results_dir)
         self.push_to_hub = False  # the Trainer would push checkpoints, and a card without these scores
         if not self.output_dir:
-            raise ValueError("name the folder to save into, with --output_dir or in the recipe")
+            raise ValueError("name the folder to save into, with --output_dir or in the config")
         self.artifact = Path(self.output_dir)
         self.output_dir = str(checkpoints_of(self.artifact))
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()

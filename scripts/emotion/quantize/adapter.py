@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, DROPOUT, Range
 from emotion.common.errors import UserError
-from emotion.common.ranges import COUNT, DROPOUT, Range
 from emotion.model.pretrained import build_classifier
 from emotion.quantize.nf4 import nf4_options, start_from_rounding_error
 from emotion.task.dataset import TaskArguments
@@ -29,7 +29,7 @@ FORMATS = ("adapter", "nf4", "onnx")
 class QloraArguments(TaskArguments):
     """The adapter; the base is always NF4 with double quantization."""
 
-    lora_rank: int = field(
+    lora_r: int = field(
         default=16, metadata={"help": "Rank of the two matrices beside each layer.", "choices": Range(1, 1024)}
     )
     lora_alpha: int = field(
@@ -40,7 +40,7 @@ class QloraArguments(TaskArguments):
         default_factory=list,
         metadata={"help": "Layers that get an adapter, by the ends of their names; all of the encoder's by default."},
     )
-    trained_whole: list[str] = field(
+    modules_to_save: list[str] = field(
         default_factory=list,
         metadata={"help": "Layers without an adapter to train whole besides the head, by the ends of their names."},
     )
@@ -52,7 +52,7 @@ class QloraArguments(TaskArguments):
         metadata={"help": "Learn length and direction of the weights separately (Liu et al., ICML 2024)."},
     )
     init_lora_weights: str = field(
-        default="default",
+        default="loftq",
         metadata={
             "help": "How the adapter starts: default, gaussian, or loftq (Li et al., ICLR 2024).",
             "choices": ("default", "gaussian", "loftq"),
@@ -124,7 +124,7 @@ def _configure_adapter(model, arguments: QloraArguments) -> LoraConfig:
             if name.startswith(f"{encoder}."):
                 inside.append(name)
     targets = named(arguments.target_modules, inside, "--target_modules") or inside
-    whole = named(arguments.trained_whole, [name for name in linear if name not in targets], "--trained_whole")
+    whole = named(arguments.modules_to_save, [name for name in linear if name not in targets], "--modules_to_save")
     # The head is all that lies beside the encoder and has weights, whatever it is called; it starts at random, and
     # an adapter on it would leave most of it random.
     head = []
@@ -133,7 +133,7 @@ def _configure_adapter(model, arguments: QloraArguments) -> LoraConfig:
             head.append(name)
     return LoraConfig(
         task_type="SEQ_CLS",
-        r=arguments.lora_rank,
+        r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=targets,

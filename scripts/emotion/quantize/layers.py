@@ -90,11 +90,14 @@ def find_stack(model) -> str:
     return max(stacks, key=stacks.get)
 
 
-def find_layers(model, keep_float: list[str] = ()) -> Layers:
-    """The linear layers of the encoder and its embeddings, without those whose name begins as one of ``keep_float``.
+def find_layers(model, modules_to_not_convert: list[str] = ()) -> Layers:
+    """The linear layers of the encoder and its embeddings, but for some.
+
+    Args:
+        modules_to_not_convert: beginnings of the names of layers that stay in float.
 
     Raises:
-        UserError: if a name of `keep_float` fits no layer.
+        UserError: if one of them fits no layer.
     """
     stack, width = f"{find_stack(model)}.", model.get_input_embeddings().embedding_dim
     linear, embeddings = [], []
@@ -104,10 +107,12 @@ def find_layers(model, keep_float: list[str] = ()) -> Layers:
         # Token types have two rows, and relative positions (MPNet) one number per head: nothing to save there.
         elif isinstance(part, torch.nn.Embedding) and part.embedding_dim == width and part.num_embeddings > 2:
             embeddings.append(name)
-    for prefix in keep_float:
+    for prefix in modules_to_not_convert:
         if not any(name.startswith(prefix) for name in linear + embeddings):
-            raise UserError(f"--keep_float {prefix}: no layer has such a name; they are {', '.join(linear[:6])}, ...")
-    kept = tuple(keep_float)  # startswith takes several beginnings, and none of them fits where there are none
+            raise UserError(
+                f"--modules_to_not_convert {prefix}: no layer has such a name; they are {', '.join(linear[:6])}, ..."
+            )
+    kept = tuple(modules_to_not_convert)  # startswith takes several beginnings
     return Layers(
         linear=[name for name in linear if not name.startswith(kept)],
         embeddings=[name for name in embeddings if not name.startswith(kept)],
@@ -123,10 +128,10 @@ def names_in_float(model, layers: Layers) -> list[str]:
     return found
 
 
-def explain_float(model, layers: Layers, keep_float: list[str]) -> dict[str, str]:
+def explain_float(model, layers: Layers, modules_to_not_convert: list[str]) -> dict[str, str]:
     """Each layer that stays in float, and why."""
     reasons = {}
     for name in names_in_float(model, layers):
-        named = name.startswith(tuple(keep_float))
-        reasons[name] = "named in keep_float" if named else "outside the encoder's layers"
+        named = name.startswith(tuple(modules_to_not_convert))
+        reasons[name] = "named in modules_to_not_convert" if named else "outside the encoder's layers"
     return reasons

@@ -29,10 +29,6 @@ from emotion.quantize.outliers import weight_without_outliers
 import numpy as np
 import torch
 
-# Bits of a code -> its planes, as (bits of the plane, its lowest bit in the code). Each plane is an array of its own.
-# Three bits do not divide a byte, and some codes would lie in two bytes: so the lower two bits are stored four to a
-# byte, and the third bits eight to a byte.
-PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),)}
 LARGEST_MULTIPLIER = 16  # multipliers from 1 to 16 are stored less one, as 0 to 15: 4 bits, two in a byte
 # Shares of a group's largest weight at which its range may end. Below 1 the largest weights are cut off, and all
 # others are rounded more finely.
@@ -211,7 +207,7 @@ class Packer:
     A byte has 256 values. A table of 256 rows therefore lists the levels of every byte, and one look-up (`Gather`)
     does the shifting, the masking and the step from codes to levels.
 
-    Names are read elsewhere: `measure/inspection.py` finds packed matrices by ``<name>/codes...`` and
+    Names are read elsewhere: `measure/inspection.py` finds packed matrices by ``<name>/codes0`` and
     ``<name>/multipliers``, and passes over nodes named ``<name>/unpack...``.
 
     Args:
@@ -316,22 +312,12 @@ class Packer:
         # A byte holds the multipliers of a pair of groups. It must not hold those of two rows, since rows are looked
         # up one by one: with an odd number of groups a row has one multiplier per byte.
         pair = 2 - groups % 2
-        parts = []
-        for width, shift in PLANES[scales.bits]:
-            plane = (codes >> shift) & (2**width - 1)
-            # Eight codes of so many bits fill as many bytes.
-            packed = pack(plane, width).reshape(rows, groups // pair, pair, size // 8, width)
-            # A level is its lowest one plus the spacing times the code. It is a sum over the planes' bits, in which
-            # the lowest level must be counted once.
-            lowest = LEVELS[scales.bits][0] if shift == 0 else 0
-            table = byte_table(lowest + LEVELS[scales.bits].step * (np.arange(2**width) << shift), width)
-            if width == 1:
-                # One byte for eight codes, where the other plane of 3 bits has two bytes for four each: the table
-                # gives the eight levels as 2 x 4, and the byte's own dimension goes.
-                packed, table = packed.squeeze(-1), table.reshape(256, 2, 4)
-            source = self._bytes(name, f"codes{shift}", packed, ids)
-            parts.append(self._look_up(name, source, table))  # (rows, groups / pair, pair, size / 8, n, 8 / n)
-        levels = parts[0] if len(parts) == 1 else self._node("Add", parts, name)
+        width, lowest = scales.bits, LEVELS[scales.bits][0]
+        # Eight codes of so many bits fill as many bytes. A level is the lowest one plus the spacing times the code.
+        packed = pack(codes, width).reshape(rows, groups // pair, pair, size // 8, width)
+        table = byte_table(lowest + LEVELS[width].step * np.arange(2**width), width)
+        source = self._bytes(name, "codes0", packed, ids)
+        levels = self._look_up(name, source, table)  # (rows, groups / pair, pair, size / 8, n, 8 / n)
 
         packed = pack(scales.multiplier.numpy().astype(np.uint8) - 1, 8 // pair).reshape(rows, groups // pair)
         # The table has the levels' last three dimensions, so that its results need no operator that adds them.

@@ -5,11 +5,13 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, Range
 from emotion.common.errors import UserError
 from emotion.common.progress import Bar
-from emotion.common.ranges import COUNT, Range
-from emotion.common.recipe import Recipe, base_model_of
+from emotion.common.recipe import RECIPE_FILE, Recipe
 from emotion.model.artifact import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
+from emotion.model.emotion_classifier import find_model
+from emotion.model.hub import fetch
 from emotion.quantize.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
 from emotion.quantize.int8_openvino import quantize_openvino
 from emotion.quantize.int8_torchao import quantize_torchao
@@ -29,7 +31,7 @@ class SchemeArguments:
 
     # The weights
     bits: int = field(
-        default=8, metadata={"help": "Bits of a weight: 8, 4, 3 or 2. Activations always have 8.", "choices": BITS}
+        default=8, metadata={"help": "Bits of a weight: 8, 4 or 2. Activations always have 8.", "choices": BITS}
     )
     group_size: int = field(
         default=32,
@@ -42,7 +44,7 @@ class SchemeArguments:
             "choices": FORMATS,
         },
     )
-    keep_float: list[str] = field(
+    modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
     )
     # Each runtime's own choices: how activations are rounded, and what keeps the sums right
@@ -62,10 +64,10 @@ class SchemeArguments:
         metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, for right sums on every processor."},
     )
     smooth_quant: bool = field(
-        default=False,
+        default=True,
         metadata={"help": "OpenVINO: move outliers of activations into the weights (SmoothQuant, ICML 2023)."},
     )
-    calibration_rows: int = field(
+    num_calibration_samples: int = field(
         default=300,
         metadata={
             "help": "Rows of train, drawn class by class, that calibrate static activation ranges.",
@@ -74,17 +76,15 @@ class SchemeArguments:
     )
 
 
-def name_model_of_baseline(arguments: SchemeArguments) -> str | None:
-    """The Hub id of the base model that the baseline was made from; None if its folder does not tell."""
-    return base_model_of(Path(arguments.baseline))
-
-
-def check_scheme(arguments: SchemeArguments) -> None:
-    """Raises `UserError` for a wrong argument, or a baseline that cannot be quantized.
+def check_scheme(arguments: SchemeArguments) -> Path:
+    """The folder of the model to quantize; of a Hub id, that of its downloaded files.
 
     Nothing is loaded for that, so a command fails at once and not after minutes.
+
+    Raises:
+        UserError: for a wrong argument, or a model that cannot be quantized.
     """
-    baseline, formats = Path(arguments.baseline), arguments.formats
+    formats = arguments.formats
     # None stands for all that can hold the bits. An empty list, in a recipe, would make an artifact without weights.
     if formats == []:
         raise UserError(f"--formats: it takes some of {', '.join(FORMATS)}")
@@ -94,11 +94,15 @@ def check_scheme(arguments: SchemeArguments) -> None:
     # The packed file has dynamic activation ranges alone.
     if arguments.bits < 8 and arguments.onnx_calibration != "none":
         raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: with {arguments.bits} bits it takes none")
+    baseline = find_model(arguments.model_name_or_path, "pytorch")
+    if baseline != Path(arguments.model_name_or_path):  # of the Hub: what made it tells its base model and its dataset
+        fetch(arguments.model_name_or_path, ["pytorch"], optional=(RECIPE_FILE,))
     find_formats(baseline)  # raises if this is no model folder
     # Quantizing integers again would round twice; what makes an artifact small starts from the float weights.
     if quantizer := quantized_by(baseline):
         raise UserError(f"{baseline} is quantized already (by {quantizer}); name the folder it was made from")
     weights_of(baseline, "pytorch")  # raises if the folder has none
+    return baseline
 
 
 # Ends the name of a variant that was trained on without rounding, to compare QAT with; measure/seeds.py reads it back.
@@ -135,9 +139,9 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
         rows: needed with `split_outliers`: they show the outlier units.
 
     Raises:
-        UserError: if `keep_float` fits no layer, or the group size does not divide a layer's rows.
+        UserError: if `modules_to_not_convert` fits no layer, or the group size does not divide a layer's rows.
     """
-    plan = Plan(Path(folder), model, find_layers(model, arguments.keep_float))
+    plan = Plan(Path(folder), model, find_layers(model, arguments.modules_to_not_convert))
     if "onnx" in formats_to_make(arguments):  # no other format needs these
         plan = replace(plan, of_first_token=layers_of_first_token(plan))
         if arguments.split_outliers:
@@ -147,7 +151,7 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
 
 def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
     """Chooses layers and scales anew for a plan whose outliers, or the arguments, have changed."""
-    layers = find_layers(plan.model, arguments.keep_float)
+    layers = find_layers(plan.model, arguments.modules_to_not_convert)
     plan = replace(plan, layers=layers, scales={}, compensated={})
     if arguments.bits == 8:  # each runtime chooses its own scales
         return plan
@@ -172,8 +176,11 @@ def describe_quantized(method: str, recipe: Recipe, made_by: dict, plan: Plan, a
     # The baseline's own recipe goes into the new one, so that no reader needs the baseline's folder.
     variant, origin = name_variant(method, arguments.bits), made_by.get("made", {})
     made = describe_made(variant, recipe, made_by.get("seed"), origin, made_by.get("training"))
+    # Of a Hub id the name stays; that of a folder tells nothing on another machine.
+    if Path(made["recipe"].get("model_name_or_path", ".")).exists():
+        made["recipe"].pop("model_name_or_path", None)
     made["recipe"]["baseline"] = made_by.get("recipe", {})
-    return made | {"kept_in_float": explain_float(plan.model, plan.layers, arguments.keep_float)}
+    return made | {"kept_in_float": explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)}
 
 
 def draw_calibration_rows(task: Task, encoder: TextEncoder, count: int, seed: int) -> CalibrationRows:

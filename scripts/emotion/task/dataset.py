@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from emotion.common.arguments import COUNT, DROPOUT, Range
 from emotion.common.errors import UserError
 from emotion.common.files import ROOT
 from emotion.common.names import check_repo_id
-from emotion.common.ranges import COUNT, DROPOUT, Range
-from emotion.task.source import DEFAULT_MODEL, hub_is_reachable
+from emotion.task.source import hub_is_reachable
 
 import numpy as np
 
@@ -28,10 +28,10 @@ LEAST_LENGTH = 3  # of a text in word pieces: one between the marks at both ends
 class DrawArguments:
     """Which rows of train the model learns from."""
 
-    drop_conflicting_rows: bool = field(
+    drop_conflicting_samples: bool = field(
         default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
     )
-    max_train_rows: int | None = field(
+    max_train_samples: int | None = field(
         default=None,
         metadata={
             "help": "Train on this many rows at most, drawn at random; for trying things out.",
@@ -44,7 +44,7 @@ class DrawArguments:
 class RowsArguments(DrawArguments):
     """Which rows of train the model learns from, and how much of each text."""
 
-    max_length: int = field(
+    max_seq_length: int = field(
         default=128,
         metadata={
             "help": "Longest text in word pieces; longer texts are cut, counted and reported.",
@@ -58,7 +58,7 @@ class TaskArguments(RowsArguments):
     """Which model learns what."""
 
     model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
+        kw_only=True, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
     )
     dataset_name: str = field(
         default=DEFAULT_DATASET,
@@ -68,8 +68,8 @@ class TaskArguments(RowsArguments):
         default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
     )
     attention_dropout: float | None = field(
-        default=None,
-        metadata={"help": "Dropout of the attention weights; the base model's own if not given.", "choices": DROPOUT},
+        default=0.1,  # as in BERT's pretraining
+        metadata={"help": "Dropout of the attention weights; null: the base model's own.", "choices": DROPOUT},
     )
 
 
@@ -256,19 +256,19 @@ def select_train_rows(rows, arguments: RowsArguments, seed: int):
     """The rows of train to learn from, and a line of output for each reason to leave some out.
 
     Args:
-        seed: of the draw, if `max_train_rows` asks for fewer rows than there are.
+        seed: of the draw, if `max_train_samples` asks for fewer rows than there are.
     """
     # A text with two labels teaches neither: whatever the model answers, one of its rows calls it wrong.
-    if arguments.drop_conflicting_rows:
+    if arguments.drop_conflicting_samples:
         conflicting = conflicting_texts(rows)
         kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
         print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
         if not kept:
-            raise UserError("train: no rows are left; mend their labels, or set --drop_conflicting_rows false")
+            raise UserError("train: no rows are left; mend their labels, or set --drop_conflicting_samples false")
         rows = rows.select(kept)
     # Drawn after the others have left, so that as many remain as were asked for.
-    if arguments.max_train_rows is not None and arguments.max_train_rows < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(arguments.max_train_rows))
+    if arguments.max_train_samples is not None and arguments.max_train_samples < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(arguments.max_train_samples))
         print(f"train: {len(rows)} rows, drawn at random")
     return rows
 
@@ -283,7 +283,7 @@ def stratified_sample(rows, count: int, seed: int):
         UserError: if there are fewer rows than that.
     """
     if not 1 <= count <= len(rows):
-        raise UserError(f"--calibration_rows {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
+        raise UserError(f"--num_calibration_samples {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
     order = np.random.default_rng(seed).permutation(len(rows))
     # Sorted class by class; a stable sort keeps the random order inside each class.
     order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]

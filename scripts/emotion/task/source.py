@@ -40,11 +40,6 @@ class BaseModel:
     source: str
 
 
-def name_base_model(arguments) -> str:
-    """The Hub id, or the folder, of the base model that `model_name_or_path` stands for."""
-    return find_base_model(arguments.model_name_or_path).name
-
-
 def find_base_model(name_or_path: str) -> BaseModel:
     """Finds the base model: a local folder, the Hub, or, for the default only, the embedded model of a package.
 

@@ -205,6 +205,6 @@ def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, se
         pieces of validation.
     """
     rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
-    tokenizer = load_tokenizer(base.path, arguments.max_length)
+    tokenizer = load_tokenizer(base.path, arguments.max_seq_length)
     validation = get_split(task, "validation")
     return rows, tokenizer, tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")
