@@ -145,7 +145,7 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
         files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
     # The card shows FP32 beside the variant and links to the others. Its own forms are those that are sent.
     others = [record for record in records if record.variant != variant]
-    runs, seeds = read_benchmarks(results), read_means(results)
+    runs, seeds = read_benchmarks(results, records), read_means(results)
     card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
     shown = scored[0]  # the first of them is the one that the card shows

@@ -256,6 +256,11 @@ class Record(File):
         return f"{self.variant}-{self.format}"
 
     @property
+    def earlier(self) -> bool:
+        """Whether it is of a file as it was made before: activations of torchao's file were integers too."""
+        return self.format == "torchao" and self.scheme.activations != "float32"
+
+    @property
     def timed_as(self) -> str:
         """What run_benchmark.py calls the artifact of the record."""
         return f"{self.artifact}:{self.format}"

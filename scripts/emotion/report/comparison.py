@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emotion.common.errors import UserError
 from emotion.common.processor import TITLES as PROCESSORS
-from emotion.measure.contenders import TITLES, is_alternative
+from emotion.measure.contenders import COMPILED, TITLES, is_alternative
 from emotion.measure.evidence import commits_of, read_predictions, read_seeds, score_again
 from emotion.measure.paired_tests import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.measure.record import read_records
@@ -45,12 +45,14 @@ class Family:
 def read_family(folder: Path) -> Family:
     """Reads the records and the runs in a folder of results, and compares them."""
     records = read_records(folder)
-    benchmarks = read_benchmarks(folder)
+    benchmarks = read_benchmarks(folder, records)
     return Family(folder, records, build_comparison(records, folder, benchmarks), benchmarks)
 
 
-def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
+def read_benchmarks(folder: Path, records: list[Record]) -> dict[str, Benchmark]:
     """Class of processors, the highest first -> the interleaved run on one, among the results in ``folder``.
+
+    What was timed of a file that has been replaced since is left out: its record tells another number of bytes.
 
     Raises:
         UserError: if one is damaged, or was measured on a processor of another class than it is named after.
@@ -60,9 +62,20 @@ def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
         path = folder / "benchmark" / f"{name}.json"
         if path.is_file():
             runs[name] = Benchmark.read(path)
+            runs[name] = runs[name].model_copy(update={"artifacts": drop_replaced(runs[name].artifacts, records)})
             if (found := runs[name].environment.processor) != name:
                 raise UserError(f"{path}: by its instruction sets it was measured on {found}; measure it again")
     return runs
+
+
+def drop_replaced(artifacts: dict[str, Timed], records: list[Record]) -> dict[str, Timed]:
+    """The artifacts of a run but those that have been made anew since, in the formats that are compiled too."""
+    sizes = {record.timed_as: record.size.bytes_to_serve for record in records}
+    kept = {}
+    for name, timed in artifacts.items():
+        if sizes.get(name.removesuffix(COMPILED), timed.bytes_to_serve) == timed.bytes_to_serve:
+            kept[name] = timed
+    return kept
 
 
 def build_comparison(records: list[Record], results: Path, runs: dict[str, Benchmark]) -> dict:
@@ -101,7 +114,7 @@ def build_comparison(records: list[Record], results: Path, runs: dict[str, Bench
         if summary.variant == reference.variant:
             ensemble = score_ensemble(summary, results, about["labels"])
     comparison = {"about": about, "tests": describe_tests(own_tests), "rows": rows}
-    return rounded(comparison | {"seeds": list_means(summaries), "ensemble": ensemble})
+    return rounded(comparison | {"seeds": list_means(summaries, results), "ensemble": ensemble})
 
 
 def find_reference(records: list[Record]) -> Record:
@@ -114,14 +127,17 @@ def find_reference(records: list[Record]) -> Record:
 
 def read_means(results: Path) -> list[dict]:
     """The means over seeds of every form in a folder of results, a line each; empty if none were measured."""
-    return rounded(list_means(read_seeds(results)))
+    return rounded(list_means(read_seeds(results), results))
 
 
-def list_means(summaries: list[Seeds]) -> list[dict]:
-    """The lines of all summaries over seeds, in the order of the variants."""
+def list_means(summaries: list[Seeds], results: Path) -> list[dict]:
+    """The lines of all summaries over seeds, in the order of the variants; ``results`` has the records of the seeds."""
     rows = []
     for summary in sorted(summaries, key=lambda one: one.variant):
-        rows += seed_rows(summary)
+        for row in seed_rows(summary):
+            name = f"{row['variant']}-{row['format']}.json"
+            kept = [results / "seeds" / str(seed) / "metrics" / name for seed in row["seeds"]]
+            rows.append(row | {"earlier": any(Record.read(path).earlier for path in kept if path.is_file())})
     return rows
 
 
@@ -227,6 +243,7 @@ def scored_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmar
         "name": name,
         "variant": record.variant,
         "format": record.format,
+        "earlier": record.earlier,
         **{score: getattr(record.quality, score) for score in SCORES},
         "megabytes": record.size.megabytes,
         "times_smaller": times_smaller(timed, runs),
@@ -249,6 +266,7 @@ def alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchmar
         "name": name,
         "variant": Path(folder).name,
         "format": title,
+        "earlier": False,
         **{score: getattr(scored[0], score) if scored else None for score in SCORES},
         "megabytes": first.bytes_to_serve / 1e6,  # a record has them already
         "times_smaller": times_smaller(timed, runs),
