@@ -175,7 +175,7 @@ def test_a_dataset_of_other_classes_is_refused(artifact, tmp_path):
         (["--dtype", "bfloat16"], "unknown flag --dtype"),
         (["--split", "dev"], "has no split 'dev'"),
         (["--latency_runs", "10"], "at least 200"),
-        (["--threads", "0"], "--threads 0: it takes 1 to"),
+        (["--threads", "0"], "--threads"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, artifact):
