@@ -131,7 +131,7 @@ def read_means(results: Path) -> list[dict]:
 
 
 def list_means(summaries: list[Seeds], results: Path) -> list[dict]:
-    """The lines of all summaries over seeds, in the order of the variants; ``results`` has the records of the seeds."""
+    """The lines of all summaries over seeds, by variant; ``results`` has the records of the seeds."""
     rows = []
     for summary in sorted(summaries, key=lambda one: one.variant):
         for row in seed_rows(summary):
