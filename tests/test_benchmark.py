@@ -174,7 +174,6 @@ def test_what_the_processor_has_no_instructions_for_is_left_out(on_avx2, artifac
 @pytest.mark.parametrize(
     ("field", "value", "fits"),
     [
-        ("quantization_config", {"quant_method": "torchao", "quant_type": "Int8DynamicActivationInt8Weight"}, False),
         ("quantization_config", {"quant_method": "torchao", "quant_type": "Int8WeightOnly"}, True),
         ("dtype", "bfloat16", False),
     ],

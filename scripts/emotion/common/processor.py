@@ -24,7 +24,6 @@ TITLES = {
     "avx2": "AVX2",
     ARM: "ARM64",
 }
-WITHOUT_INT8_PRODUCTS = ("avx512", "avx2")
 # Settings of PyTorch, oneDNN, MKL, CTranslate2, OpenBLAS and NumPy that make them compute without some instructions
 HIDING = (
     "ATEN_CPU_CAPABILITY",
@@ -72,11 +71,6 @@ def find_processor_class() -> str:
     if seen is None:
         raise UserError(f"this processor has none of {', '.join(CLASSES.values())}: its times have no place")
     return seen
-
-
-def has_int8_products() -> bool:
-    """Whether products of 8 bits are added in 32 bits by one instruction (VNNI, AMX), as far as libraries see."""
-    return is_arm() or class_of(instruction_sets_of_libraries()) not in (*WITHOUT_INT8_PRODUCTS, None)
 
 
 def is_arm() -> bool:

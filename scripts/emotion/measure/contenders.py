@@ -3,7 +3,6 @@
 A contender is named 'folder:format' like an artifact. The formats below exist only while they are timed.
 """
 
-import json
 import multiprocessing
 import shutil
 import warnings
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from emotion.common.errors import UserError, one_line
 from emotion.common.machine import has_bf16
-from emotion.common.processor import has_int8_products
 from emotion.common.progress import Bar
 from emotion.measure import ctranslate2_peer, openvino_forms
 from emotion.measure.inspection import describe_scheme, summarize_matrices
@@ -69,21 +67,17 @@ def leave_out_unfit(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
 def find_obstacle(folder: Path, format: str) -> str | None:
     """Why a format is not timed on this machine; None if it is.
 
-    Without the instructions for it, PyTorch's bfloat16 and torchao's dynamic activations take ten to thirty times as
-    long as FP32: nobody would use them, and a run would take hours.
+    Without the instructions for it, PyTorch's bfloat16 takes ten times as long as FP32: nobody would use it.
     """
     if format == CTRANSLATE2 and not ctranslate2_peer.is_installed():
         return f"needs {ctranslate2_peer.PACKAGE}, which make peers installs"
     opened = file_of(format)
     if not any(opened in formats for formats in FORMATS_OF_ROOT.values()) or not (folder / "config.json").is_file():
         return None  # no format of PyTorch's; what is wrong with a folder is said when it is opened
-    config = read_config(folder)
-    stored = config.get("dtype") if opened not in ("pytorch", "bf16") else None  # these two are opened as they say
+    # "pytorch" and "bf16" are opened as they say, the others in the type that config.json names.
+    stored = None if opened == "pytorch" else read_config(folder).get("dtype")
     if (opened == "bf16" or stored == "bfloat16") and not has_bf16(use_cpu=True):
         return "it computes in bfloat16, for which this processor has no instructions"
-    dynamic = opened == "torchao" and "DynamicActivation" in json.dumps(config.get("quantization_config"))
-    if dynamic and not has_int8_products():
-        return "it rounds activations to INT8, for whose products this processor has no instructions (VNNI)"
     return None
 
 
