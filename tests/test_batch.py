@@ -371,7 +371,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({}, ["nowhere.csv", "out"], "no input nowhere.csv"),
         ({}, ["*.csv", "out"], "no input"),
         ({"a.csv": b"text\nred\n"}, ["a.csv"], "name the input and the output"),
-        ({"a.csv": b"text\nred\n"}, ["a.csv", "out", "--shard_rows", "0"], "--shard_rows 0"),
+        ({"a.csv": b"text\nred\n"}, ["a.csv", "out", "--shard_rows", "0"], "--shard_rows"),
         ({"a.csv": b"text\nred\n", "out/notes": b""}, ["a.csv", "out"], "out holds something else"),
         ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: its ending says not what it is"),
         ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),

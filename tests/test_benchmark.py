@@ -199,7 +199,7 @@ def test_no_peak_is_made_up(on_avx2, artifact, tmp_path, monkeypatch):
     assert result["artifacts"]["int8"]["roofline"]["batch_1"]["share"] > 0
     monkeypatch.setattr(study_operators, "TEXTS", 8)
     study_operators.main([f"{artifact}:onnx", "--threads", "1", "--results_dir", str(tmp_path)])
-    text = (tmp_path / "benchmark" / "operators.md").read_text()
+    text = (tmp_path / "speed.md").read_text()
     assert "FP32 " in text and "BF16" not in text.split("Measured peaks")[1]
 
 

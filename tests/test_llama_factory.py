@@ -19,6 +19,7 @@ from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_scri
 from emotion.common.arguments import parse_with_other_flags, read_config
 from emotion.common.errors import UserError
 from emotion.common.recipe import Recipe, read_recipe_of
+from emotion.measure.schema import Record
 from emotion.model import llama_factory, packaged_llama
 from emotion.model.artifact import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
 from emotion.model.classifier import open_artifact
@@ -92,9 +93,10 @@ def test_the_logits_are_the_likelihoods_of_the_class_names(generative):
     assert len(set(map(len, token_ids))) > 1  # so that shorter prompts are padded
     found = classifier.logits(token_ids)
     assert found.dtype == np.float32 and len(np.unique(found)) == found.size
-    assert found == pytest.approx(likelihoods_by_hand(generative, TEXTS[:3]), abs=1e-3)
+    # The layers of 4 bits multiply in bfloat16 where the processor has it, padded rows in another order.
+    assert found == pytest.approx(likelihoods_by_hand(generative, TEXTS[:3]), rel=5e-4)
     for row, ids in enumerate(token_ids):  # alone, without padding
-        assert classifier.logits([ids])[0] == pytest.approx(found[row], abs=1e-3)
+        assert classifier.logits([ids])[0] == pytest.approx(found[row], rel=5e-4)
 
 
 def test_it_answers_as_any_other_artifact(generative):
@@ -146,15 +148,15 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     made = read_recipe_of(folder)
     made["made"]["base_model_source"] = RANDOM
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
-    with pytest.raises(UserError, match="its record does not belong into results/"):
+    with pytest.raises(UserError, match="random weights"):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
-    run_comparison.check_publishable(record)
+    run_comparison.check_publishable(Record.check(record, "a record"))
     record["made"]["recipe"]["max_train_samples"] = 3200  # the page says so
-    run_comparison.check_publishable(record)
+    run_comparison.check_publishable(Record.check(record, "a record"))
     record["made"]["base_model_source"] = RANDOM
-    with pytest.raises(UserError, match="made from random weights: not for the README"):
-        run_comparison.check_publishable(record)
+    with pytest.raises(UserError, match="random weights"):
+        run_comparison.check_publishable(Record.check(record, "a record"))
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,11 @@ def test_every_runtime_opens_it_as_its_users_do(quantized):
 
 
 def test_no_weight_can_overflow_sixteen_bits(quantized, artifact, tmp_path):
-    """Two products of an 8-bit activation and a weight fit in 16 bits, so that every processor sums alike."""
-    for format in FORMATS:
+    """Two products of an 8-bit activation and a weight fit in 16 bits, so that every processor sums alike.
+
+    In the file for Transformers activations are floats, and weights have all 8 bits.
+    """
+    for format in ("onnx", "openvino"):
         largest = scheme_of(quantized, format)["largest_weight"]
         assert 2 * 255 * largest < 2**15 and largest >= 63
     full = tmp_path / "full"
