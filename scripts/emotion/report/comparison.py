@@ -235,7 +235,7 @@ def scored_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmar
         timed: class of processors -> the artifact in the run on one, of those that it is in.
         tests: what `compare_records` returns.
     """
-    name, latency = record.name, record.latency_ms
+    name, latency, kind = record.name, record.latency_ms, record.environment.processor
     # Its own were taken alone, so that nothing may be divided by them.
     own = {"p50_ms": latency.p50, "p95_ms": latency.p95, "texts_per_s": record.throughput_per_s.value}
     own |= dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))
@@ -247,7 +247,8 @@ def scored_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmar
         **{score: getattr(record.quality, score) for score in SCORES},
         "megabytes": record.size.megabytes,
         "times_smaller": times_smaller(timed, runs),
-        "speeds": speeds_of(timed) or {record.environment.processor: own},
+        # On a kind of processor without such a run, a few times of their own would make a column of dashes.
+        "speeds": speeds_of(timed) or ({} if runs and kind not in runs else {kind: own}),
         "tests": tests.get(name),
     }
 
