@@ -105,7 +105,7 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
     assert repository.commits[-1][shown].startswith(b"\x89PNG")
 
     root = next(iter(find_formats(folder)))
-    by_format = {record["format"]: record for record in records}
+    by_format = {record.format: record for record in records}
     joined = "\n".join(report["snippets"])
     assert len(report["snippets"]) == len(records) + (variant == "qlora")
     for code, printed in report["snippets"].items():
@@ -123,7 +123,7 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
         np.testing.assert_allclose([one["score"] for one in single[0]], row[order[:5]], atol=1e-4)
         assert [one["label"] for one in batched] == [classifier.labels[order[0]]]
         assert batched[0]["score"] == pytest.approx(row[order[0]], abs=1e-4)
-    measured = {example["text"]: example["scores"] for example in by_format[root]["examples"]}
+    measured = {example.text: example.scores for example in by_format[root].examples}
     assert len(report["card"]["widget"]) == 6  # one text for each emotion, whatever the classes
     for example in report["card"]["widget"]:
         assert {one["label"]: one["score"] for one in example["output"]} == measured[example["text"]]
