@@ -19,7 +19,6 @@ import pytest
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The weights that a clone holds, or that a command above the snippet makes; any tiny model stands in for them here
 MADE = ["mine/ptq"]
-WIDTH = 110  # characters
 
 
 def blocks(language: str) -> list[str]:
@@ -68,12 +67,6 @@ def test_each_command_and_its_flags_exist(words):
     assert (ROOT / words[place]).is_file()
     flags = {word[2:] for word in words[place + 1 :] if word.startswith("--")}
     assert flags <= flags_of(words[place]), f"{words[place]} has no {flags - flags_of(words[place])}"
-
-
-def test_each_line_of_code_fits_a_narrow_window():
-    """At 1,000 pixels the Hub's and GitHub's pages show as many characters; more would scroll sideways."""
-    for block in [*blocks("bash"), *blocks("python"), *blocks("js")]:
-        assert max(map(len, block.splitlines())) <= WIDTH, block
 
 
 def test_each_target_exists():
