@@ -14,13 +14,13 @@ import os
 import sys
 from pathlib import Path
 
-from emotion.batch.inputs import is_table
-from emotion.common.arguments import COUNT, make_plain
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import ROOT
-from emotion.common.machine import THREADS
-from emotion.model.released import RECOMMENDED
+from emotion.inference.batch_inputs import is_table
+from emotion.inference.released import RECOMMENDED
+from emotion.utils.arguments import COUNT, make_plain
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT
+from emotion.utils.machine import THREADS
 
 BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines

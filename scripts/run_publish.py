@@ -15,25 +15,25 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.common.arguments import parse_args
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import ROOT, sha256, without_path
-from emotion.common.machine import code_url
-from emotion.common.names import check_repo_id
-from emotion.common.recipe import RECIPE_FILE, read_recipe_of
-from emotion.common.sums import SUMS_FILE, check_sums, format_sums, has_files
-from emotion.measure.record import read_records
-from emotion.measure.schema import Record
-from emotion.model.artifact import find_formats
-from emotion.model.hub import upload
-from emotion.model.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
-from emotion.report.cards import order, render_card
-from emotion.report.comparison import read_benchmarks, read_means
-from emotion.report.plots import plot_confusion_matrix
-
 import yaml
 from huggingface_hub import get_token
+
+from emotion.evaluation.record import read_records
+from emotion.evaluation.schema import Record
+from emotion.hub.comparison import read_benchmarks, read_means
+from emotion.hub.confusion_matrix import plot_confusion_matrix
+from emotion.hub.model_card import order, render_card
+from emotion.hub.upload import upload
+from emotion.inference.model_folder import find_formats
+from emotion.inference.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
+from emotion.utils.arguments import parse_args
+from emotion.utils.checksums import SUMS_FILE, check_sums, format_sums, has_files
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, sha256, without_path
+from emotion.utils.machine import code_url
+from emotion.utils.names import check_repo_id
+from emotion.utils.recipe import RECIPE_FILE, read_recipe_of
 
 PAGE = "index.html"  # what makes a folder a Space
 PAGE_FILES = (PAGE, "README.md")

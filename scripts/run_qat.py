@@ -1,25 +1,43 @@
 """Trains the fine-tuned baseline further with rounded weights and activations (QAT), then converts it to integers.
 
-The artifact, `weights/qat`, holds the same formats as that of run_ptq.py, quantized by the same functions. Below 8
-bits it holds one packed ONNX file (emotion/quantize/lowbit.py). Where a file for ONNX Runtime is made, its ranges are
-trained for, and its outlier units stay in floats (emotion/quantize/outliers.py). The fake-quantized model that was
-trained and the saved files are scored side by side on validation. This script never reads the test split;
+The model folder, `weights/qat`, holds the same formats as that of run_ptq.py, quantized by the same functions. Below 8
+bits it holds one packed ONNX file (emotion/quantization/lowbit.py). Where a file for ONNX Runtime is made, its ranges
+are trained for, and its outlier channels stay in float (emotion/quantization/outlier_channels.py). The fake-quantized
+model and the saved files are scored side by side on validation. This script never reads the test split;
 run_evaluation.py scores it.
 
     python scripts/run_qat.py --model_name_or_path weights/baseline
     python scripts/run_qat.py configs/minilm/qat-int4.yaml --model_name_or_path weights/baseline --seed 43
 """
 
+import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
+
+# isort: split
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from emotion.common.arguments import Range, parse_args_and_config
-from emotion.common.command import run
-from emotion.common.recipe import Recipe, read_recipe_of
-from emotion.model.artifact import describe_origin, new_artifact
-from emotion.model.checkpoints import find_checkpoint
-from emotion.model.pretrained import load_trained_classifier
-from emotion.model.training import (
+from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from emotion.data.dataset import RowsArguments, Task, get_split, load_task_of
+from emotion.data.tokenization import TextEncoder, load_training_rows
+from emotion.hub.upload import score_and_publish
+from emotion.inference.model_folder import describe_origin, new_artifact
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.quantization.conversion import save_converted, save_float, with_float_files
+from emotion.quantization.fake_quantizers import prepare, switch
+from emotion.quantization.scheme import (
+    CONTROL,
+    SchemeArguments,
+    check_scheme,
+    describe_quantized,
+    draw_calibration_rows,
+    make_plan,
+    runtime_to_train_for,
+)
+from emotion.training.checkpoints import find_checkpoint
+from emotion.training.trainer import (
     FiniteTrainer,
     RecipeTrainingArguments,
     compute_metrics,
@@ -29,23 +47,10 @@ from emotion.model.training import (
     summarize_training,
     training_place,
 )
-from emotion.quantize.conversion import save_converted, save_float, with_float_files
-from emotion.quantize.fake_quantizers import prepare, switch
-from emotion.quantize.scheme import (
-    CONTROL,
-    SchemeArguments,
-    check_scheme,
-    describe_quantized,
-    draw_calibration_rows,
-    make_plan,
-    runtime_to_train_for,
-)
-from emotion.task.dataset import RowsArguments, Task, get_split, load_task_of
-from emotion.task.source import BaseModel
-from emotion.task.tokens import TextEncoder, load_training_rows
-
-from transformers import set_seed
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from emotion.utils.arguments import Range, parse_args_and_config
+from emotion.utils.base_model import BaseModel
+from emotion.utils.command import run
+from emotion.utils.recipe import Recipe, read_recipe_of
 
 
 @dataclass
@@ -140,6 +145,7 @@ def train(baseline: Path, arguments: QatArguments, training: RecipeTrainingArgum
                 made["variant"] += CONTROL
                 save_float(plan.model, folder, tokenizer)
         finish(training, summary)
+        score_and_publish(training.artifact, training)
 
 
 def load_origin(baseline: Path, arguments: QatArguments) -> tuple[BaseModel, Task, dict]:

@@ -15,21 +15,32 @@ The same command trains on several GPUs and machines: accelerate_config.yaml say
     accelerate launch --config_file accelerate_config.yaml scripts/run_qlora.py
 """
 
+import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
+
+# isort: split
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.common.arguments import parse_args_and_config
-from emotion.common.command import run
-from emotion.common.errors import UserError
-from emotion.common.files import ROOT, scratch_folder
-from emotion.common.recipe import Recipe
-from emotion.measure.remedies import WatchedArguments, save_watched
-from emotion.measure.sensitivity import Rows, validation_rows
-from emotion.model.artifact import describe_made, describe_origin, new_artifact, quantized_by
-from emotion.model.checkpoints import find_checkpoint
-from emotion.model.classifier import ModelInMemory, predict
-from emotion.model.pretrained import load_trained_classifier, save_compact
-from emotion.model.training import (
+import torch
+from transformers import set_seed
+
+from emotion.data.dataset import Task, get_split, load_task
+from emotion.data.metrics import score
+from emotion.data.tokenization import TextEncoder, load_training_rows
+from emotion.export.onnx_export import export_onnx
+from emotion.hub.upload import score_and_publish
+from emotion.inference.model_folder import describe_made, describe_origin, new_artifact, quantized_by
+from emotion.inference.pretrained import load_trained_classifier, save_compact
+from emotion.inference.runtimes import ModelInMemory, predict
+from emotion.quantization.accuracy_aware import WatchedArguments, save_watched
+from emotion.quantization.layers import CalibrationRows
+from emotion.quantization.nf4 import nf4_options, open_in_float32, round_to_nf4
+from emotion.quantization.scheme import draw_calibration_rows, make_plan
+from emotion.quantization.sensitivity import Rows, validation_rows
+from emotion.training.checkpoints import find_checkpoint
+from emotion.training.qlora import QloraArguments, build_qlora, merge
+from emotion.training.trainer import (
     FiniteTrainer,
     RecipeTrainingArguments,
     compute_metrics,
@@ -38,18 +49,12 @@ from emotion.model.training import (
     summarize_training,
     training_place,
 )
-from emotion.quantize.adapter import QloraArguments, build_qlora, merge
-from emotion.quantize.layers import CalibrationRows
-from emotion.quantize.nf4 import nf4_options, open_in_float32, round_to_nf4
-from emotion.quantize.onnx_graph import export_onnx
-from emotion.quantize.scheme import draw_calibration_rows, make_plan
-from emotion.task.dataset import Task, get_split, load_task
-from emotion.task.scores import score
-from emotion.task.source import BaseModel, find_base_model
-from emotion.task.tokens import TextEncoder, load_training_rows
-
-import torch
-from transformers import set_seed
+from emotion.utils.arguments import parse_args_and_config
+from emotion.utils.base_model import BaseModel, find_base_model
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, scratch_folder
+from emotion.utils.recipe import Recipe
 
 CONFIG = ROOT / "configs" / "bert-base-uncased" / "qlora.yaml"
 CALIBRATION_ROWS = 300  # rows of train, on which rounding the merged model should change its answers least
@@ -111,6 +116,7 @@ def train(arguments: QloraArguments, training: RecipeTrainingArguments, recipe: 
             merged = merge(learnt, base, task.labels, folder, arguments, training)
             made |= save_merged(merged, tokenizer, folder, task, arguments.formats, training)
         finish(training, summary)
+        score_and_publish(training.artifact, training)
 
 
 def check_is_float(base: BaseModel) -> None:

@@ -17,17 +17,6 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import run_baseline  # noqa: E402
-import run_ptq  # noqa: E402
-import run_qat  # noqa: E402
-import run_qlora  # noqa: E402
-import study_qlora  # noqa: E402
-from emotion.common import hub_requests  # noqa: E402
-from emotion.measure import seeds  # noqa: E402
-from emotion.task.dataset import DEFAULT_DATASET, load_task  # noqa: E402
-from emotion.task.source import EMBEDDED_MODEL  # noqa: E402
-from hub_server import WRITE, running_hub  # noqa: E402
-
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -42,6 +31,17 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     RobertaConfig,  # noqa: E402
 )
+
+import qlora_study  # noqa: E402
+import run_baseline  # noqa: E402
+import run_ptq  # noqa: E402
+import run_qat  # noqa: E402
+import run_qlora  # noqa: E402
+import seeds  # noqa: E402
+from emotion.data.dataset import DEFAULT_DATASET, load_task  # noqa: E402
+from emotion.utils import hub_requests  # noqa: E402
+from emotion.utils.base_model import EMBEDDED_MODEL  # noqa: E402
+from hub_server import WRITE, running_hub  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 # How many times as many seeds the random tests take: 1 in `make test`
@@ -319,7 +319,7 @@ def in_this_process(monkeypatch):
     def call(name: str, *words, check: bool = False) -> None:
         importlib.import_module(name.removesuffix(".py")).main([str(word) for word in words])
 
-    for module in (seeds, study_qlora):
+    for module in (seeds, qlora_study):
         monkeypatch.setattr(module, "run_script", call)
 
 

@@ -8,10 +8,10 @@ import json
 import random
 from pathlib import Path
 
-from conftest import build_rows, color_features, save_dataset
-
 import datasets
 from pyarrow import parquet
+
+from conftest import build_rows, color_features, save_dataset
 
 # Words that stand for no number, or for one that few flags take
 NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e400", "9" * 400, "1.5", "-0.5", "1e-320", "0x10", "1_000", "2", "1e9")

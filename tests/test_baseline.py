@@ -9,22 +9,22 @@ import sys
 import time
 from pathlib import Path
 
-import predict
-import run_baseline
-import run_evaluation
-from conftest import ENCODERS, ROOT, build_encoder, copy_to_edit, train_flags
-from emotion.common import command
-from emotion.common.errors import UserError
-from emotion.model.classifier import open_artifact
-from emotion.model.pretrained import build_classifier
-from emotion.task.scores import softmax
-
 import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments, pipeline
+
+import predict
+import run_baseline
+import run_evaluation
+from conftest import ENCODERS, ROOT, build_encoder, copy_to_edit, train_flags
+from emotion.data.metrics import softmax
+from emotion.inference.pretrained import build_classifier
+from emotion.inference.runtimes import open_artifact
+from emotion.utils import command
+from emotion.utils.errors import UserError
 
 
 def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):

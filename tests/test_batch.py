@@ -15,21 +15,22 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import run_batch
-from conftest import ROOT, build_rows, copy_to_edit, read_json, run_script
-from emotion import EmotionClassifier
-from emotion.batch import rows, shards
-from emotion.batch.inputs import kind_of
-from emotion.batch.rows import RowReader, survey
-from emotion.batch.shards import pieces
-from emotion.common.errors import UserError
-
 import datasets
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
+
+import run_batch
+from conftest import ROOT, build_rows, copy_to_edit, read_json, run_script
+from emotion import EmotionClassifier
+from emotion.inference import batch_rows as rows
+from emotion.inference import batch_shards as shards
+from emotion.inference.batch_inputs import kind_of
+from emotion.inference.batch_rows import RowReader, survey
+from emotion.inference.batch_shards import pieces
+from emotion.utils.errors import UserError
 
 COUNT = 700
 TEXTS = build_rows(COUNT)["text"]
@@ -411,8 +412,8 @@ def test_what_cannot_be_done_is_said(files, words, message, artifact, tmp_path, 
 
 def test_ray_is_an_extra(artifact, table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "emotion.batch.on_ray", raising=False)
-    with pytest.raises(UserError, match="--engine ray needs Ray, which make cluster installs"):
+    monkeypatch.delitem(sys.modules, "emotion.inference.batch_ray", raising=False)
+    with pytest.raises(UserError, match="--engine ray needs Ray"):
         call(table, tmp_path / "out", model=artifact, engine="ray")
 
 

@@ -8,26 +8,26 @@ import signal
 import time
 from types import SimpleNamespace
 
-import run_benchmark
-import run_comparison
-import study_operators
-from conftest import ROOT, build_rows, copy_to_edit, read_json
-from emotion.common import processor
-from emotion.common.errors import UserError
-from emotion.common.processor import TITLES, class_of, find_processor_class
-from emotion.measure import benchmark, contenders, ctranslate2_peer, roofline
-from emotion.measure.benchmark import Protocol, interleave
-from emotion.model.artifact import files_to_serve
-from emotion.model.classifier import open_artifact
-from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.report.cards import render_card
-from emotion.report.tables import render_table
-from test_comparison import words_of_report
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+import render_report
+import run_benchmark
+from conftest import ROOT, build_rows, copy_to_edit, read_json
+from emotion.evaluation import benchmark, ctranslate2_peer, peers, roofline
+from emotion.evaluation.benchmark import Protocol, interleave
+from emotion.export import peers as made_peers
+from emotion.hub.model_card import render_card
+from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.inference.model_folder import files_to_serve
+from emotion.inference.runtimes import open_artifact
+from emotion.utils import processor
+from emotion.utils.errors import UserError
+from emotion.utils.processor import TITLES, class_of, find_processor_class
+from report.tables import render_table
+from test_comparison import words_of_report
 
 SHORTLY = Protocol(threads=1, rounds=1, texts_per_round=4, batches_per_round=1)
 AVX2 = {"avx2": True, "avx512_bf16": False, "cpu_name": "of this test"}
@@ -63,9 +63,8 @@ def test_a_processor_has_the_highest_class_that_fits(instruction_sets, expected)
 def test_each_tracked_run_is_of_the_class_that_it_is_named_after():
     found = []
     for path in (ROOT / "results").rglob("benchmark/*.json"):
-        if path.stem != "operators":
-            assert path.stem in TITLES and class_of(read_json(path)["environment"]["instruction_sets"]) == path.stem
-            found.append(path.stem)
+        assert path.stem in TITLES and class_of(read_json(path)["environment"]["instruction_sets"]) == path.stem
+        found.append(path.stem)
     assert len(found) >= 2
 
 
@@ -120,10 +119,10 @@ def two_kinds(tmp_path):
 def test_every_table_names_each_kind_of_processor(two_kinds, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(
-        "\n".join([run_comparison.START, run_comparison.END, run_comparison.TIMES_START, run_comparison.TIMES_END])
+        "\n".join([render_report.START, render_report.END, render_report.TIMES_START, render_report.TIMES_END])
     )
-    families = [run_comparison.read_family(two_kinds), run_comparison.read_family(two_kinds / "base")]
-    pages = run_comparison.render_family(families[0], []) | run_comparison.render_pages(families, readme)
+    families = [render_report.read_family(two_kinds), render_report.read_family(two_kinds / "mpnet-base")]
+    pages = render_report.render_family(families[0], []) | render_report.render_pages(families, readme)
     text = pages[readme]
     assert re.search(r"speed-up: 3\.2x, AVX-512 VNNI \(0\.63 ms a text\); 1\.6x, AVX2 \(0\.63 ms a text\)", text)
     rows = {}
@@ -151,7 +150,7 @@ def test_every_table_names_each_kind_of_processor(two_kinds, tmp_path):
 
 def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
     shutil.rmtree(two_kinds / "benchmark")
-    family = run_comparison.read_family(two_kinds)
+    family = render_report.read_family(two_kinds)
     head, _, *lines = render_table(family.comparison).splitlines()
     assert "p50 ms, AVX-512 VNNI" in head
     (record,) = [one for one in family.records if (one.variant, one.format) == ("qat-int4", "onnx")]
@@ -163,12 +162,12 @@ def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
 
 def test_what_the_processor_has_no_instructions_for_is_left_out(on_avx2, artifact, quantized, capsys):
     named = [(artifact, "onnx"), (artifact, "bf16"), (artifact, "bf16-compiled"), (artifact, "pytorch")]
-    assert contenders.leave_out_unfit(named) == [(artifact, "onnx"), (artifact, "pytorch")]
+    assert peers.leave_out_unfit(named) == [(artifact, "onnx"), (artifact, "pytorch")]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1] for line in lines] == [f"{artifact}:bf16", f"{artifact}:bf16-compiled"]
     assert all("bfloat16" in line for line in lines)
     with pytest.raises(UserError, match="nothing is left"):
-        contenders.leave_out_unfit(named[1:2])
+        peers.leave_out_unfit(named[1:2])
 
 
 @pytest.mark.parametrize(
@@ -183,24 +182,7 @@ def test_a_root_that_needs_missing_instructions_is_left_out(on_avx2, artifact, t
     config = read_json(folder / "config.json") | {field: value}
     (folder / "config.json").write_text(json.dumps(config))
     format = "nf4" if field == "dtype" else "torchao"
-    assert (contenders.find_obstacle(folder, format) is None) == fits
-
-
-def test_no_peak_is_made_up(on_avx2, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline, "SIZE", 256)
-    monkeypatch.setattr(roofline, "COPIED_BYTES", 2**24)
-    result = {"artifacts": {}}
-    for precision in ("bfloat16", "int8"):
-        times = {"latency_ms": {"mean": 1.0}, "throughput_per_s": {"median": 100.0}}
-        result["artifacts"][precision] = {"scheme": {"weights": precision}, "precision": precision, **times}
-    roofline.add_roofline(result, (1e6, 1000), threads=1)
-    assert result["peaks"]["bfloat16_gop_per_s"] is None and result["peaks"]["float32_gop_per_s"] > 0
-    assert result["artifacts"]["bfloat16"]["roofline"] is None
-    assert result["artifacts"]["int8"]["roofline"]["batch_1"]["share"] > 0
-    monkeypatch.setattr(study_operators, "TEXTS", 8)
-    study_operators.main([f"{artifact}:onnx", "--threads", "1", "--results_dir", str(tmp_path)])
-    text = (tmp_path / "speed.md").read_text()
-    assert "FP32 " in text and "BF16" not in text.split("Measured peaks")[1]
+    assert (peers.find_obstacle(folder, format) is None) == fits
 
 
 def test_what_was_timed_is_kept_if_the_peaks_are_not_found(artifact, monkeypatch, tmp_path):
@@ -239,20 +221,20 @@ def test_a_peer_that_dies_is_left_out_and_the_others_are_kept(artifact, capsys, 
 
 
 def fail_or_die(folder, format, work):
-    """What stands for `make_contender` in the process that makes a peer."""
+    """What stands for `make_peer` in the process that makes a peer."""
     if format == "onnx-plain":
         os.kill(os.getpid(), signal.SIGSEGV)
     raise TypeError("data type 'bfloat16' not understood")
 
 
 def test_a_peer_that_cannot_be_made_is_left_out(artifact, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(contenders.shutil, "which", lambda name: None)
+    monkeypatch.setattr(made_peers.shutil, "which", lambda name: None)
     compiled, own = (artifact, "pytorch-compiled"), (artifact, "onnx")
-    assert contenders.make_contenders([compiled, own], tmp_path) == {own: own}
+    assert made_peers.make_peers([compiled, own], tmp_path) == {own: own}
     assert "needs a C++ compiler" in capsys.readouterr().out
-    monkeypatch.setattr(contenders, "make_contender", fail_or_die)
+    monkeypatch.setattr(made_peers, "make_peer", fail_or_die)
     with pytest.raises(UserError, match="nothing is left"):
-        contenders.make_contenders([(artifact, "onnx-plain"), (artifact, "openvino-plain")], tmp_path)
+        made_peers.make_peers([(artifact, "onnx-plain"), (artifact, "openvino-plain")], tmp_path)
     first, second = capsys.readouterr().out.splitlines()
     assert re.fullmatch("left out: .*:onnx-plain cannot be made: the process that made it died", first)
     assert re.fullmatch("left out: .*:openvino-plain cannot be made: .*'bfloat16' not understood", second)
@@ -262,7 +244,7 @@ def test_pytorchs_dynamic_int8_is_scored_and_counted(artifact):
     rows = build_rows(70)
     names = ["warm", "cold", "none"]
     labels = [names[label] for label in rows["label"]]
-    named = {"own": (artifact, "pytorch"), "peer": (artifact, contenders.DYNAMIC)}
+    named = {"own": (artifact, "pytorch"), "peer": (artifact, peers.DYNAMIC)}
     measured = interleave(named, rows["text"], SHORTLY, peers=["peer"], labels=labels)
     one = measured["peer"]
     assert "quality" not in measured["own"]  # it has a record
@@ -286,7 +268,7 @@ def test_a_file_of_bfloat16_that_is_computed_in_float32_is_compared_with():
     assert benchmark.fastest_fp32(measured | {"fp32": timed("float32", "float32", 3)}) == "fp32"
 
 
-@pytest.mark.processes  # with its package: `make peers` installs what the tests of `make test` do without
+@pytest.mark.processes  # with its package: `make benchmark` installs what the tests of `make test` do without
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "gamma and beta"])
 def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_path, stored):
     source = copy_to_edit(artifact, tmp_path / "source")
@@ -300,21 +282,19 @@ def test_ctranslate2_answers_as_the_floats_that_it_was_made_of(artifact, tmp_pat
         }
         assert sum(name.endswith("LayerNorm.gamma") for name in tensors) == 5
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    made = contenders.make_contenders([(source, "ctranslate2")], tmp_path)  # in a process of its own
+    made = made_peers.make_peers([(source, "ctranslate2")], tmp_path)  # in a process of its own
     folder, format = made[source, "ctranslate2"]
     assert not (folder / "model.safetensors").exists()  # the floats are no part of what it serves
     plain, texts = open_artifact(source, "pytorch", threads=1), build_rows(70)["text"]
     expected = plain.logits(plain.encode(texts))
-    peer = EmotionClassifier(folder, format, 2, contenders.open_contender)
+    peer = EmotionClassifier(folder, format, 2, peers.open_peer)
     agree = [one["label"] for one in peer.classify(texts)] == [peer.labels[row] for row in expected.argmax(axis=-1)]
     assert agree and np.corrcoef(peer.logits(texts).ravel(), expected.ravel())[0, 1] > 0.99
-    scheme = contenders.describe_contender(peer.runtime, folder, format)
+    scheme = peers.summarize_peer(peer.runtime, folder, format)
     assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)  # 6 per layer; the head is in floats
     assert scheme["embeddings"] == "int8 per-row" and scheme["weights"] == "int8 per-channel"
     (file,) = (folder / format).glob("model*")
-    assert (
-        file.stat().st_size < contenders.bytes_of(folder, format) < sum(files_to_serve(artifact, "pytorch").values())
-    )
+    assert file.stat().st_size < peers.bytes_of(folder, format) < sum(files_to_serve(artifact, "pytorch").values())
 
 
 def test_ctranslate2_says_which_encoders_it_cannot_convert(tmp_path):
@@ -326,5 +306,18 @@ def test_ctranslate2_says_which_encoders_it_cannot_convert(tmp_path):
 def test_a_peer_that_is_not_installed_is_left_out(artifact, monkeypatch, capsys):
     monkeypatch.setattr(ctranslate2_peer, "is_installed", lambda: False)
     named = [(artifact, "onnx"), (artifact, "ctranslate2")]
-    assert contenders.leave_out_unfit(named) == named[:1]
-    assert "make peers" in capsys.readouterr().out
+    assert peers.leave_out_unfit(named) == named[:1]
+    assert "make benchmark" in capsys.readouterr().out
+
+
+def test_no_peak_is_made_up(on_avx2, monkeypatch):
+    monkeypatch.setattr(roofline, "SIZE", 256)
+    monkeypatch.setattr(roofline, "COPIED_BYTES", 2**24)
+    result = {"artifacts": {}}
+    for precision in ("bfloat16", "int8"):
+        times = {"latency_ms": {"mean": 1.0}, "throughput_per_s": {"median": 100.0}}
+        result["artifacts"][precision] = {"scheme": {"weights": precision}, "precision": precision, **times}
+    roofline.add_roofline(result, (1e6, 1000), threads=1)
+    assert result["peaks"]["bfloat16_gop_per_s"] is None and result["peaks"]["float32_gop_per_s"] > 0
+    assert result["artifacts"]["bfloat16"]["roofline"] is None
+    assert result["artifacts"]["int8"]["roofline"]["batch_1"]["share"] > 0

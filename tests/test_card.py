@@ -4,19 +4,19 @@ import copy
 import json
 import re
 
-from conftest import ROOT
-from emotion.common import machine
-from emotion.common.errors import UserError
-from emotion.measure.record import read_records
-from emotion.measure.schema import Example
-from emotion.model.released import RECOMMENDED, RELEASED
-from emotion.report.cards import check_metadata, clearest, render_card, render_cards, sibling
-from emotion.report.comparison import read_means
-from emotion.task.source import BASE_SIZE_MODEL, EMBEDDED_MODEL
-from hub_server import validate_card
-
 import pytest
 from huggingface_hub import ModelCard
+
+from conftest import ROOT
+from emotion.evaluation.record import read_records
+from emotion.evaluation.schema import Example
+from emotion.hub.comparison import read_means
+from emotion.hub.model_card import check_metadata, clearest, render_card, render_cards, sibling
+from emotion.inference.released import RECOMMENDED, RELEASED
+from emotion.utils import machine
+from emotion.utils.base_model import BASE_SIZE_MODEL, EMBEDDED_MODEL
+from emotion.utils.errors import UserError
+from hub_server import validate_card
 
 
 @pytest.fixture

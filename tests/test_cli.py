@@ -3,23 +3,22 @@
 import importlib
 import io
 import re
-import subprocess
 import sys
+
+import pytest
+import yaml
 
 import run_baseline
 import run_ptq
 import run_qat
 import run_qlora
 from conftest import ROOT, run_script, train_flags
-from emotion.common import command, progress
-from emotion.common.arguments import parse_args_and_config, resolve_config
-from emotion.common.errors import UserError
-from emotion.common.files import sha256
-from emotion.common.machine import SCRIPTS
-from emotion.common.progress import Bar
-
-import pytest
-import yaml
+from emotion.utils import command, progress
+from emotion.utils.arguments import parse_args_and_config, resolve_config
+from emotion.utils.errors import UserError
+from emotion.utils.files import sha256
+from emotion.utils.machine import SCRIPTS
+from emotion.utils.progress import Bar
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml"))
 METHODS = {"baseline": run_baseline, "ptq": run_ptq, "qat": run_qat, "qlora": run_qlora}
@@ -182,10 +181,3 @@ def test_an_error_closes_the_bars(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.run(fail)
     assert terminal.getvalue().endswith(" \rerror: no more\n")
-
-
-def test_make_run_says_what_it_takes_before_it_starts_and_what_to_try_at_its_end():
-    words = ["make", "--dry-run", "--no-print-directory", "-C", str(ROOT), "run"]
-    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert "minutes" in lines[0] and "GB of disk" in lines[1] and all(line.startswith("echo ") for line in lines[:2])
-    assert "predict.py --model build/run/ptq" in lines[-2] and "README.md" in lines[-1]

@@ -2,30 +2,30 @@
 
 import ast
 import json
+import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
 
-import run_comparison
-import run_evaluation
-import run_trace
-from conftest import ROOT, read_json
-from emotion.common.errors import UserError
-from emotion.measure.paired_tests import NO_LOSS_MARGIN, compare_with, holm, mean_interval
-from emotion.measure.schema import Record, read_study
-from emotion.model.classifier import open_artifact
-from emotion.report.document import compile_report, inputs_of
-from emotion.report.figures import same_picture
-from emotion.report.plots import MOST_NAMED, plot_confusion_matrix, plot_sensitivity
-from emotion.task import scores as task_scores
-from emotion.task.scores import macro_f1_interval, resampled_macro_f1
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
+
+import render_report
+import run_evaluation
+from conftest import ROOT, read_json
+from emotion.data import metrics as task_scores
+from emotion.data.metrics import macro_f1_interval, resampled_macro_f1
+from emotion.evaluation.schema import Record, read_study
+from emotion.evaluation.statistics import NO_LOSS_MARGIN, compare_with, holm, mean_interval
+from emotion.hub.confusion_matrix import MOST_NAMED, plot_confusion_matrix
+from emotion.utils.errors import UserError
+from report.document import compile_report, inputs_of
+from report.figures import same_picture
+from report.plots import plot_sensitivity
 
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
 RNG = np.random.default_rng(0)
@@ -208,25 +208,14 @@ def test_each_tracked_picture_of_the_results_is_shown_on_a_tracked_page():
     assert {path.suffix for path in pictures} == {".png"}
 
 
-def test_follow_one_text_names_code_that_exists():
-    page = (ROOT / "docs" / "follow_one_text.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(scripts/[\w/]+\.py): (\w+)`", page)
-    sections = page.split("\n## ")[1:]
-    assert len(sections) == 6 and all("`scripts/emotion/" in section for section in sections)
-    for file, name in named:
-        defined = set()
-        for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-            defined.add(getattr(node, "name", None))
-        assert name in defined, f"{file} defines no {name}"
-
-
 def test_rendering_needs_neither_torch_nor_a_quantizer():
     code = (
-        "import sys, run_comparison; run_comparison.main(['--print_only']); "
+        "import sys, render_report; render_report.main(['--print_only']); "
         "print({'torch', 'onnxruntime', 'openvino', 'torchao'} & sys.modules.keys())"
     )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True, timeout=200, env=environ
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("set()")
@@ -321,46 +310,6 @@ def test_the_report_does_without_what_was_not_measured(report_folder):
     assert compile_report(report_folder).startswith(b"%PDF")
 
 
-def test_one_text_is_followed(artifact, quantized, colors, tmp_path, capsys):
-    results = tmp_path / "results"
-    for folder, format in ((artifact, "pytorch"), (quantized, "onnx")):
-        run_evaluation.main([str(folder), "--format", format, "--results_dir", str(results), "--latency_runs", "0"])
-    text = open_rows(colors)[0]
-    (tmp_path / "model_cards").mkdir()
-    (tmp_path / "model_cards" / "ptq.md").write_text("# Card\n\n| F1 % of | a |\n|---|---|\n| ptq | 1 |\n\nrest\n")
-    words = [
-        "--artifact",
-        str(quantized),
-        "--baseline",
-        str(artifact),
-        "--results_dir",
-        str(results),
-        "--threads",
-        "1",
-    ]
-    run_trace.main([text, *words])
-    trace = read_json(results / "trace.json")
-    assert (trace["split"], trace["row"], trace["label"]) == ("test", 0, 0)
-    assert trace["pieces"][0] == "[CLS]" and len(trace["pieces"]) == len(trace["token_ids"]) == len(text.split()) + 2
-    classifier = open_artifact(quantized, "openvino", threads=1)
-    assert trace["logits"]["openvino"] == classifier.logits(classifier.encode([text]))[0].tolist()
-    weights = trace["weights"]
-    assert weights["largest_error"] <= weights["scale"] / 2 * 1.0001 and weights["largest_integer"] <= 128
-    for exact, integer, error in zip(weights["exact"], weights["integers"], weights["errors"], strict=True):
-        assert integer == round(exact / weights["scale"]) and error == pytest.approx(
-            integer * weights["scale"] - exact
-        )
-    page = (tmp_path / "docs" / "follow_one_text.md").read_text()
-    assert page in capsys.readouterr().out
-    assert page.endswith("| F1 % of | a |\n|---|---|\n| ptq | 1 |\n")
-    (line,) = [line for line in page.splitlines() if line.startswith("| baseline-pytorch")]
-    cells = [cell.strip() for cell in line.split("|")[2:-1]]
-    matrix = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["confusion_matrix"]
-    assert cells[0] == "warm" and cells[2] == str(matrix[0][trace["labels"].index(cells[1])])
-    with pytest.raises(UserError, match="'no such text': no row of colors reads so"):
-        run_trace.main(["no such text", *words])
-
-
 def open_rows(folder) -> list[str]:
     from datasets import load_dataset
 
@@ -375,7 +324,7 @@ def test_a_file_of_other_answers_is_refused(artifact, tmp_path):
     record["quality"]["confusion_matrix"][0][0] += 1
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="'quality.confusion_matrix' is not what .*baseline-pytorch.parquet gives"):
-        run_comparison.main([str(results), "--print_only"])
+        render_report.main([str(results), "--print_only"])
     (results / "predictions" / "baseline-pytorch.parquet").unlink()
     with pytest.raises(UserError, match="no file .*baseline-pytorch.parquet"):
-        run_comparison.main([str(results), "--print_only"])
+        render_report.main([str(results), "--print_only"])

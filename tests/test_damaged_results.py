@@ -4,20 +4,20 @@ import json
 import random
 import shutil
 
-import run_comparison
-from conftest import ROOT, read_json, save_dataset, seeds_for
-from emotion.common.errors import UserError
-from emotion.measure import paired_tests
-from emotion.measure.record import read_records
-from emotion.measure.schema import STUDIES, Benchmark, Record, Seeds
-from emotion.task.dataset import load_task
-from mutations_results import mutate
-
 import pyarrow
 import pytest
 from datasets import ClassLabel, Features, Value
 from pyarrow import parquet
 from pydantic import BaseModel
+
+import render_report
+from conftest import ROOT, read_json, save_dataset, seeds_for
+from emotion.data.dataset import load_task
+from emotion.evaluation import statistics as paired_tests
+from emotion.evaluation.record import read_records
+from emotion.evaluation.schema import STUDIES, Benchmark, Record, Seeds
+from emotion.utils.errors import UserError
+from mutations_results import mutate
 
 RESULTS = ROOT / "results"
 NAMES = ("baseline-pytorch", "ptq-onnx")
@@ -42,11 +42,11 @@ def results(tmp_path, monkeypatch):
 
 
 def pages_of(folder) -> dict:
-    """All pages as run_comparison.py would write them."""
+    """All pages as render_report.py would write them."""
     readme = folder.parent / "README.md"
-    readme.write_text(f"{run_comparison.START}\n{run_comparison.END}\n")
-    family = run_comparison.read_family(folder)
-    return run_comparison.render_family(family, []) | run_comparison.render_pages([family], readme)
+    readme.write_text(f"{render_report.START}\n{render_report.END}\n")
+    family = render_report.read_family(folder)
+    return render_report.render_family(family, []) | render_report.render_pages([family], readme)
 
 
 def edit(path, place: str, value) -> None:
@@ -106,15 +106,10 @@ def edit(path, place: str, value) -> None:
         ("dataset.json", "splits/test/class_counts/0", 7),
         ("dataset.json", "splits/test/class_counts", [2000]),
         ("dataset.json", "splits/test/longest", 10**12),
-        ("graphs.json", "files/all rewrites/flips", "few"),
-        ("ptq_processors.json", "artifacts", {}),
         ("ptq_sensitivity.json", "layers", []),
         ("ptq_study.json", "chosen/onnx/candidate", "nobody"),
         ("qlora_sweep.json", "chosen", "nobody"),
         ("qlora_sweep.json", "candidates/centre/validation_loss/mean", 0.5),
-        ("trace.json", "label", 6),
-        ("trace.json", "pieces", ["[CLS]"]),
-        ("trace.json", "logits/onnx", [1.0]),
         ("training_cost.json", "rounds", "2026"),
     ],
 )
@@ -136,12 +131,12 @@ def required_fields(model, *place):
                 yield from required_fields(field.annotation, *place, name)
 
 
-FILES = {RECORD: Record, BENCHMARK: Benchmark, "seeds/ptq.json": Seeds, "benchmark/operators.json": None}
+FILES = {RECORD: Record, BENCHMARK: Benchmark, "seeds/ptq.json": Seeds}
 
 
-@pytest.mark.parametrize("file", [*FILES, *(f"{name}.json" for name in STUDIES if name != "operators")])
+@pytest.mark.parametrize("file", [*FILES, *(f"{name}.json" for name in STUDIES)])
 def test_every_field_that_is_missing_is_named(file):
-    model = FILES.get(file) or STUDIES[file.split("/")[-1].removesuffix(".json")]
+    model = FILES.get(file) or STUDIES[file.removesuffix(".json")]
     places = list(required_fields(model))
     assert len(places) >= 4
     for place in places:
@@ -154,7 +149,7 @@ def test_every_field_that_is_missing_is_named(file):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"[" * 5000, b'{"a": NaN}', b'{"a": "\xff"}'])
-@pytest.mark.parametrize("file", [RECORD, "bits.json", BENCHMARK, "seeds/qat.json", "trace.json"])
+@pytest.mark.parametrize("file", [RECORD, "bits.json", BENCHMARK, "seeds/qat.json", "dataset.json"])
 def test_a_file_that_is_no_json_object_is_named(file, content, results):
     (results / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file.split('/')[-1]} (is not valid JSON|holds no JSON object)"):

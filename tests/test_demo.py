@@ -4,22 +4,22 @@ import http.client
 import shutil
 import threading
 
-import run_demo
-from conftest import run_script
-from emotion.common.errors import UserError
-
 import pytest
+
+import demo
+from conftest import run_script
+from emotion.utils.errors import UserError
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves a folder of weights and one of libraries, beside which a secret stands."""
-    monkeypatch.setattr(run_demo, "LIBRARIES", tmp_path / "libraries")
+    monkeypatch.setattr(demo, "LIBRARIES", tmp_path / "libraries")
     (tmp_path / "libraries" / "@huggingface" / "transformers").mkdir(parents=True)
     (tmp_path / "weights" / "qat").mkdir(parents=True)
     for name in ("secret", "weights/qat/config.json", "libraries/a.js", "libraries/a.mjs", "libraries/a.wasm"):
         (tmp_path / name).write_text(name)
-    with run_demo.make_server(0, tmp_path / "weights") as server:
+    with demo.make_server(0, tmp_path / "weights") as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # asks often whether to stop
         yield server
         server.shutdown()
@@ -54,7 +54,7 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
         "/weights/..%2fsecret",
         "//secret",
         "/weights/qat/../../secret",
-        "/run_demo.py",
+        "/demo.py",
         "/weights/" + 300 * "a",
     ],
 )
@@ -64,15 +64,15 @@ def test_the_server_gives_no_other_file(path, server):
 
 
 def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_demo, "ROOT", tmp_path)
-    monkeypatch.setattr(run_demo, "check_libraries", lambda folder: None)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "check_libraries", lambda folder: None)
     left_out = shutil.ignore_patterns("onnx", "*.bf16.safetensors", "SHA256SUMS")
     shutil.copytree(artifact, tmp_path / "weights" / "baseline", ignore=left_out)
-    (folder,) = run_demo.make_fp32(tmp_path / "weights")
-    made = folder / run_demo.FP32
+    (folder,) = demo.make_fp32(tmp_path / "weights")
+    made = folder / demo.FP32
     assert made.read_bytes() == (artifact / "onnx" / "model.onnx").read_bytes()
     before = made.stat().st_mtime_ns
-    with run_demo.make_server(0, tmp_path / "weights") as server:
+    with demo.make_server(0, tmp_path / "weights") as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         assert ask(server, "/weights/baseline/onnx/model.onnx")[0] == 200
         assert ask(server, "/weights/baseline/config.json")[0] == 200
@@ -80,9 +80,9 @@ def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_pat
     assert made.stat().st_mtime_ns == before
     shutil.copytree(tmp_path / "weights", tmp_path / "damaged")
     (tmp_path / "damaged" / "baseline" / "model.safetensors").write_bytes(b"nothing")
-    with run_demo.make_server(0, tmp_path / "damaged"):
+    with demo.make_server(0, tmp_path / "damaged"):
         assert capsys.readouterr().out.splitlines()[-1].startswith("no FP32 model for the browser: ")
-    assert run_demo.make_fp32(artifact.parent) == [] == run_demo.make_fp32(tmp_path / "nowhere")
+    assert demo.make_fp32(artifact.parent) == [] == demo.make_fp32(tmp_path / "nowhere")
 
 
 def test_the_server_listens_to_this_machine_alone(server):
@@ -91,10 +91,10 @@ def test_the_server_listens_to_this_machine_alone(server):
 
 def test_what_keeps_the_server_from_starting_is_one_line(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"--port {server.server_port}: .* in use; choose another"):
-        run_demo.make_server(server.server_port, tmp_path)
-    monkeypatch.setattr(run_demo, "LIBRARIES", tmp_path / "nowhere")
+        demo.make_server(server.server_port, tmp_path)
+    monkeypatch.setattr(demo, "LIBRARIES", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no transformers.js in .*; 'make demo' installs it"):
-        run_demo.make_server(0, tmp_path)
+        demo.make_server(0, tmp_path)
     for port in ("-1", "65536", "many"):
-        done = run_script("run_demo.py", "--port", port)
+        done = run_script("demo.py", "--port", port)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and "--port" in done.stderr

@@ -11,15 +11,15 @@ import sys
 import threading
 from itertools import count, islice
 
-from conftest import ROOT, WORDS, build_rows, copy_to_edit
-from emotion import EmotionClassifier
-from emotion.common.errors import UserError
-from emotion.model.classifier import TOKENS, batches_by_tokens
-from emotion.model.emotion_classifier import CHUNK, FEW
-from hub_server import Repository, running_hub
-
 import numpy as np
 import pytest
+
+from conftest import ROOT, WORDS, build_rows, copy_to_edit
+from emotion import EmotionClassifier
+from emotion.inference.emotion_classifier import CHUNK, FEW
+from emotion.inference.runtimes import TOKENS, batches_by_tokens
+from emotion.utils.errors import UserError
+from hub_server import Repository, running_hub
 
 # Of 0 to 80 words, some longer than the model takes; more than a chunk, so that chunks must be put together in order
 MANY = [" ".join(WORDS[(row + word) % len(WORDS)] for word in range(row % 81)) for row in range(CHUNK + 500)]

@@ -3,20 +3,20 @@
 import json
 import shutil
 
-import run_evaluation
-from conftest import build_rows, color_features, copy_to_edit, read_json, run_script, save_dataset
-from emotion.common.errors import UserError
-from emotion.measure.ruler import summarize_latency
-from emotion.measure.schema import Record
-from emotion.report.plots import plot_confusion_matrix
-from emotion.task.scores import expected_calibration_error, macro_f1_interval, score
-
 import numpy as np
 import pytest
 from datasets import ClassLabel, Features, Value
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+import run_evaluation
+from conftest import build_rows, color_features, copy_to_edit, read_json, run_script, save_dataset
+from emotion.data.metrics import expected_calibration_error, macro_f1_interval, score
+from emotion.evaluation.protocol import summarize_latency
+from emotion.evaluation.schema import Record
+from emotion.hub.confusion_matrix import plot_confusion_matrix
+from emotion.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
 import run_baseline
 import run_benchmark
 import run_evaluation
@@ -16,19 +19,17 @@ import run_ptq
 import run_publish
 import run_qat
 from conftest import ROOT, copy_to_edit, qat_flags, train_flags
-from emotion.common.errors import UserError
-from emotion.common.files import check_replaceable, discard, taken, whole_file, whole_folder, write_json, write_text
-from emotion.common.names import check_repo_id
-from emotion.common.recipe import read_recipe_of
-from emotion.measure.schema import Record
-from emotion.model.artifact import ARTIFACT, MADE_FIELDS
-from emotion.model.checkpoints import CHECKPOINTS
-from emotion.model.hub import check_can_publish, fetch
-from emotion.task.dataset import load_task
-from emotion.task.source import find_base_model
-
-import pytest
-import yaml
+from emotion.data.dataset import load_task
+from emotion.evaluation.schema import Record
+from emotion.inference.download import fetch
+from emotion.inference.model_folder import ARTIFACT, MADE_FIELDS
+from emotion.training.checkpoints import CHECKPOINTS
+from emotion.utils.base_model import find_base_model
+from emotion.utils.errors import UserError
+from emotion.utils.files import check_replaceable, discard, taken, whole_file, whole_folder, write_json, write_text
+from emotion.utils.hub_requests import check_can_publish
+from emotion.utils.names import check_repo_id
+from emotion.utils.recipe import read_recipe_of
 
 OURS = {
     "config.json": "{}",
@@ -182,8 +183,8 @@ def test_what_the_user_puts_there_meanwhile_stays(tmp_path):
 
 KILLED = """
 import os, pathlib, signal, sys
-from emotion.common import files
-from emotion.model.artifact import ARTIFACT
+from emotion.utils import files
+from emotion.inference.model_folder import ARTIFACT
 place, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
 rename = pathlib.Path.rename
 
@@ -232,7 +233,7 @@ def test_a_killed_process_leaves_no_half_file(tmp_path):
 
 def test_a_place_belongs_to_one_process(tmp_path):
     other = (
-        "from emotion.common.files import taken; import sys\nwith taken(sys.argv[1]): print('in', flush=True); input()"
+        "from emotion.utils.files import taken; import sys\nwith taken(sys.argv[1]): print('in', flush=True); input()"
     )
     script = [sys.executable, "-c", other, str(tmp_path / "out")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

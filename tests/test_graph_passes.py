@@ -1,23 +1,18 @@
 """The rewrites of ONNX graphs: what they do to real encoders, and where they keep their hands off."""
 
-import study_graphs
-import study_openvino
-from conftest import ENCODERS
-from emotion.common.files import read_json
-from emotion.common.recipe import read_recipe_of
-from emotion.measure.openvino_forms import FORMS
-from emotion.model.artifact import weights_of
-from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.graph_passes import FIRST, keep_first_token, write_sums
-from emotion.quantize.int8_onnx import layers_of_first_token, load_float_graph, quantize_onnx
-from emotion.quantize.layers import Plan, find_layers
-from emotion.report.pages import render_study_pages
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnxruntime.transformers.onnx_model import OnnxModel
+
+from conftest import ENCODERS
+from emotion.export.graph_passes import FIRST, keep_first_token, write_sums
+from emotion.inference.model_folder import weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.quantization.int8_onnx import layers_of_first_token, load_float_graph, quantize_onnx
+from emotion.quantization.layers import Plan, find_layers
+from emotion.utils.recipe import read_recipe_of
 
 
 def opened(path, folder):
@@ -95,28 +90,3 @@ def test_the_first_token_is_kept_only_where_the_head_reads_no_other(head, first)
         answers.append(session.run(None, {"x": x})[0])
     np.testing.assert_array_equal(*answers)
     assert any(name.endswith(FIRST) for node in graph.nodes() for name in node.output) == first
-
-
-@pytest.mark.processes
-def test_the_study_times_the_file_without_each_rewrite(artifact, tmp_path, capsys):
-    study_graphs.main([str(artifact), "--rounds", "2", "--results_dir", str(tmp_path)])
-    study = read_json(tmp_path / "graphs.json")
-    assert list(study["files"]) == [*study_graphs.REWRITES, *study_graphs.TRIED]
-    # The rewrites keep the function: what differs is how activations near an edge are rounded.
-    assert study["files"]["all rewrites"]["flips"] <= 0.02 * study["examples"]
-    assert study["files"]["embeddings in float32"]["bytes_to_serve"] > study["files"]["all rewrites"]["bytes_to_serve"]
-    assert (tmp_path / "speed.md").read_text() == render_study_pages(tmp_path)[tmp_path / "speed.md"]
-    assert "without the first token alone" in capsys.readouterr().out
-
-
-@pytest.mark.processes
-def test_the_study_of_openvino_times_each_form(artifact, tmp_path, capsys):
-    words = ["--rounds", "2", "--strings", "64", "--results_dir", str(tmp_path)]
-    study_openvino.main([str(artifact), *words])
-    study = read_json(tmp_path / "openvino.json")
-    titles = [title for form, title in FORMS.items() if form != study_openvino.ONE_STREAM]
-    assert list(study["forms"]) == [study_openvino.SHIPPED, study_openvino.APART, *titles]
-    assert study["forms"]["float parts in float32"]["times_faster_at_batch_1"]["median"] > 0
-    assert study["streams"][study_openvino.SHIPPED]["times_faster_from_strings"]["median"] == 1
-    assert (tmp_path / "speed.md").read_text() == render_study_pages(tmp_path)[tmp_path / "speed.md"]
-    assert "static shapes" in capsys.readouterr().out

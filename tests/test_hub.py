@@ -5,16 +5,17 @@ import re
 import time
 from types import SimpleNamespace
 
-import mutations_hub
-from conftest import run_script, seeds_for
-from emotion.common import command, hub_requests
-from emotion.common.errors import UserError
-from emotion.model import hub as hub_module
-from hub_server import WRITE, Fault, Repository
-
 import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http, close_session
+
+import mutations_hub
+from conftest import run_script, seeds_for
+from emotion.hub.upload import upload
+from emotion.inference import download
+from emotion.utils import command, hub_requests
+from emotion.utils.errors import UserError
+from hub_server import WRITE, Fault, Repository
 
 REPOSITORY = "user/model"
 FILES = {
@@ -47,11 +48,11 @@ def waits(monkeypatch):
 
 
 def publish():
-    return hub_module.upload(dict(FILES), REPOSITORY, "model", private=False, message="m", marker="results/metrics/")
+    return upload(dict(FILES), REPOSITORY, "model", private=False, message="m", marker="results/metrics/")
 
 
 def fetch():
-    return hub_module.fetch(REPOSITORY, ["onnx"])
+    return download.fetch(REPOSITORY, ["onnx"])
 
 
 def hold(hub):

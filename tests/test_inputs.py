@@ -13,6 +13,11 @@ import tracemalloc
 from argparse import SUPPRESS
 from dataclasses import is_dataclass
 
+import pytest
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 import predict
 import run_baseline
 import run_ptq
@@ -20,22 +25,17 @@ import run_qat
 import run_qlora
 from conftest import ROOT, run_script, seeds_for
 from emotion import EmotionClassifier
-from emotion.common import command
-from emotion.common.arguments import make_parser, parse_args_and_config
-from emotion.common.errors import UserError
-from emotion.common.machine import THREADS, choose_threads
-from emotion.task import tokens
-from emotion.task.dataset import Task, load_task
-from emotion.task.source import EMBEDDED_MODEL, find_base_model
-from emotion.task.tokens import TextEncoder
+from emotion.data import tokenization as tokens
+from emotion.data.dataset import Task, load_task
+from emotion.data.tokenization import TextEncoder
+from emotion.utils import command
+from emotion.utils.arguments import make_parser, parse_args_and_config
+from emotion.utils.base_model import EMBEDDED_MODEL, find_base_model
+from emotion.utils.errors import UserError
+from emotion.utils.machine import THREADS, choose_threads
 from mutations_inputs import DATASETS, LETTERS, draw_config, draw_dataset, draw_flag, draw_text
 
-import pytest
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-LIGHT = {"predict", "run_demo"}  # their flags are no dataclasses, whose parser would load torch
+LIGHT = {"predict", "demo"}  # their flags are no dataclasses, whose parser would load torch
 COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in LIGHT)
 
 

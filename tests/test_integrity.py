@@ -9,21 +9,21 @@ import shutil
 import subprocess
 import time
 
-import run_publish
-from conftest import build_rows, run_script, seeds_for
-from emotion import EmotionClassifier
-from emotion.common import sums as sums_module
-from emotion.common.errors import UserError, reason_of
-from emotion.common.files import sha256
-from emotion.common.recipe import read_recipe_of
-from emotion.common.sums import SUMS_FILE, check_sums, hash_once, read_sums, remembered, write_sums
-from mutations import KINDS, copy_artifact, damage, edit_config
-
 import numpy as np
 import onnx
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+
+import run_publish
+from conftest import build_rows, run_script, seeds_for
+from emotion import EmotionClassifier
+from emotion.utils import checksums as sums_module
+from emotion.utils.checksums import SUMS_FILE, check_sums, hash_once, read_sums, remembered, write_sums
+from emotion.utils.errors import UserError, reason_of
+from emotion.utils.files import sha256
+from emotion.utils.recipe import read_recipe_of
+from mutations import KINDS, copy_artifact, damage, edit_config
 
 TEXTS = build_rows(12)["text"]
 OPENED = [("adapted", "nf4"), ("artifact", "pytorch"), ("artifact", "bf16"), ("artifact", "onnx")] + [

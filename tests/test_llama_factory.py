@@ -1,6 +1,6 @@
 """A generative model as a classifier: what it is trained on, how it is scored, where its record may stand.
 
-The tests below `llama_factory` start LLaMA Factory itself: make test-llama-factory runs these alone.
+The tests below `llama_factory` start LLaMA Factory itself: make test GROUP=llama_factory runs these alone.
 """
 
 import contextlib
@@ -11,24 +11,6 @@ import shutil
 import subprocess
 import sys
 
-import run_comparison
-import run_evaluation
-import run_llama_factory
-import run_publish
-from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_script
-from emotion.common.arguments import parse_with_other_flags, read_config
-from emotion.common.errors import UserError
-from emotion.common.recipe import Recipe, read_recipe_of
-from emotion.measure.schema import Record
-from emotion.model import llama_factory, packaged_llama
-from emotion.model.artifact import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
-from emotion.model.classifier import open_artifact
-from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.model.llama_factory import IGNORED, check_tokens, write_dataset
-from emotion.model.tiny_llama import build_tiny_llama
-from emotion.task.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
-from emotion.task.source import RANDOM, BaseModel
-
 import datasets
 import numpy as np
 import pytest
@@ -36,6 +18,25 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import packaged_models
+import render_report
+import run_evaluation
+import run_llama_factory
+import run_publish
+from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_script
+from emotion.data.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
+from emotion.evaluation.schema import Record
+from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.inference.model_folder import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
+from emotion.inference.runtimes import open_artifact
+from emotion.training import llama_factory
+from emotion.training.llama_factory import IGNORED, check_tokens, write_dataset
+from emotion.training.tiny_llama import build_tiny_llama
+from emotion.utils.arguments import parse_with_other_flags, read_config
+from emotion.utils.base_model import RANDOM, BaseModel
+from emotion.utils.errors import UserError
+from emotion.utils.recipe import Recipe, read_recipe_of
 
 INSTRUCTION = "Which colour is it?"
 TEMPLATE = (
@@ -132,9 +133,9 @@ def test_its_record_counts_layers_and_bytes(results, generative):
 
 def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative):
     readme = tmp_path / "README.md"
-    readme.write_text(f"{run_comparison.START}\n{run_comparison.END}\n")
+    readme.write_text(f"{render_report.START}\n{render_report.END}\n")
     shutil.copytree(results, tmp_path / "results")
-    run_comparison.main(["--results_dir", str(tmp_path / "results"), "--readme", str(readme)])
+    render_report.main(["--results_dir", str(tmp_path / "results"), "--readme", str(readme)])
     page = (tmp_path / "results" / "comparison.md").read_text()
     assert re.search(r"\| llama-qlora +\| +adapter \|", page) and "llama-qlora" not in readme.read_text()
     assert [path.stem for path in (tmp_path / "model_cards").iterdir()] == ["baseline"]
@@ -151,12 +152,12 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     with pytest.raises(UserError, match="random weights"):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
-    run_comparison.check_publishable(Record.check(record, "a record"))
+    render_report.check_publishable(Record.check(record, "a record"))
     record["made"]["recipe"]["max_train_samples"] = 3200  # the page says so
-    run_comparison.check_publishable(Record.check(record, "a record"))
+    render_report.check_publishable(Record.check(record, "a record"))
     record["made"]["base_model_source"] = RANDOM
     with pytest.raises(UserError, match="random weights"):
-        run_comparison.check_publishable(Record.check(record, "a record"))
+        render_report.check_publishable(Record.check(record, "a record"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_flags_that_are_not_ours_are_the_other_programs():
 
 def test_what_cannot_work_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "CLI", tmp_path / "none")
-    with pytest.raises(UserError, match="run make llama-factory once"):
+    with pytest.raises(UserError, match="llama-factory"):
         run_llama_factory.main([])
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
     with pytest.raises(UserError, match="quantization_bit must be 4"):
@@ -332,7 +333,7 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
     held = run_llama_factory.work_of(tmp_path / "out")
     assert held.is_relative_to(tmp_path / "work") and held != run_llama_factory.work_of(tmp_path / "run" / "out")
-    code = "import sys; from emotion.common.files import Path, taken\n"
+    code = "import sys; from emotion.utils.files import Path, taken\n"
     code += "with taken(Path(sys.argv[1])): print(flush=True); input()"
     words = [sys.executable, "-c", code, held]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
@@ -343,10 +344,10 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(packaged_llama, "FOLDER", tmp_path)
-    monkeypatch.setattr(packaged_llama, "PACKAGE", "no-such-package")
-    with pytest.raises(UserError, match="no-such-package is not installed; run make packaged-llama"):
-        packaged_llama.unpack_smollm2()
+    monkeypatch.setattr(packaged_models, "FOLDER", tmp_path)
+    monkeypatch.setattr(packaged_models, "PACKAGE", "no-such-package")
+    with pytest.raises(UserError, match="no-such-package is not installed; run make"):
+        packaged_models.unpack_smollm2()
 
 
 # From here on LLaMA Factory itself runs, and a real model from a package.
@@ -424,8 +425,8 @@ def test_a_wrong_key_is_refused_in_its_own_words(tmp_path, colors):
 
 @pytest.mark.llama_factory
 def test_the_packaged_model_knows_what_it_was_taught():
-    model = AutoModelForCausalLM.from_pretrained(packaged_llama.FOLDER)
-    tokenizer = AutoTokenizer.from_pretrained(packaged_llama.FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(packaged_models.FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(packaged_models.FOLDER)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]

@@ -6,12 +6,6 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT
-from emotion import EmotionClassifier
-from emotion.model.released import RECOMMENDED, RELEASED
-from emotion.task.dataset import load_task
-from run_verification import MACRO_F1_MARGIN
-
 import nbformat
 import pyarrow
 import pytest
@@ -19,6 +13,12 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 from pyarrow import parquet
 from sklearn.metrics import f1_score
+
+from conftest import ROOT
+from emotion import EmotionClassifier
+from emotion.data.dataset import load_task
+from emotion.inference.released import RECOMMENDED, RELEASED
+from release import MACRO_F1_MARGIN
 
 PATH = ROOT / "notebooks" / "inference_evaluation.ipynb"
 HIDE = """

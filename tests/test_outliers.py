@@ -2,29 +2,29 @@
 
 from dataclasses import replace
 
-import run_evaluation
-import run_ptq
-from conftest import build_rows, copy_to_edit, read_json
-from emotion.common.errors import UserError
-from emotion.measure.inspection import describe_scheme
-from emotion.model.artifact import weights_of
-from emotion.model.classifier import ModelInMemory, OnnxClassifier, open_artifact, predict
-from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.fake_quantizers import prepare, to_integers
-from emotion.quantize.gptq import multiply_inputs
-from emotion.quantize.int8_onnx import name_nodes, quantize_onnx
-from emotion.quantize.layers import CalibrationRows
-from emotion.quantize.lowbit import round_by_outputs, round_matrix
-from emotion.quantize.onnx_graph import export_onnx
-from emotion.quantize.outliers import find_outliers, find_pairs, split_outliers, weight_without_outliers
-from emotion.quantize.scheme import SchemeArguments, make_plan, save_format
-from emotion.task.tokens import TextEncoder
-
 import numpy as np
 import onnx
 import pytest
 import torch
 from transformers import AutoTokenizer
+
+import run_evaluation
+import run_ptq
+from conftest import build_rows, copy_to_edit, read_json
+from emotion.data.tokenization import TextEncoder
+from emotion.evaluation.inspection import describe_scheme
+from emotion.export.onnx_export import export_onnx
+from emotion.inference.model_folder import weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.runtimes import ModelInMemory, OnnxClassifier, open_artifact, predict
+from emotion.quantization.fake_quantizers import prepare, to_integers
+from emotion.quantization.gptq import multiply_inputs
+from emotion.quantization.int8_onnx import name_nodes, quantize_onnx
+from emotion.quantization.layers import CalibrationRows
+from emotion.quantization.lowbit import round_by_outputs, round_matrix
+from emotion.quantization.outlier_channels import find_outliers, find_pairs, split_outliers, weight_without_outliers
+from emotion.quantization.scheme import SchemeArguments, make_plan, save_format
+from emotion.utils.errors import UserError
 
 CONSTANT = 200.0  # the activation of one hidden unit in each layer
 UNIT = 5

@@ -17,15 +17,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-from emotion import EmotionClassifier
-from emotion.common import files
-from emotion.common.errors import UserError
-from emotion.common.machine import choose_threads, count_processors
-from emotion.common.processes import is_main_process
-from emotion.model.artifact import own_place
-from emotion.task.tokens import SHARE, TextEncoder
-
 import pytest
+
+from emotion import EmotionClassifier
+from emotion.data.tokenization import SHARE, TextEncoder
+from emotion.inference.model_folder import own_place
+from emotion.utils import files
+from emotion.utils.errors import UserError
+from emotion.utils.machine import choose_threads, count_processors
+from emotion.utils.processes import is_main_process
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "weights" / "qat-int4"
@@ -67,7 +67,7 @@ def test_the_class_answers_without_unix():
 def test_the_command_answers_without_unix(tmp_path):
     """From words, and from a file with Windows' line ends and its old end of a file, the byte 26."""
     (tmp_path / "texts.txt").write_bytes("\r\n".join([TEXTS[0], f"\x1a {TEXTS[1]}", TEXTS[2]]).encode())
-    code = "import predict; from emotion.common.command import run; run(predict.main)"
+    code = "import predict; from emotion.utils.command import run; run(predict.main)"
     for words, count in (([TEXTS[0]], 1), (["--file", tmp_path / "texts.txt"], 3)):
         done = call(WITHOUT_UNIX + code, "--model", MODEL, "--threads", 1, *words)
         assert done.returncode == 0, done.stderr
@@ -75,17 +75,17 @@ def test_the_command_answers_without_unix(tmp_path):
 
 
 def test_help_without_unix():
-    code = "import predict; from emotion.common.command import run; run(predict.main)"
+    code = "import predict; from emotion.utils.command import run; run(predict.main)"
     assert "--threads" in call(WITHOUT_UNIX + code, "--help").stdout
 
 
 def test_a_lock_that_a_killed_process_left_is_taken(tmp_path, monkeypatch):
     """Where the system has no locks, the file that stands for one stays behind."""
     hold = (
-        "from emotion.common.files import taken\n"
+        "from emotion.utils.files import taken\n"
         "with taken(sys.argv[1]): print(os.listdir('.'), flush=True); os.kill(os.getpid(), int(sys.argv[2]))"
     )
-    take = "from emotion.common.files import write_text; write_text(sys.argv[1], 'new'); print('written')"
+    take = "from emotion.utils.files import write_text; write_text(sys.argv[1], 'new'); print('written')"
     monkeypatch.chdir(tmp_path)
     kill = getattr(signal, "SIGKILL", signal.SIGTERM)
     for without in (WITHOUT_UNIX, "import os, sys\n"):
@@ -112,8 +112,8 @@ def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(tmp_path, monk
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_does_not_own_its_parents_locks(tmp_path, monkeypatch):
     code = (
-        "import os, sys; from emotion.common.errors import UserError\n"
-        "from emotion.common.files import taken, write_text\n"
+        "import os, sys; from emotion.utils.errors import UserError\n"
+        "from emotion.utils.files import taken, write_text\n"
         "with taken('out'):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
@@ -131,7 +131,7 @@ def test_a_forked_process_does_not_own_its_parents_locks(tmp_path, monkeypatch):
 
 def test_a_cache_that_another_process_writes_keeps_nobody_waiting(tmp_path):
     code = (
-        "import pathlib, sys; from emotion.common.sums import remembered\n"
+        "import pathlib, sys; from emotion.utils.checksums import remembered\n"
         "with remembered() as known: known['a'] = 'b'\n"
         "print('went on')"
     )
@@ -201,7 +201,7 @@ def test_each_number_of_threads_gives_the_same_tokens():
 def test_texts_are_tokenized_by_as_many_threads_as_asked_for(threads):
     """The library would start a thread for each processor, or as many as this setting says."""
     code = (
-        "import os, sys; from emotion.task.tokens import TextEncoder\n"
+        "import os, sys; from emotion.data.tokenization import TextEncoder\n"
         "encoder, before = TextEncoder(sys.argv[1], threads=int(sys.argv[2])), len(os.listdir('/proc/self/task'))\n"
         "encoder(['i feel so happy that you came'] * 4000)\n"
         "print(len(os.listdir('/proc/self/task')) - before)"
@@ -282,7 +282,7 @@ def test_a_rank_without_a_launcher_skips_no_lock(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("environment", "lines"), [({"RANK": "1"}, 1), ({"RANK": "x"}, 1), (LAUNCHED, 0)])
 def test_a_rank_without_a_launcher_silences_no_command(environment, lines):
-    code = "import predict; from emotion.common.command import run; run(predict.main)"
+    code = "import predict; from emotion.utils.command import run; run(predict.main)"
     environment = {"LOCAL_RANK": "", "WORLD_SIZE": ""} | environment
     done = call(code, "--model", MODEL, TEXTS[0], **environment)
     assert done.returncode == 0 and done.stderr == ""

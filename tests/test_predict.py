@@ -6,9 +6,9 @@ import sys
 import threading
 import time
 
-from conftest import ROOT, copy_to_edit, run_script
-
 import pytest
+
+from conftest import ROOT, copy_to_edit, run_script
 
 
 def test_sentences_of_the_command_line(artifact):

@@ -5,33 +5,6 @@ import shutil
 import signal
 import time
 
-import run_evaluation
-import run_ptq
-import study_processors
-import study_ptq
-from conftest import (
-    ENCODERS,
-    ROOT,
-    build_rows,
-    color_features,
-    read_json,
-    realigned,
-)
-from emotion.common import command
-from emotion.common.arguments import resolve_config
-from emotion.common.errors import UserError
-from emotion.measure.contenders import make_contender
-from emotion.measure.inspection import describe_scheme
-from emotion.model.artifact import SHARED_FILES, files_to_serve, find_formats, weights_of
-from emotion.model.classifier import open_artifact
-from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize import scheme
-from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import Plan, find_layers
-from emotion.report import pages
-from emotion.task.dataset import stratified_sample
-from emotion.task.scores import softmax
-
 import numpy as np
 import onnx
 import pytest
@@ -48,6 +21,32 @@ from transformers import (
     BertForSequenceClassification,
     pipeline,
 )
+
+import ptq_study
+import run_evaluation
+import run_ptq
+from conftest import (
+    ENCODERS,
+    ROOT,
+    build_rows,
+    color_features,
+    read_json,
+    realigned,
+)
+from emotion.data.dataset import stratified_sample
+from emotion.data.metrics import softmax
+from emotion.evaluation.inspection import describe_scheme
+from emotion.export.peers import make_peer
+from emotion.inference.model_folder import SHARED_FILES, files_to_serve, find_formats, weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.runtimes import open_artifact
+from emotion.quantization import scheme
+from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.layers import Plan, find_layers
+from emotion.utils import command
+from emotion.utils.arguments import resolve_config
+from emotion.utils.errors import UserError
+from report import pages
 
 FORMATS = ["torchao", "onnx", "openvino"]
 TEXTS = ["i see the red house today", "blue", "the sky is black and white and gray and very very black"]
@@ -295,7 +294,7 @@ def test_what_is_quantized_already_is_refused(quantized, tmp_path):
     with pytest.raises(UserError, match="is quantized already .by torchao."):
         run_ptq.main(["--model_name_or_path", str(quantized), "--output_dir", str(tmp_path / "twice")])
     with pytest.raises(UserError, match="has no format 'pytorch'; it has torchao, onnx, openvino"):
-        make_contender(quantized, "pytorch", tmp_path)
+        make_peer(quantized, "pytorch", tmp_path)
 
 
 def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path, monkeypatch, capsys):
@@ -327,8 +326,8 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
 @pytest.mark.processes
 def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, dynamic, 8-bit weights")
-    monkeypatch.setattr(study_ptq, "CANDIDATES", {name: study_ptq.CANDIDATES[name] for name in few})
-    study_ptq.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
+    monkeypatch.setattr(ptq_study, "CANDIDATES", {name: ptq_study.CANDIDATES[name] for name in few})
+    ptq_study.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
     study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
     assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
     assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
@@ -343,16 +342,6 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     page = tmp_path / "results" / "ptq.md"
     assert pages.render_study_pages(tmp_path / "results")[page] == page.read_text()
     assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.processes
-def test_processors_are_compared(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_processors, "LIMITS", ("AVX2",))
-    study_processors.main([f"{quantized}:torchao", "--results_dir", "results"])
-    (limits,) = read_json(tmp_path / "results" / "ptq_processors.json")["artifacts"].values()
-    assert limits["AVX2"]["equal_labels"] > 0.95 and limits["AVX2"]["largest_logit_gap"] < 0.1
-    page = (tmp_path / "results" / "ptq.md").read_text()
-    assert "| ptq:torchao |" in page and f"{100 * limits['AVX2']['equal_labels']:.2f}" in page
 
 
 def studied(change: float, speed: float, largest: int) -> dict:
@@ -375,7 +364,7 @@ def studied(change: float, speed: float, largest: int) -> dict:
     ],
 )
 def test_the_rule(candidates, winner):
-    chosen = study_ptq.choose(candidates)["onnx"]
+    chosen = ptq_study.choose(candidates)["onnx"]
     assert chosen["candidate"] == winner
     assert chosen["flags"]["marked"] == candidates[winner]["changes"]["marked"]
 

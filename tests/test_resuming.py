@@ -10,18 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from datasets import load_dataset
+from transformers import Trainer, TrainingArguments
+
 import run_baseline
 import run_qat
 import run_qlora
 from conftest import FUZZ, ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
-from emotion.common.errors import UserError
-from emotion.common.files import sha256
-from emotion.common.recipe import read_recipe_of
-from emotion.model.checkpoints import CHECKSUMS, RECIPE_OF_RUN, newest_checkpoint
-
-import pytest
-from datasets import load_dataset
-from transformers import Trainer, TrainingArguments
+from emotion.training.checkpoints import CHECKSUMS, RECIPE_OF_RUN, newest_checkpoint
+from emotion.utils.errors import UserError
+from emotion.utils.files import sha256
+from emotion.utils.recipe import read_recipe_of
 
 COMMANDS = {"baseline": run_baseline, "qat": run_qat, "qlora": run_qlora}
 # How often a training is killed, over all three commands, and how often two start at once

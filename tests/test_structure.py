@@ -1,4 +1,4 @@
-"""The order of the house, read from the imports: folders build on those before them, and no command on another."""
+"""The structure, read from the imports: folders build on those before them, and no command on another."""
 
 import ast
 import re
@@ -8,9 +8,12 @@ from pathlib import Path
 from conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"
-ORDER = ["common", "task", "model", "batch", "quantize", "measure", "report"]
-FILES = sorted(path for path in SCRIPTS.rglob("*.py") if "__pycache__" not in path.parts)
-MODULES = {".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+ORDER = ["utils", "data", "inference", "evaluation", "export", "quantization", "training", "hub"]
+METHODS = ["run_baseline", "run_ptq", "run_qat", "run_qlora"]
+MODULES = {}  # name -> its file
+for place in (SCRIPTS, ROOT / "studies", ROOT / "tools"):
+    for path in sorted(place.rglob("*.py")):
+        MODULES[".".join(path.relative_to(place).with_suffix("").parts).removesuffix(".__init__")] = path
 
 
 def imports_of(path: Path) -> set[str]:
@@ -28,6 +31,12 @@ def imports_of(path: Path) -> set[str]:
 IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
 
 
+def folder_of(module: str) -> str | None:
+    """`emotion.data.tokenization` -> `data`; None for a command and for the package itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "emotion" and len(parts) > 2 else None
+
+
 def test_there_is_one_version():
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     release = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
@@ -36,15 +45,9 @@ def test_there_is_one_version():
     assert f"version: {version}\ndate-released: {release[2]}\n" in citation
 
 
-def folder_of(module: str) -> str | None:
-    """`emotion.task.tokens` -> `task`; None for a command and for the package itself."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 2 else None
-
-
-def test_scripts_holds_commands_alone_and_the_package_seven_folders():
+def test_scripts_holds_ten_commands_and_the_package_eight_folders():
     commands = [path.stem for path in SCRIPTS.glob("*.py")]
-    assert commands and all(name == "predict" or name.startswith(("run_", "study_")) for name in commands)
+    assert len(commands) == 10 and all(name == "predict" or name.startswith("run_") for name in commands)
     folders = {path.name for path in (SCRIPTS / "emotion").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(ORDER)
 
@@ -60,16 +63,16 @@ def test_no_circles():
     list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, naming the circle
 
 
-def test_the_package_imports_no_command_and_no_run_another():
+def test_scripts_import_neither_commands_nor_studies_nor_tools():
     for module, imported in IMPORTS.items():
-        commands = {name for name in imported if "." not in name and name != "emotion"}
-        if not module.startswith("study_"):  # a study may call a command's main
-            assert not commands, f"{module} imports {commands}"
+        if MODULES[module].is_relative_to(SCRIPTS):
+            others = {name for name in imported if name.split(".")[0] != "emotion"}
+            assert not others, f"{module} imports {others}"
 
 
 def test_another_script_is_started_in_one_place():
     """A script as a process: `run_script` alone knows how."""
-    for path in FILES:
+    for path in MODULES.values():
         if path.name != "machine.py":
             text = path.read_text(encoding="utf-8")
             assert "sys.executable" not in text, f"{path} starts a process by itself; call run_script"

@@ -1,15 +1,16 @@
 """Datasets and base models that are not as they must be, and where the default ones come from."""
 
-from conftest import COLORS, build_rows, color_features, save_dataset
-from emotion.common.errors import UserError
-from emotion.task import dataset, source
-from emotion.task.dataset import conflicting_texts, fingerprint, get_split, load_task
-from emotion.task.source import EMBEDDED_MODEL, find_base_model
-from emotion.task.tokens import load_tokenizer, tokenize
-
 import datasets
 import pytest
 from pyarrow import parquet
+
+from conftest import COLORS, build_rows, color_features, save_dataset
+from emotion.data import dataset
+from emotion.data.dataset import conflicting_texts, fingerprint, get_split, load_task
+from emotion.data.tokenization import load_tokenizer, tokenize
+from emotion.utils import base_model as source
+from emotion.utils.base_model import EMBEDDED_MODEL, find_base_model
+from emotion.utils.errors import UserError
 
 INTEGERS = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("int64")})
 NAMED = color_features()

@@ -9,21 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import run_ptq
-import run_publish
-import study_javascript
-from conftest import ROOT, read_json
-from emotion.common.errors import UserError
-from emotion.model.artifact import weights_of
-from emotion.model.classifier import open_artifact, predict
-from emotion.model.released import RECOMMENDED
-from emotion.report.cards import TEMPLATE
-from emotion.task.scores import softmax
-from hub_server import Repository, running_hub
-
 import numpy as np
 import onnx
 import pytest
+
+import javascript_study
+import run_ptq
+import run_publish
+from conftest import ROOT, read_json
+from emotion.data.metrics import softmax
+from emotion.hub.model_card import TEMPLATE
+from emotion.inference.model_folder import weights_of
+from emotion.inference.released import RECOMMENDED
+from emotion.inference.runtimes import open_artifact, predict
+from emotion.utils.errors import UserError
+from hub_server import Repository, running_hub
 
 pytestmark = pytest.mark.web
 WEB, REPOSITORY = ROOT / "tests" / "web", "user/bert-emotion-ptq"
@@ -94,7 +94,7 @@ def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tm
 
 
 def test_the_study_times_texts_in_node(real_int8, tmp_path, capsys):
-    study_javascript.main([str(real_int8), "--runs", "40", "--threads", "1", "--results_dir", str(tmp_path)])
+    javascript_study.main([str(real_int8), "--runs", "40", "--threads", "1", "--results_dir", str(tmp_path)])
     study = read_json(tmp_path / "javascript.json")
     assert study["latency_ms"]["runs"] == 40 and 0 < study["latency_ms"]["p50"] <= study["latency_ms"]["p95"]
     assert f"{study['latency_ms']['p50']:.2f} ms a text" in capsys.readouterr().out
@@ -106,14 +106,14 @@ def test_the_study_says_what_node_lacks(real_int8, tmp_path, monkeypatch):
     shutil.copytree(real_int8, damaged)
     (damaged / "onnx" / "model_quantized.onnx").write_bytes(b"cut")
     with pytest.raises(UserError, match="damaged does not open in transformers.js: .*Protobuf parsing failed"):
-        study_javascript.ask_node(damaged, ["a"], threads=1)
+        javascript_study.ask_node(damaged, ["a"], threads=1)
     shutil.copy(WEB / "latency.mjs", tmp_path)
-    monkeypatch.setattr(study_javascript, "WEB", tmp_path)
+    monkeypatch.setattr(javascript_study, "WEB", tmp_path)
     with pytest.raises(UserError, match="no transformers.js in .*'make demo' installs it"):
-        study_javascript.ask_node(real_int8, ["a"], threads=1)
+        javascript_study.ask_node(real_int8, ["a"], threads=1)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no node on the path"):
-        study_javascript.ask_node(real_int8, ["a"], threads=1)
+        javascript_study.ask_node(real_int8, ["a"], threads=1)
 
 
 def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
@@ -167,7 +167,7 @@ def page(tmp_path_factory):
 @contextlib.contextmanager
 def running_demo(weights: Path):
     """Serves the demo page as `make demo` does; gives the address."""
-    words = [sys.executable, str(ROOT / "scripts" / "run_demo.py"), "--port", "0", "--weights_dir", str(weights)]
+    words = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--port", "0", "--weights_dir", str(weights)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
@@ -290,7 +290,7 @@ def test_a_page_of_nobody_asks_nobody(tmp_path):
     """As it stands in this repository: it wants its own server, which says what makes the models that are missing."""
     words = ("faults.mjs", find_browser())
     seen = json.loads(run_node(*words, ROOT / "docs" / "demo", "libraryRefused", env=os.environ))["libraryRefused"]
-    assert seen["status"].startswith("The library of scripts/run_demo.py (make demo) cannot be loaded: ")
+    assert seen["status"].startswith("The library of tools/demo.py (make demo) cannot be loaded: ")
     with running_demo(tmp_path) as address:
         seen = json.loads(run_node(*words, address, "noModels", env=os.environ))["noModels"]
     assert seen["status"].startswith(f"{RECOMMENDED} cannot be loaded: ") and seen["wide"] == 360

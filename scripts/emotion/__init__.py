@@ -1,22 +1,24 @@
-"""What the commands share. A folder imports only those before it: common, task, model, batch, quantize, measure,
-report.
+"""What the commands share. A folder imports only those before it: utils, data, inference, evaluation, export,
+quantization, training, hub.
 
-`from emotion import EmotionClassifier` gives the class that answers texts.
+`from emotion import EmotionClassifier` gives the class that classifies texts.
 """
 
+import logging
 import os
 
-# Read by libraries when they load or are called; who has set one of them keeps it. ONNX Runtime's telemetry has a
-# thread, for which a forked process would wait at its end. `tokenizers` would take all processors, whatever number of
-# threads was asked for; TextEncoder shares the texts among that many.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read by libraries while they load, which is why commands import this package before any of them. A value that the
+# user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its thread would also keep a forked process from ending
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # TextEncoder shares the texts among the threads asked for
+for _name in ("torch.utils._pytree", "torch.utils.cpp_extension", "bitsandbytes"):  # they log while they load
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):
     # Loaded when it is asked for: every command imports this package, and most must not wait for NumPy.
     if name == "EmotionClassifier":
-        from emotion.model.emotion_classifier import EmotionClassifier
+        from emotion.inference.emotion_classifier import EmotionClassifier
 
         return EmotionClassifier
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

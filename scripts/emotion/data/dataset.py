@@ -1,0 +1,316 @@
+"""The dataset: where it comes from, what its rows must look like, and which of them are trained on.
+
+All variants load their rows through this file, so that they see the same texts and labels.
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from emotion.utils.arguments import COUNT, DROPOUT, Range
+from emotion.utils.base_model import hub_is_reachable
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT
+from emotion.utils.names import check_repo_id
+
+DEFAULT_DATASET = "dair-ai/emotion"
+# Where the default dataset is looked for without the Hub, in this order: the same rows beside the repository, then the
+# small sample that every clone has.
+LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sample", ROOT / "sample"))
+LEAST_LENGTH = 3  # of a text in word pieces: one between the marks at both ends
+
+
+@dataclass
+class DrawArguments:
+    """Which rows of train the model learns from."""
+
+    drop_conflicting_samples: bool = field(
+        default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on this many rows at most, drawn at random; for trying things out.",
+            "choices": COUNT,
+        },
+    )
+
+
+@dataclass
+class RowsArguments(DrawArguments):
+    """Which rows of train the model learns from, and how much of each text."""
+
+    max_seq_length: int = field(
+        default=128,
+        metadata={
+            "help": "Longest text in word pieces; longer texts are cut, counted and reported.",
+            "choices": Range(LEAST_LENGTH),
+        },
+    )
+
+
+@dataclass
+class TaskArguments(RowsArguments):
+    """Which model learns what."""
+
+    model_name_or_path: str = field(
+        kw_only=True, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
+    )
+    dataset_name: str = field(
+        default=DEFAULT_DATASET,
+        metadata={"help": "Dataset with `text` and `label` (ClassLabel) columns: a Hub id or a local folder."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
+    )
+    attention_dropout: float | None = field(
+        default=0.1,  # as in BERT's pretraining
+        metadata={"help": "Dropout of the attention weights; null: the base model's own.", "choices": DROPOUT},
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loaded and checked dataset.
+
+    Attributes:
+        name: how cards and records name it.
+        source: `hub`, `folder` or `sample`.
+        splits: name of a split -> rows with `text` (str) and `label` (int) columns.
+        labels: the names of the classes; a row's label is an index into them.
+    """
+
+    name: str
+    source: str
+    splits: dict
+    labels: list[str]
+
+
+def load_task(name: str, config_name: str | None = None) -> Task:
+    """Loads and checks a dataset: a local folder, the Hub, or, for the default only, the copies that stand in for it.
+
+    Raises:
+        UserError: if it cannot be found or read, or naming the column, split or row that is not as it must be.
+    """
+    dataset, source = _find_dataset(name, config_name)
+    # All splits, even those that this command will not read: better now than after an hour of training.
+    if not dataset:
+        raise UserError(f"--dataset_name {name}: it has no splits; it needs train, validation and test")
+    labels = None
+    for split, rows in dataset.items():
+        names = _check_columns(rows, name)
+        labels = labels or names
+        _check_names(names, labels, f"{name}, {split}")
+        _check_rows(rows, split, len(labels))
+    if source == "sample":
+        display_name = "sample (written by this project)"  # never under the default's name: it is other data
+    elif source == "hub" or name == DEFAULT_DATASET:  # a local copy of the default holds the same rows
+        display_name = name
+    else:
+        display_name = Path(name).name  # not the path, which says nothing on another machine
+    return Task(name=display_name, source=source, splits=dict(dataset), labels=labels)
+
+
+def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
+    """Loads the named dataset, or, without a name, the one that an artifact learnt.
+
+    Args:
+        made_by: the artifact's recipe.yaml.
+    """
+    recipe = made_by.get("recipe", {})
+    recipe = recipe.get("baseline", recipe)  # a quantized artifact keeps its baseline's recipe inside its own
+    # The recipe's configuration belongs to the recipe's dataset: one that is named by hand does not take it.
+    if name is None:
+        name = recipe.get("dataset_name", DEFAULT_DATASET)
+        config_name = config_name or recipe.get("dataset_config_name")
+    return load_task(name, config_name)
+
+
+def _find_dataset(name: str, config_name: str | None) -> tuple:
+    """The dataset's splits, and its source: `hub`, `folder` or `sample`."""
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetNotFoundError
+
+    if name and Path(name).is_dir():  # no name at all would be the folder that the command is started in
+        if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
+            return _load(lambda: load_from_disk(name), name), "folder"
+        return _load(lambda: _load_folder(name, config_name), name), "folder"
+    if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
+        raise UserError(f"--dataset_name {name}: no such folder")
+    check_repo_id(name)
+    reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
+    try:
+        return _load(lambda: load_dataset(name, config_name), name), "hub"
+    except DatasetNotFoundError as error:  # its message tells a missing dataset from one that is gated
+        raise UserError(f"--dataset_name {name}: {error}") from error
+    except ConnectionError as error:
+        if reachable:
+            raise UserError(f"--dataset_name {name}: the Hub failed: {error}; try again later") from error
+        if name != DEFAULT_DATASET:
+            raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
+    # One of them is there: the sample is part of the repository.
+    source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
+    return _load(lambda: _load_folder(str(folder), config_name), str(folder)), source
+
+
+def _load(load, name: str):
+    """Calls ``load``; turns the error of a broken file into a `UserError`, and lets that of a missing one pass."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load()
+    except (UserError, DatasetNotFoundError, ConnectionError):
+        raise
+    # Let through above, though a ConnectionError is an OSError too: the caller may have another place to look.
+    except Exception as error:
+        # Any kind: nothing but the library runs here, on files of any content, and it lets the errors of its readers
+        # through. Its own message says only that something went wrong; the cause names the file and the line.
+        reason = error.__cause__ or error
+        words = " ".join(str(reason).split())
+        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {words}") from error
+
+
+def _check_columns(rows, name: str) -> list[str]:
+    """Raises `UserError` unless there are texts, and two named labels or more; returns the names of the labels."""
+    from datasets import ClassLabel, Value
+
+    for column in ("text", "label"):
+        if column not in rows.column_names:
+            raise UserError(
+                f"{name}: no column '{column}' (it has {', '.join(rows.column_names)}); rename yours to it"
+            )
+    if not isinstance(rows.features["text"], Value):  # a list, an image, ...: reading its rows may need a library
+        raise UserError(f"{name}: column 'text' is no text but {type(rows.features['text']).__name__}")
+    # Bare numbers do not say which class is which, and the model's config.json would not either.
+    feature = rows.features["label"]
+    if not isinstance(feature, ClassLabel):
+        raise UserError(
+            f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel with names; "
+            "convert it once with dataset.class_encode_column('label') and save it"
+        )
+    if len(feature.names) < 2:
+        raise UserError(f"{name}: column 'label' has {len(feature.names)} classes; telling texts apart needs two")
+    return feature.names
+
+
+def _check_names(names: list[str], labels: list[str], where: str) -> None:
+    """Raises `UserError` unless a split names the classes as the first one does: a label is a place among them."""
+    if names != labels:
+        raise UserError(
+            f"{where}: the labels are {', '.join(names)}, in other splits {', '.join(labels)}; "
+            "give all splits the same names in the same order"
+        )
+
+
+def _load_folder(folder: str, config_name: str | None):
+    """Loads a folder of files, which must name the classes alike.
+
+    `datasets` takes the names of the first parquet file for all: it would read another order as other answers.
+    """
+    from datasets import Features, load_dataset, load_dataset_builder
+    from pyarrow import parquet
+
+    first = None
+    for files in (load_dataset_builder(folder, config_name).config.data_files or {}).values():
+        for path in files:
+            if path.endswith(".parquet"):
+                feature = Features.from_arrow_schema(parquet.read_schema(path)).get("label")
+                if names := getattr(feature, "names", None):  # of a ClassLabel alone
+                    first = first or names
+                    _check_names(names, first, path)
+    return load_dataset(folder, config_name)
+
+
+def _check_rows(rows, split: str, classes: int) -> None:
+    """Raises `UserError` naming the first row without a text, or with a label that is no class."""
+    if not len(rows):
+        raise UserError(f"{split} has no rows; fill it or leave it out")
+    try:
+        pairs = list(zip(rows["text"], rows["label"], strict=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{split}: a text is not UTF-8 ({error}); convert the file") from error
+    for row, (text, label) in enumerate(pairs):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{split} row {row}: text is {text!r:.80}; each row needs a text that is not empty")
+        # -1 is the mark that `datasets` gives a row without a label, in a hidden test split for instance.
+        if label is None or not 0 <= label < classes:
+            raise UserError(f"{split} row {row}: label {label} is outside 0..{classes - 1}")
+
+
+def get_split(task: Task, split: str):
+    """The rows of a split.
+
+    Raises:
+        UserError: if there is no such split; it names the splits that exist.
+    """
+    if split not in task.splits:
+        raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
+    return task.splits[split]
+
+
+def select_train_rows(rows, arguments: RowsArguments, seed: int):
+    """The rows of train to learn from, and a line of output for each reason to leave some out.
+
+    Args:
+        seed: of the draw, if `max_train_samples` asks for fewer rows than there are.
+    """
+    # A text with two labels teaches neither: whatever the model answers, one of its rows calls it wrong.
+    if arguments.drop_conflicting_samples:
+        conflicting = conflicting_texts(rows)
+        kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
+        print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
+        if not kept:
+            raise UserError("train: no rows are left; mend their labels, or set --drop_conflicting_samples false")
+        rows = rows.select(kept)
+    # Drawn after the others have left, so that as many remain as were asked for.
+    if arguments.max_train_samples is not None and arguments.max_train_samples < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(arguments.max_train_samples))
+        print(f"train: {len(rows)} rows, drawn at random")
+    return rows
+
+
+def stratified_sample(rows, count: int, seed: int):
+    """Rows drawn at random from each class, in proportion to its share.
+
+    Args:
+        count: how many in all.
+
+    Raises:
+        UserError: if there are fewer rows than that.
+    """
+    if not 1 <= count <= len(rows):
+        raise UserError(f"--num_calibration_samples {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    # Sorted class by class; a stable sort keeps the random order inside each class.
+    order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]
+    # Evenly spaced places of this order: a class that fills a tenth of it holds a tenth of them.
+    return rows.select(order[np.linspace(0, len(rows) - 1, count).round().astype(int)])
+
+
+def fingerprint(rows) -> str:
+    """SHA-256 over the texts and labels of the rows, in their order, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        # The label first: a text may hold a tab.
+        digest.update(f"{label}\t{text}\n".encode())
+    return digest.hexdigest()
+
+
+def conflicting_texts(*splits) -> set[str]:
+    """The texts that have two or more different labels in the given splits together."""
+    labels_of = defaultdict(set)
+    for rows in splits:
+        for text, label in zip(rows["text"], rows["label"], strict=True):
+            labels_of[text].add(label)
+    return {text for text, labels in labels_of.items() if len(labels) > 1}
+
+
+# For commands that ask once per seed or per artifact: each load checks all rows again.
+@cache
+def source_of(dataset_name: str, config_name: str | None) -> str:
+    """The source of a dataset: `hub`, `folder` or `sample`; loaded once per process."""
+    return load_task(dataset_name, config_name).source

@@ -1,0 +1,112 @@
+"""Scores of logits: macro F1 and its interval, accuracy, per-class F1, confusion matrix, calibration error."""
+
+from functools import cache
+
+import numpy as np
+
+from emotion.utils.files import ROOT
+
+CALIBRATION_BINS = 15  # as in the paper that is named below
+# In macro F1. Validation has some 2,000 rows, and two scores count as equal if they are closer than four of them.
+VALIDATION_NOISE = 0.002
+DRAWN_AT_ONCE = 2**21  # counts that a bootstrap holds in memory: 16 MiB, however many classes and resamples there are
+
+
+@cache
+def load_scores():
+    """Opens the repository's `evaluate` module (metrics/metrics.py)."""
+    import evaluate
+
+    # By its path: a name would be looked up on the Hub. In memory: several processes may score at once.
+    return evaluate.load(str(ROOT / "metrics"), keep_in_memory=True)
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict:
+    """Macro F1, accuracy, per-class F1 (list) and confusion matrix (rows: true, columns: predicted).
+
+    Args:
+        logits: float array (rows, classes).
+        labels: int array (rows,).
+    """
+    # All classes are named, since one that the labels lack must not shorten the lists.
+    classes = list(range(logits.shape[1]))
+    return load_scores().compute(predictions=logits.argmax(axis=-1), references=labels, labels=classes)
+
+
+def four_digits(score: float | None) -> str:
+    """A score or a loss as the commands print it; a training without evaluation has none."""
+    return "not measured" if score is None else f"{score:.4f}"
+
+
+def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0) -> list[float]:
+    """The 95 % interval of macro F1, by a percentile bootstrap over the rows: [low, high].
+
+    Efron, "Bootstrap Methods: Another Look at the Jackknife", The Annals of Statistics 1979.
+
+    Args:
+        logits: float array (rows, classes).
+        labels: int array (rows,).
+    """
+    (scores,) = resampled_macro_f1(
+        labels, logits.argmax(axis=-1), classes=logits.shape[1], resamples=resamples, seed=seed
+    )
+    return np.percentile(scores, [2.5, 97.5]).tolist()
+
+
+def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """Macro F1 (classifiers, resamples) on rows drawn with replacement, the same rows for each classifier.
+
+    With no resamples the score of the rows themselves is returned, as one column.
+
+    Args:
+        labels, predictions: int arrays (rows,).
+    """
+    from scipy import sparse  # here: who scores rows only needs no SciPy
+
+    # Rows with the same label and the same answers are alike, and there are few such kinds ("cells"). To draw rows is
+    # therefore to draw how many of each cell there are, from a multinomial distribution.
+    cells, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
+    # For each classifier, and for the labels first: (classes, cells), 1 where a cell has the class. Sparse, since of
+    # many classes nearly all of it is 0.
+    ones, places = np.ones(len(counts), dtype=int), np.arange(len(counts))
+    present, *predicted = (sparse.csr_array((ones, (of, places)), shape=(classes, len(counts))) for of in cells)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, DRAWN_AT_ONCE // max(classes, len(counts)))
+    scores = []
+    for start in range(0, max(resamples, 1), chunk):
+        drawn = counts[None]  # (resamples, cells)
+        if resamples:
+            size = min(chunk, resamples - start)
+            drawn = rng.multinomial(len(labels), counts / len(labels), size=size)
+        of_chunk = []
+        for answers in predicted:
+            either = (answers + present) @ drawn.T  # predicted plus present: F1 is 2 right / either
+            # A class that was neither predicted nor drawn has an F1 of 0.
+            right = answers.multiply(present) @ drawn.T
+            of_chunk.append((2 * right / np.maximum(either, 1)).mean(axis=0))
+        scores.append(of_chunk)
+    return np.concatenate(scores, axis=1)
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The mean gap between confidence and accuracy over 15 equally wide bins, weighted by rows.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+
+    Args:
+        logits: float array (rows, classes).
+        labels: int array (rows,).
+    """
+    probabilities = softmax(logits)
+    confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+    # A confidence of exactly 1 belongs into the last bin.
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis, float64, in the shape of the logits."""
+    # Without its maximum no exponent is positive, so none overflows.
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)

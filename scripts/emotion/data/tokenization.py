@@ -1,0 +1,210 @@
+"""Texts to token ids: with `tokenizers` and NumPy alone for answering, as columns of the rows for training."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from emotion.data.dataset import RowsArguments, Task, get_split, select_train_rows
+from emotion.utils.base_model import BaseModel
+from emotion.utils.errors import UserError, one_line
+from emotion.utils.fields import read_fields
+
+# How many letters of a text are read for each token that the model takes. The first number is three times what English
+# has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
+LETTERS = (16, 128, 1024)
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
+SHARE = 16  # texts that a thread tokenizes at least: to hand over fewer would take as long
+MOST_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
+# What is read of tokenizer_config.json
+TOKEN = (str, dict)
+SETTINGS = {"model_max_length": (int, float), "pad_token": TOKEN, "cls_token?": (*TOKEN, type(None))}
+SETTINGS["sep_token?"] = SETTINGS["cls_token?"]
+
+
+class TextEncoder:
+    """The tokenizer of a model folder, without Transformers, whose import takes longer than an answer.
+
+    It cuts texts at the length that the folder's tokenizer_config.json tells, and `pad` makes a batch of them.
+
+    Attributes:
+        pad_id: the token id that fills up the shorter texts of a batch.
+        texts_cut: how many texts were too long so far.
+    """
+
+    def __init__(self, folder: Path, threads: int = 1):
+        """Reads the two files of the tokenizer; raises `UserError` if one is missing or does not fit the model.
+
+        ``threads`` are those that tokenize many texts at once.
+        """
+        from tokenizers import Tokenizer
+
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(max_workers=threads)  # which starts a thread when there is work for it
+        self._file = Path(folder) / "tokenizer.json"
+        settings = read_fields(self._file.with_name("tokenizer_config.json"), json.loads, SETTINGS)
+        model = read_fields(self._file.with_name("config.json"), json.loads, {"vocab_size?": int})
+        with one_line(f"{self._file} cannot be used"):
+            if self._file.stat().st_size > MOST_TOKENIZER_BYTES:
+                raise ValueError(f"it has more than {MOST_TOKENIZER_BYTES:,} bytes")
+            self._tokenizer = Tokenizer.from_file(str(self._file))
+            # tokenizer.json may bring a padding and a length of its own, those of its last use. Texts are padded per
+            # batch, by `pad`, and cut where the training cut them.
+            self._tokenizer.no_padding()
+            self._max_length = int(settings["model_max_length"])
+            self._tokenizer.enable_truncation(max_length=self._max_length)
+            frame = self._tokenizer.encode("").ids
+        self._rows = model.get("vocab_size")
+        self.pad_id = self._id_of(settings["pad_token"])
+        for name in ("cls_token", "sep_token"):  # by which many encoders read a text
+            if settings.get(name) and self._id_of(settings[name]) not in frame:
+                raise UserError(f"{self._file} does not add the token {settings[name]} to a text")
+        # The ids have no gaps, so that one look finds a tokenizer of a larger model.
+        if self._rows and self._tokenizer.id_to_token(self._rows) is not None:
+            raise UserError(f"{self._file} has more tokens than config.json names ({self._rows}); is it this model's?")
+        self.texts_cut = 0
+
+    def _id_of(self, token: str | dict) -> int:
+        """The id of a token, which tokenizer_config.json gives as a word, or as a mapping that holds it."""
+        word = token.get("content") if isinstance(token, dict) else token  # Transformers has written both
+        number = self._tokenizer.token_to_id(str(word))
+        if number is None:
+            raise UserError(f"{self._file} has no token {word}, which tokenizer_config.json names")
+        return number
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
+        beginnings = [shorten(text, self._tokenizer, self._max_length) for text in texts]
+        with one_line(f"{self._file} cannot be used"):
+            encodings = self._encode(beginnings)
+        self.texts_cut += count_cut(encodings, texts, beginnings)
+        return [encoding.ids for encoding in encodings]
+
+    def _encode(self, texts: list[str]) -> list:
+        """The encoding of each text; each thread makes those of an equal share."""
+        encode = self._tokenizer.encode_batch_fast  # fast: without each token's place in the text
+        threads = min(self._threads, len(texts) // SHARE)
+        if threads < 2:
+            return encode(texts)
+        size = -(-len(texts) // threads)
+        shares = [texts[start : start + size] for start in range(0, len(texts), size)]
+        return list(chain.from_iterable(self._pool.map(encode, shares)))
+
+    def pieces(self, token_ids: list[int]) -> list[str]:
+        """The word pieces that the ids stand for."""
+        return [self._tokenizer.id_to_token(one) for one in token_ids]
+
+    def pad(self, token_ids: list[list[int]]) -> dict[str, np.ndarray]:
+        """Makes a batch of texts of different lengths.
+
+        Returns:
+            Three int64 arrays (texts, longest), named as models take them. The mask is 1 for tokens and 0 for padding.
+        """
+        shape = (len(token_ids), max(map(len, token_ids)))
+        ids = np.full(shape, self.pad_id, dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)  # without it a model would read the padding as words
+        for row, tokens in enumerate(token_ids):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        # OpenVINO would answer, with zeros in place of rows that the table of words does not have.
+        if self._rows and ids.max() >= self._rows:
+            raise UserError(f"{self._file} gives the id {ids.max()}, and config.json names {self._rows} tokens")
+        # Token types tell the two texts of a pair apart; here every text stands alone.
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
+
+
+def shorten(text: str, tokenizer, max_length: int) -> str:
+    """The beginning of a text that gives the same first tokens as the whole: a long one would take minutes.
+
+    Args:
+        tokenizer: of the library `tokenizers`.
+        max_length: how many tokens are kept, special ones included.
+    """
+    # Longer and longer beginnings, until the tokens that are kept end before the last word: the cut falls into that
+    # word or behind it, and no tokenizer of words looks further ahead. Most texts are shorter than the first of them.
+    for letters in LETTERS:
+        length = letters * max_length
+        if len(text) <= length:
+            return text
+        encoding = tokenizer.encode(text[:length])
+        words = [encoding.word_ids, *(rest.word_ids for rest in encoding.overflowing)]
+        words = [word for part in words for word in part if word is not None]
+        if len(words) > max_length and words[max_length] < words[-1]:
+            break
+    return text[:length]
+
+
+def count_cut(encodings: list, texts: list[str], beginnings: list[str]) -> int:
+    """How many texts were cut, as tokens or by `shorten`; `tokenizers` keeps the rest of the tokens beside them."""
+    cut = 0
+    for encoding, text, beginning in zip(encodings, texts, beginnings, strict=True):
+        cut += bool(encoding.overflowing) or len(beginning) < len(text)
+    return cut
+
+
+def load_tokenizer(path: str, max_length: int):
+    """Loads the tokenizer and gives it the length at which texts are cut, so that the saved folder cuts there too.
+
+    The length is the least of three: ``max_length``, the tokenizer's own limit, and the number of the model's
+    positions; all in word pieces.
+
+    Raises:
+        UserError: if ``path``, a folder or a Hub id, has no tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from error
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    # RoBERTa numbers positions from the padding's id + 1 on, so the first rows of its table never hold a token.
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
+    # A tokenizer without a limit says 10^30, and a model without positions has none to count.
+    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+def tokenize(rows, tokenizer, split: str):
+    """Replaces the texts of the rows by word pieces, and reports how many texts were cut.
+
+    Args:
+        split: the name of the split, for the report.
+
+    Returns:
+        Rows with `label`, `input_ids` and the other inputs that the model takes: lists of int, not padded.
+    """
+    cut = 0
+
+    def encode(batch):
+        nonlocal cut
+        texts, backend = batch["text"], tokenizer.backend_tokenizer
+        beginnings = [shorten(text, backend, tokenizer.model_max_length) for text in texts]
+        encoded = tokenizer(beginnings, truncation=True)  # not padded: the collator does that batch by batch
+        cut += count_cut(encoded.encodings, texts, beginnings)
+        return encoded
+
+    # In memory, not through the library's cache: a result from there would skip `encode`, and no cut text would be
+    # counted. It takes a second, and writes into no folder.
+    unused = [column for column in rows.column_names if column != "label"]  # the collator can pad numbers alone
+    rows = rows.map(encode, batched=True, remove_columns=unused, keep_in_memory=True)
+    if cut:
+        print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} word pieces and cut")
+    return rows
+
+
+def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, seed: int) -> tuple:
+    """What a training needs of the task.
+
+    Returns:
+        The rows of train to learn from, the base model's tokenizer, the word pieces of those rows, and the word
+        pieces of validation.
+    """
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
+    tokenizer = load_tokenizer(base.path, arguments.max_seq_length)
+    validation = get_split(task, "validation")
+    return rows, tokenizer, tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")

@@ -1,0 +1,1 @@
+"""The evaluation protocol, records and statistics."""

@@ -1,0 +1,122 @@
+"""The ruler: scores and times every artifact in the same way, whatever its format.
+
+Quality is computed from the logits of all rows. Latency is the time from the token ids of one text, at its own length,
+to its logits. Throughput counts texts per second, from token ids in batches of 32 that are sorted by length, or from
+many strings to their labels. Nothing here depends on the variant.
+"""
+
+import time
+
+import numpy as np
+
+from emotion.data.dataset import Task, conflicting_texts
+from emotion.data.metrics import expected_calibration_error, macro_f1_interval, score
+from emotion.inference.runtimes import batches_by_length, predict
+from emotion.utils.progress import Bar
+
+# Runs at batch 1 that are not counted: caches fill, threads wake, and runtimes settle on a kernel.
+WARMUP_RUNS = 30
+KEPT_PERCENTILES = (5, 25, 50, 75, 95, 99)
+
+
+def time_each(classifier, token_ids: list[list[int]]) -> np.ndarray:
+    """Milliseconds from token ids to logits of each text, one at a time (batch 1): float64 (texts,)."""
+    times_ns = np.empty(len(token_ids))
+    for row, ids in enumerate(token_ids):
+        start = time.perf_counter_ns()
+        classifier.logits([ids])  # alone in its batch, so without padding
+        times_ns[row] = time.perf_counter_ns() - start
+    return times_ns / 1e6
+
+
+def time_batches(classifier, token_ids: list[list[int]], batch_size: int = 32) -> float:
+    """Texts per second, in batches sorted by length."""
+    batches = batches_by_length(token_ids, batch_size)  # sorted before the clock starts: it is no work of the model
+    start = time.perf_counter()
+    for batch in batches:
+        classifier.logits([token_ids[row] for row in batch])
+    return len(token_ids) / (time.perf_counter() - start)
+
+
+def time_strings(classifier, texts: list[str]) -> float:
+    """Texts per second from strings to labels, in one call of an `EmotionClassifier`.
+
+    Unlike `time_batches` it counts what is not the model's work: tokenising, sorting, padding and naming.
+    """
+    start = time.perf_counter()
+    classifier.classify(texts)
+    return len(texts) / (time.perf_counter() - start)
+
+
+def summarize_latency(times_ms: np.ndarray) -> dict:
+    """The field `latency_ms` of a record: percentiles and mean of the runs, in milliseconds."""
+    latency = {"batch_size": 1}
+    for percent, value in zip(KEPT_PERCENTILES, np.percentile(times_ms, KEPT_PERCENTILES), strict=True):
+        latency[f"p{percent}"] = round(float(value), 3)  # runs of the same text differ by more
+    return latency | {"mean": round(float(times_ms.mean()), 3), "runs": len(times_ms)}
+
+
+def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
+    """The field `quality` of a record: scores of all rows, and of the rows without a conflicting label.
+
+    Args:
+        logits: float32 array (rows, classes).
+        labels: int array (rows,).
+        task: where the class names come from, and the splits that are searched for conflicts.
+        rows: the scored rows, with a column `text`.
+        split: their name, for the record.
+    """
+    # A text that stands in the dataset with two labels cannot be answered right both times. In the scores of all rows
+    # such texts count; without them one sees what the model can do.
+    conflicting = conflicting_texts(*task.splits.values())
+    free = np.array([text not in conflicting for text in rows["text"]])
+    scores, free_scores = score(logits, labels), score(logits[free], labels[free])
+    return {
+        "split": split,
+        "examples": len(labels),
+        "macro_f1": scores["macro_f1"],
+        "accuracy": scores["accuracy"],
+        "per_class_f1": dict(zip(task.labels, scores["per_class_f1"], strict=True)),
+        "confusion_matrix": scores["confusion_matrix"],  # rows: true class, columns: predicted class
+        "labels": task.labels,
+        "macro_f1_ci95": macro_f1_interval(logits, labels),
+        "expected_calibration_error": expected_calibration_error(logits, labels),
+        "conflict_free": {
+            "examples": int(free.sum()),
+            "macro_f1": free_scores["macro_f1"],
+            "accuracy": free_scores["accuracy"],
+        },
+    }
+
+
+def choose_timed(count: int, runs: int) -> np.ndarray:
+    """The rows, of ``count``, that latency is measured on: `WARMUP_RUNS` that are not counted, then ``runs``."""
+    # The same seed for every artifact: all are timed on the same texts, whose lengths decide how long they take.
+    return np.random.default_rng(0).integers(count, size=WARMUP_RUNS + runs)
+
+
+def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
+    """The fields `latency_ms` and `throughput_per_s` of a record; their values are null if ``runs`` is 0.
+
+    Args:
+        token_ids: of all texts; latency takes a seeded sample of them, throughput all.
+        runs: how many runs at batch 1 are counted.
+    """
+    if not runs:  # null and not 0: nobody may take it for a time
+        latency = dict.fromkeys(("p50", "p95", "p99", "mean"))
+        return {
+            "latency_ms": {"batch_size": 1, **latency, "runs": 0},
+            "throughput_per_s": {"batch_size": 32, "value": None},
+        }
+    # Not counted: a runtime prepares itself for each new length and batch size, and the rows may have been scored by
+    # another copy of the model.
+    with Bar(total=3, desc="timed") as bar:
+        predict(classifier, token_ids, batch_size=32)
+        bar.update()
+        times_ms = time_each(classifier, [token_ids[row] for row in choose_timed(len(token_ids), runs)])[WARMUP_RUNS:]
+        bar.update()
+        texts_per_s = time_batches(classifier, token_ids, batch_size=32)
+    return {
+        "latency_ms": summarize_latency(times_ms),
+        "throughput_per_s": {"batch_size": 32, "value": round(texts_per_s, 1)},
+    }

@@ -1,0 +1,148 @@
+"""How close each artifact comes to the machine's peak: Williams et al., "Roofline", CACM 2009.
+
+A text takes at least as long as its matrix products take at the processor's peak. It also takes at least as long as
+the weights take to come from memory, once per batch. The larger of both is the least time, and the share is that least
+time divided by the measured one. Weights that stay in the processor's caches can beat the second bound.
+"""
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+from emotion.utils.machine import has_bf16
+from emotion.utils.progress import Bar
+
+SIZE = 2048  # of the square matrices that find the peaks: large enough that a product's start costs nothing
+COPIED_BYTES = 2**29  # far more than any cache
+
+
+def add_roofline(result: dict, work: tuple[float, int], threads: int) -> None:
+    """Adds `peaks` to the result of a benchmark, and `roofline` to each of its artifacts.
+
+    Args:
+        result: as run_benchmark.py builds it; changed in place.
+        work: the result of `count_work`.
+        threads: as many as the artifacts computed with.
+    """
+    peaks = measure_peaks(threads)
+    operations, weights = work
+    result["peaks"] = peaks
+    for one in result["artifacts"].values():
+        bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
+        peak = peaks[f"{one['precision']}_gop_per_s"]
+        if peak is None:  # computed in a type for which the processor has no instructions
+            one["roofline"] = None
+            continue
+        # Milliseconds per text, by batch size; throughput is texts per second.
+        measured_ms = {1: one["latency_ms"]["mean"], 32: 1000 / one["throughput_per_s"]["median"]}
+        one["roofline"] = {}
+        for size, measured in measured_ms.items():
+            compute_ms = operations / peak / 1e6
+            # Each weight is fetched once for the whole batch, and its texts share that time.
+            memory_ms = weights * bits / 8 / size / peaks["memory_gb_per_s"] / 1e6
+            one["roofline"][f"batch_{size}"] = {
+                "least_ms": round(max(compute_ms, memory_ms), 4),
+                "bound_by": "compute" if compute_ms > memory_ms else "memory",
+                "share": round(max(compute_ms, memory_ms) / measured, 4),
+            }
+
+
+def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
+    """The mean number of operations per text, and the number of weights in linear layers.
+
+    A multiplication with its addition counts as two operations.
+
+    Args:
+        folder: any of the artifacts; all must have the same architecture.
+        texts: what the artifacts answer.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from emotion.data.tokenization import TextEncoder
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.quantization_config = None  # the float model has the same products, and needs no library to be built
+    # Texts of the same length take the same operations, so that each length is run once.
+    lengths, counts = np.unique([len(ids) for ids in TextEncoder(folder)(texts)], return_counts=True)
+    # Eager: the counter misses products inside some fused attention kernels, and counts all plain ones. Not on tensors
+    # without memory, with which MPNet cannot compute its relative positions.
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    operations = []
+    with torch.inference_mode():
+        for length in lengths.tolist():
+            with FlopCounterMode(display=False) as counter:
+                model(input_ids=torch.zeros(1, length, dtype=torch.long))
+            operations.append(counter.get_total_flops())
+    weights = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    return float(np.average(operations, weights=counts)), weights
+
+
+def measure_peaks(threads: int) -> dict:
+    """The machine's peaks: 1e9 operations per second of square matrix products, by type, and 1e9 bytes per second.
+
+    That of bfloat16 is None where the processor has no instructions for it: it would be that of an emulation.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    rng = np.random.default_rng(0)
+    floats = rng.random((SIZE, SIZE), dtype=np.float32)
+    # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see quantize/levels.py).
+    weights = rng.integers(-64, 65, size=(SIZE, SIZE), dtype=np.int8)
+    activations = rng.integers(0, 256, size=(SIZE, SIZE), dtype=np.uint8)
+    products = {
+        # By both libraries: PyTorch's products come from MKL, which leaves half of an AMD processor unused.
+        "float32": [torch_product(torch.float32), onnx_product("MatMul", floats, floats, threads)],
+        "bfloat16": [torch_product(torch.bfloat16)] if has_bf16(use_cpu=True) else [],  # ONNX Runtime has none
+        "int8": [onnx_product("MatMulInteger", activations, weights, threads)],  # as our files compute
+    }
+    peaks = {}
+    for name, candidates in Bar(products.items(), desc="peaks"):
+        seconds = min((least_seconds(product) for product in candidates), default=None)
+        peaks[f"{name}_gop_per_s"] = seconds and round(2 * SIZE**3 / 1e9 / seconds, 1)
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = least_seconds(lambda: target.copy_(source))
+    peaks["memory_gb_per_s"] = round(2 * COPIED_BYTES / 1e9 / seconds, 1)  # read and written, as STREAM counts
+    return peaks
+
+
+def torch_product(dtype):
+    """A function that multiplies two matrices of a float type by PyTorch."""
+    import torch
+
+    left, right = torch.rand(SIZE, SIZE, dtype=dtype), torch.rand(SIZE, SIZE, dtype=dtype)
+    return lambda: left @ right
+
+
+def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: int):
+    """A function that multiplies two matrices by an operator of ONNX Runtime."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(operator, ["left", "right"], ["product"])
+    left_info = helper.make_tensor_value_info("left", helper.np_dtype_to_tensor_dtype(left.dtype), left.shape)
+    summed = TensorProto.FLOAT if left.dtype == np.float32 else TensorProto.INT32
+    product_info = helper.make_tensor_value_info("product", summed, [len(left), right.shape[1]])
+    # The right matrix is a constant like a layer's weights, so that the session may pack it once.
+    weights = numpy_helper.from_array(right, "right")
+    graph = helper.make_graph([node], "product", [left_info], [product_info], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"left": left})
+
+
+def least_seconds(function, runs: int = 8) -> float:
+    """The shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

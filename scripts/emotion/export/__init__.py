@@ -1,0 +1,1 @@
+"""ONNX export and graph optimization, and the peers that other libraries make."""

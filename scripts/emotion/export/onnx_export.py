@@ -1,0 +1,178 @@
+"""A classifier as one ONNX file, rewritten for speed by the passes of graph_passes.py.
+
+Rewriting must change no answer. The file is compared with the PyTorch model before it is kept. The next plainer graph
+is kept instead if the rewritten one differs, or if the architecture has none.
+"""
+
+import copy
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from emotion.export.graph_passes import (
+    FIRST,
+    fuse_attention,
+    join_heads,
+    keep_first_token,
+    name_nodes,
+    pack_projections,
+    write_sums,
+)
+from emotion.utils.errors import UserError
+
+FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
+TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both compute in FP32
+# (texts, tokens). The first shape is traced; the others show that the file froze neither number.
+SAMPLE_SHAPES = ((2, 7), (1, 12), (3, 5))
+
+
+def _join_heads(states: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, tokens, head size) -> (batch, tokens, heads x head size)."""
+    return states.transpose(1, 2).flatten(2)
+
+
+def _fused_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention as ONNX Runtime's one operator; query, key and value are (batch, heads, tokens, head size)."""
+    batch, heads, tokens, head_size = query.shape
+    # A symbolic operator is a placeholder: the exporter writes it down by name, and PyTorch never computes it.
+    context = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        # The operator splits the heads itself. The gap in the fourth place is a bias, which the projections have.
+        (_join_heads(query), _join_heads(key), _join_heads(value), None, attention_mask),
+        attrs={"num_heads": heads, "scale": float(scaling or head_size**-0.5)},
+        dtype=query.dtype,
+        shape=(batch, tokens, heads * head_size),
+        version=1,
+    )
+    # Transformers expects (batch, tokens, heads, head size), and the attention weights, which nobody reads here.
+    return context.unflatten(2, (heads, head_size)), None
+
+
+def _padding_mask(attention_mask=None, **kwargs):
+    """The mask as it comes, (batch, tokens): the operator needs none of shape (batch, 1, tokens, tokens)."""
+    return attention_mask.to(torch.int32)
+
+
+def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: tuple[str, ...] = ()) -> dict:
+    """Writes the classifier to ``path`` as one FP32 file.
+
+    Its inputs are int64 (batch, tokens), named as the tokenizer names them; its output `logits` is float32
+    (batch, labels).
+
+    Args:
+        rewrite: whether to rewrite the graph at all; without it this is the export that anyone gets.
+        leave_out: passes of graph_passes.py that are not wanted, by their names.
+
+    Returns:
+        `fused` (bool), `first_token` (bool: whether the last layer computes the first token alone) and
+        `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
+
+    Raises:
+        UserError: if not even the plain graph answers as the model does.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(FUSED_ATTENTION, _fused_attention)
+    AttentionMaskInterface.register(FUSED_ATTENTION, _padding_mask)
+    model = copy.deepcopy(model).cpu().float().eval()  # a copy: another attention is put into it below
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
+    gap = float("inf")
+    # Whether to rewrite the graph, and the passes to leave out: the plainer, the later.
+    attempts = [(True, leave_out), (True, (*leave_out, "keep_first_token"))] if rewrite else []
+    for fused, left_out in [*attempts, (False, ("keep_first_token",))]:
+        try:
+            first_token = _write(model, samples[0], path, fused, left_out)
+            gap = _largest_gap(model, samples, path)
+        except Exception:  # an architecture without this attention, or a pattern that a pass does not know
+            if not fused:
+                raise
+            continue
+        if gap <= TOLERANCE:
+            return {"fused": fused, "first_token": first_token, "largest_logit_gap": gap}
+    raise UserError(
+        f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
+    )
+
+
+def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Random token ids, int64 of this shape, under the input names that tokenizer and model share."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[-1, -2:] = 0  # the last text is two tokens shorter, so that a mask without effect would show
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    # The padding id stands exactly where the mask is 0: RoBERTa counts its positions by the id, not by the mask.
+    ids = ids.where((ids != tokenizer.pad_token_id) & mask.bool(), tokenizer.pad_token_id + 1)
+    ids = ids.where(mask.bool(), tokenizer.pad_token_id)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    taken = set(inspect.signature(model.forward).parameters) & set(tokenizer.model_input_names)
+    return {name: tensor for name, tensor in inputs.items() if name in taken}
+
+
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leave_out: tuple[str, ...]) -> bool:
+    """Exports the graph by tracing ``inputs``, and rewrites it if it is to be ``fused``.
+
+    Returns:
+        Whether some part of the graph computes the first token alone.
+    """
+    model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
+    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any length
+    program = torch.onnx.export(
+        model,
+        kwargs=inputs,
+        input_names=list(inputs),
+        output_names=["logits"],
+        dynamic_shapes=dict.fromkeys(inputs, axes),
+        dynamo=True,
+        verbose=False,
+    )
+    # The exporter notes for each node where its call stands in the source: paths of this machine, which are nothing
+    # for those who download the file.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
+    program.save(path, external_data=False)
+    return _rewrite(model, path, leave_out) if fused else False
+
+
+def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> bool:
+    """Rewrites the file of the model for speed, and names its nodes after its layers; returns what `_write` does."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    # Of ONNX Runtime's own fusions only those of layer norm and GELU from their parts are wanted. Its attention does
+    # not know the graph of Transformers 5; the others are slower on a CPU, or hide what INT8 needs as single nodes.
+    options.enable_attention = options.enable_embed_layer_norm = options.enable_bias_gelu = False
+    options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False
+    graph = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
+    fuse_attention(graph, model.config.num_attention_heads)
+    join_heads(graph)
+    for change in (keep_first_token, pack_projections):
+        if change.__name__ not in leave_out:
+            change(graph)
+    name_nodes(graph.model.graph, model)
+    if "write_sums" not in leave_out:
+        write_sums(graph, "Sub")
+    graph.save_model_to_file(str(path))
+    # A head that reads all tokens leaves the pass nothing to do.
+    return any(name.endswith(FIRST) for node in graph.nodes() for name in node.output)
+
+
+def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
+    """The largest difference of a logit between the file and the model in PyTorch, over all samples."""
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)  # errors only
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    model.set_attn_implementation("eager")  # the fused one is a placeholder, which cannot compute
+    gaps = []
+    for inputs in samples:
+        with torch.no_grad():
+            expected = model(**inputs).logits.numpy()
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        (found,) = session.run(["logits"], arrays)
+        gaps.append(np.abs(found - expected).max())
+    return float(max(gaps))

@@ -1,0 +1,1 @@
+"""Model folders, one class per runtime, `EmotionClassifier`, batch jobs."""

@@ -1,0 +1,272 @@
+"""Makes a shard: reads its rows, classifies them, and writes rows and answers into one file, whole or not at all.
+
+A shard's bytes depend on its rows, the model and the flags alone, not on who makes it or what was made before.
+The next rows are read while these are classified.
+"""
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.csv
+import pyarrow.parquet
+
+from emotion.data.metrics import softmax
+from emotion.inference.batch_rows import RowReader, Source
+from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.utils.errors import UserError, one_line
+from emotion.utils.files import read_json, sha256, whole_file, write_json
+
+PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely idle between two pieces
+PIECE_BYTES = 16 << 20  # of text; long texts stand in smaller pieces, so that memory stays flat
+# What became of a row's text; of several the first one that holds.
+STATUSES = ("null", "empty", "cut", "replaced", "ok")
+DONE = ".done"  # folder of the records of finished shards; readers of tables skip names that begin so
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Which columns a row's answer has.
+
+    Attributes:
+        top_k: labels per row.
+        probabilities: whether there is a column for the probability of each label.
+        prefix: stands before the names of all columns.
+    """
+
+    top_k: int
+    probabilities: bool
+    prefix: str
+
+    def schema(self, labels: list[str]) -> pa.Schema:
+        """The columns, for a model with these labels."""
+        fields = []
+        for place in range(1, min(self.top_k, len(labels)) + 1):
+            number = "" if place == 1 else f"_{place}"
+            fields += [(f"label{number}", pa.string()), (f"score{number}", pa.float32())]
+        if self.probabilities:
+            fields += [(f"probability_{label}", pa.float32()) for label in labels]
+        fields.append(("status", pa.string()))
+        return pa.schema([(self.prefix + name, type) for name, type in fields])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process that makes shards must know.
+
+    Attributes:
+        folder: the model's folder.
+        format: the format of it that answers.
+        schema: the columns of a shard: those of the input that are kept, then those of `answers`.
+        output: the folder of the shards.
+        output_format: parquet, csv or jsonl.
+        shard_rows: rows of a shard; the last one may have fewer.
+    """
+
+    source: Source
+    text_column: str
+    folder: Path
+    format: str
+    answers: Answers
+    schema: pa.Schema
+    output: Path
+    output_format: str
+    shard_rows: int
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-self.source.rows // self.shard_rows))
+
+    def path(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.output / f"part-{number:05d}.{self.output_format}"
+
+    def record(self, number: int) -> Path:
+        """The file that tells that a shard is done, and what is in it."""
+        return self.output / DONE / f"part-{number:05d}.json"
+
+    def find_made(self, number: int) -> dict | None:
+        """The record of a shard that is there in full; None for one that must be made."""
+        path, record = self.path(number), self.record(number)
+        if not (path.is_file() and record.is_file()):
+            return None
+        made = read_json(record)
+        # A shard that was cut or written over after it was done is made again.
+        return made if path.stat().st_size == made["bytes"] else None
+
+    def rows_of(self, number: int) -> int:
+        """How many rows a shard has."""
+        return min(self.shard_rows, self.source.rows - number * self.shard_rows)
+
+
+class ShardMaker:
+    """Makes the shards of a job, one after the other; one of these per process."""
+
+    def __init__(self, job: Job, classifier: EmotionClassifier):
+        """Takes the opened model, which must be the job's."""
+        self._job, self._classifier, self._reader = job, classifier, RowReader(job.source)
+
+    def make(self, number: int, progress: Callable[[int], object]) -> None:
+        """Makes a shard and its record; ``progress`` is told the rows of each piece that is done."""
+        job, counts, start = self._job, Counter(), number * self._job.shard_rows
+        batches = self._reader.read(start, start + job.rows_of(number))
+        with _naming(job.path(number)), whole_file(job.path(number)) as partial:
+            with _open_writer(partial, job.output_format, job.schema) as write:
+                for piece in _ahead(pieces(batches, job.text_column)):
+                    write(self._answer(piece, counts))
+                    progress(len(piece))
+            made = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
+            made["sha256"] = sha256(partial)
+        # After the rename: a shard without a record is made again.
+        write_json(job.record(number), made)
+
+    def _answer(self, piece: pa.Table, counts: Counter) -> pa.Table:
+        """The rows of the shard's file, and adds to the counts of `STATUSES`."""
+        texts = piece.column(self._job.text_column).to_pylist()
+        status = np.array([STATUSES.index(_status(text)) for text in texts])
+        full = np.flatnonzero(status >= STATUSES.index("cut"))
+        answered = [texts[row] for row in full]
+        encode = self._classifier.runtime.encode
+        before = encode.texts_cut
+        logits = self._classifier.logits(answered)
+        status[full[find_cut(encode, answered, encode.texts_cut - before)]] = STATUSES.index("cut")
+        counts.update(STATUSES[one] for one in status)
+        new = self._columns(logits, full, len(piece)) + [pa.array(STATUSES).take(pa.array(status))]
+        kept = self._job.schema.names[: -len(new)]
+        return pa.table([*(piece.column(name) for name in kept), *new], schema=self._job.schema)
+
+    def _columns(self, logits: np.ndarray, full: np.ndarray, rows: int) -> list[pa.Array]:
+        """Labels, scores and probabilities of the rows with a text; null in all others.
+
+        Args:
+            logits: float32 (texts, labels).
+            full: the rows of the texts, int64 (texts,).
+        """
+        answers, labels = self._job.answers, self._classifier.labels
+        probabilities = np.zeros((rows, len(labels)), dtype=np.float32)
+        probabilities[full] = softmax(logits)
+        without = np.ones(rows, dtype=bool)
+        without[full] = False
+        # Stable, as the class has it: of equal scores the first label wins.
+        order = np.argsort(-probabilities, axis=-1, kind="stable")
+        columns = []
+        for place in range(min(answers.top_k, len(labels))):
+            best = order[:, place]
+            columns.append(pa.array(labels).take(pa.array(best, mask=without)))
+            columns.append(pa.array(probabilities[np.arange(rows), best], mask=without))
+        if answers.probabilities:
+            columns += [pa.array(column, mask=without) for column in probabilities.T.copy()]
+        return columns
+
+
+def plan_columns(source: Source, keep_columns: list[str] | None, answers: pa.Schema) -> pa.Schema:
+    """The columns of a shard: those of the input that are kept, then those of the answers.
+
+    Raises:
+        UserError: if both have a column of the same name.
+    """
+    kept = [field for field in source.schema if keep_columns is None or field.name in keep_columns]
+    if both := {field.name for field in kept} & set(answers.names):
+        raise UserError(
+            f"the input has a column {min(both)} as well; leave it out with --keep_columns, "
+            "or give the new columns another name with --prefix predicted_"
+        )
+    return pa.schema([*kept, *answers])
+
+
+def pieces(batches: Iterator[pa.RecordBatch], text_column: str) -> Iterator[pa.Table]:
+    """Yields tables of at most `PIECE_ROWS` rows and `PIECE_BYTES` of text, but of one row at least.
+
+    Where a piece ends depends on the rows alone and not on how they were read: the class makes its batches of a piece.
+    """
+    parts, rows, size = [], 0, 0
+    for batch in batches:
+        lengths = pa.compute.binary_length(batch.column(text_column)).fill_null(0).to_numpy(zero_copy_only=False)
+        start = 0
+        while start < len(batch):
+            sizes = size + np.cumsum(lengths[start : start + PIECE_ROWS - rows], dtype=np.int64)
+            fitting = int(np.searchsorted(sizes, PIECE_BYTES, side="right"))
+            taken = fitting if rows else max(fitting, 1)
+            if taken:
+                parts.append(batch.slice(start, taken))
+                rows, size, start = rows + taken, sizes[taken - 1], start + taken
+            if rows == PIECE_ROWS or start < len(batch):
+                yield pa.Table.from_batches(parts)
+                parts, rows, size = [], 0, 0
+    if parts:
+        yield pa.Table.from_batches(parts)
+
+
+def _status(text: str | None) -> str:
+    """One of `STATUSES`, for what can be told before the text is classified."""
+    if text is None:
+        return "null"
+    if not text.strip():
+        return "empty"
+    return "replaced" if "\ufffd" in text else "ok"
+
+
+def find_cut(encode, texts: list[str], count: int) -> list[int]:
+    """The numbers of the ``count`` texts that were cut; the encoder counts them, and does not tell which."""
+    found = []
+    for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):  # most likely the longest ones
+        if len(found) == count:
+            break
+        before = encode.texts_cut
+        encode([texts[row]])
+        if encode.texts_cut > before:
+            found.append(row)
+    return found
+
+
+@contextlib.contextmanager
+def _naming(path: Path):
+    """Puts the file's name into pyarrow's errors of a full disk, which have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _open_writer(path: Path, format: str, schema: pa.Schema):
+    """Yields a function that writes one table after the other."""
+    if format == "parquet":
+        with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+            yield writer.write_table
+    elif format == "csv":
+        with one_line("--output_format csv"):  # which has no lists
+            writer = pa.csv.CSVWriter(path, schema)
+        with writer:
+            yield writer.write_table
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            yield lambda table: file.writelines(_lines_of_json(table))
+
+
+def _lines_of_json(table: pa.Table) -> Iterator[str]:
+    for row in table.to_pylist():
+        line = json.dumps(row, ensure_ascii=False, default=str)  # dates and decimals as words
+        if "NaN" in line or "Infinity" in line:  # for which JSON has no word, in a list as elsewhere
+            line = json.dumps(json.loads(line, parse_constant=lambda word: None), ensure_ascii=False)
+        yield line + "\n"
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """Yields the items; another thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as making:
+        coming = making.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = making.submit(next, items, None)
+            yield item

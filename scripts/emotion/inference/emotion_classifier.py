@@ -1,0 +1,295 @@
+"""From strings to labels: opens a model folder or a repository on the Hub, and answers any number of texts.
+
+ONNX and OpenVINO files need neither torch nor transformers. Few texts are answered one batch after the other, with all
+threads. Many texts are answered side by side: each thread computes a batch of its own and waits for no other. The
+batches depend on the texts alone, so that the number of threads does not change the answers to many texts.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from emotion.data.metrics import softmax
+from emotion.inference.model_folder import HOW_TO_GET, WEIGHT_FILES, find_formats
+from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
+from emotion.utils import processes
+from emotion.utils.checksums import SUMS_FILE, read_sums
+from emotion.utils.errors import UserError
+from emotion.utils.machine import choose_threads
+
+# The formats to look for if none is asked for. A repository's `model.safetensors` is fetched as "pytorch", whichever
+# of the three formats with this file its config.json names.
+# The fastest for one text first, on every kind of processor that results/benchmark has a file of, and with AVX2: there
+# OpenVINO's INT8 takes three times as long as ONNX Runtime's.
+PREFERRED = ("onnx", "openvino", "pytorch")
+FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
+CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at once, however many texts there are
+
+
+class EmotionClassifier:
+    """Names the most probable labels of texts; a copy, a pickle or a forked process opens the folder anew.
+
+    Attributes:
+        labels: the names of the classes, in the order of the logits.
+        format: the format that was opened.
+    """
+
+    def __init__(self, folder: Path, format: str, threads: int, open_runtime=open_artifact):
+        """Opens one format of a folder; `from_pretrained` also finds the folder and the format.
+
+        ``open_runtime`` is called as `open_artifact` is: a benchmark opens formats that no artifact has.
+        """
+        self._folder, self.format, self._threads, self._open_runtime = folder, format, threads, open_runtime
+        self._open()
+        self._folder = Path(folder).absolute()  # to open it again, wherever the process stands then
+
+    def _open(self) -> None:
+        """Opens the runtime for this process."""
+        # OpenMP, with which PyTorch computes, keeps its threads by the thread that calls. That of a fork has threads
+        # that are not there; a new one gets new threads.
+        caller = ThreadPoolExecutor(max_workers=1) if processes.forks else None
+        open_runtime = partial(self._open_runtime, self._folder, self.format, threads=self._threads)
+        self._runtime = caller.submit(open_runtime).result() if caller else open_runtime()
+        self.labels = self._runtime.labels
+        self._one_by_one = Workers(self._runtime, calls=1, pool=caller)
+        self._side_by_side = None  # opened by the first call with many texts
+        self._forks = processes.forks  # last: until then another thread would wait for what is opened here
+
+    def __reduce__(self):
+        """For `pickle` and `copy`: a runtime cannot be copied, and its folder can be opened again."""
+        return type(self), (self._folder, self.format, self._threads, self._open_runtime)
+
+    @property
+    def runtime(self):
+        """The opened file, one of the classes in classifier.py, which computes a batch with all threads."""
+        if self._forks != processes.forks:
+            with processes.opening:
+                if self._forks != processes.forks:
+                    processes.never_destroy((self._runtime, self._one_by_one, self._side_by_side))
+                    self._open()
+        return self._runtime
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, format: str | None = None, threads: int | None = None, verify: bool = True
+    ):
+        """Opens a model folder, or a repository of the Hub, of which it fetches one format.
+
+        Args:
+            model: the folder, or the repository's id: owner/name.
+            format: one of `WEIGHT_FILES`; if None, ONNX, else OpenVINO, else the first that the folder has.
+            threads: how many to compute with; None takes all processors of this process.
+            verify: whether the files are compared with the folder's SHA256SUMS, where it has one.
+
+        Raises:
+            UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
+        """
+        threads = choose_threads(threads)
+        folder = find_model(str(model), format, verify)
+        format = format or choose_format(folder, verify)
+        return cls(folder, format, threads, partial(open_artifact, verify=verify))
+
+    @property
+    def texts_cut(self) -> int:
+        """How many texts were longer than the model takes and were cut, so far."""
+        return self.runtime.encode.texts_cut
+
+    def classify(self, texts: Iterable[str], top_k: int | None = 1) -> list:
+        """Names the most probable labels of each text.
+
+        Args:
+            top_k: how many labels; None gives all.
+
+        Returns:
+            For each text, in order, ``{"label": str, "score": float}``; for another ``top_k`` than 1 a list of these,
+            most probable first. The scores of all labels sum to 1.
+
+        Raises:
+            TypeError: if ``texts`` is a single string.
+            UserError: if one of the texts is no string, ``top_k`` is below 1, or the model gives no finite numbers.
+        """
+        return list(self.classify_stream(texts, top_k))
+
+    def classify_stream(self, texts: Iterable[str], top_k: int | None = 1) -> Iterator:
+        """Yields the answers of `classify` one by one, in flat memory, with the same errors.
+
+        It reads up to two chunks of `CHUNK` texts ahead of the answer. Pass the lines of a live stream to `classify`
+        as they come.
+        """
+        refuse_single_text(texts)
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k {top_k}: it takes 1 or more, or None for all labels")
+        return self._name_all(texts, top_k)
+
+    def _name_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
+        for logits in self._logits_in_chunks(texts):
+            yield from name_labels(logits, self.labels, top_k)
+
+    def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
+        """Returns float32 logits (texts, labels), in the order of the texts; it raises as `classify` does.
+
+        ``progress`` is called with the number of texts of each batch that is computed.
+        """
+        refuse_single_text(texts)
+        nothing = np.empty((0, len(self.labels)), dtype=np.float32)  # the answer to no texts
+        return np.concatenate([nothing, *self._logits_in_chunks(texts, progress)])
+
+    def _logits_in_chunks(self, texts: Iterable[str], progress=None) -> Iterator[np.ndarray]:
+        """Yields float32 (texts, labels) for one chunk of texts after the other."""
+        texts, position, started = iter(texts), 0, deque()
+        runtime, workers = self.runtime, None
+        try:
+            while chunk := list(islice(texts, CHUNK)):
+                check_texts(chunk, position)
+                position += len(chunk)
+                # The first chunk decides: a short one is all there is.
+                workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
+                # While the workers compute the chunk before, this thread tokenises the next.
+                started.append(workers.start(runtime.encode(chunk), progress))
+                if len(started) > 1:
+                    yield self._collect(started.popleft())
+            while started:
+                yield self._collect(started.popleft())
+        finally:  # after an error, or when the caller wants no more: the process would end only after all batches
+            for batches in started:
+                for _, future in batches:
+                    future.cancel()
+
+    def _collect(self, started: list[tuple[np.ndarray, Future]]) -> np.ndarray:
+        """Waits for batches of `Workers.start`; returns float32 (texts, labels), in the order of the texts."""
+        logits = np.empty((sum(len(rows) for rows, _ in started), len(self.labels)), dtype=np.float32)
+        for rows, future in started:
+            logits[rows] = future.result()
+        # The largest of a row with a NaN is no answer, yet `argmax` would give one, and JSON has no such number.
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"{self._folder} ({self.format}) gives logits that are not finite: its weights are damaged"
+            )
+        return logits
+
+    def _open_side_by_side(self) -> "Workers":
+        """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
+        with processes.opening:  # two threads may ask at once
+            if self._side_by_side is None:
+                self._side_by_side = self._one_by_one
+                # PyTorch sets its threads for the whole process, and runs one call at a time.
+                if self._threads > 1 and not isinstance(self._runtime, TorchClassifier):
+                    runtime = self._open_runtime(self._folder, self.format, threads=self._threads, calls=self._threads)
+                    self._side_by_side = Workers(runtime, calls=self._threads)
+            return self._side_by_side
+
+
+class Workers:
+    """An opened model, and the threads that call it; they end with the process or with this object."""
+
+    def __init__(self, runtime, calls: int, pool: ThreadPoolExecutor | None = None):
+        """Takes a class of classifier.py, how many calls it computes side by side, and the threads to call it by."""
+        self._runtime = runtime
+        # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
+        # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
+        self._pool = pool or (ThreadPoolExecutor(max_workers=calls) if calls > 1 else None)
+
+    def start(self, token_ids: list[list[int]], progress=None) -> list[tuple[np.ndarray, Future]]:
+        """Starts all batches; returns the numbers of each batch's texts, and its logits to come."""
+        started = []
+        for rows in batches_by_tokens(token_ids):
+            batch = [token_ids[row] for row in rows]
+            future = self._submit(batch)
+            if progress:
+                future.add_done_callback(partial(_tell, progress, len(rows)))
+            started.append((rows, future))
+        return started
+
+    def _submit(self, batch: list[list[int]]) -> Future:
+        """The logits of a batch, to come or, without a pool, computed now."""
+        if self._pool:
+            return self._pool.submit(self._runtime.logits, batch)
+        future = Future()
+        future.set_result(self._runtime.logits(batch))
+        return future
+
+
+def _tell(progress, count: int, _: Future) -> None:
+    progress(count)
+
+
+def choose_format(folder: Path, verify: bool) -> str:
+    """The format to open where none is asked for: the first of `PREFERRED` that the folder has, else its first.
+
+    Raises:
+        UserError: if the folder has lost a preferred one. The next would give slightly other answers.
+    """
+    formats = find_formats(folder)
+    named = read_sums(folder) if verify else None
+    for format in PREFERRED:
+        if format in formats:
+            return format
+        for name in WEIGHT_FILES[format]:
+            if name in (named or {}) and not (folder / name).exists():
+                raise UserError(
+                    f"{folder} has no {name}, which {SUMS_FILE} names; make or fetch the artifact again, or ask for "
+                    f"one of its formats: {', '.join(formats)}"
+                )
+    return next(iter(formats))
+
+
+def name_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
+    """Yields the answer of `EmotionClassifier.classify` for each row of the logits, float (texts, labels)."""
+    probabilities = softmax(logits)
+    # Stable: of equal scores the first label wins, as `argmax` has it in the evaluation.
+    order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
+    scores = np.take_along_axis(probabilities, order, axis=-1)
+    for classes, values in zip(order.tolist(), scores.tolist(), strict=True):
+        answers = []
+        for index, score in zip(classes, values, strict=True):
+            answers.append({"label": labels[index], "score": score})
+        yield answers[0] if top_k == 1 else answers
+
+
+def refuse_single_text(texts) -> None:
+    """Raises `TypeError` for a string, whose characters would be answered one by one."""
+    if isinstance(texts, str | bytes):
+        raise TypeError("texts must be a list of strings, not a single one; write [text]")
+
+
+def check_texts(texts: list, position: int) -> None:
+    """Raises `UserError` for the first item that cannot be answered; ``position`` is the number of the first item."""
+    for number, text in enumerate(texts, start=position):
+        # None and NaN stand for missing texts in tables; a pair of texts would be taken for one text of two parts.
+        if not isinstance(text, str):
+            raise UserError(f"text {number} (counted from 0) is {text!r:.40}, no string; leave it out or convert it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, say, cut by another program
+            raise UserError(
+                f"text {number} (counted from 0) has half a character at {error.start}; replace it"
+            ) from error
+
+
+def find_model(name: str, format: str | None, verify: bool = True) -> Path:
+    """The folder of that name, or the downloaded files of the Hub's repository of that name.
+
+    Args:
+        format: the format to download; the first of `PREFERRED` that the repository has if None.
+        verify: whether downloaded files are compared with the repository's SHA256SUMS.
+
+    Raises:
+        UserError: if there is neither, the repository does not have the format, or a downloaded file is damaged.
+    """
+    # A word that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path(name)
+    if format not in {None, *WEIGHT_FILES}:
+        raise UserError(f"no format '{format}'; take one of {', '.join(WEIGHT_FILES)}")
+    # Imported here: a local folder needs no Hub.
+    from emotion.inference.download import fetch
+
+    try:
+        return fetch(name, [format] if format else [*PREFERRED], verify)
+    except UserError as error:
+        raise UserError(f"no folder {name}; {error}; {HOW_TO_GET}") from error

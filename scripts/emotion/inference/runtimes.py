@@ -1,0 +1,282 @@
+"""One class per runtime, all with the same three members: `labels`, `encode(texts)` and `logits(token_ids)`.
+
+`labels` are the names of the classes, in the order of the logits. `encode` gives the token ids of texts, the same for
+every runtime. `logits` gives float32 (texts, labels).
+
+A runtime is imported when one of its files is opened. ONNX Runtime needs neither torch nor transformers, so that the
+first answer comes at once.
+"""
+
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from emotion.data.tokenization import TextEncoder
+from emotion.inference.model_folder import read_labels, weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.utils.errors import UserError, one_line
+
+# Tokens of a batch, padding included, where many texts are answered. The values of one layer stay in the processor's
+# cache, and a batch is still large enough that its start costs nothing.
+TOKENS = 512
+
+
+# What a file may take, int64 (texts, longest) each
+INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
+    """Compares the inputs and outputs of a graph with what `TextEncoder.pad` gives and what an answer needs.
+
+    Args:
+        inputs: name -> type of a number, and number of dimensions.
+        outputs: the same.
+
+    Raises:
+        UserError: naming the first input or output that does not fit.
+    """
+    if "input_ids" not in inputs:
+        raise UserError(f"{weights} does not take input_ids; it takes {', '.join(inputs) or 'nothing'}")
+    for name, shape in inputs.items():
+        if name not in INPUTS:
+            raise UserError(f"{weights} takes an input {name}, which texts do not give; they give {', '.join(INPUTS)}")
+        if shape != ("int64", 2):
+            raise UserError(f"{weights}: its input {name} is {shape[0]} of {shape[1]} dimensions, not int64 of 2")
+    if outputs.get("logits") != ("float32", 2):
+        raise UserError(f"{weights} does not give logits, float32 of 2 dimensions; it gives {outputs or 'nothing'}")
+
+
+class OnnxClassifier:
+    """Token ids to logits with ONNX Runtime on the CPU; several callers may compute side by side."""
+
+    def __init__(self, folder: Path, weights: Path, threads: int):
+        """Opens ``weights``, an ONNX file in ``folder``; raises `UserError` if it cannot be opened."""
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(4)  # its errors come as exceptions, and one line tells them
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1  # the graph is a chain: there are no two operators to run side by side
+        self._weights = weights
+        with one_line(f"{weights} cannot be opened by ONNX Runtime"):
+            self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
+        inputs, outputs = describe_values(self._session.get_inputs()), self._session.get_outputs()
+        check_graph(weights, inputs, describe_values(outputs))
+        self._inputs = list(inputs)  # not every encoder takes token types: DistilBERT's file has two, BERT's three
+        (logits,) = [value for value in outputs if value.name == "logits"]
+        self.labels = read_labels(folder, weights, width=logits.shape[-1])
+        self.encode = TextEncoder(folder, threads)
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 logits (texts, labels)."""
+        arrays = self.encode.pad(token_ids)
+        with one_line(f"{self._weights} cannot answer"):
+            return self._session.run(["logits"], {name: arrays[name] for name in self._inputs})[0]
+
+
+def describe_values(values) -> dict[str, tuple[str, int]]:
+    """Name -> type and number of dimensions, of the inputs or outputs of an ONNX file, for `check_graph`."""
+    types = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+    return {value.name: (types.get(value.type, value.type), len(value.shape)) for value in values}
+
+
+class OpenVinoClassifier:
+    """Token ids to logits with OpenVINO on the CPU.
+
+    Attributes:
+        float_precision: `f32` or `bf16`, the precision of the operators that are not quantized.
+    """
+
+    def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1, precision: str | None = None):
+        """Opens ``weights``, an .xml file in ``folder``; raises `UserError` if it cannot be opened.
+
+        ``calls`` of `logits` may run side by side, and divide the threads among them; others wait. OpenVINO chooses
+        the precision of the operators that are not quantized, unless ``precision`` says `f32` or `bf16`.
+        """
+        import openvino
+
+        core = openvino.Core()
+        # LATENCY gives all threads to one call. A stream is a share of the threads, and computes one call.
+        share = {"PERFORMANCE_HINT": "LATENCY"} if calls == 1 else {"NUM_STREAMS": calls}
+        if precision:
+            share["INFERENCE_PRECISION_HINT"] = precision
+        core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, **share})
+        self._weights = weights
+        with one_line(f"{weights} cannot be opened by OpenVINO"):
+            with weights.open("rb") as file:
+                start = file.read(1000)
+            if b"<net" not in start:  # it would try the formats of other libraries
+                raise ValueError("it is no graph in XML")
+            graph = core.read_model(weights)
+            inputs = describe_ports(graph.inputs)
+            check_graph(weights, inputs, describe_ports(graph.outputs))
+            width = graph.output("logits").get_partial_shape()[1].to_string()  # "?" where it is not fixed
+            model = core.compile_model(graph, "CPU")
+        # Its choice depends on the processor, and comes without a word, so that it must be asked and recorded.
+        self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self._idle = SimpleQueue()  # requests that compute nothing now: a request serves one caller at a time
+        for _ in range(calls):
+            self._idle.put(model.create_infer_request())
+        self._inputs = list(inputs)
+        self.labels = read_labels(folder, weights, width=int(width) if width.isdigit() else width)
+        self.encode = TextEncoder(folder, threads)
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 logits (texts, labels)."""
+        arrays = self.encode.pad(token_ids)
+        request = self._idle.get()
+        try:
+            # A copy, since the request's next call writes into the same memory.
+            with one_line(f"{self._weights} cannot answer"):
+                return request.infer({name: arrays[name] for name in self._inputs})["logits"].copy()
+        finally:
+            self._idle.put(request)
+
+
+def describe_ports(ports) -> dict[str, tuple[str, int]]:
+    """Name -> type and number of dimensions, of the inputs or outputs of an OpenVINO graph, for `check_graph`."""
+    described = {}
+    for port in ports:
+        rank = port.get_partial_shape().rank
+        dimensions = rank.get_length() if rank.is_static else 0
+        # A port may have more names than the one that is asked for.
+        name = next(iter(port.names & (INPUTS | {"logits"})), port.any_name)
+        described[name] = (port.get_element_type().to_dtype().name, dimensions)
+    return described
+
+
+class TorchClassifier:
+    """Token ids to logits with PyTorch, eager, opened as any user would: with `from_pretrained`.
+
+    Attributes:
+        model: the opened model.
+    """
+
+    def __init__(self, folder: Path, weights: Path, threads: int, dtype: str = "auto"):
+        """Opens ``weights``, a safetensors file in ``folder``; sets the threads of the whole process."""
+        import torch
+
+        torch.set_num_threads(threads)
+        self._weights = weights
+        variant = "bf16" if ".bf16." in weights.name else None  # Transformers' word for the middle of the file's name
+        # `open_artifact` has compared the files with their sums.
+        self.model = load_trained_classifier(folder, verify=False, variant=variant, dtype=dtype).eval()
+        self.encode = TextEncoder(folder, threads)
+        # Asked of the model itself: Transformers lets a head of another width pass where weights are quantized.
+        width = self.logits([[self.encode.pad_id]]).shape[-1]
+        self.labels = read_labels(folder, weights, width)
+
+    def compile(self) -> None:
+        """Compiles the model's forward pass, for any number and length of texts; the first call is slow."""
+        import torch
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True  # the weights become constants, packed once
+        # Without `dynamic` each new length would be compiled anew, in the middle of a measurement.
+        self.model.forward = torch.compile(self.model.forward, dynamic=True)
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 logits (texts, labels)."""
+        import torch
+
+        arrays = self.encode.pad(token_ids)
+        with torch.inference_mode(), one_line(f"{self._weights} cannot answer"):
+            # No token types: every model fills in zeros, which is what they are.
+            ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
+            return self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()  # NumPy has no bfloat16
+
+
+class GenerativeClassifier(TorchClassifier):
+    """Prompts to the log-likelihoods of the class names as answers, by a language model in 4 bits and its adapter."""
+
+    def __init__(self, folder: Path, weights: Path, threads: int):
+        """Opens the language model in ``folder`` and ``weights``, its adapter; sets the threads of the process."""
+        import torch
+
+        from emotion.inference.likelihood import AnswerTree, PromptEncoder, open_adapted
+
+        torch.set_num_threads(threads)
+        self.model = open_adapted(folder, weights.parent)
+        self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
+        self.encode = PromptEncoder(folder)
+        self._answers = AnswerTree([self.encode.answer(label) for label in self.labels])
+
+    def logits(self, token_ids: list[list[int]]) -> np.ndarray:
+        """Returns float32 log-likelihoods (texts, labels), which softmax makes probabilities."""
+        return self._answers.log_likelihoods(self.model, token_ids)
+
+
+class ModelInMemory(TorchClassifier):
+    """A classifier of a model that is not saved yet."""
+
+    def __init__(self, model, encoder: TextEncoder):
+        """Takes the model as it is, and the number of threads that the process has."""
+        self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
+        self._weights = "the model in memory"
+
+
+def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verify: bool = True):
+    """Opens one format of a folder as a classifier.
+
+    Args:
+        format: one of `WEIGHT_FILES`.
+        threads: how many the runtime may compute with.
+        calls: how many calls of `logits` run side by side, each with its share of the threads; PyTorch runs one.
+        verify: whether the files are compared with the folder's SHA256SUMS.
+
+    Raises:
+        UserError: if the folder does not have this format, a file differs from its sum, it cannot be opened, or its
+            runtime is not installed.
+    """
+    weights = weights_of(folder, format, verify)
+    try:
+        if format == "onnx":
+            return OnnxClassifier(folder, weights, threads=threads // calls)  # these threads serve one call
+        if format == "openvino":
+            return OpenVinoClassifier(folder, weights, threads=threads, calls=calls)
+        if format == "adapter":
+            return GenerativeClassifier(folder, weights, threads=threads)
+        dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights have their own
+        return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
+    except ModuleNotFoundError as error:  # an environment for answering has ONNX Runtime alone
+        raise UserError(
+            f"{weights} needs {error.name}, which is not installed; pip install -r requirements.txt"
+        ) from error
+
+
+def predict(classifier, token_ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
+    """Logits of all texts, in batches: float32 (texts, labels), in the order of the texts."""
+    logits = np.empty((len(token_ids), len(classifier.labels)), dtype=np.float32)
+    for batch in batches_by_length(token_ids, batch_size):
+        logits[batch] = classifier.logits([token_ids[row] for row in batch])
+    return logits
+
+
+def batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.ndarray]:
+    """The numbers of the texts in batches of similar length, int64 arrays (batch_size,); the last may be smaller.
+
+    A batch is padded to its longest text: sorted by length, little of the work is spent on padding.
+    """
+    order = np.argsort(list(map(len, token_ids)), kind="stable")  # stable: the same batches on every machine
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def batches_by_tokens(token_ids: list[list[int]]) -> list[np.ndarray]:
+    """The numbers of the texts in batches of nearly the same length and at most `TOKENS` tokens, int64 arrays.
+
+    Short texts stand in large batches and long ones in small batches. The batches depend on the texts alone: a file
+    with dynamic INT8 takes the range of its activations over the whole batch, so that other batches would give
+    slightly other logits.
+    """
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        shortest, longest = lengths[order[start]], lengths[order[min(end, len(order) - 1)]]
+        # The batch takes one more text if that stays within the tokens, and pads others by an eighth at most.
+        if end < len(order) and longest * (end + 1 - start) <= TOKENS and longest <= shortest + shortest // 8:
+            continue
+        batches.append(order[start:end])
+        start = end
+    return batches

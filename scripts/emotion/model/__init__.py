@@ -1,1 +1,0 @@
-"""The artifact folder, one class per runtime, training, the Hub."""

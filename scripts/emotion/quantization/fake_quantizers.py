@@ -1,0 +1,386 @@
+"""Quantization-aware training in torchao's three moves: prepare, train, convert.
+
+Preparing gives each layer a fake quantizer for its activations and one for its weights. They round as the shipped
+file does. The layer then multiplies the whole numbers that come out: in floats, which hold them exactly, so that the
+sums are those of the integers to the last digit. The slope of rounding is zero almost everywhere, so the gradient
+passes straight through (Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
+for Conditional Computation", 2013).
+
+ONNX Runtime rounds activations by one range for all tokens that the file computes (behind the last attention those
+are the first ones of the texts), with the outlier units of outliers.py in floats; the file for Transformers leaves
+all of them in float. torchao's own fake quantizers have neither of these nor the levels of lowbit.py, and they
+multiply values that are scaled back already. Hence those below.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+from torchao.quantization import quantize_
+from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
+from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
+
+from emotion.quantization.int8_torchao import TABLE_DTYPE
+from emotion.quantization.layers import Plan
+from emotion.quantization.lowbit import Scales, integers_of
+from emotion.quantization.outlier_channels import find_pairs
+from emotion.utils.levels import LARGEST_SAFE_WEIGHT
+
+EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
+# Smallest and largest integer of a weight in each runtime's file
+FULL_SPAN = (-128, 127)  # torchao's
+ONNX_SPAN = (-127, 127)
+REDUCED_SPAN = (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT)  # ONNX Runtime's at 7 bits: no processor's sums overflow
+
+
+def round_rows(
+    values: torch.Tensor, whole: torch.Tensor | None = None, span: tuple[int, int] = FULL_SPAN
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds each row (the last dimension) to symmetric integers, as torchao does it for INT8.
+
+    Args:
+        values: float (..., columns).
+        whole: the tensor of which the values are a part; not used, since each row has a range of its own.
+        span: the smallest and the largest integer.
+
+    Returns:
+        The integers as floats, (..., columns), and their scale (the value of the integer 1): float32 (..., 1).
+    """
+    # Half the span is 127.5 at 8 bits, not 127. This is torchao's choice; a largest value above zero is clamped.
+    scale = values.abs().amax(dim=-1, keepdim=True).float() / ((span[1] - span[0]) / 2)
+    scale = scale.clamp_(min=EPSILON)  # a row of zeros has no range of its own
+    # Times the reciprocal, as torchao: a division would round some values on an edge to the other integer.
+    return (values * (1.0 / scale)).round_().clamp_(*span), scale
+
+
+def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds all values to the 256 integers of one range, as ONNX Runtime's operator DynamicQuantizeLinear does it.
+
+    Args:
+        values: float, of any shape.
+        whole: the tensor whose range it is, if the values are a part of it.
+
+    Returns:
+        The integers less their zero point, as floats from -255 to 255, in the shape of the values; and their scale
+        (the value of the integer 1): float32, one number.
+    """
+    values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
+    lowest, highest = torch.aminmax(values if whole is None else whole)
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # ONNX wants a range that holds 0
+    scale = (highest - lowest) / 255
+    scale = torch.where(scale == 0, 1.0, scale)  # all values are 0
+    zero = (-lowest / scale).round()
+    return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
+
+
+def round_by_first_token(values: torch.Tensor, whole: torch.Tensor | None = None):
+    """As `round_all`, with the range of the first tokens of (texts, tokens, width): the file computes no others."""
+    return round_all(values, values[:, :1])
+
+
+def keep_floats(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves float values as they are, with the scale 1, as a product does whose weights alone are integers."""
+    return values, torch.ones((), device=values.device)
+
+
+def round_float8(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds each value to the floats of 8 bits in which the torchao file holds embedding tables.
+
+    Args:
+        values: float, of any shape.
+        whole: not used, since no range is measured.
+
+    Returns:
+        The rounded values, in the type and shape of ``values``; and the scale 1, as they are no integers.
+    """
+    return values.to(TABLE_DTYPE).to(values.dtype), torch.ones((), device=values.device)
+
+
+class Rounding(FakeQuantizerBase):
+    """A fake quantizer that measures the values anew each time, with one of the functions above."""
+
+    def __init__(self, config: IntxFakeQuantizeConfig, function):
+        super().__init__()
+        self.config, self.enabled, self.function = config, True, function
+
+    def round(self, values: torch.Tensor, ids=None, whole=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the integers, as floats, and their scale; ``ids`` is not used, as no row has scales of its own."""
+        return self.function(values, whole)
+
+
+class LowBitGroups(FakeQuantizerBase):
+    """A fake quantizer of 2 to 4 bits, with the two-level scales of lowbit.py.
+
+    The scales stay as they were chosen before the training.
+    """
+
+    def __init__(self, config: IntxFakeQuantizeConfig, scales: Scales):
+        super().__init__()
+        self.config, self.enabled, self.bits = config, True, scales.bits
+        # Buffers: a checkpoint holds them, and they move to the GPU with the model.
+        self.register_buffer("row", scales.row)
+        self.register_buffer("multiplier", scales.multiplier)
+
+    @property
+    def scales(self) -> Scales:
+        """The scales of the whole weight."""
+        return Scales(self.bits, self.row, self.multiplier)
+
+    def round(self, weight: torch.Tensor, ids=slice(None), whole=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the integers of the rows, as floats (..., columns), and the scales of the rows, float32 (..., 1).
+
+        Args:
+            weight: the whole matrix, or the rows of it that ``ids`` looked up, float (..., columns).
+            ids: int64 (...), the number of each of these rows.
+            whole: not used, since the scales are fixed.
+        """
+        scales = Scales(self.bits, self.row[ids], self.multiplier[ids])
+        return integers_of(weight, scales), scales.row
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds values and scales them back; the gradient passes as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(ctx, values, rounding):
+        """Returns the rounded values, in the shape of ``values``; ``rounding`` gives integers and their scale."""
+        integers, scale = rounding(values)
+        return integers.mul_(scale)  # in place: the integers are a new tensor, which nobody else holds
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Returns one gradient per argument of `forward`; a function has none."""
+        return gradient, None
+
+
+class IntegerProduct(torch.autograd.Function):
+    """A linear layer of rounded values (..., columns) and a rounded weight (rows, columns).
+
+    The sums are exact up to 2^24. A float32 sum reaches that with 1,028 columns of the largest integers (255 x 64) at
+    the earliest; real ones have both signs and cancel. Under autocast to bfloat16 the integers are still exact, and
+    the sums keep eight binary digits.
+
+    A plain linear layer would sum values that are scaled back already, and differ in the last digits. This one scales
+    after summing, as the runtimes do. Autograd would find the slope of rounding, zero, so the backward pass is written
+    out: that of a linear layer of the rounded values and the rounded weight.
+    """
+
+    @staticmethod
+    def forward(ctx, values, weight, bias, round_values, round_weight):
+        """Returns float (..., rows). The last two arguments give the integers of a tensor and their scale."""
+        (left, scale), (right, row) = round_values(values), round_weight(weight)
+        device = values.device.type
+        # The cast of autocast, done by hand: the tensors kept for the backward pass are then half as large.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+        left, right, row = left.to(dtype), right.to(dtype), row.flatten()  # one scale per output: (rows,)
+        ctx.save_for_backward(left, scale, right, row)
+        ctx.has_bias = bias is not None
+        product = functional.linear(left, right).mul_(scale).mul_(row)  # in torchao's order, for the last digit
+        return product.add_(bias) if ctx.has_bias else product
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Returns one gradient per argument of `forward`; None where none is needed.
+
+        The layer is y = (scale x left) (row x right)^T + bias. With "straight through", the gradient of a rounded
+        tensor counts as that of the tensor before it was rounded.
+        """
+        left, scale, right, row = ctx.saved_tensors
+        for_values = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            # The gradient is scaled, not the weight: no float copy of all scaled weights is made.
+            for_values = (gradient * row.to(gradient.dtype)) @ right
+        if ctx.needs_input_grad[1]:
+            scaled = gradient * scale.to(gradient.dtype)
+            # All texts and tokens become one dimension, over which the product sums: (rows, columns).
+            for_weight = scaled.reshape(-1, scaled.shape[-1]).T @ left.reshape(-1, left.shape[-1])
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(dim=0)
+        return for_values, for_weight, for_bias, None, None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The outlier units of a layer, which it computes in floats beside its integers; see outliers.py.
+
+    Attributes:
+        units: their numbers; none in most layers.
+        axis: 0 if they are outputs, as in the first product of a pair; 1 if they are inputs, as in the second.
+    """
+
+    units: list[int]
+    axis: int = 0
+
+    def without_units(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (rows, columns) with zeros in the place of the units."""
+        if not self.units:
+            return weight
+        return weight.index_fill(self.axis, torch.tensor(self.units, device=weight.device), 0)
+
+    def take(self, weight: torch.Tensor) -> torch.Tensor:
+        """The units' part of the weight: (units, columns) or (rows, units)."""
+        return weight[self.units] if self.axis == 0 else weight[:, self.units]
+
+    def multiply(self, values: torch.Tensor, part: torch.Tensor, product) -> torch.Tensor:
+        """The layer's output for ``values`` (..., columns).
+
+        Args:
+            part: of `take`.
+            product: computes all but the units from such values, with weights of `without_units`.
+        """
+        if not self.units:
+            return product(values)
+        if self.axis == 0:
+            found, units = product(values), torch.tensor(self.units, device=values.device)
+            return found.index_add(-1, units, functional.linear(values, part).to(found.dtype))
+        # The units would widen the range of all the others, so they are taken out before it is measured.
+        rest = values.index_fill(-1, torch.tensor(self.units, device=values.device), 0)
+        return product(rest) + functional.linear(values[..., self.units], part)
+
+
+def splits_of(plan: Plan) -> dict[str, Split]:
+    """Name of a layer -> its `Split`, for the layers of the plan that have outlier units."""
+    if not plan.outliers:
+        return {}
+    splits, pairs = {}, find_pairs(plan.model, plan.layers.linear)
+    for second, units in plan.outliers.items():
+        splits[second], splits[pairs[second]] = Split(units, axis=1), Split(units, axis=0)
+    return splits
+
+
+class RoundedLinear(FakeQuantizedLinear):
+    """A linear layer that multiplies integers and scales the sums; torchao's multiplies values scaled back already."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns float (..., outputs) for ``values`` (..., inputs)."""
+        if not self.weight_fake_quantizer.enabled:
+            return functional.linear(values, self.weight, self.bias)
+        rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
+        weight = self.split.without_units(self.weight)
+        return self.split.multiply(
+            values,
+            self.split.take(self.weight),
+            lambda rest: IntegerProduct.apply(rest, weight, self.bias, *rounding),
+        )
+
+
+class RoundedEmbedding(FakeQuantizedEmbedding):
+    """An embedding that rounds only the rows it looks up; rounding its whole table would give the same result."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns float (..., columns) for ``ids`` (...)."""
+        rows, quantizer = functional.embedding(ids, self.weight, self.padding_idx), self.weight_fake_quantizer
+        if not quantizer.enabled:
+            return rows
+        # Below 8 bits each row of the table has scales of its own. ONNX Runtime has one range for its INT8 table; the
+        # float8 of torchao's file needs neither.
+        return StraightThrough.apply(rows, partial(quantizer.round, ids=ids, whole=self.weight.detach()))
+
+
+class IntegerLinear(torch.nn.Module):
+    """A linear layer as ONNX Runtime computes it: uint8 activations times int8 weights, summed in int32.
+
+    Args:
+        layer: a `RoundedLinear`, trained.
+    """
+
+    def __init__(self, layer: RoundedLinear):
+        super().__init__()
+        self.split, weight = layer.split, layer.weight.detach()
+        integers, row = layer.weight_fake_quantizer.round(self.split.without_units(weight))
+        self.weight, self.row, self.bias = integers.to(torch.int8), row.flatten(), layer.bias
+        self.sums = self.weight.sum(dim=1, dtype=torch.int32)  # of each row: the output where every activation is 1
+        self.units = self.split.take(weight)
+        self.round = layer.activation_fake_quantizer.round
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns float32 (..., rows) for ``values`` (..., columns)."""
+        return self.split.multiply(values, self.units, self.multiply)
+
+    def multiply(self, values: torch.Tensor) -> torch.Tensor:
+        """The same without the outlier units."""
+        integers, scale = self.round(values)
+        # uint8 holds no negative integers. All are shifted up by the lowest, and the shift's share of the sums, the
+        # same for every text, is taken off after the product: (x - lowest) w = x w - lowest w.
+        lowest = integers.amin().clamp(max=0)
+        sums = torch._int_mm((integers - lowest).to(torch.uint8).flatten(0, -2), self.weight.T)
+        sums += lowest.int() * self.sums
+        product = (sums * scale).mul_(self.row).unflatten(0, values.shape[:-1])
+        return product if self.bias is None else product.add_(self.bias)
+
+
+def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> None:
+    """Makes the layers of the plan's model fake-quantized, in place, with the plan's scales and outlier units.
+
+    Args:
+        runtime: whose rounding is trained for: 'onnx' or 'torchao'; below 8 bits it is always 'onnx'.
+        reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see levels.py.
+    """
+    model, scales, splits, onnx = plan.model, plan.scales, splits_of(plan), runtime == "onnx"
+    linear, embeddings = set(plan.layers.linear), set(plan.layers.embeddings)
+    # torchao asks for these when it swaps the layers, and gives each one quantizers of its own, which are replaced
+    # below. From then on the configurations compute nothing; torchao's conversion still looks at them.
+    activations = IntxFakeQuantizeConfig(torch.uint8, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
+    table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
+    quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in linear)
+    quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in embeddings)
+    span = (REDUCED_SPAN if reduce_range else ONNX_SPAN) if onnx else FULL_SPAN
+    round_weight = partial(round_rows, span=span)
+    for name, part in model.named_modules():
+        # torchao has no way to name another class for its layer. Giving the finished layer a subclass changes its
+        # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
+        if isinstance(part, FakeQuantizedLinear):
+            part.__class__, part.split = RoundedLinear, splits.get(name, Split([]))
+            round_values = round_all if onnx else keep_floats
+            if onnx and name in plan.of_first_token:
+                round_values = round_by_first_token
+            part.activation_fake_quantizer = Rounding(activations, round_values)
+            part.weight_fake_quantizer = (
+                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
+            )
+        elif isinstance(part, FakeQuantizedEmbedding):
+            # A look-up multiplies nothing that could overflow: all 8 bits are used.
+            part.__class__ = RoundedEmbedding
+            part.weight_fake_quantizer = (
+                LowBitGroups(table, scales[name]) if scales else Rounding(table, round_all if onnx else round_float8)
+            )
+
+
+def switch(model, enabled: bool) -> None:
+    """Turns all fake quantizers of the model on or off; while they are off, the model computes in floats."""
+    for part in model.modules():
+        if isinstance(part, FakeQuantizerBase):
+            part.enabled = enabled
+
+
+def convert(model) -> dict[str, Scales]:
+    """Turns the fake-quantized layers back into plain ones, in place, with the float weights that were trained.
+
+    Returns:
+        Name of a layer -> the scales to round it with; empty at 8 bits.
+    """
+    scales = {}  # read first: the conversion drops the quantizers that hold them
+    for name, part in model.named_modules():
+        if isinstance(part, LowBitGroups):
+            scales[name.removesuffix(".weight_fake_quantizer")] = part.scales
+    quantize_(model, QATConfig(step="convert"), lambda part, _: isinstance(part, torch.nn.Linear | torch.nn.Embedding))
+    return scales
+
+
+def to_integers(model):
+    """A copy of a fake-quantized model as ONNX Runtime computes it: real integers in its linear layers.
+
+    Its embeddings hold the values that the file gives back.
+    """
+    model = copy.deepcopy(model)
+    for name, part in list(model.named_modules()):
+        if isinstance(part, RoundedLinear):
+            model.set_submodule(name, IntegerLinear(part))
+        elif isinstance(part, RoundedEmbedding):
+            with torch.inference_mode():
+                rows = part(torch.arange(part.num_embeddings))
+            model.set_submodule(name, torch.nn.Embedding.from_pretrained(rows))
+    return model

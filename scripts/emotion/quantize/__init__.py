@@ -1,1 +1,0 @@
-"""Which layers, the scheme, INT8 per runtime, ONNX graphs, low bits, fake quantizers, NF4."""

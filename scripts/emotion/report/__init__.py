@@ -1,1 +1,0 @@
-"""Comparison, tables, pages, cards, figures, trace: what is written from records alone."""

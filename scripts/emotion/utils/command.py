@@ -1,0 +1,82 @@
+"""The boundary of every command: keeps the libraries quiet, and turns an error into one clear line."""
+
+import errno
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from emotion.utils.errors import UserError, mask_token, raised_by
+from emotion.utils.processes import is_main_process
+from emotion.utils.quiet import quiet_libraries
+
+TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Libraries that check what flags ask for when they come to use it, with errors that are written for their users.
+CHECKING = {"transformers", "accelerate", "peft", "datasets", "huggingface_hub"}
+LONGEST = 2000  # characters of an error: a value of a megabyte must not bury what is said of it
+
+
+def run(main) -> None:
+    """Runs a script's ``main`` and ends the process: status 0, or one line on standard error and another status."""
+    if not is_main_process():
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (stays open until the process ends)
+    _prepare_streams()
+    quiet_libraries()
+    try:
+        main()
+    except BrokenPipeError:  # the reader (`head`, say) went away: nothing is wrong here
+        # Python flushes standard output once more as it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (KeyboardInterrupt, Exception) as error:
+        message = _explain(error)
+        if progress := sys.modules.get("emotion.utils.progress"):  # of a command that has shown a bar
+            progress.close_bars()
+        if message is None or os.environ.get(TRACEBACK_VARIABLE):
+            print(mask_token(traceback.format_exc()), end="", file=sys.stderr)
+        if message:
+            print(f"error: {shorten(mask_token(message))}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _prepare_streams() -> None:
+    """Makes every character printable, and gives the streams that the caller has closed to nobody."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a file that is opened next would take its number, and be written into
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
+        # A pipe may take Latin-1 alone, and a name from the command line may be no text: shown as \u2603, say.
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def shorten(message: str) -> str:
+    """A message as one line, without its middle if it is very long."""
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def _explain(error: BaseException) -> str | None:
+    """A message that says what the user can do about an error; None if only a developer can mend it."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted; a training goes on where it stopped with --resume_from_checkpoint last"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        name = f" {error.filename}" if error.filename else ""
+        return f"cannot write{name}: {error.strerror}; free some space or choose another folder"
+    if isinstance(error, OSError) and error.strerror:  # it is missing, a folder, not ours to read, ...
+        return f"{error.filename or 'input or output'}: {error.strerror}; choose another file or folder"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return "the memory is not enough; take smaller batches, shorter texts or a smaller model"
+    if isinstance(error, ModuleNotFoundError) and error.name.split(".")[0] != "emotion":
+        return f"{error}; pip install -r requirements.txt installs it"
+    if isinstance(error, ValueError | ImportError | NotImplementedError) and raised_by(error) in CHECKING:
+        return f"{error} ({TRACEBACK_VARIABLE}=1 shows where)"
+    # The libraries have exceptions of their own for a full disk; only their text tells.
+    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
+        return f"cannot write the weights: {error}; free some space or choose another folder"
+    # torch.save, in which the second one is what a disk gives that fills up while a file is open
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)):
+        return "cannot write a checkpoint: the disk is full or a limit was reached; free some space"
+    if isinstance(error, RuntimeError) and "iostream error" in str(error):  # OpenVINO
+        return "cannot write the weights: the disk is full or a limit was reached; free some space"
+    return None

@@ -1,0 +1,256 @@
+"""Requests to the Hub: each wait has an end, what may pass is tried again, and an error becomes one line.
+
+`huggingface_hub` retries, resumes and compares lengths. Left to this module: most requests to its API have no timeout,
+it waits as long as a server asks, follows redirects without end, and names files in its cache after headers. Both its
+HTTP libraries, `httpx` in version 1 and `httpx2` in version 2, have clients with the hooks that are used here.
+"""
+
+import contextlib
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+
+from huggingface_hub import constants
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
+
+from emotion.utils.errors import LONGEST_REASON, UserError, mask_token, raised_by
+from emotion.utils.names import check_repo_id
+
+WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
+LONGEST_WAIT_S = 120  # between two attempts, whatever the Hub asks for
+TIMEOUT_S = 60  # for each step of a request that huggingface_hub sets none for
+MOST_TRIES = 5  # of one request in an attempt: 15 s of a Hub that answers 500
+LOWEST_RATE, GRACE_S = 1000, 30  # bytes a second that a body must come with on average, after so many seconds
+LARGEST_ANSWER = 100_000_000  # bytes, of what is no file of an announced length; answers are read into memory
+
+
+class UselessAnswerError(Exception):
+    """What huggingface_hub would repeat or read without end; no class that it would catch."""
+
+
+def endpoint_answers() -> bool:
+    """Whether the Hub may be asked and answers; a refusal is an answer."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # HF_HUB_OFFLINE, or any error of the HTTP library
+        return False
+    return True
+
+
+def ask_hub(attempt, repo_id: str):
+    """Calls ``attempt``, which asks the Hub for a repository; calls it again while that can help.
+
+    Returns:
+        The result of ``attempt``.
+
+    Raises:
+        UserError: for an error that will stay, at once; for one that may pass, after the last attempt.
+    """
+    requests, waits_s = Requests(), iter(WAITS_S)
+    while True:
+        try:
+            with requests.bounded():
+                return attempt()
+        except UserError:  # in the user's words already
+            raise
+        except Exception as error:
+            passing, reason, asked_s = summarize(error, repo_id)
+            if reason is None:  # not the Hub's: an error of this program, whose traceback is needed
+                raise
+            wait_s = next(waits_s, None) if passing and not requests.exhausted else None
+            if wait_s is None:
+                raise UserError(reason) from error
+        wait_s = max(wait_s, min(asked_s, LONGEST_WAIT_S))
+        asks = f", though it asks for {asked_s:.0f} s" if asked_s > LONGEST_WAIT_S else ""
+        requests.report(f"{reason}; trying again in {wait_s:.0f} s{asks}")
+        time.sleep(wait_s)
+
+
+class Requests:
+    """Bounds the requests of one call of `ask_hub`.
+
+    Attributes:
+        exhausted: whether huggingface_hub has repeated a request `MOST_TRIES` times.
+    """
+
+    def __init__(self):
+        self.exhausted = False
+        self._reported = False
+        self._status = "none"  # of the last answer
+        self._tries = Counter()  # request -> how often it was asked without an answer of use
+
+    @contextlib.contextmanager
+    def bounded(self):
+        """While the block runs, the client of huggingface_hub calls the methods below."""
+        hooks = get_session().event_hooks
+        self._tries.clear()
+        hooks["request"].append(self._before)
+        hooks["response"].append(self._after)
+        try:
+            yield
+        finally:
+            hooks["request"].remove(self._before)
+            hooks["response"].remove(self._after)
+
+    def report(self, line: str) -> None:
+        """Tells the user that a request is repeated."""
+        self._reported = True
+        print(line, file=sys.stderr)
+
+    def _before(self, request) -> None:
+        """Sets timeouts; raises `UselessAnswerError` where repeating a request would go on for too long."""
+        tries = self._tries[_key(request)]
+        self._tries[_key(request)] += 1
+        where = f"{request.method} {request.url.host}{request.url.path}, last status {self._status}"
+        self.exhausted |= tries >= MOST_TRIES
+        if self.exhausted:
+            raise UselessAnswerError(f"{where}, {MOST_TRIES} times")
+        if tries and not self._reported:
+            self.report(mask_token(f"no useful answer of the Hub to {where}; trying again"))
+        most_s = constants.HF_HUB_ETAG_TIMEOUT if request.method == "HEAD" else TIMEOUT_S
+        timeouts = request.extensions["timeout"]
+        request.extensions["timeout"] = {step: min(time_s or most_s, most_s) for step, time_s in timeouts.items()}
+
+    def _after(self, response) -> None:
+        """Looks at an answer's headers, before its body is read.
+
+        Raises:
+            FileMetadataError: for headers that cannot be true; huggingface_hub then takes the file from its cache.
+            HfHubHTTPError: if the Hub asks for a pause, which huggingface_hub would not heed, or take in silence.
+        """
+        self._status = response.status_code
+        if requested_pause(response):
+            hf_raise_for_status(response)
+        # Of what huggingface_hub takes as the last answer: errors and redirections have ETags of their own.
+        if response.is_success or response.headers.get("Location", "").startswith(("http", "//")):
+            del self._tries[_key(response.request)]
+            if response.request.method == "HEAD":
+                check_cache_headers(response)
+        response.iter_raw = bound_body(response)
+
+
+def _key(request) -> tuple:
+    return threading.get_ident(), request.method, str(request.url)
+
+
+def check_cache_headers(response) -> None:
+    """Raises `FileMetadataError` if a header would name a file outside of the cache, or of another commit."""
+    asked = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
+    etag = r'(W/)?"?\w[\w.-]*"?'
+    forms = {"X-Repo-Commit": asked[1] if asked else "[0-9a-f]{40}", "X-Linked-ETag": etag, "ETag": etag}
+    for name, form in forms.items():
+        value = response.headers.get(name)
+        if value is not None and not re.fullmatch(form, value):  # huggingface_hub itself asks for those that it needs
+            raise FileMetadataError(f"{name} cannot be '{value}'")
+
+
+def bound_body(response):
+    """A replacement of ``response.iter_raw``, which raises where a body comes too slowly or without end."""
+    read, start = response.iter_raw, time.monotonic()
+    # The client itself holds a body to the length that was announced.
+    is_file = "/api/" not in response.request.url.path and "Content-Length" in response.headers
+
+    def iter_raw(chunk_size: int | None = None):
+        size = 0
+        for chunk in read(chunk_size):
+            size += len(chunk)
+            if not is_file and size > LARGEST_ANSWER:
+                raise UselessAnswerError(f"an answer is larger than {LARGEST_ANSWER:,} bytes")
+            if time.monotonic() - start > GRACE_S + size / LOWEST_RATE:
+                raise UselessAnswerError(f"fewer than {LOWEST_RATE:,} bytes a second")
+            yield chunk
+
+    return iter_raw
+
+
+def requested_pause(response) -> float:
+    """The seconds that a refusal asks to wait, by Retry-After or the Hub's own header; 0 if it names none."""
+    if response.status_code not in {429, 503}:
+        return 0
+    value = response.headers.get("Retry-After", "")
+    try:
+        if value.isdecimal():
+            return float(value)
+        return max(0, (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without a time zone
+        limit = parse_ratelimit_headers(response.headers)
+        return float(limit.reset_in_seconds) if limit else 0
+
+
+def summarize(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
+    """What an error of a request to the Hub means.
+
+    Returns:
+        Whether it may pass by itself; its meaning in one line, None for an error of this program; the seconds that the
+        Hub asks to wait.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    for one in chain:  # the cause of others, where the library looked into its cache, or failed to read a refusal
+        if response := getattr(one, "response", None):
+            return *summarize_status(one, response.status_code, repo_id), requested_pause(response)
+    ours = UselessAnswerError | FileMetadataError | LocalEntryNotFoundError
+    if raised_by(error) == "emotion" and not isinstance(error, ours):
+        return False, None, 0
+    if isinstance(error, LocalEntryNotFoundError):
+        if not error.__cause__:  # the cache alone was asked
+            why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
+            return False, f"{repo_id} is not whole in the cache, and {why}", 0
+        error = error.__cause__
+    elif isinstance(error, OSError) and error.errno:
+        place = f"downloads go to {constants.HF_HUB_CACHE}, and HF_HOME names another place"
+        return False, one_line(f"{error.filename or 'the disk'}: {error.strerror}; {place}"), 0
+    name = type(error).__name__
+    # Nothing listens there, or the library refuses what it was given or was told.
+    passing = name != "ConnectError" and not isinstance(error, ValueError)
+    return passing, one_line(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
+
+
+def summarize_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[bool, str]:
+    """Whether a refusal of the Hub may pass by itself, and its meaning in one line."""
+    message = getattr(error, "server_message", None)
+    detail = f" ({message})" if message else ""
+    # 401 stands for a missing repository too: the Hub does not tell a stranger which private ones there are.
+    reasons = {
+        401: f"the Hub does not know this token, or {repo_id} is not there; run `hf auth login` again",
+        403: f"this token may not do that with {repo_id}{detail}; take one that may",
+        404: f"no repository {repo_id} on the Hub, or no file of that name in it",
+        413: f"a file is too large for {repo_id} (status 413){detail}",
+        507: f"{repo_id} has no space left (status 507){detail}; free some",
+    }
+    passing = status not in reasons and (status in {408, 429} or status >= 500)
+    other = (
+        f"the Hub is busy or failing (status {status})" if passing else f"the Hub refuses (status {status}){detail}"
+    )
+    return passing, one_line(reasons.get(status, other))
+
+
+def one_line(text: str) -> str:
+    """A text for the terminal: in one line of bounded length, without control characters, without the token."""
+    text = mask_token(text)[: 10 * LONGEST_REASON]
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
+
+
+def check_can_publish(repo_id: str | None) -> None:
+    """Raises `UserError` for the mistakes that show without asking the Hub: no name or a wrong one, no token."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not repo_id:
+        raise UserError("name the repository with --hub_model_id user/name")
+    check_repo_id(repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"'{repo_id}' is no name for a repository: {str(error).splitlines()[0]}") from error
+    if "/" not in repo_id:  # valid for the Hub, where some old models have no owner; none can be made
+        raise UserError(f"'{repo_id}' names no owner; write user/{repo_id}")
+    if not get_token():
+        raise UserError("no token for the Hub; run `hf auth login`, or set HF_TOKEN")

@@ -1,0 +1,232 @@
+"""The machine: threads, memory, instruction sets, package versions, the commit, and other scripts as processes."""
+
+import contextlib
+import ctypes
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+from emotion.utils.arguments import Range
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT
+from emotion.utils.processes import integer_setting
+
+SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
+# Packages whose version a result may depend on, by their names on PyPI; each record lists them.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "evaluate",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "scikit-learn",
+    "onnx",
+    "onnxruntime",
+    "torchao",
+    "optimum-intel",
+    "openvino",
+    "nncf",
+    "peft",
+    "bitsandbytes",
+)
+
+
+def count_processors(root: Path = Path("/")) -> int:
+    """The processors that this process may use: those of `taskset` and the like, within the quota of its container.
+
+    Args:
+        root: the folder that holds `proc` and `sys`.
+    """
+    # macOS and Windows do not tell which processors a process may use.
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Of 1.5 processors one: a second thread would be stopped for half of the time, in the middle of an answer.
+    return max(1, int(min(granted, read_cpu_quota(root))))
+
+
+def read_cpu_quota(root: Path) -> float:
+    """How many processors' time the control groups (cgroup v1 or v2) grant; infinite where none limits it."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    quota = math.inf
+    for group in groups:
+        _, controllers, name = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):  # v2 names none
+            continue
+        for hierarchy in {controllers, controllers and "cpu"}:  # v1 mounts "cpu,cpuacct", "cpu", or both
+            # Each group above limits it too. Inside a container the group's name may be that of the machine, of which
+            # only the root is to be seen.
+            for one in (PurePosixPath(name), *PurePosixPath(name).parents):
+                folder = root / "sys/fs/cgroup" / hierarchy / one.relative_to("/")
+                quota = min(quota, _quota_of(folder))
+    return quota
+
+
+def _quota_of(folder: Path) -> float:
+    """The quota of one control group, in processors; infinite without a limit."""
+    with contextlib.suppress(OSError, ValueError):  # no such file; or "max", which is no limit
+        quota, period = map(int, (folder / "cpu.max").read_text(encoding="utf-8").split())
+        return quota / period
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+        if quota > 0:  # -1: no limit
+            return quota / int((folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+    return math.inf
+
+
+# More threads than processors only wait for each other, and each takes memory; some more are taken for comparisons.
+THREADS = Range(1, max(64, 8 * count_processors()))
+
+
+def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
+    """The number of threads asked for; else that of `OMP_NUM_THREADS`, at most all processors that may be used.
+
+    Args:
+        root: as in `count_processors`.
+
+    Raises:
+        UserError: if fewer than one is asked for, or many more than there are processors.
+    """
+    if threads is not None and threads not in THREADS:
+        raise UserError(f"threads {threads}: it takes {THREADS}")
+    if threads:
+        return threads
+    processors, wanted = count_processors(root), integer_setting("OMP_NUM_THREADS")
+    return min(processors, wanted) if wanted and wanted > 0 else processors
+
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Whether the device that will train multiplies in bfloat16; where it does not, bfloat16 is emulated and slow."""
+    import torch  # here as below, since answering a text imports this file and must not wait for torch
+
+    if not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    # PyTorch lists many instruction sets; these are the bfloat16 products of x86 and ARM.
+    names = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
+    return any(torch.cpu.get_capabilities().get(name) is True for name in names)
+
+
+def describe_environment(threads: int, device: str = "cpu") -> dict:
+    """The environment of a measurement, for its record: processor, instruction sets, threads, Python, packages."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    # Of a long list, the instruction sets that decide how fast matrices are multiplied, by the beginnings of names.
+    vector = ("avx", "amx", "sve", "neon", "asimd", "i8mm", "dotprod", "bf16")
+    instruction_sets = [name for name, has in capabilities.items() if has is True and name.startswith(vector)]
+    return {
+        "cpu": capabilities.get("cpu_name") or platform.processor() or platform.machine(),
+        "instruction_sets": sorted(instruction_sets),
+        "threads": threads,
+        "device": device,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+    }
+
+
+def describe_run(threads: int) -> dict:
+    """The fields that every study's results begin with: the date, the commit and the environment."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "git_commit": git_commit(),
+        "environment": describe_environment(threads),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Name -> installed version, of each of `PACKAGES`."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit() -> str | None:
+    """The commit of the working tree, marked '-dirty' if its code or recipes differ; None outside a repository."""
+    try:
+        # Only files that decide a result: a results file that was just written makes no commit dirty.
+        places = ("scripts", "configs", "metrics", "requirements.txt", "requirements-inference.txt")
+        changed = _git("status", "--porcelain", "--", *places)
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no repository
+        return None
+
+
+def code_url() -> str | None:
+    """The page of the GitHub repository that this working tree was cloned from; None for any other origin."""
+    try:
+        origin = _git("remote", "get-url", "origin")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    # Nothing but owner and name is taken: the rest may be a machine of this user's, or hold a password.
+    found = re.search(r"(?:^|[/@.])github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$", origin)
+    return f"https://github.com/{found[1]}" if found else None
+
+
+def _git(*words: str) -> str:
+    """What a git command prints, run in the repository of this code."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
+    """Runs a command of this project in a fresh process, with the same Python.
+
+    Args:
+        name: its file in scripts/.
+        words: its flags and their values, of any type.
+        options: passed on to `subprocess.run`, except ``check=True``: then a failure ends this process with the same
+            status, and without a word of its own, since the command has said why.
+    """
+    check = options.pop("check", False)
+    # sys.executable: `python` alone may be another one than that of the virtual environment.
+    done = subprocess.run([sys.executable, str(SCRIPTS / name), *map(str, words)], **options)
+    if check and done.returncode:
+        sys.exit(done.returncode)
+    return done
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory_mb` count from here on, where the system can; elsewhere it counts from the process's start."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux: writing 5 sets the peak of this process's memory back to what it holds now.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_mb() -> int | None:
+    """The most memory that was in use at once, in megabytes (1e6 bytes): the GPU's, or the process's on a CPU.
+
+    None on Windows, whose Python does not count it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux blocks of 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse large buffers instead of returning them to the system after every step.
+
+    The gradient of the word embeddings alone is 47 MB for MiniLM. Fetching its pages anew took a quarter of a step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)  # gives back what loading the model has left over, before nothing is given back any more
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: buffers below 1 GB come from the heap, not from fresh pages
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: the end of the heap is never given back

@@ -1,0 +1,95 @@
+"""The kind of processor, by the instructions that decide how fast a model is: times are kept apart by it."""
+
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+from emotion.utils.errors import UserError
+
+# Class of processors, the highest first -> the instruction set that makes a processor one, by PyTorch's name
+CLASSES = {
+    "amx": "amx_int8",
+    "avx512_vnni": "avx512_vnni",
+    "avx512": "avx512_bw",
+    "avx_vnni": "avx_vnni",
+    "avx2": "avx2",
+}
+ARM = "arm64"
+TITLES = {
+    "amx": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    ARM: "ARM64",
+}
+# Settings of PyTorch, oneDNN, MKL, CTranslate2, OpenBLAS and NumPy that make them compute without some instructions
+HIDING = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "CT2_FORCE_CPU_ISA",
+    "OPENBLAS_CORETYPE",
+    "NPY_DISABLE_CPU_FEATURES",
+)
+CPUINFO = Path("/proc/cpuinfo")  # Linux's
+
+
+def class_of(instruction_sets: Iterable[str]) -> str | None:
+    """The highest class whose instructions are among these; None for an older processor.
+
+    Args:
+        instruction_sets: their names, as PyTorch or Linux writes them.
+    """
+    found = {name.replace("_", "") for name in instruction_sets}  # Linux writes avx512bw, PyTorch avx512_bw
+    for name, needed in CLASSES.items():
+        if needed.replace("_", "") in found:
+            return name
+    return None
+
+
+def find_processor_class() -> str:
+    """The class of this processor, for the name of what is measured on it.
+
+    Raises:
+        UserError: if some of its instructions are hidden from the libraries, or it is older than all classes.
+    """
+    for name in HIDING:
+        if os.environ.get(name):
+            raise UserError(f"{name} is set and hides instructions: no processor has these times; unset it")
+    if is_arm():
+        return ARM
+    seen, listed = class_of(instruction_sets_of_libraries()), instruction_sets_of_kernel()
+    if listed is not None and class_of(listed) != seen:
+        raise UserError(
+            f"the libraries see {seen or 'an older processor'}, and {CPUINFO} tells of {class_of(listed) or 'one'}: "
+            "instructions are hidden, and no processor has these times"
+        )
+    if seen is None:
+        raise UserError(f"this processor has none of {', '.join(CLASSES.values())}: its times have no place")
+    return seen
+
+
+def is_arm() -> bool:
+    """Whether this is a 64-bit ARM processor."""
+    return platform.machine().lower() in ("arm64", "aarch64")
+
+
+def instruction_sets_of_libraries() -> list[str]:
+    """What PyTorch finds, by asking the processor as the other libraries do."""
+    import torch  # here: who only renders pages does not wait for it
+
+    return [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+
+
+def instruction_sets_of_kernel() -> list[str] | None:
+    """What Linux lists; None on another system."""
+    if CPUINFO.is_file():
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, flags = line.partition(":")
+            if name.strip() == "flags":
+                return flags.split()
+    return None

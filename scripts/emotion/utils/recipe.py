@@ -1,0 +1,96 @@
+"""The recipe of a run, and the recipe.yaml that an artifact keeps of what made it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from emotion.utils.checksums import SUMS_FILE, read_sums
+from emotion.utils.errors import UserError
+from emotion.utils.fields import read_fields
+from emotion.utils.names import check_line, check_name
+
+RECIPE_FILE = "recipe.yaml"
+# Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.
+PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
+
+# What is read of an artifact's recipe.yaml
+TEXT, NUMBER = (str, type(None)), (int, type(None))
+TASK_KINDS = {"dataset_name?": str, "dataset_config_name?": TEXT}
+MADE_KINDS = {
+    "variant": str,
+    "recipe": {**TASK_KINDS, "baseline?": TASK_KINDS},  # a quantized artifact keeps its baseline's inside its own
+    "seed": NUMBER,
+    "made": {
+        "base_model?": TEXT,
+        "base_model_source?": TEXT,
+        "dataset?": TEXT,
+        "dataset_source?": TEXT,
+        "train_rows?": NUMBER,
+        "train_fingerprint?": TEXT,
+        "git_commit?": TEXT,
+    },
+    "training": (dict, type(None)),
+    "kept_in_float?": dict,
+    "seconds?": dict,
+    "forms?": dict,
+    "remedies?": dict,
+    "outliers?": dict,
+    "merged?": dict,
+    "onnx?": dict,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run was asked to do.
+
+    Attributes:
+        path: the config that was read; None for none.
+        values: flag -> value: all flags of ours that have one, and each other that differs from its default.
+    """
+
+    path: Path | None
+    values: dict
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the config's bytes, in hexadecimal: flags of the command line and defaults are not in it."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path else None
+
+
+def read_recipe_of(folder: Path) -> dict:
+    """The recipe.yaml of an artifact; empty for a folder that another program made.
+
+    Raises:
+        UserError: if it is lost or cannot be read, or does not hold what `new_artifact` writes.
+    """
+    path = Path(folder) / RECIPE_FILE
+    if not path.is_file():
+        if RECIPE_FILE in (read_sums(folder) or {}):
+            raise UserError(f"{folder} has lost its {RECIPE_FILE}, which {SUMS_FILE} names; make the artifact again")
+        return {}
+    import yaml
+
+    made = read_fields(path, yaml.safe_load, MADE_KINDS, most_bytes=300_000)
+    # The folder may come from a stranger: the first names files of results, the others stand in cards and pages.
+    check_name(made["variant"], path)
+    for key in ("base_model", "dataset"):
+        check_line(made["made"].get(key), path)
+    return made
+
+
+def base_model_of(folder: Path) -> str | None:
+    """The Hub id of the base model that an artifact was made from; None if its folder does not tell."""
+    return read_recipe_of(folder).get("made", {}).get("base_model")
+
+
+def comparable(values: dict) -> dict[str, str]:
+    """The values of a recipe that decide its result, as words, so that two runs can be compared."""
+    # None of these decides it. `bf16` is left out since the machine may have turned it off.
+    free = PLACES | {"report_to", "disable_tqdm", "bf16"}
+    compared = {}
+    for key, value in values.items():
+        if key not in free:
+            # A recipe's 3 and a flag's 3.0 are the same number.
+            compared[key] = str(float(value) if isinstance(value, int | float) else value)
+    return compared

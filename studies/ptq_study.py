@@ -1,0 +1,222 @@
+"""Chooses how the baseline is quantized: compares candidates with each other, and studies layer by layer.
+
+Everything is scored on validation, with several baselines. The test split is not touched. For each format the study
+chooses by one rule. Candidates must answer alike on every processor, and their mean macro F1 must lie within 0.2
+points of the best such candidate. Of these, the fastest at batch 1 wins. The defaults of run_ptq.py are the winners.
+
+    python studies/ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
+"""
+
+import re
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from emotion.data.dataset import Task, load_task_of
+from emotion.data.metrics import VALIDATION_NOISE, score
+from emotion.data.tokenization import TextEncoder
+from emotion.evaluation.benchmark import Protocol, interleave
+from emotion.evaluation.inspection import describe_scheme
+from emotion.inference.model_folder import files_to_serve, new_artifact, weights_of
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.runtimes import open_artifact
+from emotion.quantization.scheme import (
+    SchemeArguments,
+    describe_quantized,
+    draw_calibration_rows,
+    make_plan,
+    save_formats,
+)
+from emotion.quantization.sensitivity import Rows, compare, logits_of, measure_layers, validation_rows
+from emotion.utils.arguments import COUNT, parse_args
+from emotion.utils.command import run
+from emotion.utils.files import ROOT, write_json
+from emotion.utils.levels import LARGEST_SAFE_WEIGHT
+from emotion.utils.machine import choose_threads, describe_run
+from emotion.utils.progress import Bar
+from emotion.utils.recipe import Recipe, base_model_of, read_recipe_of
+
+CALIBRATION_ROWS = 300
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize the baseline: a format, and the flags of run_ptq.py that differ from `FLAGS`."""
+
+    format: str
+    changes: dict = field(default_factory=dict)
+
+
+CANDIDATES = {
+    "torchao": Candidate("torchao"),
+    "ONNX Runtime, dynamic": Candidate("onnx"),
+    "ONNX Runtime, dynamic, outliers split": Candidate("onnx", {"split_outliers": True}),
+    "ONNX Runtime, dynamic, 8-bit weights": Candidate("onnx", {"reduce_range": False}),
+    "ONNX Runtime, static by extremes": Candidate("onnx", {"onnx_calibration": "minmax"}),
+    "ONNX Runtime, static by entropy": Candidate("onnx", {"onnx_calibration": "entropy"}),
+    "OpenVINO": Candidate("openvino"),
+    "OpenVINO, 8-bit weights": Candidate("openvino", {"reduce_range": False}),
+    "OpenVINO, SmoothQuant": Candidate("openvino", {"smooth_quant": True}),
+}
+# Format -> the flags that decide it, with their values in a candidate that does not change them. The defaults
+# of run_ptq.py must not matter here: they are the winners of the study before.
+FLAGS = {
+    "torchao": {"modules_to_not_convert": []},
+    "onnx": {"reduce_range": True, "modules_to_not_convert": [], "onnx_calibration": "none", "split_outliers": False},
+    "openvino": {"reduce_range": True, "modules_to_not_convert": [], "smooth_quant": False},
+}
+
+
+@dataclass
+class StudyArguments:
+    """The baselines to study, and where the results go."""
+
+    baselines: list[str] = field(
+        metadata={"help": "Folders of run_baseline.py. Speed and layers are measured on the first one."}
+    )
+    work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    layer_texts: int | None = field(
+        default=None,
+        metadata={"help": "Texts of validation that show a layer on its own; all if not given.", "choices": COUNT},
+    )
+    leave_out: list[str] = field(
+        default_factory=list, metadata={"help": "Candidates that are not made.", "choices": CANDIDATES}
+    )
+    rounds: int = field(
+        default=10, metadata={"help": "Turns that each candidate gets when speed is measured.", "choices": COUNT}
+    )
+
+
+def main(argv=None) -> None:
+    (arguments,) = parse_args((StudyArguments,), positional="baselines", argv=argv)
+    baselines, results = [Path(folder) for folder in arguments.baselines], Path(arguments.results_dir)
+    task = load_task_of(read_recipe_of(baselines[0]))
+    rows = validation_rows(task, choose_threads(None))
+    about = describe_run(rows.threads) | {
+        "base_model": base_model_of(baselines[0]),
+        "dataset": task.name,
+        "dataset_source": task.source,
+        "split": "validation",
+        "examples": len(rows.texts),
+        "baselines": [read_recipe_of(folder).get("seed") for folder in baselines],
+    }
+
+    # 1. Each layer on its own: which one changes the logits most?
+    few = rows.first(arguments.layer_texts)
+    layers = measure_layers(baselines[0], few)
+    write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
+    worst = max((one for one in layers if one["layer"] is not None), key=lambda one: one["mean_logit_shift"])
+    without_worst = Candidate("onnx", {"modules_to_not_convert": worst["names"]})
+    candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
+    candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
+
+    # 2. Make, score and time the candidates; 3. choose
+    folders = make_candidates(candidates, baselines, task, Path(arguments.work_dir))
+    fp32, studied = score_candidates(candidates, folders, baselines, rows)
+    speed = time_candidates(candidates, folders, baselines[0], rows, arguments.rounds)
+    fp32 |= speed.pop("FP32")
+    for name, measured in speed.items():  # latency, throughput, and how many times faster than FP32
+        studied[name] |= measured
+    study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
+    write_json(results / "ptq_study.json", study)
+    print(f"wrote the study to {results}; make report renders it")
+
+
+def make_candidates(
+    candidates: dict[str, Candidate], baselines: list[Path], task: Task, work: Path
+) -> dict[str, list[Path]]:
+    """Quantizes every baseline by every candidate; returns name -> one folder per baseline, in their order."""
+    folders = {name: [] for name in candidates}
+    for baseline in baselines:
+        model, made_by = load_trained_classifier(baseline), read_recipe_of(baseline)
+        rows = draw_calibration_rows(task, TextEncoder(baseline), CALIBRATION_ROWS, seed=42)
+        for name, candidate in Bar(candidates.items(), desc=f"candidates of {baseline.name}"):
+            flags = FLAGS[candidate.format] | candidate.changes
+            arguments = SchemeArguments(formats=[candidate.format], num_calibration_samples=CALIBRATION_ROWS, **flags)
+            plan = make_plan(baseline, model, arguments, rows)
+            made = describe_quantized("ptq", Recipe(None, flags), made_by, plan, arguments)
+            # As run_ptq.py, but without remedies: every candidate is wanted as it is, whatever it loses.
+            folder = work / re.sub(r"\W+", "-", name) / baseline.name
+            with new_artifact(folder, made) as partial:
+                save_formats(plan, partial, rows, arguments)
+            folders[name].append(folder)
+    return folders
+
+
+def score_candidates(
+    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baselines: list[Path], rows: Rows
+) -> tuple[dict, dict]:
+    """Scores FP32 and every candidate on validation.
+
+    Returns:
+        The mean `macro_f1` of the FP32 baselines, and name -> the result of `describe_candidate`.
+    """
+    reference, macro_f1, studied = [], [], {}
+    for baseline in baselines:
+        logits = logits_of(baseline, "onnx", rows)
+        reference.append(logits)
+        macro_f1.append(score(logits, rows.labels)["macro_f1"])
+    for name, candidate in candidates.items():
+        studied[name] = describe_candidate(candidate, folders[name], reference, rows)
+    return {"macro_f1": statistics.fmean(macro_f1)}, studied
+
+
+def describe_candidate(candidate: Candidate, folders: list[Path], reference: list[np.ndarray], rows: Rows) -> dict:
+    """The changes that a candidate makes, as means over the baselines, and size and scheme of the first one's file.
+
+    Args:
+        folders: one per baseline.
+        reference: FP32 logits (rows, classes) of each baseline, in the same order.
+    """
+    format = candidate.format
+    each = []
+    for folder, before in zip(folders, reference, strict=True):
+        each.append(compare(before, logits_of(folder, format, rows), rows.labels))
+    # Size and scheme are alike for all seeds, so the first one's are taken.
+    files = files_to_serve(folders[0], format)
+    weights = weights_of(folders[0], format)
+    return {
+        "format": format,
+        "changes": candidate.changes,
+        **{name: statistics.fmean(one[name] for one in each) for name in each[0]},
+        # One per baseline: the mean alone would hide how much they differ.
+        "macro_f1_changes": [one["macro_f1_change"] for one in each],
+        "megabytes": round(sum(files.values()) / 1e6, 2),
+        "scheme": describe_scheme(open_artifact(folders[0], format, rows.threads), weights, format),
+    }
+
+
+def time_candidates(
+    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baseline: Path, rows: Rows, rounds: int
+) -> dict[str, dict]:
+    """Times FP32 and every candidate of the first baseline in turns; returns name -> the measurements."""
+    timed = {"FP32": (baseline, "onnx")}
+    for name, candidate in candidates.items():
+        timed[name] = folders[name][0], candidate.format
+    protocol = Protocol(threads=rows.threads, rounds=rounds, texts_per_round=50, batches_per_round=8)
+    return interleave(timed, rows.texts, protocol)
+
+
+def choose(studied: dict) -> dict:
+    """Format -> the winner by the rule at the top of this file, and its flags."""
+    of_format = {}
+    for name, one in studied.items():
+        of_format.setdefault(one["format"], {})[name] = one
+    chosen = {}
+    for format, ours in of_format.items():
+        # Weights of 8 bits overflow on processors without VNNI, which then answer differently (levels.py).
+        safe = {name: one for name, one in ours.items() if one["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT}
+        safe = safe or ours  # if no candidate is safe, all compete
+        # Of candidates within the noise of the best one, speed decides.
+        best = max(one["macro_f1_change"] for one in safe.values())
+        close = {name: one for name, one in safe.items() if one["macro_f1_change"] >= best - VALIDATION_NOISE}
+        winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
+        chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
+    return chosen
+
+
+if __name__ == "__main__":
+    run(main)

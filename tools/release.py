@@ -1,0 +1,197 @@
+"""Takes from the artifacts of the seeds what the repository tracks: one form of each released variant.
+
+`train_seeds.py` has chosen the seed on validation, and the whole artifact stays in `weights/seeds`. Nothing is
+released that was not scored: the files must be those of the records in `results/metrics`.
+
+With `--verify` it compares each tracked file with its SHA256SUMS, scores it on the test split, and compares its
+answers with the published ones in `results/predictions`. Processors round differently, so that a few texts between two
+classes may get another label; on the processor of the record none may.
+
+    python tools/release.py
+    python tools/release.py --verify
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from emotion.data.dataset import fingerprint, get_split, load_task_of
+from emotion.evaluation.predictions import read_predictions, score_again
+from emotion.evaluation.schema import Record
+from emotion.hub.render import markdown_table
+from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.inference.model_folder import ARTIFACT
+from emotion.inference.released import (
+    BYTES_IN_ALL,
+    BYTES_OF_FILE,
+    LICENSE_FILE,
+    OPENED_AS,
+    RELEASED,
+    SCORES_OF_OPENED,
+    names_to_release,
+)
+from emotion.utils.arguments import parse_args
+from emotion.utils.checksums import check_covered, check_sums, has_files, read_sums, write_sums
+from emotion.utils.command import run
+from emotion.utils.errors import UserError
+from emotion.utils.files import ROOT, check_replaceable, read_json, whole_folder
+from emotion.utils.machine import THREADS, choose_threads, describe_environment
+from emotion.utils.progress import Bar
+from emotion.utils.recipe import read_recipe_of
+
+EQUAL_LABELS = 0.998  # share of the rows; processors with and without VNNI differ in about one of a thousand
+MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
+
+
+@dataclass
+class ReleaseArguments:
+    """Where the artifacts and their scores are."""
+
+    weights_dir: str = field(
+        default=str(ROOT / "weights"), metadata={"help": "Folder of the artifacts, with those of each seed in seeds/."}
+    )
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder of the records."})
+    verify: bool = field(
+        default=False, metadata={"help": "Change nothing; compare the tracked weights and their answers."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "With --verify: threads to compute with.", "choices": THREADS}
+    )
+
+
+def main(argv=None) -> None:
+    """Releases or verifies; ``argv``: the flags, else those of the command line."""
+    (arguments,) = parse_args((ReleaseArguments,), positional="weights_dir", argv=argv)
+    if arguments.verify:
+        verify_all(arguments)
+    else:
+        release(Path(arguments.weights_dir), Path(arguments.results_dir))
+
+
+def release(weights: Path, results: Path) -> None:
+    """Checks all variants, then replaces their folders."""
+    licence = weights / LICENSE_FILE
+    if not licence.is_file():
+        raise UserError(f"no file {licence}: each released folder carries a copy of it")
+    # All checks before the first folder is replaced: a release is whole or does not happen.
+    sources = {}
+    for variant in RELEASED:
+        check_replaceable(weights / variant, ARTIFACT)
+        sources[variant] = find_source(variant, weights, results)
+    check_sizes(sources)
+    for variant, source in sources.items():
+        with whole_folder(weights / variant, ARTIFACT) as folder:
+            for name, released in names_to_release(source, variant).items():
+                (folder / released).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / released)
+            shutil.copyfile(licence, folder / LICENSE_FILE)
+            write_sums(folder)
+        megabytes = sum(path.stat().st_size for path in (weights / variant).rglob("*") if path.is_file()) / 1e6
+        print(f"{variant:10} {RELEASED[variant]:5} {megabytes:6.1f} MB  {source} -> {weights / variant}")
+
+
+def find_source(variant: str, weights: Path, results: Path) -> Path:
+    """The artifact of the seed that was chosen.
+
+    Raises:
+        UserError: if there is none, it is damaged, or the record of its released form is of other files.
+    """
+    summary = results / "seeds" / f"{variant}.json"
+    if not summary.is_file():
+        raise UserError(f"no file {summary}; run python tools/train_seeds.py {variant}")
+    source = weights / "seeds" / f"{variant}-{read_json(summary)['chosen_seed']}"
+    check_sums(source)
+    record = Record.read(results / "metrics" / f"{variant}-{RELEASED[variant]}.json")
+    if not record.sha256 or not has_files(source, record.sha256):
+        raise UserError(
+            f"{source} was not scored as it is now; run python scripts/run_evaluation.py {weights / variant} "
+            f"--format {RELEASED[variant]}"
+        )
+    return source
+
+
+def check_sizes(sources: dict[str, Path]) -> None:
+    """Raises `UserError` if a file, or all together, are more than a clone should carry."""
+    total = 0
+    for variant, source in sources.items():
+        for name in names_to_release(source, variant):
+            size = (source / name).stat().st_size
+            if size > BYTES_OF_FILE:
+                raise UserError(f"{source / name} has {size:,} bytes; a released file has {BYTES_OF_FILE:,} at most")
+            total += size
+    if total > BYTES_IN_ALL:
+        raise UserError(f"the released files have {total:,} bytes; together they have {BYTES_IN_ALL:,} at most")
+
+
+def verify_all(arguments: ReleaseArguments) -> None:
+    """Verifies every released variant and prints a table; raises `UserError` if one differs."""
+    threads = choose_threads(arguments.threads)
+    lines, differing = [], []
+    for variant in Bar(RELEASED, desc="verified"):
+        format, results = OPENED_AS.get(variant, RELEASED[variant]), Path(arguments.results_dir)
+        if variant in OPENED_AS:
+            results /= SCORES_OF_OPENED
+        found = verify(variant, format, Path(arguments.weights_dir) / variant, results, threads)
+        scores = [f"{100 * found[key]:.2f}" for key in ("macro_f1", "published")]
+        machine = "as recorded" if found["same_machine"] else "another"
+        lines.append([variant, format, f"{100 * found['equal']:.2f}", *scores, machine, found["verdict"]])
+        if found["verdict"] != "verified":
+            differing.append(f"{variant} ({format})")
+    head = ["variant", "format", "equal labels %", "macro F1 %", "published", "machine", "verdict"]
+    print(markdown_table(head, lines), end="")
+    if differing:
+        raise UserError(f"{', '.join(differing)}: the answers are not those that were published")
+
+
+def verify(variant: str, format: str, folder: Path, results: Path, threads: int) -> dict:
+    """Scores a released folder in one format, and compares it with its record and its published predictions.
+
+    Returns:
+        `equal` (share of the rows with the published label), `macro_f1` here and `published`, `same_machine` and the
+        `verdict`.
+
+    Raises:
+        UserError: if a file is damaged or is not the one that was measured, or the test rows are others.
+    """
+    name = f"{variant}-{format}"
+    check_covered(folder)
+    record = Record.read(results / "metrics" / f"{name}.json")
+    if (
+        not record.sha256 or not record.sha256.items() <= read_sums(folder).items()
+    ):  # which the files were compared with just now
+        raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
+    task = load_task_of(read_recipe_of(folder))
+    rows = get_split(task, record.quality.split)
+    if fingerprint(rows) != record.made.dataset_fingerprint:
+        raise UserError(
+            f"{task.name} ({task.source}) has other test rows than those of {name}; the scores say nothing"
+        )
+    labels, published = read_predictions(results / "predictions" / f"{name}.parquet")
+    logits = EmotionClassifier.from_pretrained(folder, format, threads).logits(rows["text"])
+    found = {
+        "equal": float(np.mean(logits.argmax(axis=-1) == published.argmax(axis=-1))),
+        "macro_f1": score_again(labels, logits, task.labels)["macro_f1"],
+        "published": score_again(labels, published, task.labels)["macro_f1"],
+        "same_machine": is_same_machine(record.environment.model_dump(), describe_environment(threads)),
+    }
+    return found | {"verdict": judge(found)}
+
+
+def judge(found: dict) -> str:
+    """The verdict on the figures of one variant."""
+    if found["same_machine"]:  # the same instructions on the same numbers
+        same = found["equal"] == 1 and found["macro_f1"] == found["published"]
+        return "verified" if same else "differs"
+    close = abs(found["macro_f1"] - found["published"]) <= MACRO_F1_MARGIN
+    return "verified" if close and found["equal"] >= EQUAL_LABELS else "differs"
+
+
+def is_same_machine(there: dict, here: dict) -> bool:
+    """Whether two environments compute alike to the last bit: processor, threads and libraries."""
+    return all(there.get(key) == here.get(key) for key in ("cpu", "instruction_sets", "threads", "packages"))
+
+
+if __name__ == "__main__":
+    run(main)

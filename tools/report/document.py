@@ -1,0 +1,33 @@
+"""The report: a Typst source that reads the records and pictures itself, set as a PDF."""
+
+from pathlib import Path
+
+from emotion.inference.released import RECOMMENDED
+from emotion.utils.errors import UserError
+
+SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"
+
+
+def compile_report(root: Path) -> bytes | None:
+    """The PDF, the same bytes from the same records; None where its source is not below ``root``.
+
+    Raises:
+        UserError: if a result that it cannot do without is missing, or lacks a field.
+    """
+    if not (root / SOURCE).is_file():
+        return None
+    import typst  # here, since the table alone can be printed without it
+
+    try:
+        # Typst brings fonts of its own; those of the system would differ from machine to machine.
+        return typst.compile(root / SOURCE, root=root, ignore_system_fonts=True, sys_inputs=inputs_of(root))
+    except typst.TypstError as error:
+        raise UserError(f"{SOURCE}: {error.message or error}; what it reads comes from the results") from error
+
+
+def inputs_of(root: Path) -> dict[str, str]:
+    """What the source is told: the files below ``root``, since Typst cannot ask for one, and the recommendation."""
+    names = []
+    for folder in ("docs", "results"):
+        names += [path.relative_to(root).as_posix() for path in (root / folder).rglob("*.*")]
+    return {"files": ",".join(sorted(names)), "recommended": RECOMMENDED}
