@@ -1,6 +1,5 @@
 """Statistics, pictures, the report, one traced text: what is said of the records, and why."""
 
-import ast
 import json
 import os
 import re
