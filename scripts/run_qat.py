@@ -26,7 +26,7 @@ from emotion.hub.upload import score_and_publish
 from emotion.inference.model_folder import describe_origin, new_artifact
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.quantization.conversion import save_converted, save_float, with_float_files
-from emotion.quantization.fake_quantizers import prepare, switch
+from emotion.quantization.fake_quantizers import follow_ranges, prepare, switch
 from emotion.quantization.scheme import (
     CONTROL,
     SchemeArguments,
@@ -175,6 +175,8 @@ class QatTrainer(FiniteTrainer):
         # Rounding may start late, when the training no longer changes much (Jacob et al., "Quantization and Training
         # of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
         switch(model, enabled=self.state.global_step >= self.quantize_after)
+        # The second half of the training adapts the weights to ranges that stay.
+        follow_ranges(model, self.state.global_step < self.state.max_steps // 2)
         return super().training_step(model, inputs, *words, **options)
 
     def evaluation_loop(self, *words, **options):

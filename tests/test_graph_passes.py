@@ -7,10 +7,10 @@ import pytest
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from conftest import ENCODERS
-from emotion.export.graph_passes import FIRST, keep_first_token, write_sums
+from emotion.export.graph_passes import FIRST, keep_cls_token, write_sums
 from emotion.inference.model_folder import weights_of
 from emotion.inference.pretrained import load_trained_classifier
-from emotion.quantization.int8_onnx import layers_of_first_token, load_float_graph, quantize_onnx
+from emotion.quantization.int8_onnx import cls_only_layers, load_float_graph, quantize_onnx
 from emotion.quantization.layers import Plan, find_layers
 from emotion.utils.recipe import read_recipe_of
 
@@ -32,7 +32,7 @@ def test_each_encoder_gets_all_rewrites(kind, baseline_of, tmp_path):
     layers = find_layers(model)
     plan = Plan(baseline, model, layers)
     # Of the six linear layers of the last layer, key and value alone see all tokens.
-    assert len(layers_of_first_token(plan)) == 4
+    assert len(cls_only_layers(plan)) == 4
     quantize_onnx(plan, tmp_path / "int8.onnx")
     for path in (weights_of(baseline, "onnx"), tmp_path / "int8.onnx"):
         # Shapes from before the rewrites would be a warning for each when anyone opens the file.
@@ -85,7 +85,7 @@ def test_the_first_token_is_kept_only_where_the_head_reads_no_other(head, first)
     for change in (False, True):
         graph = OnnxModel(model)
         if change:
-            keep_first_token(graph)
+            keep_cls_token(graph)
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         answers.append(session.run(None, {"x": x})[0])
     np.testing.assert_array_equal(*answers)

@@ -2,7 +2,7 @@
 
     fuse_attention      attention written out in single operators -> one operator
     join_heads          the reshapes around that operator go: it splits and joins the heads itself
-    keep_first_token    what only the first token's answer needs is computed for that token alone
+    keep_cls_token    what only the first token's answer needs is computed for that token alone
     pack_projections    query, key and value become one product
     write_sums          residual sums are written so that ONNX Runtime does not slow them down when it opens the file
     merge_products      dynamic INT8: rounding, product, scaling and bias become one operator
@@ -115,7 +115,7 @@ def join_heads(graph) -> None:
     tidy(graph)
 
 
-def keep_first_token(graph) -> None:
+def keep_cls_token(graph) -> None:
     """Computes only the first token wherever the answer needs no other: in the last layer, behind keys and values.
 
     The head of BERT, DistilBERT, RoBERTa and MPNet reads the first token alone. What leads to it token by token is
@@ -128,7 +128,7 @@ def keep_first_token(graph) -> None:
     def read_alone(name: str) -> bool:
         """Whether all that read the tensor read only its first token."""
         for node in consumers.get(name, []):
-            if takes_first_token(graph, node):
+            if takes_cls_token(graph, node):
                 continue
             places = [index for index, source in enumerate(node.input) if source == name]
             if node not in alone or not set(places) <= set(TOKEN_INPUTS[node.op_type]):
@@ -155,7 +155,7 @@ def keep_first_token(graph) -> None:
     tidy(graph)
 
 
-def takes_first_token(graph, node) -> bool:
+def takes_cls_token(graph, node) -> bool:
     """Whether a node takes the first token of states (batch, tokens, width), as a head does."""
     if node.op_type != "Gather":
         return False
@@ -163,8 +163,8 @@ def takes_first_token(graph, node) -> bool:
     return axis == 1 and index is not None and index.ndim == 0 and index == 0
 
 
-def products_of_first_token(graph) -> list:
-    """The products with a weight that see the first token alone, after `keep_first_token`."""
+def cls_only_products(graph) -> list:
+    """The products with a weight that see the first token alone, after `keep_cls_token`."""
     found, first = [], set()
     for node in graph.nodes():
         if node.op_type == "Slice" and node.output[0].endswith(FIRST):

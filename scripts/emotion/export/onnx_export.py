@@ -15,7 +15,7 @@ from emotion.export.graph_passes import (
     FIRST,
     fuse_attention,
     join_heads,
-    keep_first_token,
+    keep_cls_token,
     name_nodes,
     pack_projections,
     write_sums,
@@ -82,8 +82,8 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: t
     samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
     gap = float("inf")
     # Whether to rewrite the graph, and the passes to leave out: the plainer, the later.
-    attempts = [(True, leave_out), (True, (*leave_out, "keep_first_token"))] if rewrite else []
-    for fused, left_out in [*attempts, (False, ("keep_first_token",))]:
+    attempts = [(True, leave_out), (True, (*leave_out, "keep_cls_token"))] if rewrite else []
+    for fused, left_out in [*attempts, (False, ("keep_cls_token",))]:
         try:
             first_token = _write(model, samples[0], path, fused, left_out)
             gap = _largest_gap(model, samples, path)
@@ -150,7 +150,7 @@ def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> bool:
     graph = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
     fuse_attention(graph, model.config.num_attention_heads)
     join_heads(graph)
-    for change in (keep_first_token, pack_projections):
+    for change in (keep_cls_token, pack_projections):
         if change.__name__ not in leave_out:
             change(graph)
     name_nodes(graph.model.graph, model)

@@ -58,11 +58,11 @@ def save_converted(
 
 def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
     """Saves the trained float weights in plain layers, in PyTorch and ONNX; returns a plan to quantize that folder."""
-    scales = convert(plan.model)  # those in the checkpoint, which a resumed training has brought along
+    scales, ranges = convert(plan.model)  # those in the checkpoint, which a resumed training has brought along
     plan.model.save_pretrained(folder)
     plain = load_trained_classifier(folder).eval()  # opened anew, without the Trainer's wrappers
     save_float(plain, folder, tokenizer)
-    return replace(plan, folder=folder, model=plain, scales=scales)
+    return replace(plan, folder=folder, model=plain, scales=scales, ranges=ranges)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 # Smallest and largest integer of a weight in each runtime's file
 FULL_SPAN = (-128, 127)  # torchao's
 ONNX_SPAN = (-127, 127)
+MOMENTUM = 0.01  # of a moving range: the weight of a batch, that of PyTorch's MovingAverageMinMaxObserver
 REDUCED_SPAN = (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT)  # ONNX Runtime's at 7 bits: no processor's sums overflow
 
 
@@ -56,27 +57,41 @@ def round_rows(
 
 
 def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds all values to the 256 integers of one range, as ONNX Runtime's operator DynamicQuantizeLinear does it.
+    """Rounds all values to the 256 integers of their own range, as ONNX Runtime's DynamicQuantizeLinear does.
 
     Args:
         values: float, of any shape.
         whole: the tensor whose range it is, if the values are a part of it.
 
     Returns:
+        Those of `round_in_range`.
+    """
+    return round_in_range(values, *torch.aminmax((values if whole is None else whole).float()))
+
+
+def round_in_range(
+    values: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds values to the 256 integers of a range, as ONNX's QuantizeLinear does; what lies beyond is clipped.
+
+    Args:
+        values: float, of any shape.
+        lowest, highest: float32, one number each; the range is widened to hold 0, as ONNX wants it.
+
+    Returns:
         The integers less their zero point, as floats from -255 to 255, in the shape of the values; and their scale
         (the value of the integer 1): float32, one number.
     """
     values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
-    lowest, highest = torch.aminmax(values if whole is None else whole)
-    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)  # ONNX wants a range that holds 0
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     scale = (highest - lowest) / 255
     scale = torch.where(scale == 0, 1.0, scale)  # all values are 0
     zero = (-lowest / scale).round()
     return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
 
 
-def round_by_first_token(values: torch.Tensor, whole: torch.Tensor | None = None):
-    """As `round_all`, with the range of the first tokens of (texts, tokens, width): the file computes no others."""
+def round_by_cls_token(values: torch.Tensor, whole: torch.Tensor | None = None):
+    """As `round_all`, with the range of the [CLS] tokens of (texts, tokens, width): the file computes no others."""
     return round_all(values, values[:, :1])
 
 
@@ -108,6 +123,37 @@ class Rounding(FakeQuantizerBase):
     def round(self, values: torch.Tensor, ids=None, whole=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the integers, as floats, and their scale; ``ids`` is not used, as no row has scales of its own."""
         return self.function(values, whole)
+
+
+class MovingRange(FakeQuantizerBase):
+    """A fake quantizer of activations with the fixed range that the file will have.
+
+    The range starts as calibration found it. It follows the extremes of the batches by a moving average, then stays
+    (section 3.1 of Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", CVPR 2018).
+    """
+
+    def __init__(self, config: IntxFakeQuantizeConfig, span: tuple[float, float], cls_only: bool):
+        super().__init__()
+        self.config, self.enabled, self.cls_only, self.following = config, True, cls_only, True
+        # A buffer: a checkpoint holds it, and it moves to the GPU with the model.
+        self.register_buffer("range", torch.tensor(span, dtype=torch.float32))
+
+    def clip(self, values: torch.Tensor) -> torch.Tensor:
+        """Follows the range of float (texts, tokens, channels) while training; returns the values within the range.
+
+        A clipped value gets no gradient.
+        """
+        if self.training and self.following:
+            observed = values.detach()[:, :1] if self.cls_only else values.detach()
+            lowest, highest = torch.aminmax(observed.float())
+            batch = torch.stack([lowest.clamp(max=0), highest.clamp(min=0)])
+            self.range.lerp_(batch, MOMENTUM)
+        return values.clamp(*self.range.to(values.dtype))
+
+    def round(self, values: torch.Tensor, ids=None, whole=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the integers, as floats, and their scale; ``ids`` and ``whole`` are not used."""
+        return round_in_range(values, *self.range)
 
 
 class LowBitGroups(FakeQuantizerBase):
@@ -259,10 +305,11 @@ class RoundedLinear(FakeQuantizedLinear):
             return functional.linear(values, self.weight, self.bias)
         rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
         weight = self.split.without_units(self.weight)
+        clip = getattr(self.activation_fake_quantizer, "clip", lambda rest: rest)
         return self.split.multiply(
             values,
             self.split.take(self.weight),
-            lambda rest: IntegerProduct.apply(rest, weight, self.bias, *rounding),
+            lambda rest: IntegerProduct.apply(clip(rest), weight, self.bias, *rounding),
         )
 
 
@@ -334,10 +381,7 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
         # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
             part.__class__, part.split = RoundedLinear, splits.get(name, Split([]))
-            round_values = round_all if onnx else keep_floats
-            if onnx and name in plan.of_first_token:
-                round_values = round_by_first_token
-            part.activation_fake_quantizer = Rounding(activations, round_values)
+            part.activation_fake_quantizer = _quantizer_of_activations(plan, name, activations, onnx)
             part.weight_fake_quantizer = (
                 LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
             )
@@ -349,6 +393,22 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
             )
 
 
+def _quantizer_of_activations(plan: Plan, name: str, config: IntxFakeQuantizeConfig, onnx: bool) -> FakeQuantizerBase:
+    """The fake quantizer of a linear layer's inputs: fixed or dynamic ranges for ONNX Runtime, floats for torchao."""
+    if not onnx:
+        return Rounding(config, keep_floats)
+    if name in plan.ranges:
+        return MovingRange(config, plan.ranges[name], cls_only=name in plan.cls_only)
+    return Rounding(config, round_by_cls_token if name in plan.cls_only else round_all)
+
+
+def follow_ranges(model, following: bool) -> None:
+    """Lets the ranges of activations follow the batches, or keeps them as they are."""
+    for part in model.modules():
+        if isinstance(part, MovingRange):
+            part.following = following
+
+
 def switch(model, enabled: bool) -> None:
     """Turns all fake quantizers of the model on or off; while they are off, the model computes in floats."""
     for part in model.modules():
@@ -356,18 +416,21 @@ def switch(model, enabled: bool) -> None:
             part.enabled = enabled
 
 
-def convert(model) -> dict[str, Scales]:
+def convert(model) -> tuple[dict[str, Scales], dict[str, tuple[float, float]]]:
     """Turns the fake-quantized layers back into plain ones, in place, with the float weights that were trained.
 
     Returns:
-        Name of a layer -> the scales to round it with; empty at 8 bits.
+        Name of a layer -> the scales to round its weights with, empty at 8 bits; and the range of its inputs, empty
+        where ranges are dynamic.
     """
-    scales = {}  # read first: the conversion drops the quantizers that hold them
+    scales, ranges = {}, {}  # read first: the conversion drops the quantizers that hold them
     for name, part in model.named_modules():
         if isinstance(part, LowBitGroups):
             scales[name.removesuffix(".weight_fake_quantizer")] = part.scales
+        elif isinstance(part, MovingRange):
+            ranges[name.removesuffix(".activation_fake_quantizer")] = tuple(part.range.tolist())
     quantize_(model, QATConfig(step="convert"), lambda part, _: isinstance(part, torch.nn.Linear | torch.nn.Embedding))
-    return scales
+    return scales, ranges
 
 
 def to_integers(model):

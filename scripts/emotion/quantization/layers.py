@@ -31,9 +31,11 @@ class Plan:
         model: the same, opened in PyTorch.
         scales: below 8 bits, the `Scales` of each layer; at 8 bits each runtime chooses its own.
         compensated: below 8 bits, weights that gptq.py has moved, to be rounded in place of the model's own.
-        outliers: for ONNX Runtime, the second product of a feed-forward pair -> its units that stay in float; see
-            outliers.py.
-        of_first_token: the linear layers that see the first token alone in that file; see graph_passes.py.
+        outliers: for ONNX Runtime, the second layer of a feed-forward pair -> its outlier channels, which stay in
+            float; see outlier_channels.py.
+        cls_only: the linear layers that see the [CLS] token alone in that file; see graph_passes.py.
+        ranges: the range of each linear layer's inputs in that file; empty for dynamic ranges. See
+            activation_ranges.py.
     """
 
     folder: Path
@@ -42,7 +44,8 @@ class Plan:
     scales: dict = field(default_factory=dict)
     compensated: dict[str, torch.Tensor] = field(default_factory=dict)
     outliers: dict[str, list[int]] = field(default_factory=dict)
-    of_first_token: list[str] = field(default_factory=list)
+    cls_only: list[str] = field(default_factory=list)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

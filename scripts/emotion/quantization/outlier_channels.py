@@ -92,7 +92,7 @@ def weight_without_outliers(plan: Plan, name: str) -> torch.Tensor:
     return weight
 
 
-def split_outliers(graph, plan: Plan) -> None:
+def split_channels(graph, plan: Plan) -> None:
     """Gives the outlier units of the plan a branch of their own in an FP32 ONNX graph, in place.
 
     Args:

@@ -10,7 +10,8 @@ from emotion.data.tokenization import TextEncoder
 from emotion.inference.download import fetch
 from emotion.inference.emotion_classifier import find_model
 from emotion.inference.model_folder import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
-from emotion.quantization.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
+from emotion.quantization.activation_ranges import measure_ranges
+from emotion.quantization.int8_onnx import cls_only_layers, quantize_onnx
 from emotion.quantization.int8_openvino import quantize_openvino
 from emotion.quantization.int8_torchao import quantize_torchao
 from emotion.quantization.layers import CalibrationRows, Plan, explain_float, find_layers
@@ -48,11 +49,11 @@ class SchemeArguments:
         default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
     )
     # Each runtime's own choices: how activations are rounded, and what keeps the sums right
-    onnx_calibration: str = field(
-        default="none",
+    activation_quantization: str = field(
+        default="static",
         metadata={
-            "help": "ONNX activation ranges: 'none' (dynamic), or static by 'minmax' or 'entropy'.",
-            "choices": ("none", "minmax", "entropy"),
+            "help": "ONNX activation ranges: static, so that answers do not depend on the batch, or dynamic.",
+            "choices": ("static", "dynamic"),
         },
     )
     split_outliers: bool = field(
@@ -91,9 +92,6 @@ def check_scheme(arguments: SchemeArguments) -> Path:
     for format in formats or ():
         if format not in formats_of(arguments.bits):
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
-    # The packed file has dynamic activation ranges alone.
-    if arguments.bits < 8 and arguments.onnx_calibration != "none":
-        raise UserError(f"--onnx_calibration {arguments.onnx_calibration}: with {arguments.bits} bits it takes none")
     baseline = find_model(arguments.model_name_or_path, "pytorch")
     if baseline != Path(arguments.model_name_or_path):  # of the Hub: what made it tells its base model and its dataset
         fetch(arguments.model_name_or_path, ["pytorch"], optional=(RECIPE_FILE,))
@@ -143,9 +141,11 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
     """
     plan = Plan(Path(folder), model, find_layers(model, arguments.modules_to_not_convert))
     if "onnx" in formats_to_make(arguments):  # no other format needs these
-        plan = replace(plan, of_first_token=layers_of_first_token(plan))
+        plan = replace(plan, cls_only=cls_only_layers(plan))
         if arguments.split_outliers:
             plan = replace(plan, outliers=find_outliers(plan, rows))
+        if arguments.activation_quantization == "static":
+            plan = replace(plan, ranges=measure_ranges(plan, rows))
     return plan_again(plan, arguments)
 
 
@@ -222,16 +222,14 @@ def save_format(plan: Plan, folder: Path, format: str, rows: CalibrationRows, ar
         quantize_torchao(plan, folder)
     elif format == "onnx":
         # The name that transformers.js looks for.
-        _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", rows, arguments)
+        _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", arguments)
     else:
         quantize_openvino(plan, folder / "openvino", rows, arguments.reduce_range, arguments.smooth_quant)
 
 
-def _save_onnx(plan: Plan, path: Path, rows: CalibrationRows, arguments: SchemeArguments) -> None:
+def _save_onnx(plan: Plan, path: Path, arguments: SchemeArguments) -> None:
     """Writes the ONNX file: packed below 8 bits, else in INT8 with dynamic or static activation ranges."""
     if plan.scales:
         write_lowbit_onnx(plan, path)
-    elif arguments.onnx_calibration == "none":
-        quantize_onnx(plan, path, arguments.reduce_range)
     else:
-        quantize_onnx_static(plan, path, rows, arguments.onnx_calibration, arguments.reduce_range)
+        quantize_onnx(plan, path, arguments.reduce_range)
