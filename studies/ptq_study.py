@@ -54,8 +54,6 @@ CANDIDATES = {
     "ONNX Runtime, dynamic": Candidate("onnx"),
     "ONNX Runtime, dynamic, outliers split": Candidate("onnx", {"split_outliers": True}),
     "ONNX Runtime, dynamic, 8-bit weights": Candidate("onnx", {"reduce_range": False}),
-    "ONNX Runtime, static by extremes": Candidate("onnx", {"onnx_calibration": "minmax"}),
-    "ONNX Runtime, static by entropy": Candidate("onnx", {"onnx_calibration": "entropy"}),
     "OpenVINO": Candidate("openvino"),
     "OpenVINO, 8-bit weights": Candidate("openvino", {"reduce_range": False}),
     "OpenVINO, SmoothQuant": Candidate("openvino", {"smooth_quant": True}),

@@ -11,9 +11,10 @@ from emotion.utils.levels import BRANCH, LEVELS
 FLOATS = {"float32", "float16", "bfloat16"}
 FLOAT8 = "float8_e4m3fn"  # torch's name: 4 bits of exponent, 3 of mantissa; it has no scales
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": FLOAT8}
-# ONNX Runtime's operators for dynamic INT8 -> the input that has one entry per scale of the weights. MatMulInteger
-# itself takes no scales, but its zero points have their shape.
-DYNAMIC_OPERATORS = {"MatMulInteger": 3, "QAttention": 4, "DynamicQuantizeMatMul": 2}
+# ONNX Runtime's INT8 operators -> the input that has one entry per scale of the weights. MatMulInteger itself takes no
+# scales, but its zero points have their shape.
+INT8_OPERATORS = {"MatMulInteger": 3, "QAttention": 4, "DynamicQuantizeMatMul": 2, "MatMulIntegerToFloat": 3}
+SCALE_OF_ACTIVATIONS = {"QAttention": 3, "MatMulIntegerToFloat": 2}  # the input; a constant where ranges are fixed
 FLOAT_OPERATORS = {"MatMul", "Gemm", "Attention"}
 RESTORING = {"Convert", "Multiply", "Subtract", "Reshape", "Transpose"}  # OpenVINO's, from integers to a weight
 MOVING = {"Reshape", "Transpose", "Gather"}  # what may stand between a rounded activation and the layer
@@ -185,9 +186,9 @@ def _torch_matrix(name: str, part, stored: dict[str, str]) -> Matrix:
 def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
     """The linear layers, which multiply with a constant matrix, and the embeddings, which look rows up in one.
 
-    Quantized weights lie in a file in one of three forms. Dynamic INT8 has operators of its own, which take the
-    integers. Static INT8 keeps the float operators, and restores floats before them. Below 8 bits the weights are
-    packed, and a few operators unpack them to what dynamic INT8 takes.
+    Quantized weights lie in a file in one of three forms. Our INT8 files have operators that take the integers. The
+    files of other programs may keep the float operators, and restore floats before them. Below 8 bits the weights are
+    packed, and a few operators unpack them to what INT8 operators take.
     """
     import onnx
 
@@ -200,7 +201,7 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
     packed = _packed_matrices(constants)
     linear, embeddings = [], []
     for node in graph.node:
-        matrix = _take_packed(node, packed) or _stored_matrix(node, constants, restored)
+        matrix = _take_packed(node, packed, constants) or _stored_matrix(node, constants, restored)
         if matrix is None:
             continue
         if node.op_type == "Gather":
@@ -218,11 +219,18 @@ def _name_of(node) -> str:
     return node.name.removesuffix("_quant").removesuffix("_MatMul")
 
 
-def _take_packed(node, packed: dict[str, Matrix]) -> Matrix | None:
+def _activations_of(node, constants: dict) -> str:
+    """How the input of an INT8 operator is rounded."""
+    scale = SCALE_OF_ACTIVATIONS.get(node.op_type)
+    fixed = scale is not None and node.input[scale] in constants
+    return f"int8 {'static' if fixed else 'dynamic'} per-tensor"
+
+
+def _take_packed(node, packed: dict[str, Matrix], constants: dict) -> Matrix | None:
     """Removes from ``packed`` the matrix that the node multiplies with, and returns it; None if there is none."""
     for source in node.input:
         if source in packed:
-            return replace(packed.pop(source), name=_name_of(node), activations="int8 dynamic per-tensor")
+            return replace(packed.pop(source), name=_name_of(node), activations=_activations_of(node, constants))
     return None
 
 
@@ -230,7 +238,7 @@ def _stored_matrix(node, constants: dict, restored: dict) -> Matrix | None:
     """The matrix of a node that takes it as it is stored, or restored by DequantizeLinear; None for other nodes."""
     from onnx import numpy_helper
 
-    if node.op_type not in {"Gather", *FLOAT_OPERATORS, *DYNAMIC_OPERATORS}:
+    if node.op_type not in {"Gather", *FLOAT_OPERATORS, *INT8_OPERATORS}:
         return None
     if "/unpack" in node.name:  # it looks bytes up in a table of levels, which is no embedding
         return None
@@ -240,8 +248,8 @@ def _stored_matrix(node, constants: dict, restored: dict) -> Matrix | None:
     if stored is None:
         return None
     activations = "float32"
-    if node.op_type in DYNAMIC_OPERATORS:
-        scales, activations = node.input[DYNAMIC_OPERATORS[node.op_type]], "int8 dynamic per-tensor"
+    if node.op_type in INT8_OPERATORS:
+        scales, activations = node.input[INT8_OPERATORS[node.op_type]], _activations_of(node, constants)
     elif scales and node.input[0] in restored:  # its input was rounded too, by a range that the file fixes
         activations = "int8 static per-tensor"
     array = numpy_helper.to_array(constants[stored])

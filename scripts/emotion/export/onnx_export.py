@@ -24,6 +24,7 @@ from emotion.utils.errors import UserError
 
 FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
 TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both compute in FP32
+IR_VERSION = 9  # of the file: the newest that ONNX Runtime 1.17 opens, and the one of operator set 20
 # (texts, tokens). The first shape is traced; the others show that the file froze neither number.
 SAMPLE_SHAPES = ((2, 7), (1, 12), (3, 5))
 
@@ -55,7 +56,7 @@ def _padding_mask(attention_mask=None, **kwargs):
     return attention_mask.to(torch.int32)
 
 
-def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: tuple[str, ...] = ()) -> dict:
+def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     """Writes the classifier to ``path`` as one FP32 file.
 
     Its inputs are int64 (batch, tokens), named as the tokenizer names them; its output `logits` is float32
@@ -63,10 +64,9 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: t
 
     Args:
         rewrite: whether to rewrite the graph at all; without it this is the export that anyone gets.
-        leave_out: passes of graph_passes.py that are not wanted, by their names.
 
     Returns:
-        `fused` (bool), `first_token` (bool: whether the last layer computes the first token alone) and
+        `fused` (bool), `first_token` (bool: whether the last layer computes the [CLS] token alone) and
         `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
 
     Raises:
@@ -81,11 +81,11 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, leave_out: t
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
     gap = float("inf")
-    # Whether to rewrite the graph, and the passes to leave out: the plainer, the later.
-    attempts = [(True, leave_out), (True, (*leave_out, "keep_cls_token"))] if rewrite else []
-    for fused, left_out in [*attempts, (False, ("keep_cls_token",))]:
+    # Whether to rewrite the graph, and to compute the [CLS] token alone in its last layer: the plainer, the later.
+    attempts = [(True, True), (True, False)] if rewrite else []
+    for fused, cls_only in [*attempts, (False, False)]:
         try:
-            first_token = _write(model, samples[0], path, fused, left_out)
+            first_token = _write(model, samples[0], path, fused, cls_only)
             gap = _largest_gap(model, samples, path)
         except Exception:  # an architecture without this attention, or a pattern that a pass does not know
             if not fused:
@@ -112,11 +112,11 @@ def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leave_out: tuple[str, ...]) -> bool:
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, cls_only: bool) -> bool:
     """Exports the graph by tracing ``inputs``, and rewrites it if it is to be ``fused``.
 
     Returns:
-        Whether some part of the graph computes the first token alone.
+        Whether some part of the graph computes the [CLS] token alone.
     """
     model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any length
@@ -133,11 +133,12 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, leav
     # for those who download the file.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
+    program.model.ir_version = IR_VERSION
     program.save(path, external_data=False)
-    return _rewrite(model, path, leave_out) if fused else False
+    return _rewrite(model, path, cls_only) if fused else False
 
 
-def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> bool:
+def _rewrite(model, path: Path, cls_only: bool) -> bool:
     """Rewrites the file of the model for speed, and names its nodes after its layers; returns what `_write` does."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -150,12 +151,11 @@ def _rewrite(model, path: Path, leave_out: tuple[str, ...]) -> bool:
     graph = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
     fuse_attention(graph, model.config.num_attention_heads)
     join_heads(graph)
-    for change in (keep_cls_token, pack_projections):
-        if change.__name__ not in leave_out:
-            change(graph)
+    if cls_only:
+        keep_cls_token(graph)
+    pack_projections(graph)
     name_nodes(graph.model.graph, model)
-    if "write_sums" not in leave_out:
-        write_sums(graph, "Sub")
+    write_sums(graph, "Sub")
     graph.save_model_to_file(str(path))
     # A head that reads all tokens leaves the pass nothing to do.
     return any(name.endswith(FIRST) for node in graph.nodes() for name in node.output)

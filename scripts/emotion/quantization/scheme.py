@@ -10,7 +10,7 @@ from emotion.data.tokenization import TextEncoder
 from emotion.inference.download import fetch
 from emotion.inference.emotion_classifier import find_model
 from emotion.inference.model_folder import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
-from emotion.quantization.activation_ranges import measure_ranges
+from emotion.quantization.activation_ranges import RULES, measure_ranges
 from emotion.quantization.int8_onnx import cls_only_layers, quantize_onnx
 from emotion.quantization.int8_openvino import quantize_openvino
 from emotion.quantization.int8_torchao import quantize_torchao
@@ -50,10 +50,10 @@ class SchemeArguments:
     )
     # Each runtime's own choices: how activations are rounded, and what keeps the sums right
     activation_quantization: str = field(
-        default="static",
+        default="minmax",
         metadata={
-            "help": "ONNX activation ranges: static, so that answers do not depend on the batch, or dynamic.",
-            "choices": ("static", "dynamic"),
+            "help": "ONNX activation ranges: fixed by a rule, or dynamic, which makes answers depend on the batch.",
+            "choices": (*RULES, "dynamic"),
         },
     )
     split_outliers: bool = field(
@@ -144,8 +144,8 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
         plan = replace(plan, cls_only=cls_only_layers(plan))
         if arguments.split_outliers:
             plan = replace(plan, outliers=find_outliers(plan, rows))
-        if arguments.activation_quantization == "static":
-            plan = replace(plan, ranges=measure_ranges(plan, rows))
+        if arguments.activation_quantization in RULES:
+            plan = replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
     return plan_again(plan, arguments)
 
 
