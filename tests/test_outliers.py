@@ -22,7 +22,7 @@ from emotion.quantization.gptq import multiply_inputs
 from emotion.quantization.int8_onnx import name_nodes, quantize_onnx
 from emotion.quantization.layers import CalibrationRows
 from emotion.quantization.lowbit import round_by_outputs, round_matrix
-from emotion.quantization.outlier_channels import find_outliers, find_pairs, split_outliers, weight_without_outliers
+from emotion.quantization.outlier_channels import find_outliers, find_pairs, split_channels, weight_without_outliers
 from emotion.quantization.scheme import SchemeArguments, make_plan, save_format
 from emotion.utils.errors import UserError
 
@@ -83,7 +83,7 @@ def test_splitting_alone_changes_no_answer(plan_and_rows, spoiled, tmp_path):
     plan, rows = plan_and_rows
     graph = onnx.load(weights_of(spoiled, "onnx"))
     name_nodes(graph.graph, plan.model)
-    split_outliers(graph.graph, replace(plan, outliers=find_outliers(plan, rows)))
+    split_channels(graph.graph, replace(plan, outliers=find_outliers(plan, rows)))
     onnx.checker.check_model(graph)
     onnx.save(graph, tmp_path / "split.onnx")
     before, after = logits_of(spoiled, weights_of(spoiled, "onnx")), logits_of(spoiled, tmp_path / "split.onnx")

@@ -2,7 +2,7 @@
 
     fuse_attention      attention written out in single operators -> one operator
     join_heads          the reshapes around that operator go: it splits and joins the heads itself
-    keep_cls_token    what only the first token's answer needs is computed for that token alone
+    keep_cls_token      the last layer computes the [CLS] token alone, where the head reads no other
     pack_projections    query, key and value become one product
     write_sums          residual sums are written so that ONNX Runtime does not slow them down when it opens the file
     merge_products      dynamic INT8: rounding, product, scaling and bias become one operator
@@ -15,7 +15,7 @@ import torch
 from onnx import helper, numpy_helper
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
-FIRST = "/first"  # ends the name of a tensor that holds the first token of another
+FIRST = "/first"  # ends the name of a tensor that holds the [CLS] token of another
 SCORES = 5  # the input of attention that is added to its scores: (batch, heads, tokens of the queries, tokens)
 # Operators that work token by token -> the inputs that hold tokens: (batch, tokens, width). Attention does so for its
 # queries alone.
@@ -116,17 +116,17 @@ def join_heads(graph) -> None:
 
 
 def keep_cls_token(graph) -> None:
-    """Computes only the first token wherever the answer needs no other: in the last layer, behind keys and values.
+    """Computes the [CLS] token alone wherever the head reads no other: in the last layer, behind keys and values.
 
-    The head of BERT, DistilBERT, RoBERTa and MPNet reads the first token alone. What leads to it token by token is
-    followed back from there, and the first token is taken where the path begins. The nodes must stand in the order in
+    The heads of BERT, DistilBERT, RoBERTa and MPNet read the first token alone. What leads to it token by token is
+    followed back from there, and the [CLS] token is taken where the path begins. The nodes must stand in the order in
     which they run, as every pass leaves them.
     """
     consumers, outputs = graph.input_name_to_nodes(), {value.name for value in graph.model.graph.output}
-    alone = []  # nodes of which only the first token is read, the last of the graph first
+    alone = []  # nodes of which only the [CLS] token is read, the last of the graph first
 
     def read_alone(name: str) -> bool:
-        """Whether all that read the tensor read only its first token."""
+        """Whether all that read the tensor read only its [CLS] token."""
         for node in consumers.get(name, []):
             if takes_cls_token(graph, node):
                 continue
@@ -164,7 +164,7 @@ def takes_cls_token(graph, node) -> bool:
 
 
 def cls_only_products(graph) -> list:
-    """The products with a weight that see the first token alone, after `keep_cls_token`."""
+    """The products with a weight that see the [CLS] token alone, after `keep_cls_token`."""
     found, first = [], set()
     for node in graph.nodes():
         if node.op_type == "Slice" and node.output[0].endswith(FIRST):
