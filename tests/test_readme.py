@@ -66,16 +66,19 @@ def test_each_target_and_variable_of_make_exists(page):
             assert not is_variable or value in makefile, command
 
 
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_link_leads_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for link in re.findall(r'(?:\]\(|src=")([^)"]+)', text):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        else:
-            assert "://" in link or (page.parent / link).exists(), link
+    for link in re.findall(r'(?:\]\(|src=")([^)"]+)', page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert "://" in link or target.exists(), link
+        assert "://" in link or not anchor or anchor in anchors_of(target), link
 
 
 def test_validation_chose_the_recommended_variant():
