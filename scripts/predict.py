@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from emotion.inference.batch_inputs import is_table
+from emotion.inference.batch_reader import is_table
 from emotion.inference.released import RECOMMENDED
 from emotion.utils.arguments import COUNT, make_plain
 from emotion.utils.command import run

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from emotion.inference import batch_jobs as jobs
-from emotion.inference.batch_inputs import find_files
-from emotion.inference.batch_rows import survey
-from emotion.inference.batch_shards import Answers, Job, ShardMaker, plan_columns
+from emotion.inference import batch_job as jobs
+from emotion.inference.batch_job import Answers, Job, ShardMaker, plan_columns
+from emotion.inference.batch_reader import find_files, survey
 from emotion.inference.emotion_classifier import EmotionClassifier, find_model
 from emotion.inference.released import RECOMMENDED
 from emotion.utils.arguments import COUNT, parse_args

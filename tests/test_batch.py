@@ -25,11 +25,10 @@ from filelock import FileLock
 import run_batch
 from conftest import ROOT, build_rows, copy_to_edit, read_json, run_script
 from emotion import EmotionClassifier
-from emotion.inference import batch_rows as rows
-from emotion.inference import batch_shards as shards
-from emotion.inference.batch_inputs import kind_of
-from emotion.inference.batch_rows import RowReader, survey
-from emotion.inference.batch_shards import pieces
+from emotion.inference import batch_job as shards
+from emotion.inference import batch_reader as rows
+from emotion.inference.batch_job import pieces
+from emotion.inference.batch_reader import RowReader, kind_of, survey
 from emotion.utils.errors import UserError
 
 COUNT = 700

@@ -21,14 +21,21 @@ import run_qat
 from conftest import ROOT, copy_to_edit, qat_flags, train_flags
 from emotion.data.dataset import load_task
 from emotion.evaluation.schema import Record
-from emotion.inference.download import fetch
+from emotion.inference.emotion_classifier import fetch
 from emotion.inference.model_folder import ARTIFACT, MADE_FIELDS
 from emotion.training.checkpoints import CHECKPOINTS
 from emotion.utils.base_model import find_base_model
-from emotion.utils.errors import UserError
-from emotion.utils.files import check_replaceable, discard, taken, whole_file, whole_folder, write_json, write_text
+from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.files import (
+    atomic_folder,
+    atomic_write,
+    check_replaceable,
+    discard,
+    output_lock,
+    write_json,
+    write_text,
+)
 from emotion.utils.hub_requests import check_can_publish
-from emotion.utils.names import check_repo_id
 from emotion.utils.recipe import read_recipe_of
 
 OURS = {
@@ -61,7 +68,7 @@ def link_to_a_device(path: Path) -> None:
 
 
 def replace(folder: Path, kind=ARTIFACT) -> None:
-    with whole_folder(folder, kind) as new:
+    with atomic_folder(folder, kind) as new:
         (new / "config.json").write_text("new")
 
 
@@ -176,7 +183,7 @@ def test_a_link_in_a_circle_is_refused(tmp_path):
 
 def test_what_the_user_puts_there_meanwhile_stays(tmp_path):
     fill(tmp_path / "out", OURS)
-    with pytest.raises(UserError, match="holds late.txt"), whole_folder(tmp_path / "out", ARTIFACT):
+    with pytest.raises(UserError, match="holds late.txt"), atomic_folder(tmp_path / "out", ARTIFACT):
         fill(tmp_path / "out", {"late.txt": "mine"})
     assert contents(tmp_path) == {f"out/{name}": text for name, text in (OURS | {"late.txt": "mine"}).items()}
 
@@ -203,7 +210,7 @@ def killed_after(self, target):
     return renamed
 
 pathlib.Path.rename = {"before": killed_before, "after": killed_after}.get(moment, rename)
-with files.whole_folder(place, ARTIFACT) as new:
+with files.atomic_folder(place, ARTIFACT) as new:
     (new / "config.json").write_text("new")
     if moment == "inside":
         die()
@@ -216,7 +223,7 @@ def test_a_killed_process_leaves_the_old_or_the_new(moment, left, tmp_path):
     script = [sys.executable, "-c", KILLED, str(tmp_path / "out"), moment]
     done = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")})
     assert done.returncode < 0 and len(list(tmp_path.iterdir())) > 1  # its lock, and what it had begun
-    with taken(tmp_path / "out") as place:  # the next one
+    with output_lock(tmp_path / "out") as place:  # the next one
         assert contents(place) == left
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -225,27 +232,26 @@ def test_a_killed_process_leaves_no_half_file(tmp_path):
     fill(tmp_path, {"result.json": "old", ".result.json.partial": "ne"})
     write_text(tmp_path / "result.json", "new")
     assert contents(tmp_path) == {"result.json": "new"}
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "result.json") as partial:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "result.json") as partial:
         partial.write_text("ne")
         raise ZeroDivisionError
     assert contents(tmp_path) == {"result.json": "new"}
 
 
 def test_a_place_belongs_to_one_process(tmp_path):
-    other = (
-        "from emotion.utils.files import taken; import sys\nwith taken(sys.argv[1]): print('in', flush=True); input()"
-    )
+    other = "from emotion.utils.files import output_lock; import sys\n"
+    other += "with output_lock(sys.argv[1]): print('in', flush=True); input()"
     script = [sys.executable, "-c", other, str(tmp_path / "out")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(script, env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")}, **pipes)
     assert process.stdout.readline() == "in\n"
     with pytest.raises(UserError, match="another process is writing .*out; wait until it ends, or name another"):
         replace(tmp_path / "out")
-    with taken(tmp_path / "other"):  # another place is free
+    with output_lock(tmp_path / "other"):  # another place is free
         pass
     process.communicate("\n")
     replace(tmp_path / "out")
-    with taken(tmp_path / "out"), taken(tmp_path / "out"):  # the same process may come in again
+    with output_lock(tmp_path / "out"), output_lock(tmp_path / "out"):  # the same process may come in again
         discard(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

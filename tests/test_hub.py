@@ -12,7 +12,7 @@ from huggingface_hub.utils import _http, close_session
 import mutations_hub
 from conftest import run_script, seeds_for
 from emotion.hub.upload import upload
-from emotion.inference import download
+from emotion.inference import emotion_classifier as download
 from emotion.utils import command, hub_requests
 from emotion.utils.errors import UserError
 from hub_server import WRITE, Fault, Repository

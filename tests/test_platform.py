@@ -24,8 +24,7 @@ from emotion.data.tokenization import SHARE, TextEncoder
 from emotion.inference.model_folder import own_place
 from emotion.utils import files
 from emotion.utils.errors import UserError
-from emotion.utils.machine import choose_threads, count_processors
-from emotion.utils.processes import is_main_process
+from emotion.utils.machine import choose_threads, count_processors, is_main_process
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "weights" / "qat-int4"
@@ -82,8 +81,8 @@ def test_help_without_unix():
 def test_a_lock_that_a_killed_process_left_is_taken(tmp_path, monkeypatch):
     """Where the system has no locks, the file that stands for one stays behind."""
     hold = (
-        "from emotion.utils.files import taken\n"
-        "with taken(sys.argv[1]): print(os.listdir('.'), flush=True); os.kill(os.getpid(), int(sys.argv[2]))"
+        "from emotion.utils.files import output_lock\n"
+        "with output_lock(sys.argv[1]): print(os.listdir('.'), flush=True); os.kill(os.getpid(), int(sys.argv[2]))"
     )
     take = "from emotion.utils.files import write_text; write_text(sys.argv[1], 'new'); print('written')"
     monkeypatch.chdir(tmp_path)
@@ -113,13 +112,13 @@ def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(tmp_path, monk
 def test_a_forked_process_does_not_own_its_parents_locks(tmp_path, monkeypatch):
     code = (
         "import os, sys; from emotion.utils.errors import UserError\n"
-        "from emotion.utils.files import taken, write_text\n"
-        "with taken('out'):\n"
+        "from emotion.utils.files import output_lock, write_text\n"
+        "with output_lock('out'):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        write_text('other', 'written')\n"
         "        try:\n"
-        "            with taken('out'): os._exit(4)\n"
+        "            with output_lock('out'): os._exit(4)\n"
         "        except UserError: os._exit(3)\n"
         "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
@@ -135,7 +134,7 @@ def test_a_cache_that_another_process_writes_keeps_nobody_waiting(tmp_path):
         "with remembered() as known: known['a'] = 'b'\n"
         "print('went on')"
     )
-    with files.taken(tmp_path / "bert-emotion" / "sha256.json"):
+    with files.output_lock(tmp_path / "bert-emotion" / "sha256.json"):
         assert call(code, XDG_CACHE_HOME=str(tmp_path)).stdout == "went on\n"
 
 

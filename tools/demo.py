@@ -18,7 +18,7 @@ from pathlib import Path
 from emotion.utils.arguments import Range, make_plain
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, sha256, whole_file
+from emotion.utils.files import ROOT, atomic_write, sha256
 from javascript import LIBRARIES, check_libraries
 
 PAGE = ROOT / "docs" / "demo"
@@ -115,10 +115,10 @@ def make_fp32(weights: Path) -> list[Path]:
 
         from emotion.export.onnx_export import export_onnx
         from emotion.inference.pretrained import load_trained_classifier
-        from emotion.utils.quiet import quiet_libraries
+        from emotion.utils.command import quiet_libraries
 
         quiet_libraries()
-        with whole_file(folder / FP32) as path:
+        with atomic_write(folder / FP32) as path:
             export_onnx(load_trained_classifier(baseline), AutoTokenizer.from_pretrained(baseline), path)
     return [folder]
 

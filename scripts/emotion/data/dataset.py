@@ -13,9 +13,8 @@ import numpy as np
 
 from emotion.utils.arguments import COUNT, DROPOUT, Range
 from emotion.utils.base_model import hub_is_reachable
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import ROOT
-from emotion.utils.names import check_repo_id
 
 DEFAULT_DATASET = "dair-ai/emotion"
 # Where the default dataset is looked for without the Hub, in this order: the same rows beside the repository, then the

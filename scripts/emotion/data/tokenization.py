@@ -10,7 +10,7 @@ import numpy as np
 from emotion.data.dataset import RowsArguments, Task, get_split, select_train_rows
 from emotion.utils.base_model import BaseModel
 from emotion.utils.errors import UserError, one_line
-from emotion.utils.fields import read_fields
+from emotion.utils.files import read_fields
 
 # How many letters of a text are read for each token that the model takes. The first number is three times what English
 # has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.

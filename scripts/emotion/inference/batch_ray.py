@@ -13,7 +13,7 @@ import ray
 import ray.data
 import ray.exceptions
 
-from emotion.inference.batch_shards import Job, ShardMaker
+from emotion.inference.batch_job import Job, ShardMaker
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT

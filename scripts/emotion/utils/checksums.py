@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from emotion.utils.errors import UserError, reason_of
-from emotion.utils.files import sha256, whole_file, write_text
-from emotion.utils.names import check_inside
+from emotion.utils.errors import UserError, check_inside, reason_of
+from emotion.utils.files import atomic_write, sha256, write_text
 
 SUMS_FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -134,5 +133,5 @@ def remembered():
     if path.name and len(known) > before:
         newest = dict(list(known.items())[-REMEMBERED_FILES:])
         # Without waiting: another process that writes there keeps nobody from an answer.
-        with contextlib.suppress(OSError, UserError), whole_file(path, wait=False) as partial:
+        with contextlib.suppress(OSError, UserError), atomic_write(path, wait=False) as partial:
             partial.write_text(json.dumps(newest, indent=0), encoding="utf-8")

@@ -1,14 +1,16 @@
 """The boundary of every command: keeps the libraries quiet, and turns an error into one clear line."""
 
+import contextlib
 import errno
+import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from emotion.utils.errors import UserError, mask_token, raised_by
-from emotion.utils.processes import is_main_process
-from emotion.utils.quiet import quiet_libraries
+from emotion.utils.machine import is_main_process
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -80,3 +82,44 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "iostream error" in str(error):  # OpenVINO
         return "cannot write the weights: the disk is full or a limit was reached; free some space"
     return None
+
+
+# Loggers that report every layer, operator or process that they pass
+NOISY = ("torch.onnx", "onnxscript", "torch.distributed.elastic")
+VERBOSITY = {
+    "transformers": "TRANSFORMERS_VERBOSITY",
+    "huggingface_hub": "HF_HUB_VERBOSITY",
+    "datasets": "DATASETS_VERBOSITY",
+}
+
+
+@contextlib.contextmanager
+def quiet_logging():
+    """Silences all logging below errors for a block: quantizers report each layer, and it is counted afterwards."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quiet_libraries() -> None:
+    """Sets the libraries' own switches for fewer messages, whether they are loaded already or not."""
+    # As defaults: a user who has set one of these keeps the choice.
+    for library, variable in VERBOSITY.items():
+        if os.environ.setdefault(variable, "error") == "error":
+            logging.getLogger(library).setLevel(logging.ERROR)
+    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(variable, "1")
+    for library in ("huggingface_hub.utils", "datasets"):
+        if library in sys.modules:
+            sys.modules[library].disable_progress_bars()
+    # Xet, through which the Hub gives large files, is silent for minutes where it fails; plain HTTP gives them too.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"] == "1"
+    if "PYTHONWARNINGS" in os.environ:  # someone who sets it wants to see the libraries' warnings
+        return
+    warnings.filterwarnings("ignore")
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, reason_of
 
 WAIT_S = 600  # for the process that writes a file; longer only where it has died and its system frees no locks
 ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository: <root>/scripts/emotion/common/
@@ -66,13 +66,13 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one step, so that a reader never sees half of it."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file of bytes in one step, as `write_text` does with text."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 
@@ -89,25 +89,25 @@ def write_json(path: Path, value) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, wait: bool = True):
+def atomic_write(path: Path, wait: bool = True):
     """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds, and is removed if not.
 
     Two processes may write the same file: the second waits for the first. A link stays one: its target is written.
 
     Args:
-        wait: as in `taken`.
+        wait: as in `output_lock`.
 
     Raises:
         UserError: if ``path`` is no file, or its folder cannot be written.
     """
     check_is_file(path)
-    with taken(path, wait) as place:  # which removes what an error leaves
+    with output_lock(path, wait) as place:  # which removes what an error leaves
         yield _partial(place)  # beside it, since a rename to another disk would be a copy
         _partial(place).replace(place)
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, kind: FolderKind | None = None):
+def atomic_folder(folder: Path, kind: FolderKind | None = None):
     """Yields an empty temporary folder; it takes the place ``folder`` when the block succeeds.
 
     What stands there stays untouched until then. If the place is a link, the folder that it leads to is replaced.
@@ -116,10 +116,10 @@ def whole_folder(folder: Path, kind: FolderKind | None = None):
         kind: the kind of folder that is replaced; None to take an empty place only.
 
     Raises:
-        UserError: as `check_replaceable` and `taken` do.
+        UserError: as `check_replaceable` and `output_lock` do.
     """
     check_replaceable(folder, kind)
-    with taken(folder) as place:
+    with output_lock(folder) as place:
         new, old = _partial(place) / "new", _partial(place) / "old"
         new.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
         yield new
@@ -127,8 +127,8 @@ def whole_folder(folder: Path, kind: FolderKind | None = None):
             if path.is_file():
                 path.chmod(0o644)
         check_replaceable(folder, kind)  # again: the user may have put a file there meanwhile
-        # A folder that is not empty cannot be renamed over. The old one steps aside; `taken` brings it back if the
-        # second rename fails, now or, if this process is killed between the two, in the next run.
+        # A folder that is not empty cannot be renamed over. The old one steps aside; `output_lock` brings it back if
+        # the second rename fails, now or, if this process is killed between the two, in the next run.
         if place.exists():
             place.rename(old)
         new.rename(place)
@@ -142,13 +142,13 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
 
 def discard(folder: Path) -> None:
     """Removes a folder that this project has made; a process killed meanwhile leaves no half of it in its place."""
-    with taken(folder) as place:
+    with output_lock(folder) as place:
         _partial(place).mkdir()
         place.rename(_partial(place) / "discarded")
 
 
 @contextlib.contextmanager
-def taken(path: Path, wait: bool = False):
+def output_lock(path: Path, wait: bool = False):
     """Holds the place of a file or folder while the block runs; the process that holds it may do so again inside.
 
     Args:
@@ -317,3 +317,73 @@ def _finite(word: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{word} is no number")
     return number
+
+
+MOST_BYTES = 4_000_000  # the config.json of a model has some thousand
+MOST_VALUES = 200_000  # in YAML a few lines can stand for millions of values, by names for parts that repeat
+
+
+def read_fields(path: Path, parse, kinds: dict, most_bytes: int = MOST_BYTES) -> dict:
+    """Reads a mapping whose values have the types that this program relies on.
+
+    Args:
+        parse: from the file's text to its value.
+        kinds: key -> the type, or types, of its value, or the kinds of a mapping inside. A key that the file may leave
+            out ends with "?". The file may have more keys.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise UserError(f"{path} has {size:,} bytes, and {most_bytes:,} at most can be right")
+        values = parse(path.read_text(encoding="utf-8"))
+        _check_plain(values)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except Exception as error:  # not text, not JSON, nested too deeply: each parser has errors of its own
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
+    _check_kinds(values, kinds, str(path))
+    return values
+
+
+def _check_plain(value) -> None:
+    """Raises `ValueError` unless the value is made of what JSON has: a record that quotes it must be written."""
+    values = [value]
+    for count, one in enumerate(values):  # the list grows while it is read
+        if count > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        if isinstance(one, dict):
+            values += one.keys()
+            values += one.values()
+            if not all(isinstance(key, str) for key in one):
+                raise ValueError("it has a key that is no text")
+        elif isinstance(one, list):
+            values += one
+        elif isinstance(one, float) and not math.isfinite(one) or not isinstance(one, str | int | float | None):
+            raise ValueError(f"it holds {one!r:.40}, which JSON does not have")
+
+
+def _check_kinds(values, kinds: dict, place: str) -> None:
+    """Raises `UserError` for the first value of another type than `read_fields` was told."""
+    if not isinstance(values, dict):
+        raise UserError(f"{place} must hold a mapping and holds {_name(values)}")
+    for name, kind in kinds.items():
+        key = name.removesuffix("?")
+        if key not in values:
+            if key == name:
+                raise UserError(f"{place} has no '{key}'")
+        elif isinstance(kind, dict):
+            _check_kinds(values[key], kind, f"{place}: '{key}'")
+        # Python counts True as a number, and no field that is read as one can mean it.
+        elif not isinstance(values[key], kind) or isinstance(values[key], bool):
+            raise UserError(f"{place}: '{key}' cannot be {_name(values[key])}")
+
+
+def _name(value) -> str:
+    """A value for a message, cut short."""
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else f"{value!r:.40}"

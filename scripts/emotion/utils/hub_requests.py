@@ -18,8 +18,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
-from emotion.utils.errors import LONGEST_REASON, UserError, mask_token, raised_by
-from emotion.utils.names import check_repo_id
+from emotion.utils.errors import LONGEST_REASON, UserError, check_repo_id, mask_token, raised_by
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
 LONGEST_WAIT_S = 120  # between two attempts, whatever the Hub asks for

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from emotion.utils.arguments import Range
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
-from emotion.utils.processes import integer_setting
 
 SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
 # Packages whose version a result may depend on, by their names on PyPI; each record lists them.
@@ -37,6 +36,21 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
 )
+
+
+def integer_setting(name: str) -> int | None:
+    """An environment variable as a whole number, the first of a list with commas; None if it is not one."""
+    try:
+        return int(os.environ[name].split(",")[0])
+    except (KeyError, ValueError):
+        return None
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks and saves for all that were launched with it; one that was not launched does."""
+    # A cluster may set RANK and WORLD_SIZE for each of its machines. LOCAL_RANK comes from a launcher alone.
+    launched = integer_setting("LOCAL_RANK") is not None and (integer_setting("WORLD_SIZE") or 1) > 1
+    return not launched or (integer_setting("RANK") or 0) <= 0
 
 
 def count_processors(root: Path = Path("/")) -> int:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.utils.checksums import SUMS_FILE, read_sums
-from emotion.utils.errors import UserError
-from emotion.utils.fields import read_fields
-from emotion.utils.names import check_line, check_name
+from emotion.utils.errors import UserError, check_line, check_name
+from emotion.utils.files import read_fields
 
 RECIPE_FILE = "recipe.yaml"
 # Flags that say where a result goes and not how it is made: an artifact's recipe.yaml leaves them out.

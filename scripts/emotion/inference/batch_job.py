@@ -7,10 +7,12 @@ The next rows are read while these are classified.
 import contextlib
 import json
 import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from emotion.data.metrics import softmax
-from emotion.inference.batch_rows import RowReader, Source
+from emotion.inference.batch_reader import ON_THE_HUB, RowReader, Source
 from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.inference.model_folder import files_to_serve
 from emotion.utils.errors import UserError, one_line
-from emotion.utils.files import read_json, sha256, whole_file, write_json
+from emotion.utils.files import atomic_write, output_lock, read_json, relative, sha256, write_json
 
 PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely idle between two pieces
 PIECE_BYTES = 16 << 20  # of text; long texts stand in smaller pieces, so that memory stays flat
@@ -119,7 +122,7 @@ class ShardMaker:
         """Makes a shard and its record; ``progress`` is told the rows of each piece that is done."""
         job, counts, start = self._job, Counter(), number * self._job.shard_rows
         batches = self._reader.read(start, start + job.rows_of(number))
-        with _naming(job.path(number)), whole_file(job.path(number)) as partial:
+        with _naming(job.path(number)), atomic_write(job.path(number)) as partial:
             with _open_writer(partial, job.output_format, job.schema) as write:
                 for piece in _ahead(pieces(batches, job.text_column)):
                     write(self._answer(piece, counts))
@@ -270,3 +273,98 @@ def _ahead(items: Iterator) -> Iterator:
         while (item := coming.result()) is not None:
             coming = making.submit(next, items, None)
             yield item
+
+
+MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
+
+
+@contextlib.contextmanager
+def claim(output: Path):
+    """Makes the folder if there is none, and holds it for this process alone.
+
+    Raises:
+        UserError: if it holds something else, or another process is writing into it.
+    """
+    with output_lock(output) as folder:
+        folder.mkdir(exist_ok=True)
+        # A killed process may have left the beginning of a manifest.
+        foreign = [path.name for path in folder.iterdir() if not path.name.startswith(f".{MANIFEST}")]
+        if foreign and not (folder / MANIFEST).is_file():
+            raise UserError(f"{output} holds something else (no {MANIFEST} in it); name another folder")
+        yield
+
+
+def describe(job: Job) -> dict:
+    """What decides the bytes of the output: input, model, flags, versions; no date, and no folder of this machine."""
+    names = [file.path for file in job.source.files]
+    common = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 (names of the Hub are no paths)
+    files = []
+    for file in job.source.files:
+        on_the_hub = file.path.startswith(ON_THE_HUB)  # such a name holds the commit, and no folder of this machine
+        path = file.path if on_the_hub else Path(file.path).relative_to(common).as_posix()
+        files.append(asdict(file) | {"path": path})
+    served = files_to_serve(job.folder, job.format)
+    packages = ("pyarrow", "numpy", "tokenizers", RUNTIMES.get(job.format, "torch"))
+    return {
+        "input": {"kind": job.source.kind, "rows": job.source.rows, "files": files},
+        "model": {"format": job.format, "sha256": {name: sha256(job.folder / name) for name in served}},
+        "flags": {
+            "text_column": job.text_column,
+            **asdict(job.answers),
+            "output_format": job.output_format,
+            "shard_rows": job.shard_rows,
+        },
+        "columns": {field.name: str(field.type) for field in job.schema},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def begin(job: Job, asked: dict) -> None:
+    """Writes down what is asked, or compares it with what was asked of this folder before.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    manifest = job.output / MANIFEST
+    if not manifest.is_file():
+        write_json(manifest, {"model_name": relative(job.folder), **asked, "complete": False})
+        return
+    before = read_json(manifest)
+    for part, now in asked.items():
+        if different := _difference(part, before.get(part), now):
+            raise UserError(f"{job.output} holds answers to another question: {different}; name another folder")
+
+
+def _difference(name: str, before, now) -> str | None:
+    """The first place at which two values of JSON differ, in words; None if they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            if different := _difference(f"{name}.{key}", before.get(key), now.get(key)):
+                return different
+        return None
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return _difference(name, dict(enumerate(before)), dict(enumerate(now)))
+    return None if before == now else f"{name} was {before!r:.80}, and is {now!r:.80}"
+
+
+def finish(job: Job, asked: dict) -> dict:
+    """Writes the manifest of a job whose shards are all there; returns rows and counts.
+
+    Raises:
+        UserError: if one of the shards is missing.
+    """
+    counts, shards = {"rows": job.source.rows, **dict.fromkeys(STATUSES, 0)}, []
+    for number in job.shards:
+        made = job.find_made(number)
+        if made is None:
+            raise UserError(f"{job.path(number)} is missing; run the command again")
+        for status in STATUSES:
+            counts[status] += made.get(status, 0)
+        shards.append({"path": job.path(number).name, **made})
+    # The name of the first call stays: a copy of the model is the same model.
+    name = read_json(job.output / MANIFEST)["model_name"]
+    write_json(
+        job.output / MANIFEST, {"model_name": name, **asked, "output": counts, "shards": shards, "complete": True}
+    )
+    return counts
