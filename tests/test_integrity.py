@@ -294,7 +294,7 @@ def test_the_sums_are_those_of_sha256sum(artifact, quantized, adapted):
         ("", "config.json is not named in"),
         (f"{'0' * 64}  config.json\n", "config.json differs from"),
         (f"{'0' * 64}  config.json\n{'0' * 64}  ./config.json\n", "line 2 names config.json a second time"),
-        (f"{'0' * 64}  ../config.json\n", "line 1: .* leads out of the artifact.s folder"),
+        (f"{'0' * 64}  ../config.json\n", "line 1: .* leads out of the model folder"),
         (f"{'0' * 64}  ..\\\\config.json\n", "line 1: .* leads out"),
         (f"{'0' * 64}  C:/config.json\n", "line 1: .* leads out"),
         (f"{'0' * 64}  /etc/passwd\n", "line 1: .* leads out"),
