@@ -98,7 +98,7 @@ def test_long_texts_are_cut_counted_and_reported(encoder, tmp_path, capsys):
     rows = load_task(str(tmp_path / "data")).splits["train"]
     tokenizer = load_tokenizer(str(encoder), max_length=16)
     assert [len(ids) for ids in tokenize(rows, tokenizer, "train")["input_ids"]] == [16, 3]
-    assert "train: 1 of 2 texts are longer than 16 word pieces" in capsys.readouterr().out
+    assert "train: 1 of 2 texts are longer than 16 tokens" in capsys.readouterr().out
 
 
 def test_texts_are_cut_where_the_model_ends(encoder):
