@@ -209,11 +209,7 @@ def test_what_passes_is_fetched_again(fault, hub, waits):
         ("HEAD config.json", (302, b""), "no useful answer"),
         ("HEAD config.json", 500, "status 500"),
         ("HEAD config.json", "hang", "no useful answer"),
-        (
-            "GET config.json",
-            (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}),
-            "ConnectError|127.0.0.1/nowhere",
-        ),
+        ("GET config.json", (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}), "ConnectError|127.0.0.1/nowhere"),
         ("GET config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "no useful answer"),
         ("GET model_quantized.onnx", "cut", "no useful answer"),
         ("GET model_quantized.onnx", "trickle", "fewer than 1,000 bytes a second"),
