@@ -39,7 +39,7 @@ def waits(monkeypatch):
     waited = []
     for module in (hub_requests, _http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
-    for name, value in (("TIMEOUT_S", 0.2), ("GRACE_S", 0.2), ("LARGEST_ANSWER", 1_000_000)):
+    for name, value in (("TIMEOUT_S", 0.2), ("GRACE_S", 0.2), ("MAX_ANSWER", 1_000_000)):
         monkeypatch.setattr(hub_requests, name, value)
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.5)
