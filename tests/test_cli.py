@@ -12,7 +12,7 @@ import run_baseline
 import run_ptq
 import run_qat
 import run_qlora
-from conftest import ROOT, run_script, train_flags
+from conftest import ROOT, run_script
 from emotion.utils import command, progress
 from emotion.utils.arguments import parse_args_and_config, resolve_config
 from emotion.utils.errors import UserError
@@ -92,18 +92,13 @@ def test_a_word_before_the_flags_is_a_config(word):
         parse_args_and_config(run_baseline.ARGUMENTS, [word])
 
 
-def test_an_error_is_one_line_and_a_status(encoder, tmp_path):
-    flags = train_flags(encoder, tmp_path / "nowhere", tmp_path / "out")
-    done = run_script("run_baseline.py", *flags)
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: --dataset_name") and "no such folder" in line
-
-
-def test_a_traceback_only_when_asked_for(monkeypatch):
-    monkeypatch.setenv("EMOTION_TRACEBACK", "1")
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_an_error_is_one_line_and_a_status(traceback, monkeypatch):
+    monkeypatch.setenv("EMOTION_TRACEBACK", traceback)
     done = run_script("run_evaluation.py", "nowhere")
-    assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: no folder nowhere")
+    *lines, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith("error: no folder nowhere") and not done.stdout
+    assert bool(lines) == ("Traceback" in done.stderr) == bool(traceback)
 
 
 COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
