@@ -42,8 +42,8 @@ def test_a_flag_overrides_the_config(encoder, tmp_path):
     assert used.sha256 == sha256(tmp_path / "config.yaml")
 
 
-def test_without_a_config_the_defaults_hold(artifact):
-    arguments, hub, used = parse_args_and_config(run_ptq.ARGUMENTS, ["--model_name_or_path", str(artifact)])
+def test_without_a_config_the_defaults_hold():
+    arguments, hub, used = parse_args_and_config(run_ptq.ARGUMENTS, ["--model_name_or_path", "any"])
     assert arguments.bits == 8 and arguments.output_dir == "weights/ptq" and used.path is used.sha256 is None
     with pytest.raises(UserError, match="--model_name_or_path"):
         parse_args_and_config(run_ptq.ARGUMENTS, [])

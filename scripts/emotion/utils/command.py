@@ -69,7 +69,7 @@ def _message_of(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return text or "interrupted; a training goes on where it stopped with --resume_from_checkpoint true"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or choose another folder"
+        return f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or name another"
     if isinstance(error, OSError) and error.strerror:  # it is missing, a folder, not ours to read, ...
         return f"{error.filename or 'input or output'}: {error.strerror}; choose another file or folder"
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
