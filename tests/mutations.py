@@ -36,8 +36,8 @@ def damage(folder: Path, draw: random.Random, kind: str | None = None) -> str:
             files = [path for path in files if path.name != SUMS]
         if files:
             path = draw.choice(files)
-            told = change(path, draw)
-            return f"{one}: {path.relative_to(folder).as_posix()}: {told}"
+            about = change(path, draw)
+            return f"{one}: {path.relative_to(folder).as_posix()}: {about}"
     raise LookupError(f"{folder} has no file for {kind}")
 
 
@@ -97,9 +97,9 @@ def make_folder(path: Path, draw: random.Random) -> str:
 def change_settings(path: Path, draw: random.Random) -> str:
     is_yaml = path.suffix == ".yaml"
     values = (yaml.safe_load if is_yaml else json.loads)(path.read_text(encoding="utf-8"))
-    told = change_value(values, draw)
+    about = change_value(values, draw)
     path.write_text(yaml.safe_dump(values, sort_keys=False) if is_yaml else json.dumps(values), encoding="utf-8")
-    return told
+    return about
 
 
 def replace_settings(path: Path, draw: random.Random) -> str:

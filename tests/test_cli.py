@@ -32,8 +32,8 @@ def write_config(folder, **values):
 
 def test_a_flag_overrides_the_config(encoder, tmp_path):
     config = write_config(tmp_path, model_name_or_path=str(encoder), learning_rate=1e-3, weight_decay=0.5)
-    words = [config, "--learning_rate", "2e-3", "--adam_beta1", "0.8"]
-    arguments, training, used = parse_args_and_config(run_baseline.ARGUMENTS, words)
+    args = [config, "--learning_rate", "2e-3", "--adam_beta1", "0.8"]
+    arguments, training, used = parse_args_and_config(run_baseline.ARGUMENTS, args)
     assert (training.learning_rate, training.weight_decay) == (2e-3, 0.5)
     assert arguments.model_name_or_path == str(encoder)
     assert used.values["learning_rate"] == 2e-3 and used.values["weight_decay"] == 0.5
@@ -52,9 +52,9 @@ def test_without_a_config_the_defaults_hold():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_config_is_valid_and_holds_only_what_differs_from_the_defaults(path):
     command_of = METHODS[path.stem.split("-")[0]]
-    words = ["--model_name_or_path", "any", "--output_dir", "out"]
-    used = resolve_config(command_of.ARGUMENTS, [path, *words]).values
-    usual = resolve_config(command_of.ARGUMENTS, words).values
+    args = ["--model_name_or_path", "any", "--output_dir", "out"]
+    used = resolve_config(command_of.ARGUMENTS, [path, *args]).values
+    usual = resolve_config(command_of.ARGUMENTS, args).values
     given = yaml.safe_load(path.read_text())
     assert given.pop("output_dir").endswith(f"/{path.stem}")
     given.pop("model_name_or_path", None)

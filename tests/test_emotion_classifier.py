@@ -142,8 +142,8 @@ def test_neither_torch_nor_transformers_is_imported(format, texts, quantized):
         "print({answer['label'] for answer in classifier.classify(texts)})\n"
         "heavy = {'torch', 'transformers', 'pandas', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
     )
-    words = [sys.executable, "-c", code, str(quantized), format, json.dumps(texts)]
-    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
+    args = [sys.executable, "-c", code, str(quantized), format, json.dumps(texts)]
+    done = subprocess.run(args, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "{'warm'}\n"
 
@@ -243,9 +243,9 @@ def test_pytorch_is_called_by_the_callers_own_thread(artifact, monkeypatch):
     classifier, callers = EmotionClassifier.from_pretrained(artifact, "pytorch", threads=2), set()
     forward = classifier.runtime.model.forward
 
-    def watched(*words, **options):
+    def watched(*args, **options):
         callers.add(threading.current_thread())
-        return forward(*words, **options)
+        return forward(*args, **options)
 
     monkeypatch.setattr(classifier.runtime.model, "forward", watched)
     classifier.classify(build_rows(90)["text"])

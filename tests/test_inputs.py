@@ -45,7 +45,7 @@ class Loaded(Exception):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    def refuse(*words):
+    def refuse(*args):
         raise Loaded
 
     for module, name in ((run_baseline, "load_task"), (run_qlora, "load_task")):
@@ -100,8 +100,8 @@ def end_of(main, capsys) -> tuple[int, str]:
 def test_a_value_without_a_meaning_is_refused_before_anything_is_loaded(
     module, flag, value, message, nothing_is_loaded, encoder, capsys
 ):
-    words = ["--model_name_or_path", str(encoder), "--output_dir", "out", f"--{flag}={value}"]
-    status, error = end_of(lambda: module.main(words), capsys)
+    args = ["--model_name_or_path", str(encoder), "--output_dir", "out", f"--{flag}={value}"]
+    status, error = end_of(lambda: module.main(args), capsys)
     assert status == 1 and error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert len(error) < 2100  # also of a value of 5,000 letters
 
@@ -136,8 +136,8 @@ def test_random_flags_end_in_one_line_or_are_taken(seed, nothing_is_loaded, enco
     names = [action.dest for action in make_parser(run_qlora.ARGUMENTS, "")._actions if "help" not in action.dest]
     ends = []
     for _ in range(60):
-        about, words = draw_flag(rng, names)
-        given = ["--model_name_or_path", str(encoder), "--output_dir", "out", *words]
+        about, args = draw_flag(rng, names)
+        given = ["--model_name_or_path", str(encoder), "--output_dir", "out", *args]
         try:
             run_qlora.main(given)
         except (UserError, Loaded) as end:
@@ -354,12 +354,12 @@ def test_threads_are_bounded(threads, capsys):
 
 def test_words_and_output_of_other_encodings(artifact):
     """One process for each: what Python makes of its words and streams is decided as it starts."""
-    words = [sys.executable, ROOT / "scripts" / "predict.py", "--model", artifact]
+    args = [sys.executable, ROOT / "scripts" / "predict.py", "--model", artifact]
     latin = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
-    done = subprocess.run([*words, b"the red caf\xe9", "snow \u2603"], capture_output=True, env=latin, check=True)
+    done = subprocess.run([*args, b"the red caf\xe9", "snow \u2603"], capture_output=True, env=latin, check=True)
     first, second = done.stdout.splitlines()
     assert first.endswith(b"the red caf\\ufffd") and second.endswith(b"snow \\u2603")
-    done = subprocess.run([*words, "--json", "\U0001f600 \xe9"], capture_output=True, env=latin, check=True)
+    done = subprocess.run([*args, "--json", "\U0001f600 \xe9"], capture_output=True, env=latin, check=True)
     assert b'"\\ud83d\\ude00 \\u00e9"' in done.stdout  # JSON, not Python's own escapes
 
 

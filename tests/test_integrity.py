@@ -309,13 +309,13 @@ def test_every_command_that_opens_an_artifact_checks_it(command, artifact, color
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-9, os.SEEK_END)
         file.write(b"\x00")
-    words = ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"]
+    args = ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"]
     if command == "run_evaluation.py":
-        words = [folder, "--results_dir", tmp_path / "results"]
+        args = [folder, "--results_dir", tmp_path / "results"]
     elif command == "run_baseline.py":
-        words += ["--dataset_name", colors]
+        args += ["--dataset_name", colors]
     with pytest.raises(UserError, match="model.safetensors differs from"):
-        importlib.import_module(command.removesuffix(".py")).main([str(word) for word in words])
+        importlib.import_module(command.removesuffix(".py")).main([str(word) for word in args])
     assert not (tmp_path / "out").exists()
 
 

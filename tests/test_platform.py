@@ -45,10 +45,10 @@ pathlib.Path.is_mount = pathlib.Path.symlink_to = os.symlink = missing
 """
 
 
-def call(code: str, *words, **environment: str) -> subprocess.CompletedProcess:
+def call(code: str, *args, **environment: str) -> subprocess.CompletedProcess:
     """A program as a process with `emotion` on its path."""
     settings = os.environ | {"PYTHONPATH": str(ROOT / "scripts")} | environment
-    command = [sys.executable, "-c", code, *map(str, words)]
+    command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
 
 
@@ -67,8 +67,8 @@ def test_the_command_answers_without_unix(tmp_path):
     """From words, and from a file with Windows' line ends and its old end of a file, the byte 26."""
     (tmp_path / "texts.txt").write_bytes("\r\n".join([TEXTS[0], f"\x1a {TEXTS[1]}", TEXTS[2]]).encode())
     code = "import predict; from emotion.utils.command import run; run(predict.main)"
-    for words, count in (([TEXTS[0]], 1), (["--file", tmp_path / "texts.txt"], 3)):
-        done = call(WITHOUT_UNIX + code, "--model", MODEL, "--threads", 1, *words)
+    for args, count in (([TEXTS[0]], 1), (["--file", tmp_path / "texts.txt"], 3)):
+        done = call(WITHOUT_UNIX + code, "--model", MODEL, "--threads", 1, *args)
         assert done.returncode == 0, done.stderr
         assert [line.split()[0] for line in done.stdout.splitlines()] == LABELS[:count]
 
@@ -97,10 +97,10 @@ def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(tmp_path, monk
     """Windows removes no open file."""
     unlink = Path.unlink
 
-    def refuse(path, *words, **options):
+    def refuse(path, *args, **options):
         if path.name.endswith(".lock"):
             raise PermissionError(13, "The process cannot access the file", str(path))
-        unlink(path, *words, **options)
+        unlink(path, *args, **options)
 
     monkeypatch.setattr(Path, "unlink", refuse)
     for text in ("first", "second"):

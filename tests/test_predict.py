@@ -79,9 +79,9 @@ def test_many_lines_take_flat_memory(artifact, tmp_path):
     for lines in (2_000, 40_000):
         file = tmp_path / "many.txt"
         file.write_text("".join(f"the {('red', 'blue', 'black')[row % 3]} sky\n" for row in range(lines)))
-        words = [sys.executable, "-c", code, str(artifact), str(ROOT / "scripts")]
+        args = [sys.executable, "-c", code, str(artifact), str(ROOT / "scripts")]
         with file.open() as stream:
-            done = subprocess.run(words, stdin=stream, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(args, stdin=stream, capture_output=True, text=True, timeout=120)
         answers = done.stdout.splitlines()
         assert len(answers) == lines
         assert [line.split()[0] for line in answers] == (["warm", "cold", "none"] * lines)[:lines]
@@ -110,7 +110,7 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--model", "nowhere", "text"], "error: no folder nowhere; take one that the repository holds"),
         (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file"),
@@ -121,6 +121,6 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
         (["--file", "a.txt", "text"], "error: give sentences or --file, not both"),
     ],
 )
-def test_what_cannot_be_answered_is_said(words, message):
-    done = run_script("predict.py", *words)
+def test_what_cannot_be_answered_is_said(args, message):
+    done = run_script("predict.py", *args)
     assert done.returncode == 1 and done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
