@@ -23,10 +23,9 @@ from emotion.inference.model_folder import WEIGHT_FILES, adapter_bytes, files_to
 from emotion.utils.arguments import COUNT, Range, parse_args
 from emotion.utils.base_model import RANDOM
 from emotion.utils.command import run
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, check_name
 from emotion.utils.files import ROOT, check_result, relative, sha256
 from emotion.utils.machine import THREADS, choose_threads, describe_environment, has_bf16
-from emotion.utils.names import check_name
 from emotion.utils.progress import Bar
 from emotion.utils.recipe import read_recipe_of
 

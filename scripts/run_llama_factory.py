@@ -43,7 +43,7 @@ from emotion.utils.arguments import parse_with_other_flags
 from emotion.utils.base_model import BaseModel, find_base_model, hub_is_reachable
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, check_replaceable, read_json, relative, taken, write_json
+from emotion.utils.files import ROOT, check_replaceable, output_lock, read_json, relative, write_json
 from emotion.utils.machine import has_bf16
 from emotion.utils.recipe import Recipe
 
@@ -91,7 +91,7 @@ def main(argv=None) -> None:
     work, stand_in = work_of(folder), arguments.use_tiny_model and not hub_is_reachable()
 
     # Two runs of one name would remove each other's rows while LLaMA Factory trains on them.
-    with taken(folder), taken(work), mark_lines("tiny random Llama: " if stand_in else ""):
+    with output_lock(folder), output_lock(work), mark_lines("tiny random Llama: " if stand_in else ""):
         # 2. Load the task
         task = load_task(arguments.dataset_name, arguments.dataset_config_name)
         rows = select_train_rows(get_split(task, "train"), arguments, seed=recipe.values["seed"])

@@ -29,10 +29,9 @@ from emotion.inference.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCOR
 from emotion.utils.arguments import parse_args
 from emotion.utils.checksums import SUMS_FILE, check_sums, format_sums, has_files
 from emotion.utils.command import run
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import ROOT, sha256, without_path
 from emotion.utils.machine import code_url
-from emotion.utils.names import check_repo_id
 from emotion.utils.recipe import RECIPE_FILE, read_recipe_of
 
 PAGE = "index.html"  # what makes a folder a Space

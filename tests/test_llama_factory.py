@@ -333,8 +333,8 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
     held = run_llama_factory.work_of(tmp_path / "out")
     assert held.is_relative_to(tmp_path / "work") and held != run_llama_factory.work_of(tmp_path / "run" / "out")
-    code = "import sys; from emotion.utils.files import Path, taken\n"
-    code += "with taken(Path(sys.argv[1])): print(flush=True); input()"
+    code = "import sys; from emotion.utils.files import Path, output_lock\n"
+    code += "with output_lock(Path(sys.argv[1])): print(flush=True); input()"
     words = [sys.executable, "-c", code, held]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
     other.stdout.readline()

@@ -15,10 +15,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
-from emotion.utils.arguments import Range, make_plain
+from emotion.utils.arguments import Range, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, sha256, whole_file
+from emotion.utils.files import ROOT, atomic_write, sha256
 from javascript import LIBRARIES, check_libraries
 
 PAGE = ROOT / "docs" / "demo"
@@ -66,7 +66,7 @@ def main(argv=None) -> None:
     Raises:
         UserError: if the libraries are not installed, or another program has the port.
     """
-    parser = make_plain(argparse.ArgumentParser())
+    parser = configure_parser(argparse.ArgumentParser())
     parser.add_argument(
         "--port", type=int, default=8000, choices=Range(0, 65535), help="port to listen at; 0 takes a free one"
     )
@@ -115,10 +115,10 @@ def make_fp32(weights: Path) -> list[Path]:
 
         from emotion.export.onnx_export import export_onnx
         from emotion.inference.pretrained import load_trained_classifier
-        from emotion.utils.quiet import quiet_libraries
+        from emotion.utils.command import quiet_libraries
 
         quiet_libraries()
-        with whole_file(folder / FP32) as path:
+        with atomic_write(folder / FP32) as path:
             export_onnx(load_trained_classifier(baseline), AutoTokenizer.from_pretrained(baseline), path)
     return [folder]
 

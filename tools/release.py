@@ -36,7 +36,7 @@ from emotion.utils.arguments import parse_args
 from emotion.utils.checksums import check_covered, check_sums, has_files, read_sums, write_sums
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, check_replaceable, read_json, whole_folder
+from emotion.utils.files import ROOT, atomic_folder, check_replaceable, read_json
 from emotion.utils.machine import THREADS, choose_threads, describe_environment
 from emotion.utils.progress import Bar
 from emotion.utils.recipe import read_recipe_of
@@ -82,7 +82,7 @@ def release(weights: Path, results: Path) -> None:
         sources[variant] = find_source(variant, weights, results)
     check_sizes(sources)
     for variant, source in sources.items():
-        with whole_folder(weights / variant, ARTIFACT) as folder:
+        with atomic_folder(weights / variant, ARTIFACT) as folder:
             for name, released in names_to_release(source, variant).items():
                 (folder / released).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, folder / released)

@@ -19,7 +19,7 @@ from pathlib import Path
 from emotion.inference.model_folder import ARTIFACT
 from emotion.utils.arguments import SEED, parse_args
 from emotion.utils.command import run
-from emotion.utils.files import ROOT, check_replaceable, whole_folder, write_json
+from emotion.utils.files import ROOT, atomic_folder, check_replaceable, write_json
 from seeds import CONFIGS, check_seeds, choose_seed, make_and_score, summarize
 
 
@@ -51,7 +51,7 @@ def main(argv=None) -> None:
         runs.append(make_and_score(seed, arguments.variant, weights, results, Path(arguments.config_dir)))
     chosen, chosen_by = choose_seed(arguments.variant, runs, results)
     # A copy: the artifacts of all seeds stay where they are, for the variants that start from them.
-    with whole_folder(weights / arguments.variant, ARTIFACT) as folder:
+    with atomic_folder(weights / arguments.variant, ARTIFACT) as folder:
         shutil.copytree(weights / "seeds" / f"{arguments.variant}-{chosen}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,

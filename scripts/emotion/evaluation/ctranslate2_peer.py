@@ -15,8 +15,8 @@ from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import Matrix
 from emotion.inference.model_folder import read_config, read_labels
 from emotion.inference.pretrained import load_trained_classifier
+from emotion.utils.command import quiet_logging
 from emotion.utils.errors import UserError
-from emotion.utils.quiet import quiet_logging
 
 FORMAT = PACKAGE = "ctranslate2"  # also the folder of its files
 MODEL_FILE, HEAD_FILE = "model.bin", "head.safetensors"

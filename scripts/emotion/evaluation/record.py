@@ -8,7 +8,7 @@ from emotion.data.dataset import Task, fingerprint
 from emotion.evaluation.predictions import check_evidence, read_predictions
 from emotion.evaluation.schema import Record
 from emotion.utils.errors import UserError
-from emotion.utils.files import whole_file, without_path, write_json
+from emotion.utils.files import atomic_write, without_path, write_json
 
 BASE_FAMILY = "mpnet-base"  # the folder inside results/ that holds those of the base-size encoder
 
@@ -61,7 +61,7 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
         }
     )
     # Logits first: if writing stops in between, there is no record without the rows that it was computed from.
-    with whole_file(Path(results_dir) / "predictions" / f"{name}.parquet") as partial:
+    with atomic_write(Path(results_dir) / "predictions" / f"{name}.parquet") as partial:
         parquet.write_table(table, partial)
     path = Path(results_dir) / "metrics" / f"{name}.json"
     write_json(path, record)

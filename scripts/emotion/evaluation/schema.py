@@ -13,9 +13,8 @@ from annotated_types import Predicate
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from emotion.inference.model_folder import WEIGHT_FILES
-from emotion.utils.errors import UserError
+from emotion.utils.errors import FILE_NAME, UserError
 from emotion.utils.files import read_json
-from emotion.utils.names import FILE_NAME
 from emotion.utils.processor import ARM, class_of
 
 LARGEST = 1e15  # no measurement is larger; float64 still tells its integers apart

@@ -85,7 +85,7 @@ def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
 
     from emotion.export.onnx_export import export_onnx
     from emotion.inference.pretrained import load_trained_classifier
-    from emotion.utils.quiet import quiet_logging
+    from emotion.utils.command import quiet_logging
 
     path = target / "model.onnx"
     # Not rewritten: that is our own work on the graph, which a plain export does not have.
@@ -100,7 +100,7 @@ def _export_openvino(folder: Path, target: Path) -> None:
     """The file that optimum-intel makes of the folder."""
     from optimum.intel import OVModelForSequenceClassification
 
-    from emotion.utils.quiet import quiet_logging
+    from emotion.utils.command import quiet_logging
 
     with quiet_logging():
         OVModelForSequenceClassification.from_pretrained(

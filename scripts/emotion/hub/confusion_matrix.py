@@ -9,7 +9,7 @@ import numpy as np
 import seaborn
 
 from emotion.evaluation.schema import Record
-from emotion.utils.files import whole_file
+from emotion.utils.files import atomic_write
 
 matplotlib.use("Agg")  # draws into files alone; the default looks for a screen
 STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
@@ -25,7 +25,7 @@ def styled():
 
 def save_figure(figure, path: Path) -> None:
     """Writes the figure as a PNG, and closes it; ``path`` may lack its ending."""
-    with whole_file(path.with_suffix(".png")) as partial:
+    with atomic_write(path.with_suffix(".png")) as partial:
         # Without "Software" the bytes do not change with the version of matplotlib alone.
         figure.savefig(partial, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
     plt.close(figure)

@@ -13,10 +13,8 @@ from emotion.data.dataset import Task, fingerprint
 from emotion.utils.base_model import BaseModel
 from emotion.utils.checksums import check_sums, write_sums
 from emotion.utils.errors import UserError
-from emotion.utils.fields import read_fields
-from emotion.utils.files import FolderKind, check_replaceable, taken, whole_folder, write_text
-from emotion.utils.machine import git_commit, package_versions
-from emotion.utils.processes import is_main_process
+from emotion.utils.files import FolderKind, atomic_folder, check_replaceable, output_lock, read_fields, write_text
+from emotion.utils.machine import git_commit, is_main_process, package_versions
 from emotion.utils.recipe import PLACES, RECIPE_FILE, Recipe
 
 # What every format needs beside its weights
@@ -188,7 +186,7 @@ def own_place(folder: Path, arguments, recipe: Recipe):
         yield
         return
     check_replaceable(folder, ARTIFACT, inputs_of(arguments, recipe))
-    with taken(folder):
+    with output_lock(folder):
         yield
 
 
@@ -208,7 +206,7 @@ def new_artifact(folder: Path, made: dict):
     import yaml
 
     # By the recipe a later run knows that it may replace the folder.
-    with whole_folder(folder, ARTIFACT) as partial:
+    with atomic_folder(folder, ARTIFACT) as partial:
         yield partial
         write_text(partial / RECIPE_FILE, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
         write_sums(partial)

@@ -11,7 +11,7 @@ from emotion.export.onnx_export import export_onnx
 from emotion.inference.model_folder import weights_of
 from emotion.quantization.layers import CalibrationRows, Plan
 from emotion.quantization.outlier_channels import split_outliers
-from emotion.utils.quiet import quiet_logging
+from emotion.utils.command import quiet_logging
 
 
 def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True, leave_out: tuple[str, ...] = ()) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from emotion.data.dataset import Task, get_split, stratified_sample
 from emotion.data.tokenization import TextEncoder
-from emotion.inference.download import fetch
-from emotion.inference.emotion_classifier import find_model
+from emotion.inference.emotion_classifier import fetch, find_model
 from emotion.inference.model_folder import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
 from emotion.quantization.int8_onnx import layers_of_first_token, quantize_onnx, quantize_onnx_static
 from emotion.quantization.int8_openvino import quantize_openvino

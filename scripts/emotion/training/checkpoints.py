@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emotion.data.dataset import fingerprint
 from emotion.utils.errors import UserError
-from emotion.utils.files import FolderKind, check_replaceable, discard, read_json, sha256, whole_folder, write_json
+from emotion.utils.files import FolderKind, atomic_folder, check_replaceable, discard, read_json, sha256, write_json
 from emotion.utils.recipe import Recipe, comparable
 
 RECIPE_OF_RUN = "recipe.json"  # beside the checkpoints: only a run with the same recipe may resume from them
@@ -63,7 +63,7 @@ def find_checkpoint(trainer: Trainer, recipe: Recipe, rows) -> str | None:
     trainer.accelerator.wait_for_everyone()  # all have looked before one of them removes anything
     # Another run's checkpoints must go: the best one of them could be taken for this run's.
     if trainer.is_world_process_zero() and not checkpoint:
-        with whole_folder(trainer.args.output_dir, CHECKPOINTS) as folder:
+        with atomic_folder(trainer.args.output_dir, CHECKPOINTS) as folder:
             write_json(folder / RECIPE_OF_RUN, started)
     trainer.accelerator.wait_for_everyone()
     return checkpoint

@@ -19,8 +19,14 @@ from emotion.training.checkpoints import CHECKPOINTS, GoodCheckpoints, checkpoin
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, check_replaceable
 from emotion.utils.hub_requests import check_can_publish
-from emotion.utils.machine import count_processors, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
-from emotion.utils.processes import integer_setting
+from emotion.utils.machine import (
+    count_processors,
+    has_bf16,
+    integer_setting,
+    keep_freed_memory,
+    peak_memory_mb,
+    reset_peak_memory,
+)
 from emotion.utils.progress import Bar
 from emotion.utils.recipe import Recipe
 
