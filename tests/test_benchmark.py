@@ -208,7 +208,7 @@ def test_what_was_timed_is_kept_if_the_peaks_are_not_found(artifact, monkeypatch
         "--rounds 1 --texts 4 --batches 1 --texts_end_to_end 0 --cold_starts 0 --threads 1 --output run.json".split()
     )
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark.main([f"{artifact}:onnx", *words])
+        run_benchmark.main([f"{artifact}:onnx", *words, "--output", "run.json"])
     assert read_json(tmp_path / "run.json")["artifacts"]["baseline:onnx"]["latency_ms"]["p50"] > 0
 
 
