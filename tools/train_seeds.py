@@ -26,9 +26,7 @@ class SeedsArguments:
     """Which variant is trained, and with which seeds."""
 
     variant: str = field(
-        metadata={
-            "help": "A config: baseline, ptq, qat, qlora, ptq-int4, ...; -float: without fake quantization."
-        }
+        metadata={"help": "A config: baseline, ptq, qat, qlora, ptq-int4, ...; -float: without fake quantization."}
     )
     config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
