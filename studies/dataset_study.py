@@ -84,13 +84,13 @@ def find_conflicts(splits: dict, labels: list[str]) -> list[dict]:
         For each text: split -> its labels and rows there; sorted by the texts, which are left out.
     """
     conflicting = conflicting_texts(*splits.values())
-    places = {text: {split: [] for split in splits} for text in sorted(conflicting)}
+    occurrences = {text: {split: [] for split in splits} for text in sorted(conflicting)}
     for split, columns in splits.items():
         for row, (text, label) in enumerate(zip(columns["text"], columns["label"], strict=True)):
             if text in conflicting:
-                places[text][split].append({"label": labels[label], "row": row})
+                occurrences[text][split].append({"label": labels[label], "row": row})
     across = []
-    for found in places.values():
+    for found in occurrences.values():
         if sum(map(bool, found.values())) > 1:  # the others conflict within one split
             across.append(found)
     return across

@@ -36,9 +36,9 @@ class Handler(SimpleHTTPRequestHandler):
         ".wasm": "application/wasm",
     }
 
-    def __init__(self, *words, folders: dict[str, list[Path]]):
+    def __init__(self, *arguments, folders: dict[str, list[Path]]):
         self.folders = folders
-        super().__init__(*words, directory=str(PAGE))
+        super().__init__(*arguments, directory=str(PAGE))
 
     def translate_path(self, path):
         first, _, rest = path.lstrip("/").partition("/")
@@ -57,7 +57,7 @@ class Handler(SimpleHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # the page reads a model's size and closes the connection
             super().copyfile(source, outputfile)
 
-    def log_message(self, *words):
+    def log_message(self, *arguments):
         """Prints nothing: a line for each file would hide the address."""
 
 

@@ -72,9 +72,9 @@ def main(argv=None) -> None:
 
 def release(weights: Path, results: Path) -> None:
     """Checks all variants, then replaces their folders."""
-    licence = weights / LICENSE_FILE
-    if not licence.is_file():
-        raise UserError(f"no file {licence}: each released folder carries a copy of it")
+    license_file = weights / LICENSE_FILE
+    if not license_file.is_file():
+        raise UserError(f"no file {license_file}: each released folder carries a copy of it")
     # All checks before the first folder is replaced
     sources = {}
     for variant in RELEASED:
@@ -86,7 +86,7 @@ def release(weights: Path, results: Path) -> None:
             for name, released in names_to_release(source, variant).items():
                 (folder / released).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, folder / released)
-            shutil.copyfile(licence, folder / LICENSE_FILE)
+            shutil.copyfile(license_file, folder / LICENSE_FILE)
             write_sums(folder)
         megabytes = sum(path.stat().st_size for path in (weights / variant).rglob("*") if path.is_file()) / 1e6
         print(f"{variant:10} {RELEASED[variant]:5} {megabytes:6.1f} MB  {source} -> {weights / variant}")

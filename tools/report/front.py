@@ -1,9 +1,5 @@
-"""The results in the README: the recommendation, a table of the released variants, a picture, the time per runtime.
+"""The results in the README: the recommendation, a table of the released variants, a picture, the time per runtime."""
 
-Scores are means over seeds; a format that was scored with one seed only is marked.
-"""
-
-from collections import Counter
 from pathlib import Path
 
 from emotion.evaluation.record import read_records
@@ -34,8 +30,6 @@ def render_block(families: list[Family], root: Path) -> str:
     comparison, folders = families[0].comparison, [family.folder for family in families]
     results = folders[0]
     lines = list_lines(comparison)
-    seeds = _common_seeds(lines)
-    fewer = [line for line in lines if is_mean(line["macro_f1"]) and len(line["seeds"]) < len(seeds)]
     for family in families[1:]:
         lines += list_lines(family.comparison, f"{encoder_name(family)} ", ("ptq",))
     shown = (results / "bits.json").is_file() and results.is_relative_to(root)
@@ -48,12 +42,6 @@ def render_block(families: list[Family], root: Path) -> str:
         advice=find_line(comparison, RECOMMENDED),
         choice=_describe_choice(study, lines) if study else None,
         table=summary_table(lines),
-        marked=any(not is_mean(line["macro_f1"]) for line in lines),
-        single=_chosen_reference(comparison),
-        seeds=len(seeds),
-        fewer=fewer,  # QLoRA keeps floating point if 4 bits cost a seed too much
-        reference=lines[0],
-        reference_mean=_mean_of(lines[0], seeds),
         compared_with=sorted({run["compared_with"] for run in comparison["about"]["runs"].values()}),
         machines=_merge_machines(families),
         dates=_merge(families, "dates"),
@@ -101,29 +89,6 @@ def _describe_choice(study: Bits, lines: list[dict]) -> dict | None:
     return {"score": scores[RECOMMENDED], "smaller": other, "score_of_smaller": scores[other]}
 
 
-def _chosen_reference(comparison: dict) -> dict | None:
-    """The chosen seed and FP32's macro F1 with it; None if FP32 was scored with one seed only."""
-    for row in comparison["seeds"]:
-        if f"{row['variant']}-{row['format']}" == REFERENCE and is_mean(row["macro_f1"]):
-            scores = dict(zip(row["seeds"], row["macro_f1_of_seeds"], strict=True))
-            return {"seed": row["chosen_seed"], "macro_f1": scores[row["chosen_seed"]]}
-    return None
-
-
-def _common_seeds(lines: list[dict]) -> list[int]:
-    """The seeds that most of the lines are a mean of; empty if all are of one seed."""
-    counted = Counter(tuple(line["seeds"]) for line in lines if is_mean(line["macro_f1"]))
-    return list(counted.most_common(1)[0][0]) if counted else []
-
-
-def _mean_of(line: dict, seeds: list[int]) -> float | None:
-    """Macro F1 over these seeds, if the line is a mean of more than these; else None."""
-    scores = dict(zip(line["seeds"], line["macro_f1_of_seeds"], strict=True))
-    if not seeds or not set(seeds) < scores.keys():
-        return None
-    return sum(scores[seed] for seed in seeds) / len(seeds)
-
-
 def list_lines(comparison: dict, prefix: str = "", variants: tuple = RELEASED) -> list[dict]:
     """The lines of FP32, and of the released formats of ``variants`` that were measured."""
     lines = [{"title": f"{prefix}baseline, FP32", **_reference_line(comparison)}]
@@ -154,11 +119,10 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
     for row in comparison["rows"]:
         if (row["variant"], row["format"], row["kind"]) == (variant, format, "record"):
             line = {name: {"mean": row[name], "standard_deviation": None} for name in ("macro_f1", "accuracy")}
-            line |= {"variant": variant, "seeds": [], "macro_f1_of_seeds": [], "change": None, **_size_and_speed(row)}
+            line |= {"variant": variant, "seeds": [], "change": None, **_size_and_speed(row)}
             for means in comparison["seeds"]:
                 if (means["variant"], means["format"]) == (variant, format):
-                    names = ("macro_f1", "accuracy", "seeds", "change", "macro_f1_of_seeds")
-                    line |= {name: means[name] for name in names}
+                    line |= {name: means[name] for name in ("macro_f1", "accuracy", "seeds", "change")}
             return line
     return None
 
@@ -166,11 +130,6 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
 def _size_and_speed(row: dict) -> dict:
     """The fields of a row that do not depend on a seed."""
     return {name: row[name] for name in ("megabytes", "times_smaller", "speeds")}
-
-
-def is_mean(score: dict) -> bool:
-    """Whether a score is the mean of several seeds, which alone has a deviation."""
-    return score["standard_deviation"] is not None
 
 
 def summary_table(lines: list[dict]) -> str:

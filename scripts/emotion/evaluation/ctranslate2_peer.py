@@ -52,7 +52,7 @@ def convert(folder: Path, target: Path) -> None:
     model = load_trained_classifier(folder, dtype="float32")
     with quiet_logging():
         model.save_pretrained(target)
-        # Transformers 5 knows absolute positions alone and no longer writes this word, which the converter asks for.
+        # Transformers 5 no longer writes this field, which the converter needs: all positions are absolute.
         config = read_config(target) | {"position_embedding_type": "absolute"}
         (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         TransformersConverter(str(target)).convert(str(target / FORMAT), quantization="int8")

@@ -39,7 +39,7 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _to_numpy(rows, labels, logits) -> tuple[np.ndarray, np.ndarray]:
     """Converts the Arrow columns of a predictions file; raises `ValueError` if they are not what they should be."""
-    types = [str(one) for one in (rows.type, labels.type, logits.type.value_type)]
+    types = list(map(str, (rows.type, labels.type, logits.type.value_type)))
     if types != ["int64", "int64", "float"]:
         raise ValueError(f"row, label and logits are {', '.join(types)}, not int64, int64 and float")
     lengths = set(logits.value_lengths().to_pylist())

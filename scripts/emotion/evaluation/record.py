@@ -11,6 +11,8 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import whole_file, without_path, write_json
 
 MPNET_BASE = "mpnet-base"  # the folder in results/ for the 12-layer encoder
+# Fields of recipe.yaml that a record repeats; each is null for the methods that do not write it
+COPIED = ("training", "forms", "fallbacks", "outlier_channels", "instruction", "trained_with", "merged", "seed")
 
 
 def read_records(results_dir: Path) -> list[Record]:
@@ -95,14 +97,7 @@ def describe_provenance(recipe: dict, task: Task, rows) -> dict:
         "train_rows": made.get("train_rows"),
         "train_fingerprint": made.get("train_fingerprint"),
         "recipe": without_path(recipe["recipe"]) if recipe else None,  # records are published: no local paths
-        "training": recipe.get("training"),
         "quantizing_seconds": recipe.get("seconds"),
-        "forms": recipe.get("forms"),  # QAT: validation macro F1 before and after conversion and saving
-        "fallbacks": recipe.get("fallbacks"),  # PTQ: the fallbacks tried for each format, and their effect
-        "outlier_channels": recipe.get("outlier_channels"),  # the channels that stay in floating point, and the rule
-        "instruction": recipe.get("instruction"),  # the prompt of a language model
-        "trained_with": recipe.get("trained_with"),  # package versions of the environment of another trainer
-        "merged": recipe.get("merged"),  # QLoRA: validation macro F1 after merging base and adapter
-        "seed": recipe.get("seed"),
+        **{name: recipe.get(name) for name in COPIED},
         "git_commit": made.get("git_commit"),
     }

@@ -205,7 +205,7 @@ def _record_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchma
     if not speeds and (processor in runs or not runs):
         latency = record.latency_ms
         own = {"p50_ms": latency.p50, "p95_ms": latency.p95, "texts_per_s": record.throughput_per_s.value}
-        # Its own were taken alone, so that nothing may be divided by them.
+        # Measured alone, so nothing may be divided by them.
         speeds = {processor: own | dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))}
     return {
         "name": record.name,
@@ -227,7 +227,7 @@ def _alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchma
     # The same on each processor, but for a few texts.
     quality = next((result.quality for result in timed.values() if result.quality), {})
     # A type that a library chooses by itself on a processor: beside FP32 it would pass for that.
-    halved = [PROCESSORS[one] for one, result in timed.items() if result.precision == "bfloat16"]
+    halved = [PROCESSORS[processor] for processor, result in timed.items() if result.precision == "bfloat16"]
     if halved and "BF16" not in title:
         title += ", in BF16" if len(halved) == len(timed) else f", in BF16 with {' and '.join(halved)}"
     return {
