@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from emotion.data.dataset import source_of
-from emotion.evaluation.record import read_logits
+from emotion.evaluation.predictions import read_predictions
 from emotion.inference.model_folder import find_formats
 from emotion.utils.arguments import resolve_config
 from emotion.utils.base_model import find_base_model
@@ -105,9 +105,10 @@ def score_format(artifact: Path, format: str, results: Path, variant: str) -> di
     if variant == "baseline":
         return scores
     before = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["macro_f1"]
-    labels = read_logits(results / "predictions" / f"{variant}-{format}.parquet").argmax(axis=-1)
-    labels_before = read_logits(results / "predictions" / "baseline-pytorch.parquet").argmax(axis=-1)
-    return scores | {"change": quality["macro_f1"] - before, "flips": int((labels != labels_before).sum())}
+    logits = read_predictions(results / "predictions" / f"{variant}-{format}.parquet")[1]
+    logits_before = read_predictions(results / "predictions" / "baseline-pytorch.parquet")[1]
+    flips = int((logits.argmax(axis=-1) != logits_before.argmax(axis=-1)).sum())
+    return scores | {"change": quality["macro_f1"] - before, "flips": flips}
 
 
 def summarize(runs: list[dict]) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.dataset import Task, fingerprint
-from emotion.evaluation.predictions import check_evidence, read_predictions
+from emotion.evaluation.predictions import check_evidence
 from emotion.evaluation.schema import Record
 from emotion.utils.errors import UserError
 from emotion.utils.files import whole_file, without_path, write_json
@@ -66,11 +66,6 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     path = Path(results_dir) / "metrics" / f"{name}.json"
     write_json(path, record)
     return path
-
-
-def read_logits(path: Path) -> np.ndarray:
-    """Reads the logits of a predictions file, float32 (rows, classes)."""
-    return read_predictions(path)[1]
 
 
 def add_reasons(scheme: dict, recipe: dict) -> dict:
