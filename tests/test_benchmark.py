@@ -144,8 +144,7 @@ def test_every_table_has_each_class_of_processors(two_kinds, tmp_path):
     (two_kinds / "comparison.json").write_text(pages[two_kinds / "comparison.json"])
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     words = words_of_report(tmp_path)
-    assert "(AVX-512 VNNI, 3.2 × as fast" in words and "all-MiniLM-L6-v2, AVX2. A single text" in words
-    assert "in FP32 and INT8, and its memory" in words  # with AVX2 no peak of bfloat16
+    assert "3.2 × as fast" in words and "1.6 × as fast" in words and "FP32 and INT8" in words  # no BF16 peak with AVX2
 
 
 def test_a_replaced_model_is_dropped_unless_all_ratios_are_against_it(two_kinds):

@@ -108,7 +108,7 @@ def measure_peaks(threads: int) -> dict:
 
 
 def torch_product(dtype):
-    """A function that multiplies two matrices of a float type by PyTorch."""
+    """Returns a function that multiplies two random matrices of a float type with PyTorch."""
     import torch
 
     left, right = torch.rand(SIZE, SIZE, dtype=dtype), torch.rand(SIZE, SIZE, dtype=dtype)
@@ -116,18 +116,15 @@ def torch_product(dtype):
 
 
 def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: int):
-    """A function that multiplies two matrices by an operator of ONNX Runtime."""
+    """Returns a function that multiplies two matrices with an operator of ONNX Runtime."""
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper, parser
 
-    node = helper.make_node(operator, ["left", "right"], ["product"])
-    left_info = helper.make_tensor_value_info("left", helper.np_dtype_to_tensor_dtype(left.dtype), left.shape)
-    summed = TensorProto.FLOAT if left.dtype == np.float32 else TensorProto.INT32
-    product_info = helper.make_tensor_value_info("product", summed, [len(left), right.shape[1]])
+    types = ("float", "float") if left.dtype == np.float32 else ("uint8", "int32")
+    graph = f"multiply ({types[0]}[m, k] left) => ({types[1]}[m, n] product) {{ product = {operator}(left, right) }}"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
     # The right matrix is a constant like a layer's weights, so that the session may pack it once.
-    weights = numpy_helper.from_array(right, "right")
-    graph = helper.make_graph([node], "product", [left_info], [product_info], [weights])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model.graph.initializer.append(numpy_helper.from_array(right, "right"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -135,7 +132,7 @@ def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: in
 
 
 def least_seconds(function, runs: int = 8) -> float:
-    """The shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
+    """Returns the shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
