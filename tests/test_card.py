@@ -68,7 +68,6 @@ def test_each_score_is_that_of_the_record(records):
         ("quality.macro_f1_ci95", [0.1, 0.2], "| 10.00 to 20.00 |"),
         ("quality.accuracy", 0.43211, "| 43.21 |"),
         ("size.megabytes", 1234.5, "| 1234.5 |"),
-        ("size.bytes_to_serve", 1234567, "| 1,234,567 |"),
         ("latency_ms.p50", 17.123, "| 17.123 |"),
         ("throughput_per_s.value", 987.6, "| 987.6 |"),
         ("latency_ms.p95", None, "| - |"),
@@ -180,7 +179,7 @@ def test_outlier_channels_and_fallbacks_are_shown(records):
     assert channels and f"{channels} outlier channels" in text
     assert len(tried) == 3 and f"{'; '.join(tried[:2])}; **{tried[2]}** (kept)." in text
     plain = render_card(records, "ptq", "user/mine")
-    assert "outlier channels" not in plain and "Fallbacks" not in plain
+    assert "outlier channels" not in plain and "(kept)" not in plain
 
 
 def test_the_other_variants_are_linked(records):

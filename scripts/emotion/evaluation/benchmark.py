@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -175,7 +176,8 @@ class Worker:
         self._cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
         # "spawn" starts a bare Python; a forked process would inherit the libraries that are loaded here already.
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
         self._run(_open, *arguments)
         return 1000 * (time.perf_counter() - start)
 
@@ -250,6 +252,16 @@ class Worker:
 
 
 # What a worker's process runs
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is killed; a pool alone would leave it behind."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _call(fault: str, function, *arguments):
