@@ -30,7 +30,7 @@ ifneq ($(ENCODER),minilm)
 # Static ranges are left out: their calibration keeps all activations of 300 texts in memory.
 PTQ_STUDY := --layer_texts 200 --rounds 3 --work_dir build/ptq_study_$(ENCODER) --leave_out "ONNX Runtime, static by entropy" \
 	"ONNX Runtime, static by extremes" "torchao, 8-bit weights" "OpenVINO, 8-bit weights"
-BENCHMARK := --rounds 6 --batches 4 --strings 256 --cold_starts 3
+BENCHMARK := --rounds 6 --batches 4 --texts_end_to_end 256 --cold_starts 3
 endif
 ENCODER_FLAGS := --config_dir configs/$(ENCODER) --weights_dir $(W) --results_dir $(R)
 FORMATS := $(addprefix baseline:,pytorch bf16 onnx) $(addprefix ptq:,torchao onnx openvino) $(addprefix qat:,torchao onnx openvino) \
