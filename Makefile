@@ -39,10 +39,8 @@ PEER_FORMATS := ptq:torchao-compiled $(addprefix baseline:,pytorch-compiled bf16
 	openvino-plain ctranslate2)
 # $(call score,folder,variant:format ...,flags): each format in a process of its own
 score = for one in $(2); do $(RUN) scripts/run_evaluation.py $(1)/$${one%:*} --format $${one\#\#*:} $(3) || exit 1; done
-# $(call debian,command,package)
 debian = command -v $(1) > /dev/null || { sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; \
 	$$sudo apt-get install -qq -y --no-install-recommends $(2); }
-# Part of the data: shows that everything works, and scores less than the published models
 SHORT := --max_train_samples 6400 --num_train_epochs 1
 
 .PHONY: help run test test-all check format verify fuzz results benchmark report release demo notebook
