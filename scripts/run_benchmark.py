@@ -141,7 +141,7 @@ def describe_benchmark(arguments: BenchmarkArguments, threads: int, task: Task, 
         # The pages read these two fields by these names, also from results that were measured before.
         "texts_a_round": arguments.texts,
         "batches_a_round": arguments.batches,
-        "strings_a_round": arguments.strings,
+        "texts_end_to_end_a_round": arguments.strings,
         # By name: which of them is the fastest FP32 depends on the machine.
         "compared_with": fastest_fp32(measured),
         "noise_limit": NOISE_LIMIT,
@@ -172,7 +172,7 @@ def print_speeds(measured: dict[str, dict]) -> None:
         print(
             f"{name:34} p50 {one['latency_ms']['p50']:7.2f} ms ({faster['median']:.2f} x)"
             f"   {one['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches['median']:.2f} x)",
-            f"  from strings {one['strings_per_s']['median']:7.0f} texts/s" if one["strings_per_s"] else "",
+            f"  from strings {one['end_to_end_per_s']['median']:7.0f} texts/s" if one["end_to_end_per_s"] else "",
             f"  macro F1 {one['quality']['macro_f1']:.4f}" if one.get("quality") else "",
         )
     if noisy := list_noisy(measured):

@@ -139,7 +139,7 @@ def main(argv=None) -> None:
         "date": datetime.date.today().isoformat(),
         "scheme": explain(describe_scheme(classifier.runtime, weights, format), made_by),
         "encoder": describe_encoder(folder),
-        "made": describe_scored(made_by, task, rows),
+        "provenance": describe_scored(made_by, task, rows),
         "quality": quality,
         "size": describe_size(folder, format),
         **measure_speed(classifier.runtime, token_ids, arguments.latency_runs),
@@ -154,7 +154,7 @@ def check_place(made_by: dict, results: Path, max_eval_samples: int | None) -> N
     """Raises `UserError` if a model made from random weights, or a part of the rows, would get a published record."""
     if results.resolve() not in (ROOT / "results", ROOT / "results" / BASE_FAMILY):
         return
-    random = made_by.get("made", {}).get("base_model_source") == RANDOM
+    random = made_by.get("provenance", {}).get("base_model_source") == RANDOM
     if random or max_eval_samples:
         why = "a model with random weights" if random else f"--max_eval_samples {max_eval_samples}"
         raise UserError(f"a record of {why} does not belong into results/; name another folder with --results_dir")

@@ -136,7 +136,11 @@ def train(baseline: Path, arguments: QatArguments, training: RecipeTrainingArgum
 
     # 5. Save, once: with `accelerate launch` several processes get here
     if trainer.is_world_process_zero():
-        made |= {"seed": training.seed, "made": made["made"] | describe_origin(base, task, rows), "training": summary}
+        made |= {
+            "seed": training.seed,
+            "provenance": made["provenance"] | describe_origin(base, task, rows),
+            "training": summary,
+        }
         with new_artifact(training.artifact, made) as folder:
             plan = replace(plan, model=take_back(trainer))
             if arguments.fake_quantize:
@@ -152,7 +156,7 @@ def load_origin(baseline: Path, arguments: QatArguments) -> tuple[BaseModel, Tas
     """The model to start from, the dataset, and the baseline's recipe.yaml; prints where they come from."""
     made_by = read_recipe_of(baseline)
     # The weights are the baseline's, and the name is that of the base model which the baseline was made from.
-    origin = made_by.get("made", {})
+    origin = made_by.get("provenance", {})
     # Without a recipe the folder was made by another program, and its own name is all that is known.
     named = arguments.model_name_or_path
     is_folder = Path(named).exists()

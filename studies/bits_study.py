@@ -62,7 +62,7 @@ def main(argv=None) -> None:
 def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
     """The size and the scores of a cell, seed by seed and in the mean.
 
-    `training` and `forms` are null for PTQ, which does not train.
+    `training` and `formats` are null for PTQ, which does not train.
     """
     records, scores = [], []
     for one in runs:
@@ -73,24 +73,24 @@ def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
     # Bytes, scheme and cost hardly depend on the seed: they are shown of the first one.
     record = records[0]
     baseline = read_json(results / "seeds" / str(runs[0]["seed"]) / "metrics" / "baseline-pytorch.json")
-    training, forms = None, None
+    training, formats = None, None
     if variant.startswith("qat"):
-        cost = record["made"]["training"]
+        cost = record["provenance"]["training"]
         training = {name: cost.get(name) for name in ("seconds", "peak_memory_mb", "threads")}
-        forms = [one["made"].get("forms") for one in records]  # what converting and saving did, for each seed
+        formats = [one["provenance"].get("forms") for one in records]  # what converting and saving did, for each seed
     return {
         "weights": record["scheme"]["weights"],
         "embeddings": record["scheme"]["embeddings"],
         "activations": record["scheme"]["activations"],
         "megabytes": record["size"]["megabytes"],
         "share_of_fp32": record["size"]["bytes_to_serve"] / baseline["size"]["bytes_to_serve"],
-        "dataset": record["made"]["dataset"],
+        "dataset": record["provenance"]["dataset"],
         "examples": record["quality"]["examples"],
         # A cell that stands is not made again: it may be of another commit than the cells beside it.
-        "made_at": sorted({one["made"]["git_commit"] for one in records} - {None}),
+        "made_at": sorted({one["provenance"]["git_commit"] for one in records} - {None}),
         **summarize_scores(scores, SUMMARIZED),
         "training": training,
-        "forms": forms,
+        "formats": formats,
         "runs": scores,
     }
 

@@ -83,7 +83,7 @@ def main(argv=None) -> None:
     learnt = {}
     for name in arguments.candidates:
         learnt[name] = [learn(name, seed, arguments) for seed in arguments.seed]
-    made = next(iter(learnt.values()))[0]["made"]  # of any candidate: all have the same base model and dataset
+    made = next(iter(learnt.values()))[0]["provenance"]  # of any candidate: all have the same base model and dataset
     sweep = describe_run(choose_threads(None)) | {
         "base_model": made["base_model"],
         "dataset": made["dataset"],
@@ -133,7 +133,7 @@ def summarize(name: str, made: list[dict], arguments: SweepArguments) -> dict:
     for seed, one in zip(arguments.seed, made, strict=True):
         kept = {key: one["training"][key] for key in KEPT_OF_TRAINING}
         # A training that stands is not repeated: it may be of another commit than this run.
-        runs.append({"seed": seed, "git_commit": one["made"]["git_commit"], **kept})
+        runs.append({"seed": seed, "git_commit": one["provenance"]["git_commit"], **kept})
     return {
         "changes": CANDIDATES[name],
         **summarize_scores(runs, SUMMARIZED_OF_TRAINING),

@@ -43,7 +43,9 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
     assert not (artifact.parent / "checkpoints" / "baseline").exists()
     made = yaml.safe_load((artifact / "recipe.yaml").read_text())
     assert (
-        made["seed"] == 42 and made["recipe"]["learning_rate"] == 5e-3 and made["made"]["dataset_source"] == "folder"
+        made["seed"] == 42
+        and made["recipe"]["learning_rate"] == 5e-3
+        and made["provenance"]["dataset_source"] == "folder"
     )
     assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
     assert made["onnx"]["fused"] is True and made["onnx"]["first_token"] is True

@@ -53,7 +53,7 @@ def test_each_score_is_that_of_the_record(records):
         "Accuracy": quality.accuracy,
         **{f"F1 {label}": value for label, value in quality.per_class_f1.items()},
     }
-    assert result["dataset"]["args"] == {"sha256_of_rows": record.made.dataset_fingerprint}
+    assert result["dataset"]["args"] == {"sha256_of_rows": record.provenance.dataset_fingerprint}
     assert result["dataset"]["split"] == "test"
 
 
@@ -102,8 +102,8 @@ def test_what_is_missing_stops_the_rendering(damage, message, records):
     ("section", "changes"),
     [
         ("quality", {"split": "validation"}),
-        ("made", {"dataset_source": "sample"}),
-        ("made", {"dataset_fingerprint": "other"}),
+        ("provenance", {"dataset_source": "sample"}),
+        ("provenance", {"dataset_fingerprint": "other"}),
     ],
 )
 def test_what_is_not_comparable_gets_no_card(section, changes, records):
@@ -128,7 +128,7 @@ def test_no_gap_is_left_and_twice_is_the_same(records, tmp_path):
 
 def test_the_base_size_encoder_has_a_license(records):
     for record in records:
-        record.made.base_model = BASE_SIZE_MODEL
+        record.provenance.base_model = BASE_SIZE_MODEL
     data = ModelCard(render_card(records, "baseline", "user/mine")).data.to_dict()
     assert (data["base_model"], data["license"]) == (BASE_SIZE_MODEL, "apache-2.0")
     assert ModelCard(render_card(records, "ptq", "user/mine")).data.license == "apache-2.0"
@@ -136,7 +136,7 @@ def test_the_base_size_encoder_has_a_license(records):
 
 def test_another_dataset_claims_nothing_about_tweets(records):
     for record in records:
-        record.made.dataset, record.made.base_model = "colors", "tiny-bert"
+        record.provenance.dataset, record.provenance.base_model = "colors", "tiny-bert"
     text = render_card(records, "baseline", "user/mine")
     data = ModelCard(text).data.to_dict()
     assert "tweets" not in text and "datasets" not in data and "language" not in data
@@ -190,8 +190,8 @@ def test_means_over_seeds_come_first(records):
 
 def test_what_stays_in_floats_and_what_was_tried_is_told(records):
     record = of(records, "ptq-int2", "onnx")
-    units = sum(map(len, record.made.outliers.units.values()))
-    tried = [step.remedy for step in record.steps_tried]
+    units = sum(map(len, record.provenance.outlier_channels.channels.values()))
+    tried = [step.fallback for step in record.steps_tried]
     text = " ".join(render_card(records, "ptq-int2", "user/mine").split())
     assert units and f"{units} outlier units" in text
     assert len(tried) == 3 and f"{'; '.join(tried[:2])}; **{tried[2]}** (kept)." in text
@@ -212,7 +212,7 @@ def test_the_other_variants_are_linked(records):
     megabytes = of(records, RECOMMENDED, "onnx").size.megabytes
     assert lines[names[list(RELEASED).index(RECOMMENDED)]].startswith(f"{megabytes} | ")
     # What was scored on other rows is in no table with this one.
-    of(records, "qat", "onnx").made.dataset_fingerprint = "other"
+    of(records, "qat", "onnx").provenance.dataset_fingerprint = "other"
     for format in ("torchao", "openvino"):
         records.remove(of(records, "qat", format))
     assert "me/mood-qat)" not in render_card(records, "ptq", "me/mood-ptq", seeds=seeds)
@@ -235,7 +235,7 @@ def test_the_name_of_a_sibling(repo_id, other):
 def test_hyperparameters_are_those_that_were_used(variant, name, records):
     text = render_card(records, variant, "user/mine")
     assert f"| {name}model_name_or_path | {EMBEDDED_MODEL} |" in text and "bert-base-uncased" not in text
-    recipe = of(records, variant, "onnx").made.recipe
+    recipe = of(records, variant, "onnx").provenance.recipe
     assert f"| learning_rate | {recipe['learning_rate']} |" in text
     assert "disable_tqdm" not in text and "report_to" not in text
 

@@ -285,10 +285,10 @@ def test_the_report_shows_a_single_training_without_a_deviation(report_folder):
 def test_the_report_shows_no_time_of_a_resumed_training(report_folder):
     path = report_folder / "results" / "metrics" / "qat-int4-onnx.json"
     record = read_json(path)
-    record["made"]["training"] |= {"cpu_seconds": 3 * 60, "resumed": False}
+    record["provenance"]["training"] |= {"cpu_seconds": 3 * 60, "resumed": False}
     path.write_text(json.dumps(record))
     assert " qat-int4 3.0 min " in words_of_report(report_folder)
-    record["made"]["training"]["resumed"] = True
+    record["provenance"]["training"]["resumed"] = True
     path.write_text(json.dumps(record))
     assert " qat-int4 – " in words_of_report(report_folder)
 

@@ -102,7 +102,7 @@ def edit(path, place: str, value) -> None:
         ("seeds/ptq.json", "runs/0/formats/onnx/macro_f1", 0.99),
         ("seeds/ptq.json", "chosen_seed", 7),
         ("bits.json", "cells/qat/change/mean", 0.5),
-        ("bits.json", "cells/qat/forms", None),
+        ("bits.json", "cells/qat/formats", None),
         ("dataset.json", "splits/test/class_counts/0", 7),
         ("dataset.json", "splits/test/class_counts", [2000]),
         ("dataset.json", "splits/test/longest", 10**12),

@@ -337,7 +337,7 @@ def test_a_strangers_variant_is_a_name_and_no_path(variant, artifact, tmp_path):
 @pytest.mark.parametrize("name", ["x\ny", "<script>", "a|b", 7])
 @pytest.mark.parametrize("key", ["base_model", "dataset"])
 def test_a_strangers_model_is_one_line(key, name, tmp_path):
-    made = {"variant": "ptq", "recipe": {}, "seed": 1, "made": {key: name}, "training": None}
+    made = {"variant": "ptq", "recipe": {}, "seed": 1, "provenance": {key: name}, "training": None}
     fill(tmp_path, {"recipe.yaml": yaml.safe_dump(made)})
     with pytest.raises(UserError, match="recipe.yaml: .* (is no name of a model or a dataset|cannot be)"):
         read_recipe_of(tmp_path)

@@ -147,15 +147,15 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     folder = tmp_path / "random"
     copy_to_edit(generative, folder)
     made = read_recipe_of(folder)
-    made["made"]["base_model_source"] = RANDOM
+    made["provenance"]["base_model_source"] = RANDOM
     (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
     with pytest.raises(UserError, match="random weights"):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
     render_report.check_publishable(Record.check(record, "a record"))
-    record["made"]["recipe"]["max_train_samples"] = 3200  # the page says so
+    record["provenance"]["recipe"]["max_train_samples"] = 3200  # the page says so
     render_report.check_publishable(Record.check(record, "a record"))
-    record["made"]["base_model_source"] = RANDOM
+    record["provenance"]["base_model_source"] = RANDOM
     with pytest.raises(UserError, match="random weights"):
         render_report.check_publishable(Record.check(record, "a record"))
 
@@ -393,14 +393,14 @@ def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
     assert learnt and all(part.abs().max() > 0 for part in learnt)  # they start at zero
     assert read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"].startswith("tiny-llama")
     made = read_recipe_of(folder)
-    assert made["variant"] == "tiny-llama-qlora" and made["made"]["base_model_source"] == RANDOM
+    assert made["variant"] == "tiny-llama-qlora" and made["provenance"]["base_model_source"] == RANDOM
     assert made["trained_with"]["llamafactory"] == "0.9.5" and made["training"]["steps"] == 12
 
 
 @pytest.mark.llama_factory
 def test_its_record_is_whole(llama, tmp_path):
     run_evaluation.main([str(llama[0]), "--latency_runs", "200", "--results_dir", str(tmp_path)])
-    assert read_json(tmp_path / "metrics" / "tiny-llama-qlora-adapter.json")["made"]["training"]["steps"] == 12
+    assert read_json(tmp_path / "metrics" / "tiny-llama-qlora-adapter.json")["provenance"]["training"]["steps"] == 12
 
 
 @pytest.mark.llama_factory

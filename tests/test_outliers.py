@@ -167,11 +167,11 @@ def test_the_remedy_is_in_the_record(spoiled, tmp_path, capsys):
     )
     assert "onnx, plain: validation macro F1" in capsys.readouterr().out
     run_evaluation.main([str(out), "--format", "onnx", "--latency_runs", "0", "--results_dir", "results"])
-    made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["made"]
-    assert [one["remedy"].split(",")[0] for one in made["remedies"]["onnx"]] == ["plain", "split"]
+    made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["provenance"]
+    assert [one["fallback"].split(",")[0] for one in made["fallbacks"]["onnx"]] == ["plain", "split"]
     assert (
-        UNIT in made["outliers"]["units"]["bert.encoder.layer.0.output.dense"]
-        and "percentile" in made["outliers"]["rule"]
+        UNIT in made["outlier_channels"]["channels"]["bert.encoder.layer.0.output.dense"]
+        and "percentile" in made["outlier_channels"]["rule"]
     )
 
 

@@ -242,7 +242,7 @@ def test_other_encoders_are_quantized_by_type(kind, baseline_of, tmp_path):
         assert record["scheme"]["quantized_layers"] == 12 and record["scheme"]["linear_layers"] == 14
         assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
         assert record["quality"]["macro_f1"] > baseline["quality"]["macro_f1"] - 0.1
-        assert record["made"]["dataset_source"] == "folder" and record["made"]["seed"] == 42
+        assert record["provenance"]["dataset_source"] == "folder" and record["provenance"]["seed"] == 42
 
 
 def test_bytes_to_serve_are_all_that_a_runtime_needs(quantized):

@@ -253,7 +253,7 @@ def test_the_record_tells_how_it_was_made(trained, tmp_path):
     record = read_json(tmp_path / "metrics" / "qat-int2-onnx.json")
     assert record["scheme"]["weights"] == "int2 in groups of 32"
     assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
-    made = record["made"]
+    made = record["provenance"]
     assert made["forms"]["fake"]["validation_macro_f1"] > 0.9 and made["training"]["frozen_parameters"] == 0
     assert made["recipe"]["freeze"] == [] and made["recipe"]["baseline"]["learning_rate"] == 5e-3
     assert made["train_rows"] == 480 and record["quality"]["macro_f1"] > 0.9

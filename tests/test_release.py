@@ -216,7 +216,7 @@ def test_another_artifact_than_the_measured_one_is_named(released):
 def test_other_test_rows_are_named(released):
     path = released / "results" / SCORES_OF_OPENED / "metrics" / "baseline-pytorch.json"
     record = read_json(path)
-    record["made"]["dataset_fingerprint"] = "0" * 64
+    record["provenance"]["dataset_fingerprint"] = "0" * 64
     write_json(path, record)
     with pytest.raises(UserError, match="has other test rows than those of baseline-pytorch"):
         release.main([*words_of(released), "--verify"])

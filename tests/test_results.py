@@ -137,11 +137,11 @@ def test_a_missing_field_stops_the_renderer(page, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        (("made", "dataset_source"), "sample", "not for the README"),
-        (("made", "train_dataset_source"), "sample", "not for the README"),
-        (("made", "recipe"), {"max_train_samples": 100}, "is a short run .max_train_samples in its recipe."),
+        (("provenance", "dataset_source"), "sample", "not for the README"),
+        (("provenance", "train_dataset_source"), "sample", "not for the README"),
+        (("provenance", "recipe"), {"max_train_samples": 100}, "is a short run .max_train_samples in its recipe."),
         (("quality", "split"), "validation", "not for the README"),
-        (("made", "dataset_fingerprint"), "other", "not scored on the same rows"),
+        (("provenance", "dataset_fingerprint"), "other", "not scored on the same rows"),
     ],
 )
 def test_what_is_not_comparable_does_not_enter_the_readme(field, value, message, page, tmp_path):
@@ -190,11 +190,11 @@ def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
 
 def test_strings_are_timed_to_their_labels(measured, page, tmp_path):
     run = read_json(run_file(measured))
-    assert run["strings_a_round"] == 64
+    assert run["texts_end_to_end_a_round"] == 64
     for one in run["artifacts"].values():
-        assert 0 < one["strings_per_s"]["min"] <= one["strings_per_s"]["max"]
-        assert set(one["noise"]) == {"batch_1", "batch_32", "strings"}
-    assert run["artifacts"][run["compared_with"]]["times_faster_from_strings"]["median"] == 1
+        assert 0 < one["end_to_end_per_s"]["min"] <= one["end_to_end_per_s"]["max"]
+        assert set(one["noise"]) == {"batch_1", "batch_32", "end_to_end"}
+    assert run["artifacts"][run["compared_with"]]["times_faster_end_to_end"]["median"] == 1
     render_report.main(page)
     text = (tmp_path / "results" / "comparison.md").read_text()
     assert "strings to labels, texts/s" in text and "64 strings in one call" in text
@@ -238,7 +238,7 @@ def test_a_compiled_model_is_timed(artifact, tmp_path):
     run_benchmark.main([*named, *words, "--roofline", "false", "--output", "compiled.json"])
     compiled = read_json(tmp_path / "compiled.json")["artifacts"]["baseline:pytorch-compiled"]
     assert compiled["latency_ms"]["runs"] == 60 and compiled["equal_labels"] > 0.99
-    assert compiled["strings_per_s"] is None
+    assert compiled["end_to_end_per_s"] is None
 
 
 def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
@@ -362,12 +362,12 @@ def test_a_page_names_the_commits_of_all_that_its_means_are_of(families):
     for family in families:
         about, expected = family.comparison["about"], set()
         for record in family.records:
-            if record.made.base_model == about["base_model"]:
-                expected.add(record.made.git_commit)
+            if record.provenance.base_model == about["base_model"]:
+                expected.add(record.provenance.git_commit)
         for row in family.comparison["seeds"]:
             for seed in row["seeds"]:
                 path = family.folder / "seeds" / str(seed) / "metrics" / f"{row['variant']}-{row['format']}.json"
-                expected.add(read_json(path)["made"]["git_commit"])
+                expected.add(read_json(path)["provenance"]["git_commit"])
         assert set(about["made_at"]) == expected
         page = render_page(family, [])
         assert "the files were made at " + ", ".join(one[:7] for one in about["made_at"]) in page

@@ -164,7 +164,7 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
         raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record.quality.split)
-    if fingerprint(rows) != record.made.dataset_fingerprint:
+    if fingerprint(rows) != record.provenance.dataset_fingerprint:
         raise UserError(
             f"{task.name} ({task.source}) has other test rows than those of {name}; the scores say nothing"
         )

@@ -158,7 +158,7 @@ def check_publishable(record: Record) -> None:
 
     A generative model's training may be of part of the rows, since the comparison says so.
     """
-    made, name = record.made, record.name
+    made, name = record.provenance, record.name
     if "sample" in {made.dataset_source, made.train_dataset_source}:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
     if made.base_model_source == RANDOM:

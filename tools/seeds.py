@@ -172,7 +172,7 @@ def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
     # The same recipe gives another model where the Hub cannot be reached and a substitute stands in.
     base = find_base_model(wanted["model_name_or_path"])
     source = source_of(wanted["dataset_name"], wanted.get("dataset_config_name"))
-    origin = made["made"]["base_model"], made["made"]["dataset_source"]
+    origin = made["provenance"]["base_model"], made["provenance"]["dataset_source"]
     return comparable(recipe) == comparable(wanted) and origin == (base.name, source)
 
 

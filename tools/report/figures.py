@@ -46,8 +46,8 @@ def list_pictures(family: Family) -> dict:
     """Path of each PNG of a comparison -> the function that draws it; what was not measured has no picture."""
     results = family.folder
     # A guest of another size and score would press all others into a corner.
-    guests = {one["name"] for one in family.comparison["about"]["guests"]}
-    records = [record for record in family.records if record.name not in guests]
+    peers = {one["name"] for one in family.comparison["about"]["peers"]}
+    records = [record for record in family.records if record.name not in peers]
     figures, shown = results / "figures", one_a_variant(records)
     # What was timed may have no record, and what was scored may not have been timed.
     variants = {record.variant for record in records}

@@ -159,7 +159,7 @@ class Worker:
         """Starts the process; ``texts`` are labelled once. Raises `UserError` if the artifact cannot be opened."""
         self.name = name
         self._bytes_to_serve = bytes_of(folder, format)
-        self._times_ms, self._texts_per_s, self._strings_per_s = [], [], []  # an entry for each counted turn
+        self._times_ms, self._texts_per_s, self._end_to_end_per_s = [], [], []  # an entry for each counted turn
         started_ms = [self._start(folder, format, protocol.threads, texts)]
         for _ in range(protocol.cold_starts - 1):
             self.kill()
@@ -208,24 +208,24 @@ class Worker:
         Args:
             texts: those to answer one at a time, in batches, and in one call from strings to labels, if there are any.
         """
-        times_ms, texts_per_s, strings_per_s = self._ask(texts)
+        times_ms, texts_per_s, end_to_end_per_s = self._ask(texts)
         if counted:
             self._times_ms.append(times_ms)
             self._texts_per_s.append(texts_per_s)
-            self._strings_per_s += [strings_per_s] if strings_per_s else []
+            self._end_to_end_per_s += [end_to_end_per_s] if end_to_end_per_s else []
 
     def summary(self) -> dict:
         """Bytes and scheme, latency and throughput over all rounds, and the time from a start to an answer."""
         noise = {"batch_1": noise_of(np.median(self._times_ms, axis=1)), "batch_32": noise_of(self._texts_per_s)}
-        if self._strings_per_s:
-            noise["strings"] = noise_of(self._strings_per_s)
+        if self._end_to_end_per_s:
+            noise["end_to_end"] = noise_of(self._end_to_end_per_s)
         return {
             "bytes_to_serve": self._bytes_to_serve,
             "scheme": self._about["scheme"],
             "precision": self._about["precision"],
             "latency_ms": summarize_latency(np.concatenate(self._times_ms)),
             "throughput_per_s": {"batch_size": BATCH_SIZE, **spread(self._texts_per_s)},
-            "strings_per_s": spread(self._strings_per_s) if self._strings_per_s else None,
+            "end_to_end_per_s": spread(self._end_to_end_per_s) if self._end_to_end_per_s else None,
             "cold_start_ms": spread(self._cold_start_ms) if self._cold_start_ms else None,
             "noise": noise,
         }
@@ -234,11 +234,11 @@ class Worker:
         """How many times faster than another artifact, round by round, and how often the labels are equal."""
         p50 = np.median(self._times_ms, axis=1)  # of each round, so that only neighbours in time are divided
         reference_p50 = np.median(reference._times_ms, axis=1)
-        from_strings = np.divide(self._strings_per_s, reference._strings_per_s)
+        from_strings = np.divide(self._end_to_end_per_s, reference._end_to_end_per_s)
         return {
             "times_faster_at_batch_1": spread(reference_p50 / p50),
             "times_faster_at_batch_32": spread(np.divide(self._texts_per_s, reference._texts_per_s)),
-            "times_faster_from_strings": spread(from_strings) if len(from_strings) else None,
+            "times_faster_end_to_end": spread(from_strings) if len(from_strings) else None,
             # Of the texts that each labelled when it was opened; the turns keep times only.
             "equal_labels": float(np.mean(self._about["answers"] == reference._about["answers"])),
         }

@@ -139,7 +139,7 @@ def commits_of(summaries: list[Seeds], results: Path) -> set[str]:
             for seed, _ in summary.runs_of(format):
                 path = results / "seeds" / str(seed) / "metrics" / f"{summary.variant}-{format}.json"
                 if path.is_file():
-                    commits.add(Record.read(path).made.git_commit)
+                    commits.add(Record.read(path).provenance.git_commit)
     return commits - {None}
 
 

@@ -31,7 +31,7 @@ def read_records(results_dir: Path) -> list[Record]:
             raise UserError(f"{path}: is the record of '{record.name}' by its fields; measure it again")
         labels = check_evidence(record, path, folder / "predictions" / f"{path.stem}.parquet")
         # The same rows have the same labels in the same order: the paired tests go row by row.
-        first = seen.setdefault(record.made.dataset_fingerprint, (path.stem, labels))
+        first = seen.setdefault(record.provenance.dataset_fingerprint, (path.stem, labels))
         if not np.array_equal(first[1], labels):
             raise UserError(f"{path}: its predictions are not of the rows of {first[0]}; measure both again")
         records.append(record)
@@ -87,7 +87,7 @@ def describe_scored(made_by: dict, task: Task, rows) -> dict:
         made_by: the artifact's recipe.yaml; empty for a folder without one, whose values are then null.
         rows: the scored rows.
     """
-    made = made_by.get("made", {})
+    made = made_by.get("provenance", {})
     return {
         "base_model": made.get("base_model"),
         "base_model_source": made.get("base_model_source"),
@@ -101,8 +101,10 @@ def describe_scored(made_by: dict, task: Task, rows) -> dict:
         "training": made_by.get("training"),
         "quantizing_seconds": made_by.get("seconds"),
         "forms": made_by.get("forms"),  # QAT: validation macro F1 before and after it was converted, and saved
-        "remedies": made_by.get("remedies"),  # PTQ: what was tried for each format, and what it cost
-        "outliers": made_by.get("outliers"),  # PTQ for ONNX Runtime: the units that stay in float, and the rule
+        "fallbacks": made_by.get("fallbacks"),  # PTQ: what was tried for each format, and what it cost
+        "outlier_channels": made_by.get(
+            "outlier_channels"
+        ),  # PTQ for ONNX Runtime: the units that stay in float, and the rule
         "instruction": made_by.get("instruction"),  # of a language model: what it is asked
         "trained_with": made_by.get("trained_with"),  # versions of the other environment that has trained it
         "merged": made_by.get("merged"),  # QLoRA: what joining base and adapter did to validation macro F1

@@ -167,10 +167,12 @@ def compare_means(runs: list, means, fields: tuple[str, ...] = SUMMARIZED):
 
 
 # A fallback that was tried when a format was quantized
-Step = part(remedy=Text, macro_f1_change=Change, flips=Count, bytes_to_serve=Whole, seconds=Amount, kept=(bool, False))
+Step = part(
+    fallback=Text, macro_f1_change=Change, flips=Count, bytes_to_serve=Whole, seconds=Amount, kept=(bool, False)
+)
 
 
-class Made(Part):
+class Provenance(Part):
     """How the artifact was made, and the data that it was scored on."""
 
     base_model: Text | None
@@ -183,8 +185,8 @@ class Made(Part):
     recipe: dict[Text, Any] | None
     training: part(steps=Count, precision=Text, validation_macro_f1=Share | None) | None = None
     merged: Filled[dict[Text, Share]] | None = None
-    remedies: dict[Text, list[Step]] | None = None
-    outliers: part(units=dict[Text, list[Count]], rule=Text) | None = None
+    fallbacks: dict[Text, list[Step]] | None = None
+    outlier_channels: part(channels=dict[Text, list[Count]], rule=Text) | None = None
     seed: Integer | None
     git_commit: Text | None
 
@@ -238,7 +240,7 @@ class Record(File):
         largest_weight=Count | None,
         kept_in_float=dict[Text, Text | None],
     )
-    made: Made
+    provenance: Provenance
     quality: Quality
     size: Size
     # Times are null where nothing was timed.
@@ -267,7 +269,7 @@ class Record(File):
     @property
     def steps_tried(self) -> list:
         """The fallbacks that were tried when the format was quantized; empty if none are told."""
-        return (self.made.remedies or {}).get(self.format, [])
+        return (self.provenance.fallbacks or {}).get(self.format, [])
 
     def contradictions(self):
         times = self.latency_ms
@@ -329,7 +331,7 @@ PeerQuality = part(
 # An artifact in an interleaved run; ratios are against the one that it is compared with.
 Timed = part(
     Speedup,
-    **each(optional(Spread), "cold_start_ms strings_per_s times_faster_from_strings"),
+    **each(optional(Spread), "cold_start_ms end_to_end_per_s times_faster_end_to_end"),
     bytes_to_serve=Whole,
     precision=Literal["float32", "bfloat16", "int8"],
     quality=optional(PeerQuality),
@@ -344,7 +346,7 @@ class Benchmark(Origin):
     """An interleaved run."""
 
     rounds: Whole
-    strings_a_round: Count | None = None
+    texts_end_to_end_a_round: Count | None = None
     too_noisy: list[Text] | None = None
     noise_limit: Share | None = None
     peaks: Peaks | None = None
@@ -355,7 +357,7 @@ class Benchmark(Origin):
         yield self.compared_with not in self.artifacts, "'compared_with' is none of the artifacts"
         yield self.too_noisy and self.noise_limit is None, "'noise_limit' is missing"
         for name, timed in self.artifacts.items():
-            wanted = ["strings_per_s", "times_faster_from_strings"] if self.strings_a_round else []
+            wanted = ["end_to_end_per_s", "times_faster_end_to_end"] if self.texts_end_to_end_a_round else []
             if self.peaks and (timed.precision != "bfloat16" or self.peaks.bfloat16_gop_per_s):
                 wanted.append("roofline")
             missing = [field for field in wanted if getattr(timed, field) is None]
@@ -529,17 +531,17 @@ class Cell(
     made_at: list[Text]
     runs: Filled[list[create_model("Run", __base__=Scores, seed=Integer)]]
     # Of QAT, per seed: the model as it was trained, as integers, and each file
-    forms: list[Filled[dict[Text, part(validation_macro_f1=Share, mean_logit_gap=Amount)]] | None] | None = None
+    formats: list[Filled[dict[Text, part(validation_macro_f1=Share, mean_logit_gap=Amount)]] | None] | None = None
 
     def over_seeds(self, form: str, name: str) -> list[float]:
         """A number of a form of QAT, per seed."""
-        return [getattr(one[form], name) for one in self.forms]
+        return [getattr(one[form], name) for one in self.formats]
 
     def contradictions(self):
         # Not against the records of the seeds: a cell stays in the study when its variant is made again.
         yield from compare_means(self.runs, self)
-        measured = list(filter(None, self.forms or ()))
-        yield self.method == "qat" and len(measured) != len(self.runs), "'forms' does not fit 'runs'"
+        measured = list(filter(None, self.formats or ()))
+        yield self.method == "qat" and len(measured) != len(self.runs), "'formats' does not fit 'runs'"
 
 
 class Bits(Origin):

@@ -88,27 +88,27 @@ def build_comparison(records: list[Record], results: Path, runs: dict[str, Bench
     Raises:
         UserError: if the records are not of the same rows, or lack the reference, or a summary over seeds is damaged.
     """
-    if len({record.made.dataset_fingerprint for record in records}) != 1:
+    if len({record.provenance.dataset_fingerprint for record in records}) != 1:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
     # The order of every table: the variants by name, the formats of each as a folder lists them.
     records = sorted(records, key=lambda one: (one.variant, list(WEIGHT_FILES).index(one.format)))
     reference = find_reference(records)
     # A record of another base model is no form of the encoder: the table shows it, pictures and report do not. It is
     # tested apart, or its presence would change the corrected p-values of all others.
-    encoder = reference.made.base_model
-    guests = [record for record in records if record.made.base_model != encoder]
-    own_tests = compare_records([record for record in records if record not in guests], results)
-    tests = own_tests | compare_records([reference, *guests], results)
+    encoder = reference.provenance.base_model
+    peers = [record for record in records if record.provenance.base_model != encoder]
+    own_tests = compare_records([record for record in records if record not in peers], results)
+    tests = own_tests | compare_records([reference, *peers], results)
     timed, rows = times_by_artifact(runs), []  # each record takes its own out
     for record in records:
         row = scored_row(record, timed.pop(record.timed_as, {}), runs, tests)
-        rows.append({"kind": "guest" if record in guests else "record"} | row)
+        rows.append({"kind": "peer" if record in peers else "record"} | row)
     for name, one in timed.items():
         # What was timed and has no record: shown if it is a plain alternative, not if it lacks its record.
         if is_alternative(format_of(name)):
             rows.append(alternative_row(name, one, runs))
     summaries, ensemble = read_seeds(results), None  # read once: each is held against the predictions of its seeds
-    about = describe(records, reference, guests, runs, commits_of(summaries, results))
+    about = describe(records, reference, peers, runs, commits_of(summaries, results))
     for summary in summaries:
         if summary.variant == reference.variant:
             ensemble = score_ensemble(summary, results, about["labels"])
@@ -164,28 +164,28 @@ def times_by_artifact(runs: dict[str, Benchmark]) -> dict[str, dict[str, Timed]]
 
 
 def describe(
-    records: list[Record], reference: Record, guests: list[Record], runs: dict[str, Benchmark], of_seeds: set[str]
+    records: list[Record], reference: Record, peers: list[Record], runs: dict[str, Benchmark], of_seeds: set[str]
 ) -> dict:
     """What was measured on what, for captions.
 
     Args:
-        guests: those of the records that have another base model.
+        peers: those of the records that have another base model.
         of_seeds: the commits whose code made what the means over seeds are of.
     """
     measured = list(runs.values()) or records  # the times that the table shows are those of the interleaved runs
-    made = {record.made.git_commit for record in records if record not in guests} - {None}
+    made = {record.provenance.git_commit for record in records if record not in peers} - {None}
     machines = []
     for one in measured:
         if (machine := describe_machine(one.environment)) not in machines:
             machines.append(machine)
     return {
         # The same in all records: their rows have the same fingerprint.
-        "dataset": records[0].made.dataset,
+        "dataset": records[0].provenance.dataset,
         "examples": records[0].quality.examples,
         "labels": records[0].quality.labels,
         "parameters": count_parameters(reference),
-        "base_model": reference.made.base_model,  # None without a recipe.yaml
-        "guests": [guest_of(record) for record in guests],
+        "base_model": reference.provenance.base_model,  # None without a recipe.yaml
+        "peers": [peer_of(record) for record in peers],
         "machines": machines,
         "dates": sorted({one.date for one in measured}),
         "commits": sorted({run.git_commit for run in runs.values()} - {None} if runs else made),
@@ -207,9 +207,9 @@ def describe_machine(environment: Environment) -> dict:
     }
 
 
-def guest_of(record: Record) -> dict:
+def peer_of(record: Record) -> dict:
     """What a caption must say of a record that does not come from the encoder of the others."""
-    return {"name": record.name, **record.made.model_dump(include={"base_model", "train_rows", "git_commit"})}
+    return {"name": record.name, **record.provenance.model_dump(include={"base_model", "train_rows", "git_commit"})}
 
 
 def count_parameters(reference: Record) -> int | None:

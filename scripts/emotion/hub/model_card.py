@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emotion.data.dataset import DEFAULT_DATASET
 from emotion.evaluation.peers import COMPILED
-from emotion.evaluation.schema import Benchmark, Example, Made, Record
+from emotion.evaluation.schema import Benchmark, Example, Provenance, Record
 from emotion.hub.render import complete, render
 from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.inference.released import RECOMMENDED, RELEASED
@@ -98,8 +98,8 @@ def render_card(
         facts["interleaved"] = {PROCESSORS[one]: runs[one] for one in runs or {} if one in timed_on}
         forms = {record.format for record in own}  # a seed whose NF4 lost too much has kept another form
         facts["means"] = [row for row in seeds or () if row["variant"] == variant and row["format"] in forms]
-        rows = own[0].made.dataset_fingerprint  # only what was scored on the same ones stands in one table
-        comparable = [record for record in records if record.made.dataset_fingerprint == rows]
+        rows = own[0].provenance.dataset_fingerprint  # only what was scored on the same ones stands in one table
+        comparable = [record for record in records if record.provenance.dataset_fingerprint == rows]
         facts["family"] = list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
         text = render(TEMPLATE, card_data=data.to_yaml(), first=own[0], climbed=climbed, **facts)
     card = ModelCard(text)  # parses the metadata again, so that what is checked is what the Hub will read
@@ -114,12 +114,12 @@ def check_comparable(own: list[Record], baseline: list[Record], variant: str) ->
     for record in own + baseline:
         if not record.examples or not record.sha256:
             raise UserError(f"{record.name} has no 'examples' or no 'sha256', which a card needs; measure it again")
-        if record.quality.split != "test" or record.made.dataset_source == "sample":
+        if record.quality.split != "test" or record.provenance.dataset_source == "sample":
             raise UserError(f"{record.name} was not scored on a real dataset's test split: not for a card")
     if not own or not baseline:
         missing = BASELINE if own else variant
         raise UserError(f"no record of '{missing}' to write a card from; measure it with run_evaluation.py")
-    if len({record.made.dataset_fingerprint for record in own + baseline}) != 1:
+    if len({record.provenance.dataset_fingerprint for record in own + baseline}) != 1:
         raise UserError(f"{variant} and {BASELINE} were not scored on the same rows; measure them again")
 
 
@@ -138,7 +138,7 @@ def describe(records: list[Record], repo_id: str):
     from huggingface_hub import ModelCardData
 
     first = records[0]
-    made, formats = first.made, [record.format for record in records]
+    made, formats = first.provenance, [record.format for record in records]
     tags = ["emotion"]
     for format in formats:
         tags += RUNTIMES[format][1]
@@ -182,7 +182,7 @@ def sibling(repo_id: str, variant: str, other: str) -> str:
 def relation(records: list[Record]) -> str:
     """How the variant came from its base model, in the Hub's words."""
     # An adapter first: its joined model is quantized too, and the Hub allows one word.
-    if records[0].made.merged:
+    if records[0].provenance.merged:
         return "adapter"
     return "quantized" if any(record.scheme.quantized_layers for record in records) else "finetune"
 
@@ -191,7 +191,7 @@ def list_results(record: Record) -> list:
     """Macro F1, accuracy and the F1 of each class, for the card's `model-index`."""
     from huggingface_hub import EvalResult
 
-    made, quality = record.made, record.quality
+    made, quality = record.provenance, record.quality
     values = [("f1", "Macro F1", quality.macro_f1), ("accuracy", "Accuracy", quality.accuracy)]
     for label, value in quality.per_class_f1.items():
         values.append(("f1", f"F1 {label}", value))
@@ -234,7 +234,7 @@ def clearest(examples: list[Example]) -> list[Example]:
 def collect_facts(own: list[Record], baseline: list[Record]) -> dict:
     """What the template tells, by the names that it uses."""
     first = own[0]
-    made, shown = first.made, clearest(first.examples)
+    made, shown = first.provenance, clearest(first.examples)
     example = shown[min(1, len(shown) - 1)].text  # which one is as good as any
     method = first.variant.split("-")[0]  # ptq-int4 is a ptq: its words and its citation are the same
     weights, packages = {}, {"peft"} if made.merged else set()
@@ -271,17 +271,17 @@ def answer(record: Record, text: str) -> dict:
 
 def climbed(record: Record) -> list[str]:
     """All steps that were tried for a form, the one that was kept in bold; empty if there was one alone."""
-    named = [f"**{step.remedy}** (kept)" if step.kept else step.remedy for step in record.steps_tried]
+    named = [f"**{step.fallback}** (kept)" if step.kept else step.fallback for step in record.steps_tried]
     return named if len(named) > 1 else []
 
 
-def trained_seed(made: Made) -> int | None:
+def trained_seed(made: Provenance) -> int | None:
     """The seed of the training: of a variant that was made from a baseline, that baseline's."""
     recipe = made.recipe or {}
     return recipe.get("baseline", recipe).get("seed", made.seed)
 
 
-def trained_epochs(made: Made) -> float | None:
+def trained_epochs(made: Provenance) -> float | None:
     """The epochs of the training that a record tells of: its own, or of PTQ that of the baseline."""
     recipe = made.recipe or {}
     return recipe.get("num_train_epochs", recipe.get("baseline", {}).get("num_train_epochs"))
@@ -356,7 +356,7 @@ def weights_file(record: Record) -> str:
     return next(name for name in record.size.files if "tokenizer" not in name and "config" not in name)
 
 
-def used_values(made: Made) -> dict:
+def used_values(made: Provenance) -> dict:
     """The values that decided the result, as they were used; those of a recipe in a recipe as names with dots."""
     recipe, used = made.recipe or {}, {}
     baseline = {f"baseline.{key}": value for key, value in recipe.get("baseline", {}).items()}

@@ -45,7 +45,15 @@ HOW_TO_GET = (
 # A root that is a language model is no classifier by itself: its format is the adapter, on that root.
 FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
 
-MADE_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "made", "training", "versions"}  # of `describe_made`
+MADE_FIELDS = {
+    "variant",
+    "recipe",
+    "recipe_sha256",
+    "seed",
+    "provenance",
+    "training",
+    "versions",
+}  # of `describe_made`
 INPUTS = ("model_name_or_path", "dataset_name")  # flags that name what a command reads
 
 
@@ -252,7 +260,7 @@ def describe_made(variant: str, recipe: Recipe, seed: int | None, origin: dict, 
         "recipe": recipe_values,
         "recipe_sha256": recipe.sha256,
         "seed": seed,
-        "made": origin | {"git_commit": git_commit()},
+        "provenance": origin | {"git_commit": git_commit()},
         "training": training,
         # Of the packages: another release may train or quantize otherwise.
         "versions": package_versions(),

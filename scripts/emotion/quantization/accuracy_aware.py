@@ -62,7 +62,7 @@ def save_watched(
     reference = logits_of(plan.folder, "onnx", validation)
     few = validation.first(RANKING_TEXTS)
     measured = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
-    told = {"seconds": {}, "remedies": {}}
+    told = {"seconds": {}, "fallbacks": {}}
     told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
     for format in formats_to_make(arguments):
         attempts, plans = [], []
@@ -72,7 +72,7 @@ def save_watched(
             seconds = round(time.monotonic() - start, 1)
             effect = compare(reference, logits_of(folder, format, validation), validation.labels)
             size = sum(files_to_serve(folder, format).values())
-            attempts.append({"remedy": remedy, **effect, "bytes_to_serve": size, "seconds": seconds})
+            attempts.append({"fallback": remedy, **effect, "bytes_to_serve": size, "seconds": seconds})
             plans.append(changed)
             _tell(format, attempts[-1])
             if -100 * effect["macro_f1_change"] <= arguments.max_f1_drop:
@@ -81,7 +81,7 @@ def save_watched(
         if kept < len(plans) - 1:  # an earlier attempt was better than the last, whose file lies there now
             save_format(plans[kept], folder, format, rows, arguments)
         attempts[kept]["kept"] = True
-        told["remedies"][format], told["seconds"][format] = attempts, attempts[kept]["seconds"]
+        told["fallbacks"][format], told["seconds"][format] = attempts, attempts[kept]["seconds"]
         _explain_remedy(told, format, plans[kept])
     return told
 
@@ -96,7 +96,7 @@ def _explain_remedy(told: dict, format: str, plan: Plan) -> None:
 def _tell(format: str, attempt: dict) -> None:
     """Prints one line per attempt."""
     print(
-        f"{format}, {attempt['remedy']}: validation macro F1 {100 * attempt['macro_f1_change']:+.2f} points, "
+        f"{format}, {attempt['fallback']}: validation macro F1 {100 * attempt['macro_f1_change']:+.2f} points, "
         f"{attempt['flips']} labels differ, {attempt['bytes_to_serve'] / 1e6:.1f} MB, {attempt['seconds']} s"
     )
 

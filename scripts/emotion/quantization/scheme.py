@@ -173,7 +173,7 @@ def describe_quantized(method: str, recipe: Recipe, made_by: dict, plan: Plan, a
     # The seed is the baseline's: comparisons over seeds pair an artifact with its baseline by it. The recipe holds the
     # other seed, which draws the calibration rows.
     # The baseline's own recipe goes into the new one, so that no reader needs the baseline's folder.
-    variant, origin = name_variant(method, arguments.bits), made_by.get("made", {})
+    variant, origin = name_variant(method, arguments.bits), made_by.get("provenance", {})
     made = describe_made(variant, recipe, made_by.get("seed"), origin, made_by.get("training"))
     # Of a Hub id the name stays; that of a folder tells nothing on another machine.
     if Path(made["recipe"].get("model_name_or_path", ".")).exists():

@@ -157,4 +157,4 @@ def _trained_from(folder: Path) -> str:
     A folder that this project made names it in its recipe. Any other folder is named by its last part: a path would
     tell a record's readers about this machine.
     """
-    return read_recipe_of(folder).get("made", {}).get("base_model", folder.resolve().name)
+    return read_recipe_of(folder).get("provenance", {}).get("base_model", folder.resolve().name)

@@ -19,7 +19,7 @@ MADE_KINDS = {
     "variant": str,
     "recipe": {**TASK_KINDS, "baseline?": TASK_KINDS},  # a quantized artifact keeps its baseline's inside its own
     "seed": NUMBER,
-    "made": {
+    "provenance": {
         "base_model?": TEXT,
         "base_model_source?": TEXT,
         "dataset?": TEXT,
@@ -32,8 +32,8 @@ MADE_KINDS = {
     "kept_in_float?": dict,
     "seconds?": dict,
     "forms?": dict,
-    "remedies?": dict,
-    "outliers?": dict,
+    "fallbacks?": dict,
+    "outlier_channels?": dict,
     "merged?": dict,
     "onnx?": dict,
 }
@@ -74,13 +74,13 @@ def read_recipe_of(folder: Path) -> dict:
     # The folder may come from a stranger: the first names files of results, the others stand in cards and pages.
     check_name(made["variant"], path)
     for key in ("base_model", "dataset"):
-        check_line(made["made"].get(key), path)
+        check_line(made["provenance"].get(key), path)
     return made
 
 
 def base_model_of(folder: Path) -> str | None:
     """The Hub id of the base model that an artifact was made from; None if its folder does not tell."""
-    return read_recipe_of(folder).get("made", {}).get("base_model")
+    return read_recipe_of(folder).get("provenance", {}).get("base_model")
 
 
 def comparable(values: dict) -> dict[str, str]:
