@@ -113,7 +113,7 @@ def learn(name: str, seed: int, arguments: SweepArguments) -> dict:
     stands = made and comparable(made["recipe"]).items() >= comparable(changes).items()
     if not stands:
         # An interrupted candidate goes on where it stopped.
-        resume = ["--resume_from_checkpoint", "last"]
+        resume = ["--resume_from_checkpoint", "true"]
         words = ["--formats", "adapter"]  # the score is taken after the training; no other format is needed
         for key, value in changes.items():
             # A list is a flag with several words: --target_modules query value

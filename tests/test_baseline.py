@@ -153,8 +153,8 @@ def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(artifact, enco
     shutil.copytree(half, checkpoints / "checkpoint-999")  # a newer one that was cut off while it was written
     (checkpoints / "checkpoint-999" / "trainer_state.json").write_text('{"epoch"')
     with pytest.raises(UserError, match="cannot resume .*: learning_rate changed"):
-        run_baseline.main([*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", "last"])
-    run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+        run_baseline.main([*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", "true"])
+    run_baseline.main([*flags, "--resume_from_checkpoint", "true"])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
     expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, out))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
@@ -185,7 +185,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob(".baseline*"))
     monkeypatch.undo()  # the disk has space again: the training that was paid for is not lost
-    run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+    run_baseline.main([*flags, "--resume_from_checkpoint", "true"])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
 
 

@@ -275,7 +275,7 @@ def test_a_whole_and_a_resumed_run_end_alike(artifact, tmp_path, monkeypatch):
     kept = load_file(checkpoints[-2] / "model.safetensors")
     assert {name.rpartition(".")[2] for name in kept} >= {"row", "multiplier", "weight"}
     shutil.rmtree(checkpoints[-1])  # as if it had been stopped there
-    run_qat.main([*flags, "--resume_from_checkpoint", "last"])
+    run_qat.main([*flags, "--resume_from_checkpoint", "true"])
     assert read_recipe_of(tmp_path / "half")["training"]["resumed"] is True
     whole, half = (weights_of(tmp_path / name, "onnx").read_bytes() for name in ("whole", "half"))
     assert whole == half

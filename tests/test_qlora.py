@@ -182,7 +182,7 @@ def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
             run_qlora.main(flags)
     last = max((tmp_path / "checkpoints" / "half").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     shutil.rmtree(last)  # as if it had been stopped after the first epoch
-    run_qlora.main([*flags, "--resume_from_checkpoint", "last"])
+    run_qlora.main([*flags, "--resume_from_checkpoint", "true"])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
     whole, half = (
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "half")

@@ -165,7 +165,7 @@ def test_a_training_that_was_over_takes_no_further_step(name, artifact, encoder,
     """It was ended after its last step, before its artifact was saved."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     COMMANDS[name].main(flags_of(name, artifact, encoder, colors, whole))
-    flags = [*flags_of(name, artifact, encoder, colors, out), "--resume_from_checkpoint", "last"]
+    flags = [*flags_of(name, artifact, encoder, colors, out), "--resume_from_checkpoint", "true"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
         COMMANDS[name].main(flags)
@@ -198,7 +198,7 @@ def test_other_rows_behind_the_same_path_are_not_resumed(interrupted):
     changed["train"]["text"][7] = "the very red house"
     save_dataset(folder / "data", changed, color_features())
     with pytest.raises(UserError, match="cannot resume .*: the rows of train changed since it started"):
-        run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+        run_baseline.main([*flags, "--resume_from_checkpoint", "true"])
     assert (folder / "checkpoints" / "out" / "checkpoint-8").is_dir()
 
 
@@ -230,7 +230,7 @@ def test_a_training_that_is_killed_ends_as_if_nothing_had_happened(name, encoder
     done = 0
     while done < kills:
         out = tmp_path / f"out-{done}"
-        flags = [*flags_of(name, artifact, encoder, colors, out, max_steps=24), "--resume_from_checkpoint", "last"]
+        flags = [*flags_of(name, artifact, encoder, colors, out, max_steps=24), "--resume_from_checkpoint", "true"]
         ended, moments = None, []
         while ended is None:  # killed again and again, then left alone
             process = start(name, flags, tmp_path / "log")

@@ -95,7 +95,7 @@ def make(artifact: Path, variant: str, seed: int, weights: Path, configs: Path) 
         print(f"seed {seed}: {artifact} stands")
     else:
         # A training that was interrupted goes on where it stopped.
-        resume = ["--resume_from_checkpoint", "last"] if trained else []
+        resume = ["--resume_from_checkpoint", "true"] if trained else []
         run_script(script.name, *words, *resume, "--output_dir", artifact, check=True)
     return read_recipe_of(artifact)
 

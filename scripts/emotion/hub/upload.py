@@ -20,7 +20,7 @@ MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository tha
 class HubArguments:
     """The flags that `--push_to_hub` needs; in a training these are fields of `TrainingArguments`."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Score the saved artifact, then publish it."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Score the saved model, then publish it."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository to publish to: user/name."})
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Create the repository as a private one."})
     results_dir: str = field(
@@ -35,8 +35,8 @@ class HubArguments:
                 raise ValueError(f"--push_to_hub: {error}") from error
 
 
-def score_and_publish(folder: Path, hub) -> None:
-    """For `--push_to_hub`: scores every format of a saved artifact in a fresh process, then publishes it.
+def push_to_hub(folder: str | Path, hub) -> None:
+    """For `--push_to_hub`: scores every format of a saved model in a fresh process, then publishes it with its card.
 
     Args:
         hub: `HubArguments`, or the `RecipeTrainingArguments` of a training.
@@ -46,12 +46,11 @@ def score_and_publish(folder: Path, hub) -> None:
     """
     if not (hub.push_to_hub or getattr(hub, "publish", False)):
         return
-    # Processes of their own: the ruler times nothing in one where a training has left its threads and its memory.
-    steps = [("run_evaluation.py", "--format", format) for format in find_formats(folder)]
-    steps.append(("run_publish.py", "--repo_id", hub.hub_model_id, "--private", bool(hub.hub_private_repo)))
-    for name, *words in steps:
-        done = run_script(name, folder, *words, "--results_dir", hub.results_dir)
-        if done.returncode:  # it has said why
+    # In processes of their own: a training leaves threads and memory behind, which would disturb the measurement.
+    commands = [("run_evaluation.py", "--format", format) for format in find_formats(Path(folder))]
+    commands.append(("run_publish.py", "--repo_id", hub.hub_model_id, "--private", bool(hub.hub_private_repo)))
+    for name, *flags in commands:
+        if run_script(name, folder, *flags, "--results_dir", hub.results_dir).returncode:
             raise UserError(f"{folder} is saved but not published; {name} failed")
 
 

@@ -92,7 +92,6 @@ RANGES = {
     "seed": SEED,
     "data_seed": SEED,
     "dataloader_num_workers": Range(0, 64),  # each is a process
-    "resume_from_checkpoint": ("last",),
     # What the trainings compute on validation; the Trainer would miss another one after the first epoch.
     "metric_for_best_model": ("macro_f1", "accuracy", "loss", "eval_macro_f1", "eval_accuracy", "eval_loss"),
     "report_to": ("none", *filter(find_spec, ("tensorboard", "wandb", "mlflow", "trackio"))),  # those installed

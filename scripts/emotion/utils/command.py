@@ -61,7 +61,7 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted; a training goes on where it stopped with --resume_from_checkpoint last"
+        return str(error) or "interrupted; a training goes on where it stopped with --resume_from_checkpoint true"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         name = f" {error.filename}" if error.filename else ""
         return f"cannot write{name}: {error.strerror}; free some space or choose another folder"
