@@ -16,7 +16,7 @@ from pathlib import Path
 
 from emotion.inference.batch_reader import is_table
 from emotion.inference.released import RECOMMENDED
-from emotion.utils.arguments import COUNT, make_plain
+from emotion.utils.arguments import COUNT, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
@@ -59,7 +59,7 @@ def main(argv=None) -> None:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags of the command line, checked; `HfArgumentParser`, which the other commands use, would load torch."""
-    parser = make_plain(argparse.ArgumentParser())
+    parser = configure_parser(argparse.ArgumentParser())
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
     parser.add_argument(
         "--model",

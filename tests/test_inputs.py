@@ -81,7 +81,6 @@ def end_of(main, capsys) -> tuple[int, str]:
         (run_baseline, "layerwise_lr_decay", "0", "--layerwise_lr_decay: "),
         (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model: "),
         (run_baseline, "report_to", "nobody", "--report_to: "),
-        (run_baseline, "resume_from_checkpoint", "weights/checkpoints/x", "--resume_from_checkpoint: "),
         (run_baseline, "accelerator_config", "nowhere.json", "FileNotFoundError"),
         (run_baseline, "deepspeed", "nowhere.json", ""),
         (run_baseline, "output_dir", "caf\udce9", "is not UTF-8"),

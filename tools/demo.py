@@ -15,7 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
-from emotion.utils.arguments import Range, make_plain
+from emotion.utils.arguments import Range, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, atomic_write, sha256
@@ -66,7 +66,7 @@ def main(argv=None) -> None:
     Raises:
         UserError: if the libraries are not installed, or another program has the port.
     """
-    parser = make_plain(argparse.ArgumentParser())
+    parser = configure_parser(argparse.ArgumentParser())
     parser.add_argument(
         "--port", type=int, default=8000, choices=Range(0, 65535), help="port to listen at; 0 takes a free one"
     )

@@ -70,7 +70,7 @@ def read_recipe_of(folder: Path) -> dict:
         return {}
     import yaml
 
-    made = read_fields(path, yaml.safe_load, MADE_KINDS, most_bytes=300_000)
+    made = read_fields(path, yaml.safe_load, MADE_KINDS, max_bytes=300_000)
     # The folder may come from a stranger: the first names files of results, the others stand in cards and pages.
     check_name(made["variant"], path)
     for key in ("base_model", "dataset"):
