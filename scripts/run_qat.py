@@ -23,8 +23,6 @@ from emotion.hub.upload import push_to_hub
 from emotion.inference.model_folder import lock_output_dir, new_artifact
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.quantization import qat, scheme
-from emotion.quantization.fake_quantizers import prepare
-from emotion.quantization.layers import Plan
 from emotion.training.trainer import (
     ClassificationTrainer,
     RecipeTrainingArguments,
@@ -85,12 +83,14 @@ def main(argv=None) -> None:
         # Load the dataset
         task = load_task_of(base_metadata, arguments.dataset_name)
         data = load_training_data(arguments, training.seed, base, task)
-        count = arguments.num_calibration_samples
-        calibration, validation = scheme.load_samples(task, base.path, count, training.seed)
+        samples = scheme.load_samples(task, base.path, arguments.num_calibration_samples, training.seed)
 
-        # Load the model with fake quantizers in its layers
-        plan = load_model(base.path, arguments, calibration)
+        # Load the model and insert fake quantizers
+        with scheme.with_onnx_export(base.path) as folder:
+            plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, samples[0])
         metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)
+        if arguments.fake_quantize:
+            qat.insert_fake_quantizers(plan, arguments)
         frozen = qat.freeze(plan.model, arguments.freeze)
 
         # Train; afterwards the model has the weights of the best checkpoint on validation
@@ -108,27 +108,15 @@ def main(argv=None) -> None:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 
         if trainer.is_world_process_zero():
-            provenance = metadata["provenance"] | data.provenance
-            summary = trainer.summarize() | {"frozen_parameters": frozen}
-            metadata |= {"seed": training.seed, "provenance": provenance, "training": summary}
+            metadata |= {"seed": training.seed, "provenance": metadata["provenance"] | data.provenance}
+            metadata["training"] = trainer.summarize() | {"frozen_parameters": frozen}
+            plan = replace(plan, model=trainer.accelerator.unwrap_model(trainer.model))
             with new_artifact(training.output_dir, metadata) as folder:
-                model = trainer.accelerator.unwrap_model(trainer.model)
-                metadata |= save(
-                    replace(plan, model=model), folder, data.tokenizer, calibration, validation, arguments
-                )
+                metadata |= save(plan, folder, data.tokenizer, *samples, arguments)
             push_to_hub(training.output_dir, training)
 
 
-def load_model(folder: str, arguments: QatArguments, calibration) -> Plan:
-    """Loads the model and inserts fake quantizers; returns the plan that holds it."""
-    with scheme.with_onnx_export(folder) as folder:
-        plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, calibration)
-    if arguments.fake_quantize:
-        prepare(plan, scheme.runtime_to_train_for(arguments), arguments.reduce_range)
-    return plan
-
-
-def save(plan: Plan, folder: Path, tokenizer, calibration, validation, arguments: QatArguments) -> dict:
+def save(plan: scheme.Plan, folder: Path, tokenizer, calibration, validation, arguments: QatArguments) -> dict:
     """Saves the trained model in FP32, or quantized in each format; returns the fields for recipe.yaml."""
     model = plan.model.cpu().float()
     vars(model).pop("forward", None)  # the Trainer's, which computes in bfloat16

@@ -83,15 +83,15 @@ def main(argv=None) -> None:
     learnt = {}
     for name in arguments.candidates:
         learnt[name] = [learn(name, seed, arguments) for seed in arguments.seed]
-    made = next(iter(learnt.values()))[0]["provenance"]  # of any candidate: all have the same base model and dataset
+    provenance = next(iter(learnt.values()))[0]["provenance"]  # all have the same base model and dataset
     sweep = describe_run(choose_threads(None)) | {
-        "base_model": made["base_model"],
-        "dataset": made["dataset"],
-        "dataset_source": made["dataset_source"],
+        "base_model": provenance["base_model"],
+        "dataset": provenance["dataset"],
+        "dataset_source": provenance["dataset_source"],
         "epochs": arguments.epochs,
         "seeds": arguments.seed,
         "centre": CENTRE,
-        "candidates": {name: summarize(name, one, arguments) for name, one in learnt.items()},
+        "candidates": {name: summarize(name, runs, arguments) for name, runs in learnt.items()},
     }
     sweep["chosen"] = choose(sweep["candidates"])
     sweep["recipe"] = find_recipe(resolve_config(run_qlora.ARGUMENTS, [arguments.config]).values, arguments.candidates)
@@ -108,10 +108,10 @@ def learn(name: str, seed: int, arguments: SweepArguments) -> dict:
     """
     folder = folder_of(name, seed, arguments)
     changes = CENTRE | CANDIDATES[name] | {"num_train_epochs": arguments.epochs, "seed": seed}
-    made = read_recipe_of(folder)  # empty if it was never trained
+    metadata = read_recipe_of(folder)  # empty if it was never trained
     # The recipe holds more flags than a candidate changes: those that are equal everywhere are not compared.
-    stands = made and comparable(made["recipe"]).items() >= comparable(changes).items()
-    if not stands:
+    is_trained = metadata and comparable(metadata["recipe"]).items() >= comparable(changes).items()
+    if not is_trained:
         # An interrupted candidate goes on where it stopped.
         resume = ["--resume_from_checkpoint", "true"]
         words = ["--formats", "adapter"]  # the score is taken after the training; no other format is needed
@@ -127,13 +127,13 @@ def folder_of(name: str, seed: int, arguments: SweepArguments) -> Path:
     return Path(arguments.work_dir) / "".join(letter if letter.isalnum() else "-" for letter in f"{name}-{seed}")
 
 
-def summarize(name: str, made: list[dict], arguments: SweepArguments) -> dict:
+def summarize(name: str, metadata: list[dict], arguments: SweepArguments) -> dict:
     """The flags that the candidate changes, its scores on validation in the mean and of each seed, and its costs."""
     runs = []
-    for seed, one in zip(arguments.seed, made, strict=True):
-        kept = {key: one["training"][key] for key in KEPT_OF_TRAINING}
+    for seed, recipe in zip(arguments.seed, metadata, strict=True):
+        kept = {key: recipe["training"][key] for key in KEPT_OF_TRAINING}
         # A training that stands is not repeated: it may be of another commit than this run.
-        runs.append({"seed": seed, "git_commit": one["provenance"]["git_commit"], **kept})
+        runs.append({"seed": seed, "git_commit": recipe["provenance"]["git_commit"], **kept})
     return {
         "changes": CANDIDATES[name],
         **summarize_scores(runs, SUMMARIZED_OF_TRAINING),
@@ -147,13 +147,13 @@ def summarize(name: str, made: list[dict], arguments: SweepArguments) -> dict:
 def choose(candidates: dict) -> str:
     """The name of the winner, by the rule above; raises `UserError` if every good candidate predicts one class."""
     # Of all candidates: one that collapsed has a low score and cannot be the best, unless all have.
-    best = max(one["validation_macro_f1"]["mean"] for one in candidates.values())
+    best = max(candidate["validation_macro_f1"]["mean"] for candidate in candidates.values())
     losses = {}
-    for name, one in candidates.items():
+    for name, candidate in candidates.items():
         # A model that always answers the same class has learnt nothing, and yet may have a low loss.
-        classes = min(run["predicted_classes"] for run in one["runs"])
-        if one["validation_macro_f1"]["mean"] >= best - VALIDATION_NOISE and classes > 1:
-            losses[name] = one["validation_loss"]["mean"]
+        classes = min(run["predicted_classes"] for run in candidate["runs"])
+        if candidate["validation_macro_f1"]["mean"] >= best - VALIDATION_NOISE and classes > 1:
+            losses[name] = candidate["validation_loss"]["mean"]
     if not losses:
         raise UserError("every candidate predicts a single class; lower the learning rates")
     return min(losses, key=losses.get)

@@ -21,14 +21,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorWithPadding
 
+import run_qlora
 from emotion.data.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.evaluation.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
 from emotion.inference.pretrained import build_classifier
 from emotion.quantization.fake_quantizers import prepare
 from emotion.quantization.layers import Plan, find_layers, find_stack
-from emotion.quantization.scheme import SchemeArguments, plan_again
-from emotion.training.qlora import QloraArguments, build_qlora
+from emotion.quantization.scheme import SchemeArguments, update_plan
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.base_model import BASE_SIZE_MODEL, EMBEDDED_MODEL, find_base_model
 from emotion.utils.command import run
@@ -159,7 +159,7 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
     before = psutil.Process().memory_info().rss
     model = build_model(method, path, labels, bf16)
     if not on_gpu:
-        model.set_attn_implementation("eager")  # as `emotion.training.trainer.patched` does
+        model.set_attn_implementation("eager")  # as `ClassificationTrainer.train` does
     model.to(device).train()  # with dropout, whose masks take memory
     keep_freed_memory()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -169,7 +169,7 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
 def build_model(method: str, path: str, labels: list[str], bf16: bool):
     """The model of one of `METHODS`, with the settings of run_qlora.py where they matter."""
     # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
-    arguments = QloraArguments(
+    arguments = run_qlora.QloraArguments(
         model_name_or_path=path, load_in_4bit=method.startswith("QLoRA"), init_lora_weights="default"
     )
     if method == METHODS[0] or method in BITS:
@@ -178,9 +178,9 @@ def build_model(method: str, path: str, labels: list[str], bf16: bool):
             # As run_qat.py does it, but for the layers that see the first token alone in an ONNX file, which a base
             # model does not have: here they take the range of all tokens.
             scheme = SchemeArguments(bits=BITS[method])
-            prepare(plan_again(Plan(Path(path), model, find_layers(model, scheme.modules_to_not_convert)), scheme))
+            prepare(update_plan(Plan(Path(path), model, find_layers(model, scheme.modules_to_not_convert)), scheme))
         return model
-    model = build_qlora(path, labels, arguments, bf16)
+    model = run_qlora.build_model(path, labels, arguments, bf16)
     if "checkpointing" in method:
         # By hand, since Transformers cannot do it for MPNet.
         for layer in model.get_submodule(find_stack(model)):

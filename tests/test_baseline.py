@@ -40,7 +40,6 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
         "tokenizer_config.json",
     }
     assert {path.stat().st_mode & 0o777 for path in artifact.rglob("*") if path.is_file()} == {0o644}
-    assert not (artifact.parent / "checkpoints" / "baseline").exists()
     made = yaml.safe_load((artifact / "recipe.yaml").read_text())
     assert (
         made["seed"] == 42
@@ -116,7 +115,7 @@ def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypat
 def trainer_of(encoder, layerwise_lr_decay):
     model = build_classifier(str(encoder), ["warm", "cold", "none"], None)
     arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
-    return run_baseline.BaselineTrainer(model=model, args=arguments, layerwise_lr_decay=layerwise_lr_decay)
+    return run_baseline.BaselineTrainer(layerwise_lr_decay, recipe=None, data=None, model=model, args=arguments)
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
@@ -141,14 +140,14 @@ def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(artifact, enco
     whole = tmp_path / "whole"
     run_baseline.main([*flags, "--output_dir", str(whole)])
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "run_baseline.py"), *flags])
-    checkpoints = tmp_path / "checkpoints" / "baseline"
+    checkpoints = out
     for _ in range(1200):
         if len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) >= 1:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not out.exists()
+    assert not (out / "config.json").exists()
     half = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     shutil.copytree(half, checkpoints / "checkpoint-999")  # a newer one that was cut off while it was written
     (checkpoints / "checkpoint-999" / "trainer_state.json").write_text('{"epoch"')
@@ -164,7 +163,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
     out = tmp_path / "baseline"
     shutil.copytree(artifact, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    save = run_baseline.save_forms
+    save = run_baseline.save_formats
 
     def save_on_a_full_disk(*words):
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -175,7 +174,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    monkeypatch.setattr(run_baseline, "save_forms", save_on_a_full_disk)
+    monkeypatch.setattr(run_baseline, "save_formats", save_on_a_full_disk)
     flags = train_flags(encoder, colors, out, num_train_epochs=1)
     with pytest.raises(SystemExit) as stopped:
         command.run(lambda: run_baseline.main(flags))

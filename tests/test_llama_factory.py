@@ -28,7 +28,13 @@ from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_scri
 from emotion.data.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
 from emotion.evaluation.schema import Record
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
+from emotion.inference.model_folder import (
+    artifact_metadata,
+    data_provenance,
+    files_to_serve,
+    find_formats,
+    new_artifact,
+)
 from emotion.inference.runtimes import open_artifact
 from emotion.training import llama_factory
 from emotion.training.llama_factory import IGNORED, check_tokens, write_dataset
@@ -59,9 +65,9 @@ def fill_generative(folder, colors, source: str = "hub") -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), adapter).save_pretrained(training)
     base = BaseModel("someone/tiny", base.path, source)
     values = RECIPE.values | {"dataset_name": str(colors)}
-    made = describe_made("llama-qlora", Recipe(RECIPE.path, values), 42, describe_origin(base, task, rows), None)
+    made = artifact_metadata("llama-qlora", Recipe(RECIPE.path, values), 42, data_provenance(base, task, rows), None)
     with new_artifact(folder, made) as partial:
-        made["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, RECIPE, partial)
+        made["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, False, partial)
         run_llama_factory.save_trained(training, base, partial)
 
 
@@ -305,11 +311,11 @@ def test_a_training_goes_on_from_its_own_checkpoint_alone(tmp_path, stand_in_cli
             llama_factory.train(recipe, base, tmp_path / "work")
         return capfd.readouterr().out
 
-    assert "starting from the beginning" in train(resume_from_checkpoint="last")
-    assert f"resume_from_checkpoint: {checkpoint}" in train(resume_from_checkpoint="last")
-    with pytest.raises(UserError, match="is of another recipe or of other rows"):
+    assert "starting from the beginning" in train(resume_from_checkpoint=True)
+    assert f"resume_from_checkpoint: {checkpoint}" in train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match="belongs to another recipe or to other rows"):
         llama_factory.train(
-            Recipe(RECIPE.path, RECIPE.values | {"seed": 7, "resume_from_checkpoint": "last"}), base, tmp_path / "work"
+            Recipe(RECIPE.path, RECIPE.values | {"seed": 7, "resume_from_checkpoint": True}), base, tmp_path / "work"
         )
     (checkpoint / "model").write_text("of the first training")
     assert "resume_from_checkpoint: null" in train() and not (checkpoint / "model").exists()

@@ -40,7 +40,7 @@ from emotion.export.peers import make_peer
 from emotion.inference.model_folder import SHARED_FILES, files_to_serve, find_formats, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact
-from emotion.quantization import scheme
+from emotion.quantization import accuracy_aware
 from emotion.quantization.int8_torchao import quantize_torchao
 from emotion.quantization.layers import Plan, find_layers
 from emotion.utils import command
@@ -302,7 +302,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
     shutil.copytree(quantized, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for name in ("quantize_torchao", "quantize_onnx", "quantize_openvino"):
-        quantize = getattr(scheme, name)
+        quantize = getattr(accuracy_aware, name)
 
         def on_a_full_disk(*words, quantize=quantize, **options):
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -313,7 +313,7 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        monkeypatch.setattr(scheme, name, on_a_full_disk)
+        monkeypatch.setattr(accuracy_aware, name, on_a_full_disk)
         with pytest.raises(SystemExit):
             command.run(lambda: run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(out)]))
         message = capsys.readouterr().err.strip().splitlines()[-1]

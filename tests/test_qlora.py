@@ -23,8 +23,7 @@ from emotion.inference.model_folder import adapter_bytes, find_formats, weights_
 from emotion.inference.pretrained import build_classifier, load_trained_classifier
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.layers import CalibrationRows
-from emotion.quantization.nf4 import nf4_options, round_to_nf4
-from emotion.training import qlora as adapter
+from emotion.quantization.nf4 import round_to_nf4
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
 
@@ -32,8 +31,8 @@ LABELS = ["warm", "cold", "none"]
 TEXTS = build_rows(90)["text"]
 
 
-def arguments_of(**changes) -> adapter.QloraArguments:
-    return adapter.QloraArguments(**{"model_name_or_path": "unused", "init_lora_weights": "default"} | changes)
+def arguments_of(**changes) -> run_qlora.QloraArguments:
+    return run_qlora.QloraArguments(**{"model_name_or_path": "unused", "init_lora_weights": "default"} | changes)
 
 
 def answers(folder, format):
@@ -89,7 +88,8 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
     """Both from disk. The 4-bit merged model was rounded once more, so that its logits lie a little apart."""
     config = json.loads((adapted / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == encoder.name  # the name, not a path of this machine
-    base = build_classifier(str(encoder), LABELS, None, **nf4_options(str(encoder), LABELS, bf16=False))
+    config = run_qlora.nf4_config(str(encoder), LABELS, bf16=False)
+    base = build_classifier(str(encoder), LABELS, None, quantization_config=config)
     model = PeftModel.from_pretrained(base, adapted / "adapter").eval()
     inputs = AutoTokenizer.from_pretrained(adapted)(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
 
 def test_only_the_adapter_and_the_head_learn(encoder, colors):
     arguments = arguments_of(lora_r=4)
-    model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+    model = run_qlora.build_model(str(encoder), LABELS, arguments, bf16=False)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "classifier" in name for name in learning)
     assert sum("lora_A" in name for name in learning) == 13  # twelve in the layers, and the pooler
@@ -119,7 +119,7 @@ def test_only_the_adapter_and_the_head_learn(encoder, colors):
     ],
 )
 def test_the_adapter_is_what_the_flags_say(changes, count, encoder):
-    model = adapter.build_qlora(str(encoder), LABELS, arguments_of(**changes), bf16=False)
+    model = run_qlora.build_model(str(encoder), LABELS, arguments_of(**changes), bf16=False)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == count
 
 
@@ -129,7 +129,7 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
     weight = build_classifier(str(encoder), LABELS, None).bert.encoder.layer[0].output.dense.weight.detach()
     for start in ("default", "loftq"):
         arguments = arguments_of(init_lora_weights=start)
-        model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+        model = run_qlora.build_model(str(encoder), LABELS, arguments, bf16=False)
         layer = model.base_model.model.bert.encoder.layer[0].output.dense
         rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         error[start] = float((rounded + layer.get_delta_weight("default") - weight).norm())
@@ -138,12 +138,12 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
 
 def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
     """Not level by level: against plain rounding, with the same scales, the logits move less."""
-    options = nf4_options(str(artifact), LABELS, bf16=False)
-    exact, plain = load_trained_classifier(artifact), load_trained_classifier(artifact, **options)
+    config = run_qlora.nf4_config(str(artifact), LABELS, bf16=False)
+    exact, plain = load_trained_classifier(artifact), load_trained_classifier(artifact, quantization_config=config)
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     encoder = TextEncoder(artifact)
     shown = CalibrationRows(encoder, encoder(build_rows(60)["text"]))
-    chosen = round_to_nf4(artifact, shown, options)
+    chosen = round_to_nf4(artifact, shown, config)
     name = "bert.encoder.layer.0.output.dense"
     states = [model.get_submodule(name).weight.quant_state for model in (plain, chosen)]
     assert torch.equal(states[0].absmax, states[1].absmax)
@@ -177,10 +177,10 @@ def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
     out = tmp_path / "half"
     flags = [*flags, "--output_dir", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_qlora, "merge", interrupted)
+        patch.setattr(run_qlora.qlora, "merge", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_qlora.main(flags)
-    last = max((tmp_path / "checkpoints" / "half").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    last = max((tmp_path / "half").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     shutil.rmtree(last)  # as if it had been stopped after the first epoch
     run_qlora.main([*flags, "--resume_from_checkpoint", "true"])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
@@ -223,7 +223,7 @@ def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
 def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypatch):
     monkeypatch.setattr("transformers.integrations.bitsandbytes.get_available_devices", lambda: ["abacus"])
     with pytest.raises(UserError, match="cannot be opened: None of the available devices"):
-        adapter.build_qlora(str(encoder), LABELS, arguments_of(), bf16=False)
+        run_qlora.build_model(str(encoder), LABELS, arguments_of(), bf16=False)
 
 
 @pytest.mark.processes

@@ -18,7 +18,8 @@ import run_baseline
 import run_qat
 import run_qlora
 from conftest import FUZZ, ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
-from emotion.training.checkpoints import CHECKSUMS, RECIPE_OF_RUN, newest_checkpoint
+from emotion.inference.model_folder import RUN_FILE, find_formats
+from emotion.training.checkpoints import CHECKSUMS, choose_checkpoint
 from emotion.utils.errors import UserError
 from emotion.utils.files import sha256
 from emotion.utils.recipe import read_recipe_of
@@ -59,7 +60,7 @@ def test_a_loss_of_nan_ends_every_training_at_its_step(name, artifact, encoder, 
     message = "the loss is nan in step 5; the last good checkpoint is .*checkpoint-4; lower --learning_rate"
     with pytest.raises(UserError, match=message):
         COMMANDS[name].main(flags_of(name, artifact, encoder, colors, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_weights_that_are_no_numbers_are_never_saved(step, changes, message, enc
     poison(monkeypatch, step, "gradients")
     with pytest.raises(UserError, match=message):
         run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
-    assert not list(tmp_path.glob(f"checkpoints/out/checkpoint-{step}")) and not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(f"out/checkpoint-{step}")) and not (tmp_path / "out" / "config.json").exists()
 
 
 def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_path, monkeypatch, capsys):
@@ -91,7 +92,7 @@ def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_pa
         lines = capsys.readouterr().out.splitlines()
         told = [line.split("macro F1 ")[1][:6] for line in lines if line.startswith("epoch ")]
         assert told == ["0.1000", "0.9000", "0.3000", "0.2000"]
-        assert lines[-1].endswith(f"out: validation macro F1 {expected:.4f}")
+        assert lines[-2].endswith(f"{expected:.4f}") and lines[-1] == f"saved {tmp_path / 'out'}"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def interrupted(encoder, colors, tmp_path_factory) -> tuple[Path, list[str]]:
     shutil.copytree(colors, folder / "data")
     flags = flags_of("baseline", None, encoder, folder / "data", folder / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_baseline, "save_forms", _interrupt)
+        patch.setattr(run_baseline, "save_formats", _interrupt)
         run_baseline.main(flags)
     return folder, flags
 
@@ -147,17 +148,18 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_gives_way_to_the_whole_one_before_it(damage, interrupted, tmp_path, capsys):
-    folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
+    folder = shutil.copytree(interrupted[0] / "out", tmp_path / "out")
     last, before = (folder / f"checkpoint-{step}" for step in (8, 6))
     change, reason = DAMAGES[damage]
-    started = json.loads((folder / RECIPE_OF_RUN).read_text())
-    arguments = TrainingArguments(str(folder), resume_from_checkpoint="last", use_cpu=True, report_to="none")
-    assert newest_checkpoint(arguments, started) == str(last)
+    run = json.loads((folder / RUN_FILE).read_text())
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    assert choose_checkpoint(arguments, "true", run) == last
     change(last)
     capsys.readouterr()
-    assert newest_checkpoint(arguments, started) == str(before)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and re.search(f"checkpoint-8 {reason}.*: it is not used", said[0])
+    assert choose_checkpoint(arguments, "true", run) == before == choose_checkpoint(arguments, str(before), run)
+    assert re.search(f"checkpoint-8 {reason}.*: it is not used", capsys.readouterr().out.splitlines()[0])
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint: .*checkpoint-8 {reason}"):
+        choose_checkpoint(arguments, str(last), run)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -169,14 +171,14 @@ def test_a_training_that_was_over_takes_no_further_step(name, artifact, encoder,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
         COMMANDS[name].main(flags)
-    assert (tmp_path / "checkpoints" / "out" / "checkpoint-8").is_dir() and not out.exists()
+    assert (out / "checkpoint-8").is_dir() and not (out / "config.json").exists()
     COMMANDS[name].main(flags)
     assert read_recipe_of(out)["training"]["steps"] == read_recipe_of(whole)["training"]["steps"] == 8
     assert weights_in(out) == weights_in(whole)
 
 
 def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
-    folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
+    folder = shutil.copytree(interrupted[0] / "out", tmp_path / "out")
     state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
     state["best_model_checkpoint"] = "elsewhere/checkpoint-4"
     (folder / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
@@ -184,10 +186,8 @@ def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
     sums["trainer_state.json"] = sha256(folder / "checkpoint-8" / "trainer_state.json")
     (folder / "checkpoint-8" / CHECKSUMS).write_text(json.dumps(sums))
     flip_a_bit(folder / "checkpoint-4" / "model.safetensors")
-    arguments = TrainingArguments(
-        str(folder), resume_from_checkpoint="last", load_best_model_at_end=True, eval_strategy="steps", use_cpu=True
-    )
-    newest_checkpoint(arguments, json.loads((folder / RECIPE_OF_RUN).read_text()))
+    arguments = TrainingArguments(str(folder), load_best_model_at_end=True, eval_strategy="steps", use_cpu=True)
+    choose_checkpoint(arguments, "true", json.loads((folder / RUN_FILE).read_text()))
     assert "checkpoint-8 needs the best one, " in capsys.readouterr().out
 
 
@@ -199,7 +199,26 @@ def test_other_rows_behind_the_same_path_are_not_resumed(interrupted):
     save_dataset(folder / "data", changed, color_features())
     with pytest.raises(UserError, match="cannot resume .*: the rows of train changed since it started"):
         run_baseline.main([*flags, "--resume_from_checkpoint", "true"])
-    assert (folder / "checkpoints" / "out" / "checkpoint-8").is_dir()
+    assert (folder / "out" / "checkpoint-8").is_dir()
+
+
+def test_a_checkpoint_that_is_named_is_resumed_elsewhere_too(artifact, encoder, colors, tmp_path):
+    whole, out = tmp_path / "whole", shutil.copytree(artifact, tmp_path / "out")
+    before = weights_in(out)
+    run_baseline.main(flags_of("baseline", None, encoder, colors, whole))
+    flags = flags_of("baseline", None, encoder, colors, out)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_baseline, "save_formats", _interrupt)
+        run_baseline.main(flags)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    assert {name: sha256(out / name) for name in before} == before  # the older model stays until the new one is saved
+    assert find_formats(out).keys() == find_formats(artifact).keys()
+    with pytest.raises(UserError, match="--resume_from_checkpoint: no folder .*checkpoint-7"):
+        run_baseline.main([*flags, "--resume_from_checkpoint", str(out / "checkpoint-7")])
+    elsewhere = shutil.copytree(out, tmp_path / "elsewhere") / "checkpoint-4"
+    run_baseline.main([*flags, "--resume_from_checkpoint", str(elsewhere)])
+    assert read_recipe_of(out)["training"]["resumed"] is True
+    assert weights_in(out) == weights_in(whole) and not list(out.glob("checkpoint-*"))
 
 
 def start(name: str, flags: list[str], log: Path) -> subprocess.Popen:
@@ -241,10 +260,10 @@ def test_a_training_that_is_killed_ends_as_if_nothing_had_happened(name, encoder
                 process.kill()
                 process.wait()
                 done += 1
-                moments.append(f"{len(list(tmp_path.glob(f'checkpoints/{out.name}/checkpoint-*')))} at {wait:.1f} s")
+                moments.append(f"{len(list(out.glob('checkpoint-*')))} at {wait:.1f} s")
         assert ended == 0, (tmp_path / "log").read_text()
         assert weights_in(out) == expected
-        assert not list(tmp_path.glob(".*")) and not list((tmp_path / "checkpoints").iterdir())
+        assert not list(tmp_path.glob(".*")) and not list(out.glob("checkpoint-*")) and not (out / RUN_FILE).exists()
         request.node.user_properties.append(("draws", len(moments)))
         print(f"{name}: killed {len(moments)} times (checkpoints: {', '.join(moments)}), equal weights", flush=True)
 
@@ -274,5 +293,5 @@ def test_two_trainings_at_once_never_mix(encoder, colors, tmp_path, record_prope
         assert 0 in statuses
         assert weights_in(out) == expected[read_recipe_of(out)["seed"]]
         print(f"two at once: statuses {statuses}, the artifact is that of one", flush=True)
-        assert not list((tmp_path / "checkpoints").iterdir()) and not list(tmp_path.glob(".*"))
+        assert not list(out.glob("checkpoint-*")) and not list(tmp_path.glob(".*"))
     assert lost > 0

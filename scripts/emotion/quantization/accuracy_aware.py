@@ -61,7 +61,7 @@ def quantize_with_accuracy_control(
         rows: calibration samples, for static ranges and to find outlier channels.
 
     Returns:
-        For recipe.yaml: `seconds` per format; `fallbacks`, all attempts per format, of which one was `kept`; and
+        For recipe.yaml: `seconds` and `fallbacks` of each format, of which one was `kept`; `kept_in_float`; and
         `outlier_channels`, where a format keeps channels in float.
 
     Raises:
@@ -71,26 +71,23 @@ def quantize_with_accuracy_control(
     reference = logits_of(plan.folder, "onnx", validation)
     few = validation.first(SENSITIVITY_TEXTS)
     sensitivity = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
-    metadata = {"seconds": {}, "fallbacks": {}}
-    metadata["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    kept_in_float = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    metadata = {"seconds": {}, "fallbacks": {}, "kept_in_float": kept_in_float}
     for format in formats_to_make(arguments):
         attempts, plans = [], []
         for fallback, changed in _fallbacks(plan, format, rows, sensitivity, arguments):
             seconds = save_format(changed, folder, format, rows, arguments)
             effect = compare(reference, logits_of(folder, format, validation), validation.labels)
-            size = sum(files_to_serve(folder, format).values())
-            attempts.append({"fallback": fallback, **effect, "bytes_to_serve": size, "seconds": seconds})
+            attempts.append(_report(folder, format, fallback, effect, seconds))
             plans.append(changed)
-            _report(format, attempts[-1])
             if -100 * effect["macro_f1_change"] <= arguments.max_f1_drop:
                 break
         kept = _choose(format, attempts, arguments)
         if kept < len(plans) - 1:  # the file of the last attempt is there now
             save_format(plans[kept], folder, format, rows, arguments)
-        attempts[kept]["kept"] = True
         metadata["fallbacks"][format], metadata["seconds"][format] = attempts, attempts[kept]["seconds"]
-        for name in names_in_float(plans[kept].model, plans[kept].layers):
-            metadata["kept_in_float"].setdefault(name, f"most sensitive in {format}")
+        for name in names_in_float(plan.model, plans[kept].layers):
+            kept_in_float.setdefault(name, f"most sensitive in {format}")
         metadata |= describe_outliers(plans[kept].outliers)
     return metadata
 
@@ -112,30 +109,34 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
         yield f"float, {count} layers", update_plan(plan, changed)
 
 
-def _report(format: str, attempt: dict) -> None:
+def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float) -> dict:
+    """Prints an attempt and returns it for recipe.yaml."""
+    size = sum(files_to_serve(folder, format).values())
     print(
-        f"{format}, {attempt['fallback']}: validation macro F1 {100 * attempt['macro_f1_change']:+.2f} points, "
-        f"{attempt['flips']} labels differ, {attempt['bytes_to_serve'] / 1e6:.1f} MB, {attempt['seconds']} s"
+        f"{format}, {fallback}: validation macro F1 {100 * effect['macro_f1_change']:+.2f} points, "
+        f"{effect['flips']} labels differ, {size / 1e6:.1f} MB, {seconds} s"
     )
+    return {"fallback": fallback, **effect, "bytes_to_serve": size, "seconds": seconds}
 
 
 def _choose(format: str, attempts: list[dict], arguments: AccuracyAwareArguments) -> int:
-    """Returns the index of the last attempt if it suffices, else of the best one if `allow_drop` is set.
+    """Marks the last attempt as kept if it suffices, else the best one if `allow_drop` is set; returns its index.
 
     Raises:
         UserError: if none suffices and `allow_drop` is false.
     """
-    if -100 * attempts[-1]["macro_f1_change"] <= arguments.max_f1_drop:
-        return len(attempts) - 1
-    best = max(attempts, key=lambda attempt: (attempt["macro_f1_change"], -attempt["mean_logit_shift"]))
-    drop = -100 * best["macro_f1_change"]
-    message = f"{format} at {arguments.bits} bits loses {drop:.2f} points of validation macro F1 at best"
-    if not arguments.allow_drop:
-        raise UserError(
-            f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
-            "run_qat.py, raise --max_f1_drop, or set --allow_drop true"
-        )
-    print(f"{message}; saved, since --allow_drop is set")
+    best = attempts[-1]
+    if -100 * best["macro_f1_change"] > arguments.max_f1_drop:
+        best = max(attempts, key=lambda attempt: (attempt["macro_f1_change"], -attempt["mean_logit_shift"]))
+        drop = -100 * best["macro_f1_change"]
+        message = f"{format} at {arguments.bits} bits loses {drop:.2f} points of validation macro F1 at best"
+        if not arguments.allow_drop:
+            raise UserError(
+                f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
+                "run_qat.py, raise --max_f1_drop, or set --allow_drop true"
+            )
+        print(f"{message}; saved, since --allow_drop is set")
+    best["kept"] = True
     return attempts.index(best)
 
 

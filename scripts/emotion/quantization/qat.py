@@ -12,7 +12,7 @@ from emotion.inference.model_folder import find_formats
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import ModelInMemory, open_artifact, predict
 from emotion.quantization.accuracy_aware import copy_shared_files, save_format
-from emotion.quantization.fake_quantizers import convert, switch, to_integers
+from emotion.quantization.fake_quantizers import convert, prepare, switch, to_integers
 from emotion.quantization.int8_torchao import quantize_torchao
 from emotion.quantization.layers import CalibrationRows, Plan
 from emotion.quantization.outlier_channels import describe_outliers
@@ -25,6 +25,11 @@ from emotion.quantization.scheme import (
 )
 from emotion.utils.errors import UserError
 from emotion.utils.files import scratch_folder
+
+
+def insert_fake_quantizers(plan: Plan, arguments: SchemeArguments) -> None:
+    """Inserts fake quantizers into the model of the plan, in place, for the runtime that rounds coarsest."""
+    prepare(plan, runtime_to_train_for(arguments), arguments.reduce_range)
 
 
 class FakeQuantizeCallback(TrainerCallback):

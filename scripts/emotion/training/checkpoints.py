@@ -94,7 +94,19 @@ def _start_run(folder: Path, run: dict) -> None:
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes the checksums of each checkpoint, and ends a training whose weights or loss are no longer finite."""
+    """Writes the checksums of each checkpoint, and ends a training whose weights or loss are no longer finite.
+
+    Attributes:
+        resumed_from: the checkpoint that the training goes on from; None for the beginning.
+    """
+
+    resumed_from: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Finds the best checkpoint beside the one that is resumed, wherever they were written."""
+        if self.resumed_from and state.best_model_checkpoint:
+            best = Path(self.resumed_from).with_name(Path(state.best_model_checkpoint).name)
+            state.best_model_checkpoint = str(best)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Checks the weights before they are saved, and before the training ends."""

@@ -158,8 +158,9 @@ class ClassificationTrainer(Trainer):
     """
 
     def __init__(self, recipe: Recipe, data: TrainingData, callbacks: list | tuple = (), **options):
-        super().__init__(callbacks=[ProgressLines, CheckpointCallback, *callbacks], **options)
-        self.recipe, self.data, self.resumed = recipe, data, False
+        self.checkpoints = CheckpointCallback()
+        super().__init__(callbacks=[ProgressLines, self.checkpoints, *callbacks], **options)
+        self.recipe, self.data = recipe, data
         self.seconds, self.cpu_seconds = 0.0, 0.0  # of `train`; the latter is summed over all threads
         for callback in (ProgressCallback, PrinterCallback):  # `ProgressLines` takes their place
             self.remove_callback(callback)
@@ -181,8 +182,7 @@ class ClassificationTrainer(Trainer):
         """
         run = comparable(self.recipe.values)
         run |= {ROWS_FIELD: fingerprint(self.data.rows), "processes": str(self.args.world_size)}
-        checkpoint = find_checkpoint(self, resume_from_checkpoint, run)
-        self.resumed = checkpoint is not None
+        checkpoint = self.checkpoints.resumed_from = find_checkpoint(self, resume_from_checkpoint, run)
         attention = self.model.config._attn_implementation
         if self.args.use_cpu:  # for a few dozen tokens, the backward pass of fused attention takes a third of a step
             self.model.set_attn_implementation("eager")
@@ -234,7 +234,7 @@ class ClassificationTrainer(Trainer):
             "steps": self.state.global_step,
             "seconds": round(self.seconds, 1),  # from the checkpoint on, if it was resumed
             "cpu_seconds": round(self.cpu_seconds, 1),
-            "resumed": self.resumed,
+            "resumed": self.checkpoints.resumed_from is not None,
             "precision": "bf16" if self.args.bf16 else "fp32",
             "processes": self.args.world_size,
             "threads": torch.get_num_threads(),
