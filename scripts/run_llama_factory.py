@@ -200,10 +200,7 @@ def save_base(base: BaseModel, labels: list[str], instruction: str, bf16: bool, 
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model, _ = open_model("AutoModelForCausalLM", base.path, device_map="cpu", dtype=dtype, quantization_config=config)
     id2label = dict(enumerate(labels))

@@ -47,8 +47,7 @@ class QatArguments(scheme.SchemeArguments, RowsArguments):
         default=True, metadata={"help": "False trains in float, as a control to compare with."}
     )
     quantize_after: int = field(
-        default=0,
-        metadata={"help": "Steps in float before fake quantization starts.", "choices": Range(0)},
+        default=0, metadata={"help": "Steps in float before fake quantization starts.", "choices": Range(0)}
     )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}

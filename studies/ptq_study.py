@@ -21,13 +21,7 @@ from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import files_to_serve, new_artifact, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact
-from emotion.quantization.accuracy_aware import (
-    compare,
-    copy_shared_files,
-    logits_of,
-    measure_layers,
-    save_format,
-)
+from emotion.quantization.accuracy_aware import compare, copy_shared_files, logits_of, measure_layers, save_format
 from emotion.quantization.scheme import Samples, SchemeArguments, load_samples, make_plan, quantized_metadata
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.command import run

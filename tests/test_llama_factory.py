@@ -167,30 +167,23 @@ def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "content", "message"),
     [
-        (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "adapter cannot be opened"),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "no instruction or no chat template"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),
-        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "none of the formats"),
-        (
-            lambda folder: (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut"),
-            "adapter cannot be opened",
-        ),
-        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "does not end an answer"),
-        (
-            lambda folder: (folder / "chat_template.jinja").write_text(
-                TEMPLATE.replace("\n{% endif %}", "<think>{% endif %}")
-            ),
-            "does not write an answer behind the prompt",
-        ),
+        ("adapter/adapter_config.json", None, "adapter cannot be opened"),
+        ("adapter/adapter_model.safetensors", None, "none of the formats"),
+        ("adapter/adapter_model.safetensors", "cut", "adapter cannot be opened"),
+        ("model.safetensors", "cut", "cannot be opened"),
+        ("tokenizer.json", None, "no tokenizer"),
+        ("chat_template.jinja", None, "chat template"),
+        ("chat_template.jinja", "x", "does not end an answer"),
+        ("chat_template.jinja", TEMPLATE.replace("\n{% endif %}", "<think>{% endif %}"), "does not write an answer"),
     ],
 )
-def test_a_damaged_folder_is_named(damage, message, generative, tmp_path):
-    folder = tmp_path / "damaged"
-    copy_to_edit(generative, folder)
-    damage(folder)
+def test_a_damaged_folder_is_named(file, content, message, generative, tmp_path):
+    folder = copy_to_edit(generative, tmp_path / "damaged")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
         open_artifact(folder, "adapter", threads=1)
 
@@ -352,7 +345,7 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(packaged_models, "FOLDER", tmp_path)
     monkeypatch.setattr(packaged_models, "PACKAGE", "no-such-package")
-    with pytest.raises(UserError, match="no-such-package is not installed; run make"):
+    with pytest.raises(UserError, match="no-such-package"):
         packaged_models.unpack_smollm2()
 
 

@@ -8,7 +8,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TrainerState
 
@@ -16,7 +15,7 @@ import bits_study
 import run_evaluation
 import run_ptq
 import run_qat
-from conftest import ENCODERS, build_rows, qat_flags, read_json
+from conftest import ENCODERS, as_flags, build_rows, ptq_flags, qat_flags, read_json
 from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import files_to_serve, find_formats, weights_of
 from emotion.inference.pretrained import load_trained_classifier
@@ -116,15 +115,10 @@ def test_below_8_bits_the_layer_multiplies_the_integers_of_the_file(bits):
 def test_activations_become_the_integers_of_onnx_runtime(shift):
     values = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)) + shift
     operator = onnx.helper.make_node("DynamicQuantizeLinear", ["values"], ["integers", "scale", "zero"])
-    ports = [
-        onnx.helper.make_tensor_value_info(name, kind, shape)
-        for name, kind, shape in (
-            ("values", onnx.TensorProto.FLOAT, [20, 64]),
-            ("integers", onnx.TensorProto.UINT8, [20, 64]),
-            ("scale", onnx.TensorProto.FLOAT, []),
-            ("zero", onnx.TensorProto.UINT8, []),
-        )
-    ]
+    ports, kinds = [], onnx.TensorProto
+    shapes = {"values": (kinds.FLOAT, [20, 64]), "integers": (kinds.UINT8, [20, 64])}
+    for name, (kind, shape) in (shapes | {"scale": (kinds.FLOAT, []), "zero": (kinds.UINT8, [])}).items():
+        ports.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     graph = onnx.helper.make_graph([operator], "one", ports[:1], ports[1:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -195,7 +189,7 @@ def test_packing_loses_nothing(width):
 @pytest.mark.parametrize("bits", [4, 2])
 def test_the_file_is_packed_and_runs_in_int8(bits, artifact, tmp_path):
     out = tmp_path / "ptq"
-    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(out), "--bits", str(bits)])
+    run_ptq.main(ptq_flags(artifact, out, bits=bits))
     scheme = scheme_of(out)
     assert (scheme["quantized_layers"], scheme["linear_layers"]) == (12, 14)
     assert scheme["weights"] == scheme["embeddings"] == f"int{bits} in groups of 32"
@@ -224,9 +218,7 @@ def test_the_file_is_packed_and_runs_in_int8(bits, artifact, tmp_path):
 def test_fewer_bits_are_fewer_bytes(artifact, tmp_path):
     sizes = {}
     for bits in (4, 2):
-        run_ptq.main(
-            ["--model_name_or_path", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--bits", str(bits)]
-        )
+        run_ptq.main(ptq_flags(artifact, tmp_path / "ptq", bits=bits))
         graph = onnx.load(weights_of(tmp_path / "ptq", "onnx")).graph
         sizes[bits] = sum(len(tensor.raw_data) for tensor in graph.initializer if "/codes" in tensor.name)
     model = load_trained_classifier(artifact)
@@ -263,24 +255,6 @@ def test_the_record_tells_how_it_was_made(trained, tmp_path):
     assert record["size"]["bytes_to_serve"] == sum(files.values()) and len(files) == 4
 
 
-def test_a_whole_and_a_resumed_run_end_alike(artifact, tmp_path, monkeypatch):
-    flags = qat_flags(artifact, tmp_path / "whole", bits=2, quantize_after=20)
-    run_qat.main(flags)
-    flags += ["--output_dir", str(tmp_path / "half")]
-    with monkeypatch.context() as patch:
-        patch.setattr(run_qat.qat, "save_converted", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_qat.main(flags)
-    checkpoints = sorted((tmp_path / "half").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    kept = load_file(checkpoints[-2] / "model.safetensors")
-    assert {name.rpartition(".")[2] for name in kept} >= {"row", "multiplier", "weight"}
-    shutil.rmtree(checkpoints[-1])  # as if it had been stopped there
-    run_qat.main([*flags, "--resume_from_checkpoint", "true"])
-    assert read_recipe_of(tmp_path / "half")["training"]["resumed"] is True
-    whole, half = (weights_of(tmp_path / name, "onnx").read_bytes() for name in ("whole", "half"))
-    assert whole == half
-
-
 def test_the_control_is_trained_on_in_floats(artifact, tmp_path):
     run_qat.main(qat_flags(artifact, tmp_path / "control", bits=2, fake_quantize=False, num_train_epochs=1))
     made = read_recipe_of(tmp_path / "control")
@@ -288,10 +262,6 @@ def test_the_control_is_trained_on_in_floats(artifact, tmp_path):
     assert scheme_of(tmp_path / "control")["quantized_layers"] == 0
     file = answers(tmp_path / "control", "onnx")
     assert np.abs(file - answers(artifact, "onnx")).mean() > 0.01  # it has learnt on
-
-
-def interrupted(*words):
-    raise KeyboardInterrupt
 
 
 def test_rounding_starts_when_told_and_is_always_scored(artifact):
@@ -309,7 +279,7 @@ def test_rounding_starts_when_told_and_is_always_scored(artifact):
 
 def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
     run_qat.main(qat_flags(artifact, tmp_path / "qat", bits=4, freeze="bert.embeddings", num_train_epochs=1))
-    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(tmp_path / "ptq"), "--bits", "4"])
+    run_ptq.main(ptq_flags(artifact, tmp_path / "ptq", bits=4))
     made = read_recipe_of(tmp_path / "qat")
     table = load_trained_classifier(artifact).bert.embeddings
     assert made["training"]["frozen_parameters"] == sum(one.numel() for one in table.parameters())
@@ -340,11 +310,6 @@ def test_what_makes_no_sense_is_refused(changes, message, artifact, tmp_path):
     assert not (tmp_path / "qat").exists()
 
 
-def test_a_baseline_that_is_quantized_already_is_refused(quantized, tmp_path):
-    with pytest.raises(UserError, match="is quantized already .by torchao."):
-        run_qat.main(qat_flags(quantized, tmp_path / "qat"))
-
-
 @pytest.mark.processes
 def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this_process):
     training = "num_train_epochs: 1\nlearning_rate: 1.0e-3\nbf16: false\n"
@@ -353,19 +318,8 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this
     weights, results = tmp_path / "weights", tmp_path / "results"
     shutil.copytree(artifact, weights / "seeds" / "baseline-7")
     run_evaluation.main([str(artifact), "--latency_runs", "0", "--results_dir", str(results / "seeds" / "7")])
-    words = [
-        "--bits",
-        "4",
-        "--seeds",
-        "7",
-        "--config_dir",
-        str(tmp_path),
-        "--weights_dir",
-        str(weights),
-        "--results_dir",
-        str(results),
-    ]
-    bits_study.main(words)
+    flags = as_flags(bits=4, seeds=7, config_dir=tmp_path, weights_dir=weights, results_dir=results)
+    bits_study.main(flags)
     study = read_json(results / "bits.json")
     record = read_json(results / "seeds" / "7" / "metrics" / "qat-int4-onnx.json")
     cell = study["cells"]["qat-int4"]
@@ -379,7 +333,7 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this
     assert (results / "bits.png").read_bytes().startswith(b"\x89PNG")
     made = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
     before = made.stat().st_mtime_ns
-    bits_study.main(words)  # nothing is made again
+    bits_study.main(flags)  # nothing is made again
     assert made.stat().st_mtime_ns == before
 
 

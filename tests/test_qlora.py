@@ -1,7 +1,6 @@
 """QLoRA: what is trained, what is in the folder, that every way of opening it answers alike, what is refused."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -171,29 +170,6 @@ def test_other_encoders(kind, colors, tmp_path):
     assert (root.argmax(axis=-1) == onnx.argmax(axis=-1)).mean() > 0.9
 
 
-def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
-    flags = qlora_flags(encoder, colors, tmp_path / "whole", num_train_epochs=2)
-    run_qlora.main(flags)
-    out = tmp_path / "half"
-    flags = [*flags, "--output_dir", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_qlora.qlora, "merge", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_qlora.main(flags)
-    last = max((tmp_path / "half").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    shutil.rmtree(last)  # as if it had been stopped after the first epoch
-    run_qlora.main([*flags, "--resume_from_checkpoint", "true"])
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
-    whole, half = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "half")
-    )
-    assert whole == half
-
-
-def interrupted(*words):
-    raise KeyboardInterrupt
-
-
 def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys):
     run_qlora.main(qlora_flags(encoder, colors, tmp_path / "qlora", learning_rate=5.0, num_train_epochs=1))
     assert "WARNING: this model gives every validation text the same class" in capsys.readouterr().err
@@ -204,20 +180,13 @@ def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys
     [
         (["--target_modules", "qvery"], "--target_modules qvery: no layer's name ends so; there are attention.output"),
         (["--modules_to_save", "head"], "--modules_to_save head: no layer's name ends so"),
-        (["--init_lora_weights", "pissa"], "--init_lora_weights: .*pissa"),
         (["--init_lora_weights", "loftq", "--load_in_4bit", "false"], "take default for a float base"),
-        (["--formats", "gguf"], "--formats: .*gguf"),
         (["--lora_rank", "8"], "--lora_rank.* lora_r"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, encoder, colors, tmp_path):
     with pytest.raises(UserError, match=message):
         run_qlora.main([*qlora_flags(encoder, colors, tmp_path / "qlora"), *flags])
-
-
-def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
-    with pytest.raises(UserError, match="is quantized already .by bitsandbytes."):
-        run_qlora.main(qlora_flags(adapted, colors, tmp_path / "qlora"))
 
 
 def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypatch):
@@ -229,18 +198,10 @@ def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypat
 @pytest.mark.processes
 def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, colors, adapted, tmp_path):
     config = str(ROOT / "accelerate_config.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        str(ROOT / "scripts" / "run_qlora.py"),
-        *qlora_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=8, per_device_eval_batch_size=8),
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--multi_gpu"]
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    command = [*launch, "--num_processes", "2", str(ROOT / "scripts" / "run_qlora.py")]
+    command += qlora_flags(encoder, colors, tmp_path / "out", **sizes)
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())

@@ -130,16 +130,13 @@ def forget(name: str):
 
 
 DAMAGES = {
-    "cut off": (lambda folder: (folder / CHECKSUMS).unlink(), "was cut off while it was written"),
-    "cut off in the checksums": (lambda folder: (folder / CHECKSUMS).write_text('{"a'), "was cut off while"),
-    "checksums of another kind": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "was cut off while"),
-    "a bit of the weights": (
-        lambda folder: flip_a_bit(folder / "model.safetensors"),
-        "is damaged .model.safetensors.",
-    ),
-    "a bit of the optimizer": (lambda folder: flip_a_bit(folder / "optimizer.pt"), "is damaged .optimizer.pt."),
+    "cut off": (lambda folder: (folder / CHECKSUMS).unlink(), "was cut off"),
+    "cut off in the checksums": (lambda folder: (folder / CHECKSUMS).write_text('{"a'), "was cut off"),
+    "checksums of another kind": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "was cut off"),
+    "a bit of the weights": (lambda folder: flip_a_bit(folder / "model.safetensors"), "is damaged .model.safetensors"),
+    "a bit of the optimizer": (lambda folder: flip_a_bit(folder / "optimizer.pt"), "is damaged .optimizer.pt"),
     "half a state": (lambda folder: os.truncate(folder / "trainer_state.json", 40), "is damaged .trainer_state"),
-    "lost weights": (lambda folder: (folder / "model.safetensors").unlink(), "is damaged .model.safetensors."),
+    "lost weights": (lambda folder: (folder / "model.safetensors").unlink(), "is damaged .model.safetensors"),
     "no optimizer": (forget("optimizer.pt"), "has no optimizer.pt"),
     "no scheduler": (forget("scheduler.pt"), "has no scheduler.pt"),
     "no random state": (forget("rng_state.pth"), "has no rng_state.pth"),
@@ -191,32 +188,33 @@ def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
     assert "checkpoint-8 needs the best one, " in capsys.readouterr().out
 
 
-def test_other_rows_behind_the_same_path_are_not_resumed(interrupted):
+def test_another_recipe_or_other_rows_are_not_resumed(interrupted):
     folder, flags = interrupted
     rows = load_dataset(str(folder / "data"))
     changed = {split: {"text": list(rows[split]["text"]), "label": list(rows[split]["label"])} for split in rows}
     changed["train"]["text"][7] = "the very red house"
     save_dataset(folder / "data", changed, color_features())
-    with pytest.raises(UserError, match="cannot resume .*: the rows of train changed since it started"):
-        run_baseline.main([*flags, "--resume_from_checkpoint", "true"])
+    with pytest.raises(UserError, match="cannot resume .*: learning_rate, the rows of train changed"):
+        run_baseline.main([*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", "true"])
     assert (folder / "out" / "checkpoint-8").is_dir()
 
 
-def test_a_checkpoint_that_is_named_is_resumed_elsewhere_too(artifact, encoder, colors, tmp_path):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_checkpoint_that_is_named_is_resumed_elsewhere_too(name, artifact, encoder, colors, tmp_path):
+    """Meanwhile an older model stays where the new one will be saved."""
     whole, out = tmp_path / "whole", shutil.copytree(artifact, tmp_path / "out")
     before = weights_in(out)
-    run_baseline.main(flags_of("baseline", None, encoder, colors, whole))
-    flags = flags_of("baseline", None, encoder, colors, out)
+    COMMANDS[name].main(flags_of(name, artifact, encoder, colors, whole))
+    flags = flags_of(name, artifact, encoder, colors, out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_baseline, "save_formats", _interrupt)
-        run_baseline.main(flags)
-    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
-    assert {name: sha256(out / name) for name in before} == before  # the older model stays until the new one is saved
-    assert find_formats(out).keys() == find_formats(artifact).keys()
+        patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
+        COMMANDS[name].main(flags)
+    assert weights_in(out).items() >= before.items() and find_formats(out).keys() == find_formats(artifact).keys()
     with pytest.raises(UserError, match="--resume_from_checkpoint: no folder .*checkpoint-7"):
-        run_baseline.main([*flags, "--resume_from_checkpoint", str(out / "checkpoint-7")])
-    elsewhere = shutil.copytree(out, tmp_path / "elsewhere") / "checkpoint-4"
-    run_baseline.main([*flags, "--resume_from_checkpoint", str(elsewhere)])
+        COMMANDS[name].main([*flags, "--resume_from_checkpoint", str(out / "checkpoint-7")])
+    elsewhere = min(shutil.copytree(out, tmp_path / "elsewhere").glob("checkpoint-*"))
+    assert elsewhere.name != "checkpoint-8"
+    COMMANDS[name].main([*flags, "--resume_from_checkpoint", str(elsewhere)])
     assert read_recipe_of(out)["training"]["resumed"] is True
     assert weights_in(out) == weights_in(whole) and not list(out.glob("checkpoint-*"))
 

@@ -40,8 +40,7 @@ class SchemeArguments:
         default=8, metadata={"help": "Bits of a weight: 8, 4 or 2. Activations always have 8.", "choices": BITS}
     )
     group_size: int = field(
-        default=32,
-        metadata={"help": "Below 8 bits: weights of a row that share a scale.", "choices": Range(8)},
+        default=32, metadata={"help": "Below 8 bits: weights of a row that share a scale.", "choices": Range(8)}
     )
     formats: list[str] | None = field(
         default=None,
@@ -65,8 +64,7 @@ class SchemeArguments:
         metadata={"help": "ONNX: keep outlier channels of feed-forward layers in float; PTQ does so if needed."},
     )
     reduce_range: bool = field(
-        default=True,
-        metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, so that no processor overflows."},
+        default=True, metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, so that no processor overflows."}
     )
     smooth_quant: bool = field(
         default=True,

@@ -70,6 +70,8 @@ def choose_checkpoint(arguments: TrainingArguments, resume: str | bool | None, r
 
 def _check_same_run(folder: Path, run: dict) -> None:
     """Raises `UserError` if the checkpoints in a folder belong to another recipe or to other rows."""
+    if not (folder / RUN_FILE).is_file():
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoints of this project (no {RUN_FILE})")
     before = read_json(folder / RUN_FILE)
     changed = sorted(key for key in before.keys() | run.keys() if before.get(key) != run.get(key))
     if changed:
