@@ -283,9 +283,9 @@ def realigned(model):
     return model.eval()
 
 
-def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
+def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
     """A script as a user starts it, in a process of its own."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
 
 
@@ -293,8 +293,8 @@ def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
 def in_this_process(monkeypatch):
     """Commands that seeds and sweeps start run as function calls: loading the libraries takes longer than the rest."""
 
-    def call(name: str, *words, check: bool = False) -> None:
-        importlib.import_module(name.removesuffix(".py")).main([str(word) for word in words])
+    def call(name: str, *args, check: bool = False) -> None:
+        importlib.import_module(name.removesuffix(".py")).main([str(argument) for argument in args])
 
     for module in (seeds, qlora_study):
         monkeypatch.setattr(module, "run_script", call)

@@ -37,14 +37,11 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
         "tokenizer_config.json",
     }
     assert {path.stat().st_mode & 0o777 for path in artifact.rglob("*") if path.is_file()} == {0o644}
-    made = yaml.safe_load((artifact / "recipe.yaml").read_text())
-    assert (
-        made["seed"] == 42
-        and made["recipe"]["learning_rate"] == 5e-3
-        and made["provenance"]["dataset_source"] == "folder"
-    )
-    assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
-    assert made["onnx"]["fused"] is True and made["onnx"]["first_token"] is True
+    metadata = yaml.safe_load((artifact / "recipe.yaml").read_text())
+    assert metadata["seed"] == 42 and metadata["recipe"]["learning_rate"] == 5e-3
+    assert metadata["provenance"]["dataset_source"] == "folder"
+    assert metadata["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
+    assert metadata["onnx"]["fused"] is True and metadata["onnx"]["first_token"] is True
 
 
 def test_the_onnx_file_holds_no_path_of_this_machine(artifact, quantized):
@@ -198,6 +195,6 @@ def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved ") == 1  # one process speaks and saves
-    made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert made["training"]["processes"] == processes
-    assert made["training"]["validation_macro_f1"] > 0.9
+    metadata = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert metadata["training"]["processes"] == processes
+    assert metadata["training"]["validation_macro_f1"] > 0.9

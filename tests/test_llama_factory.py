@@ -65,9 +65,10 @@ def fill_generative(folder, colors, source: str = "hub") -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), adapter).save_pretrained(training)
     base = BaseModel("someone/tiny", base.path, source)
     values = RECIPE.values | {"dataset_name": str(colors)}
-    made = artifact_metadata("llama-qlora", Recipe(RECIPE.path, values), 42, data_provenance(base, task, rows), None)
-    with new_artifact(folder, made) as partial:
-        made["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, False, partial)
+    recipe, provenance = Recipe(RECIPE.path, values), data_provenance(base, task, rows)
+    metadata = artifact_metadata("llama-qlora", recipe, 42, provenance, None)
+    with new_artifact(folder, metadata) as partial:
+        metadata["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, False, partial)
         run_llama_factory.save_trained(training, base, partial)
 
 
@@ -152,9 +153,9 @@ def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative)
 def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     folder = tmp_path / "random"
     copy_to_edit(generative, folder)
-    made = read_recipe_of(folder)
-    made["provenance"]["base_model_source"] = RANDOM
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
+    metadata = read_recipe_of(folder)
+    metadata["provenance"]["base_model_source"] = RANDOM
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(metadata))
     with pytest.raises(UserError, match="random weights"):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
@@ -234,9 +235,9 @@ def test_every_row_is_compared_with_what_was_trained_on(generative, colors, tmp_
 
 def test_flags_that_are_not_ours_are_the_other_programs():
     class_, path = run_llama_factory.LlamaFactoryArguments, ROOT / "configs" / "llama_factory.yaml"
-    words = ["--learning_rate", "1e-3", "--max_train_samples=64", "--lora_rank=4", "--max_steps", "-1"]
-    words += ["--eval_strategy", "no", "--do_train", "true"]
-    arguments, recipe, own = parse_with_other_flags((class_,), path, words)
+    flags = ["--learning_rate", "1e-3", "--max_train_samples=64", "--lora_rank=4", "--max_steps", "-1"]
+    flags += ["--eval_strategy", "no", "--do_train", "true"]
+    arguments, recipe, own = parse_with_other_flags((class_,), path, flags)
     assert own == {"max_train_samples": 64} and arguments.max_train_samples == 64
     theirs = {"learning_rate": 0.001, "lora_rank": 4, "max_steps": -1, "eval_strategy": "no", "do_train": True}
     assert recipe.values == read_config(path) | theirs
@@ -334,8 +335,8 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     assert held.is_relative_to(tmp_path / "work") and held != run_llama_factory.work_of(tmp_path / "run" / "out")
     code = "import sys; from emotion.utils.files import Path, output_lock\n"
     code += "with output_lock(Path(sys.argv[1])): print(flush=True); input()"
-    words = [sys.executable, "-c", code, held]
-    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
+    command = [sys.executable, "-c", code, held]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
     other.stdout.readline()
     with pytest.raises(UserError, match="another process is writing"):
         run_llama_factory.main(["--use_tiny_model", "true", "--output_dir", str(tmp_path / "out")])
@@ -391,9 +392,9 @@ def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
     learnt = [part for name, part in model.named_parameters() if "lora_B" in name]
     assert learnt and all(part.abs().max() > 0 for part in learnt)  # they start at zero
     assert read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"].startswith("tiny-llama")
-    made = read_recipe_of(folder)
-    assert made["variant"] == "tiny-llama-qlora" and made["provenance"]["base_model_source"] == RANDOM
-    assert made["trained_with"]["llamafactory"] == "0.9.5" and made["training"]["steps"] == 12
+    metadata = read_recipe_of(folder)
+    assert metadata["variant"] == "tiny-llama-qlora" and metadata["provenance"]["base_model_source"] == RANDOM
+    assert metadata["trained_with"]["llamafactory"] == "0.9.5" and metadata["training"]["steps"] == 12
 
 
 @pytest.mark.llama_factory

@@ -78,10 +78,10 @@ def test_one_folder_three_runtimes_and_nothing_else(quantized):
         "openvino/openvino_config.json",
     }
     assert list(find_formats(quantized)) == FORMATS
-    made = yaml.safe_load((quantized / "recipe.yaml").read_text())
-    assert set(made["seconds"]) == set(FORMATS) and made["recipe"]["num_calibration_samples"] == 60
-    assert made["recipe"]["baseline"]["learning_rate"] == 5e-3
-    assert made["kept_in_float"]["classifier"] == "outside the encoder's layers"
+    metadata = yaml.safe_load((quantized / "recipe.yaml").read_text())
+    assert set(metadata["seconds"]) == set(FORMATS) and metadata["recipe"]["num_calibration_samples"] == 60
+    assert metadata["recipe"]["baseline"]["learning_rate"] == 5e-3
+    assert metadata["kept_in_float"]["classifier"] == "outside the encoder's layers"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -222,8 +222,8 @@ def test_layers_can_stay_in_float(format, artifact, tmp_path):
     assert scheme["quantized_layers"] == 6
     assert {"bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"} <= set(scheme["kept_in_float"])
     assert "bert.embeddings.position_embeddings" not in scheme["kept_in_float"]
-    made = yaml.safe_load((tmp_path / "part" / "recipe.yaml").read_text())
-    assert made["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in modules_to_not_convert"
+    metadata = yaml.safe_load((tmp_path / "part" / "recipe.yaml").read_text())
+    assert metadata["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in modules_to_not_convert"
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
@@ -312,11 +312,11 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
     assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
     assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
-    kinds = {(one["kind"], one["layer"]) for one in sensitivity["layers"]}
+    kinds = {(row["kind"], row["layer"]) for row in sensitivity["layers"]}
     assert {("word_embeddings", "embeddings"), ("attention.self", "0"), ("intermediate", None)} <= kinds
-    (packed,) = [one for one in sensitivity["layers"] if (one["kind"], one["layer"]) == ("attention.self", "1")]
+    (packed,) = [row for row in sensitivity["layers"] if (row["kind"], row["layer"]) == ("attention.self", "1")]
     assert len(packed["names"]) == 3 and packed["mean_logit_shift"] > 0
-    worst = max(sensitivity["layers"], key=lambda one: one["mean_logit_shift"] * (one["layer"] is not None))
+    worst = max(sensitivity["layers"], key=lambda row: row["mean_logit_shift"] * (row["layer"] is not None))
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
     assert kept["changes"]["modules_to_not_convert"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
@@ -353,8 +353,8 @@ def test_the_rule(candidates, winner):
 def test_the_recipe_is_what_won():
     """The defaults of run_ptq.py are the flags of the winner of each format."""
     recipe = resolve_config(run_ptq.ARGUMENTS, ["--model_name_or_path", "unused"]).values
-    for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
-        for flag, value in one["flags"].items():
+    for format, chosen in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
+        for flag, value in chosen["flags"].items():
             assert recipe[flag] == value, (format, flag)
 
 

@@ -50,9 +50,9 @@ def plan_of(model, **more) -> Plan:
 
 def test_what_was_trained_is_what_was_converted_and_what_reopens(trained):
     for bits, formats in ((8, ["torchao", "onnx", "openvino"]), (2, ["onnx"])):
-        made = read_recipe_of(trained / str(bits))
-        assert list(find_formats(trained / str(bits))) == formats == list(made["seconds"])
-        forms = made["forms"]
+        metadata = read_recipe_of(trained / str(bits))
+        assert list(find_formats(trained / str(bits))) == formats == list(metadata["seconds"])
+        forms = metadata["forms"]
         assert list(forms) == ["fake", "converted", *(f"{format}, reopened" for format in formats)]
         scores = [one["validation_macro_f1"] for one in forms.values()]
         assert max(scores) - min(scores) <= 0.001 and scores[0] > 0.95
@@ -247,18 +247,18 @@ def test_the_record_tells_how_it_was_made(trained, tmp_path):
     record = read_json(tmp_path / "metrics" / "qat-int2-onnx.json")
     assert record["scheme"]["weights"] == "int2 in groups of 32"
     assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
-    made = record["provenance"]
-    assert made["forms"]["fake"]["validation_macro_f1"] > 0.9 and made["training"]["frozen_parameters"] == 0
-    assert made["recipe"]["freeze"] == [] and made["recipe"]["baseline"]["learning_rate"] == 5e-3
-    assert made["train_rows"] == 480 and record["quality"]["macro_f1"] > 0.9
+    metadata = record["provenance"]
+    assert metadata["forms"]["fake"]["validation_macro_f1"] > 0.9 and metadata["training"]["frozen_parameters"] == 0
+    assert metadata["recipe"]["freeze"] == [] and metadata["recipe"]["baseline"]["learning_rate"] == 5e-3
+    assert metadata["train_rows"] == 480 and record["quality"]["macro_f1"] > 0.9
     files = files_to_serve(trained / "2", "onnx")
     assert record["size"]["bytes_to_serve"] == sum(files.values()) and len(files) == 4
 
 
 def test_the_control_is_trained_on_in_floats(artifact, tmp_path):
     run_qat.main(qat_flags(artifact, tmp_path / "control", bits=2, fake_quantize=False, num_train_epochs=1))
-    made = read_recipe_of(tmp_path / "control")
-    assert made["variant"] == "qat-int2-float" and list(find_formats(tmp_path / "control")) == ["onnx"]
+    metadata = read_recipe_of(tmp_path / "control")
+    assert metadata["variant"] == "qat-int2-float" and list(find_formats(tmp_path / "control")) == ["onnx"]
     assert scheme_of(tmp_path / "control")["quantized_layers"] == 0
     file = answers(tmp_path / "control", "onnx")
     assert np.abs(file - answers(artifact, "onnx")).mean() > 0.01  # it has learnt on
@@ -280,9 +280,9 @@ def test_rounding_starts_when_told_and_is_always_scored(artifact):
 def test_frozen_parts_stay_as_they_were(artifact, tmp_path):
     run_qat.main(qat_flags(artifact, tmp_path / "qat", bits=4, freeze="bert.embeddings", num_train_epochs=1))
     run_ptq.main(ptq_flags(artifact, tmp_path / "ptq", bits=4))
-    made = read_recipe_of(tmp_path / "qat")
+    metadata = read_recipe_of(tmp_path / "qat")
     table = load_trained_classifier(artifact).bert.embeddings
-    assert made["training"]["frozen_parameters"] == sum(one.numel() for one in table.parameters())
+    assert metadata["training"]["frozen_parameters"] == sum(one.numel() for one in table.parameters())
     graphs = [onnx.load(weights_of(tmp_path / name, "onnx")).graph for name in ("qat", "ptq")]
     tables, others = ({tensor.name: tensor.raw_data for tensor in graph.initializer} for graph in graphs)
     names = [name for name in tables if name.endswith("codes0")]
@@ -331,10 +331,10 @@ def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this
     assert page == pages.render_study_pages(results)[results / "bits.md"] and "int4 in groups of 32" in page
     assert f"{100 * control['change']['mean']:+.2f}" in page
     assert (results / "bits.png").read_bytes().startswith(b"\x89PNG")
-    made = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
-    before = made.stat().st_mtime_ns
+    metadata = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
+    before = metadata.stat().st_mtime_ns
     bits_study.main(flags)  # nothing is made again
-    assert made.stat().st_mtime_ns == before
+    assert metadata.stat().st_mtime_ns == before
 
 
 def test_a_folder_of_another_program_is_trained_on(artifact, colors, tmp_path):

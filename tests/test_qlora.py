@@ -53,10 +53,10 @@ def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
         "adapter/adapter_model.safetensors",
     }
     assert list(find_formats(adapted)) == ["nf4", "onnx"]
-    made = yaml.safe_load((adapted / "recipe.yaml").read_text())
-    assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
-    assert list(made["merged"])[:2] == ["fp32", "nf4"]
-    assert made["merged"]["fp32"] == pytest.approx(made["training"]["validation_macro_f1"], abs=1e-6)
+    metadata = yaml.safe_load((adapted / "recipe.yaml").read_text())
+    assert metadata["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
+    assert list(metadata["merged"])[:2] == ["fp32", "nf4"]
+    assert metadata["merged"]["fp32"] == pytest.approx(metadata["training"]["validation_macro_f1"], abs=1e-6)
     logits = answers(adapted, "nf4")
     (answer,) = pipeline("text-classification", model=str(adapted))(TEXTS[0])
     assert answer["label"] == LABELS[logits[0].argmax()]
@@ -204,11 +204,11 @@ def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, col
     command += qlora_flags(encoder, colors, tmp_path / "out", **sizes)
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert made["training"]["processes"] == 2
-    assert made["training"]["validation_rows"] == 60  # the last batches are filled up, and what fills them is left out
+    metadata = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert metadata["training"]["processes"] == 2
+    assert metadata["training"]["validation_rows"] == 60  # each row once, also in the last batches
     alone = yaml.safe_load((adapted / "recipe.yaml").read_text())["training"]
-    assert made["training"]["validation_macro_f1"] == pytest.approx(alone["validation_macro_f1"], abs=0.1)
+    assert metadata["training"]["validation_macro_f1"] == pytest.approx(alone["validation_macro_f1"], abs=0.1)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 3
 
 

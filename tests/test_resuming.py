@@ -42,8 +42,8 @@ def poison(monkeypatch, at_step: int, what: str) -> None:
     """Makes the loss, or the gradients, of one step NaN."""
     take_step = Trainer.training_step
 
-    def poisoned(self, model, *words, **options):
-        loss = take_step(self, model, *words, **options)
+    def poisoned(self, model, *args, **options):
+        loss = take_step(self, model, *args, **options)
         if self.state.global_step + 1 != at_step:
             return loss
         for parameter in model.parameters():
@@ -90,8 +90,8 @@ def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_pa
         run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
         assert read_recipe_of(tmp_path / "out")["training"]["validation_macro_f1"] == expected
         lines = capsys.readouterr().out.splitlines()
-        told = [line.split("macro F1 ")[1][:6] for line in lines if line.startswith("epoch ")]
-        assert told == ["0.1000", "0.9000", "0.3000", "0.2000"]
+        printed = [line.split("macro F1 ")[1][:6] for line in lines if line.startswith("epoch ")]
+        assert printed == ["0.1000", "0.9000", "0.3000", "0.2000"]
         assert lines[-2].endswith(f"{expected:.4f}") and lines[-1] == f"saved {tmp_path / 'out'}"
 
 
@@ -107,7 +107,7 @@ def interrupted(encoder, colors, tmp_path_factory) -> tuple[Path, list[str]]:
     return folder, flags
 
 
-def _interrupt(*words):
+def _interrupt(*args):
     raise KeyboardInterrupt
 
 
