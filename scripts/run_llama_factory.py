@@ -19,10 +19,7 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 
 # isort: split
 
-import contextlib
-import re
 import shutil
-import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +83,7 @@ def main(argv=None) -> None:
     recipe = replace(recipe, values=recipe.values | choose_device(recipe.values))
     work, tiny = work_of(folder), arguments.use_tiny_model and not hub_is_reachable()
     # The rows of a second run would replace those that LLaMA Factory trains on.
-    with output_lock(folder), output_lock(work), prefix_lines("tiny random Llama: " if tiny else ""):
+    with output_lock(folder), output_lock(work):
         # Load the dataset, then the base model
         task = load_task(arguments.dataset_name, arguments.dataset_config_name)
         rows = select_train_rows(get_split(task, "train"), arguments, seed=recipe.values["seed"])
@@ -106,7 +103,7 @@ def main(argv=None) -> None:
         summary, provenance = summarize(work / "training", recipe), data_provenance(base, task, rows)
         metadata = artifact_metadata(variant, recipe, seed, provenance, summary)
         save(base, task.labels, instruction, work / "training", folder, metadata)
-        print(f"validation loss {four_digits(summary['validation_loss'])}")
+        print(f"{base.name}: validation loss {four_digits(summary['validation_loss'])}")
 
 
 def train_rows(task: Task, rows, base: BaseModel, instruction: str, recipe: Recipe, work: Path) -> None:
@@ -163,27 +160,11 @@ def choose_device(values: dict) -> dict[str, bool]:
     return {"use_cpu": use_cpu, "bf16": values.get("bf16", has_bf16(use_cpu))}
 
 
-@contextlib.contextmanager
-def prefix_lines(prefix: str):
-    """Begins each line that is printed in the block with ``prefix``."""
-    out = sys.stdout
-
-    class Prefixed:
-        def write(self, text: str) -> int:
-            return out.write(re.sub("^(?=.)", prefix, text, flags=re.MULTILINE))
-
-        def flush(self) -> None:
-            out.flush()
-
-    with contextlib.redirect_stdout(Prefixed()):
-        yield
-
-
 def summarize(training: Path, recipe: Recipe) -> dict:
     """Returns the entry of recipe.yaml on the training."""
     results, state = read_json(training / "all_results.json"), read_json(training / "trainer_state.json")
     return {
-        "validation_macro_f1": None,  # LLaMA Factory measures the loss alone
+        "validation_macro_f1": None,  # LLaMA Factory measures the loss only
         "validation_loss": state["best_metric"],  # per token of the answers
         "train_loss": results["train_loss"],
         "steps": state["global_step"],

@@ -1,8 +1,8 @@
 """Chooses the quantization scheme of PTQ: compares candidates, and measures the sensitivity of each layer.
 
-Everything is scored on validation, with several baselines. The test split is not touched. For each format the study
-chooses by one rule. Candidates must answer alike on every processor, and their mean macro F1 must lie within 0.2
-points of the best such candidate. Of these, the fastest at batch 1 wins. The defaults of run_ptq.py are the winners.
+All are scored on validation, with several baselines. Of the candidates that answer alike on every processor and whose
+mean macro F1 lies within 0.2 points of the best, the fastest at batch 1 wins. The winners are the defaults of
+run_ptq.py.
 
     python studies/ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 """
@@ -36,7 +36,7 @@ CALIBRATION_SAMPLES = 300
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to quantize the baseline: a format, and the flags of run_ptq.py that differ from `FLAGS`."""
+    """A format, and the flags of run_ptq.py that differ from `FLAGS`."""
 
     format: str
     changes: dict = field(default_factory=dict)
@@ -53,8 +53,7 @@ CANDIDATES = {
     "OpenVINO, 8-bit weights": Candidate("openvino", {"reduce_range": False}),
     "OpenVINO, SmoothQuant": Candidate("openvino", {"smooth_quant": True}),
 }
-# Format -> the flags that decide it, with their values in a candidate that does not change them. The defaults
-# of run_ptq.py must not matter here: they are the winners of the study before.
+# Format -> its flags where a candidate does not change them; the defaults of run_ptq.py are earlier winners.
 FLAGS = {
     "torchao": {"modules_to_not_convert": []},
     "onnx": {"reduce_range": True, "modules_to_not_convert": [], "onnx_calibration": "none", "split_outliers": False},
@@ -97,7 +96,7 @@ def main(argv=None) -> None:
         "baselines": [read_recipe_of(folder).get("seed") for folder in baselines],
     }
 
-    # 1. Each layer on its own: which one changes the logits most?
+    # Sensitivity of each layer
     few = rows.first(arguments.layer_texts)
     layers = measure_layers(baselines[0], few)
     write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
@@ -106,12 +105,12 @@ def main(argv=None) -> None:
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
     candidates = {name: value for name, value in candidates.items() if name not in arguments.leave_out}
 
-    # 2. Make, score and time the candidates; 3. choose
+    # Make, score and time the candidates
     folders = make_candidates(candidates, baselines, task, Path(arguments.work_dir))
     fp32, studied = score_candidates(candidates, folders, baselines, rows)
     speed = time_candidates(candidates, folders, baselines[0], rows, arguments.rounds)
     fp32 |= speed.pop("FP32")
-    for name, measured in speed.items():  # latency, throughput, and how many times faster than FP32
+    for name, measured in speed.items():
         studied[name] |= measured
     study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
     write_json(results / "ptq_study.json", study)
@@ -170,14 +169,12 @@ def describe_candidate(candidate: Candidate, folders: list[Path], reference: lis
     effects = []
     for folder, before in zip(folders, reference, strict=True):
         effects.append(compare(before, logits_of(folder, format, rows), rows.labels))
-    # Size and scheme are alike for all seeds, so the first one's are taken.
     files = files_to_serve(folders[0], format)
     weights = weights_of(folders[0], format)
     return {
         "format": format,
         "changes": candidate.changes,
         **{name: statistics.fmean(effect[name] for effect in effects) for name in effects[0]},
-        # One per baseline: the mean alone would hide how much they differ.
         "macro_f1_changes": [effect["macro_f1_change"] for effect in effects],
         "megabytes": round(sum(files.values()) / 1e6, 2),
         "scheme": describe_scheme(open_artifact(folders[0], format, rows.threads), weights, format),
@@ -202,13 +199,12 @@ def choose(studied: dict) -> dict:
         of_format.setdefault(candidate["format"], {})[name] = candidate
     chosen = {}
     for format, candidates in of_format.items():
-        # Weights of 8 bits overflow on processors without VNNI, which then answer differently (levels.py).
+        # Larger weights overflow on processors without VNNI (levels.py).
         safe = {}
         for name, candidate in candidates.items():
             if candidate["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT:
                 safe[name] = candidate
         safe = safe or candidates  # if no candidate is safe, all compete
-        # Of candidates within the noise of the best one, speed decides.
         best = max(candidate["macro_f1_change"] for candidate in safe.values())
         close = {}
         for name, candidate in safe.items():
