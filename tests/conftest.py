@@ -183,8 +183,8 @@ FAST = {"per_device_train_batch_size": 16, "bf16": False, "disable_tqdm": True}
 
 
 def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
-    values = {**FAST, "learning_rate": 5e-3, "num_train_epochs": 6, **changes}
-    return as_flags(model_name_or_path=encoder, dataset_name=dataset, output_dir=output, **values)
+    places = {"model_name_or_path": encoder, "dataset_name": dataset, "output_dir": output}
+    return as_flags(**(places | FAST | {"learning_rate": 5e-3, "num_train_epochs": 6} | changes))
 
 
 @pytest.fixture(scope="session")
@@ -224,12 +224,13 @@ def adapted(encoder, colors, build_once) -> Path:
 
 
 def qat_flags(artifact, out, **changes) -> list[str]:
-    values = {**FAST, "learning_rate": 1e-3, "num_train_epochs": 2, "num_calibration_samples": 60, **changes}
-    return as_flags(model_name_or_path=artifact, output_dir=out, **values)
+    values = FAST | {"learning_rate": 1e-3, "num_train_epochs": 2} | changes
+    return ptq_flags(artifact, out, **values)
 
 
 def ptq_flags(artifact, out, **changes) -> list[str]:
-    return as_flags(model_name_or_path=artifact, output_dir=out, **{"num_calibration_samples": 60, **changes})
+    values = {"model_name_or_path": artifact, "output_dir": out, "num_calibration_samples": 60}
+    return as_flags(**(values | changes))
 
 
 @pytest.fixture(scope="session")

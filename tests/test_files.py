@@ -85,7 +85,7 @@ def test_what_this_project_made_is_replaced(kind, files, tmp_path):
         (ARTIFACT, {"recipe.yaml": "title: pancakes"}, "holds something else"),
         (ARTIFACT, {"recipe.yaml": "- a list"}, "holds something else"),
         (ARTIFACT, {"recipe.yaml": "{not: [yaml"}, "holds something else"),
-        (ARTIFACT, OURS | {"thesis.txt": "all of it"}, "holds thesis.txt, which an artifact does not; move that away"),
+        (ARTIFACT, OURS | {"thesis.txt": "all of it"}, "holds thesis.txt"),
         (ARTIFACT, OURS | {"README.md": "my notes"}, "holds README.md"),
         (ARTIFACT, OURS | {"onnx/config.json": "{}"}, "holds onnx/config.json"),
         (ARTIFACT, OURS | {"photos/one.jpg": ""}, "holds photos, photos/one.jpg"),
