@@ -335,6 +335,13 @@ def environment(hub, home: Path) -> dict[str, str]:
     }
 
 
+SHARED = {"SHA256SUMS", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml"}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 def copy_to_edit(artifact: Path, folder: Path) -> Path:
     """A copy of an artifact without its SHA256SUMS, so that what is edited in it is opened."""
     return shutil.copytree(artifact, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))

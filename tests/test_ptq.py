@@ -29,9 +29,11 @@ import run_qlora
 from conftest import (
     ENCODERS,
     ROOT,
+    SHARED,
     a_full_disk,
     build_rows,
     color_features,
+    files_in,
     ptq_flags,
     qat_flags,
     qlora_flags,
@@ -63,14 +65,7 @@ def scheme_of(folder, format):
 
 
 def test_one_folder_three_runtimes_and_nothing_else(quantized):
-    files = {path.relative_to(quantized).as_posix() for path in quantized.rglob("*") if path.is_file()}
-    assert files == {
-        "SHA256SUMS",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "recipe.yaml",
+    assert files_in(quantized) == SHARED | {
         "onnx/model_quantized.onnx",
         "openvino/openvino_model.xml",
         "openvino/openvino_model.bin",

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import qlora_study
 import run_qlora
 import training_cost_study
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, qlora_flags, read_json
+from conftest import ENCODERS, ROOT, SHARED, build_encoder, build_rows, files_in, qlora_flags, read_json
 from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import adapter_bytes, find_formats, weights_of
@@ -40,14 +40,7 @@ def answers(folder, format):
 
 
 def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
-    files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
-    assert files == {
-        "SHA256SUMS",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "recipe.yaml",
+    assert files_in(adapted) == SHARED | {
         "onnx/model_quantized.onnx",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
