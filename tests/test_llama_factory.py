@@ -343,8 +343,8 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     other.communicate("\n")
 
 
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(packaged_models, "FOLDER", tmp_path)
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(packaged_models, "FOLDER", ROOT / "build" / "none")
     monkeypatch.setattr(packaged_models, "PACKAGE", "no-such-package")
     with pytest.raises(UserError, match="no-such-package"):
         packaged_models.unpack_smollm2()
