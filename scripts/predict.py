@@ -14,7 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-from emotion.inference.batch_reader import is_table
 from emotion.inference.released import RECOMMENDED
 from emotion.utils.arguments import COUNT, configure_parser
 from emotion.utils.command import run
@@ -22,6 +21,8 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.machine import THREADS
 
+# Extensions of the files that run_batch.py reads; their bytes would be classified as texts.
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".bz2", ".xz", ".zst")
 BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines
 READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take the byte 26 for the end of a file
@@ -90,7 +91,7 @@ def read_batches(arguments):
     if arguments.texts:
         # Bytes that are not UTF-8 reach us as halves of characters; a file's bytes are read in the same way.
         return iter([[decode(os.fsencode(text)) for text in arguments.texts]])
-    if arguments.file and is_table(arguments.file):
+    if arguments.file and arguments.file.lower().endswith(TABLES):
         raise UserError(
             f"--file {arguments.file} is a table or compressed, and this command takes plain lines; "
             f"call python scripts/run_batch.py {arguments.file} OUTPUT"

@@ -360,7 +360,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
     if changed.get("input"):
         changed = {}
         table.write_bytes(encode("parquet", [*TEXTS[:-1], "another one"]))
-    with pytest.raises(UserError, match=f"out holds answers to another question: {reason}"):
+    with pytest.raises(UserError, match=f"out holds the output of another job: {reason}"):
         call(table, output, **(flags | changed))
     assert contents(output) == whole
 
@@ -373,7 +373,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"a.csv": b"text\nred\n"}, ["a.csv"], "name the input and the output"),
         ({"a.csv": b"text\nred\n"}, ["a.csv", "out", "--shard_rows", "0"], "--shard_rows"),
         ({"a.csv": b"text\nred\n", "out/notes": b""}, ["a.csv", "out"], "out holds something else"),
-        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: its ending says not what it is"),
+        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: unknown extension"),
         ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
@@ -400,7 +400,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
     ],
 )
 def test_what_cannot_be_done_is_said(files, words, message, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LONGEST_VALUE", 300)
+    monkeypatch.setattr(rows, "MAX_VALUE", 300)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

@@ -134,11 +134,6 @@ def test_help_shows_ranges_and_the_defaults_of_the_config(monkeypatch, capsys):
     assert re.search(r"--bits \{8,4,2\} [^-]*default: 4", shown) and "--adam_beta1" not in shown
 
 
-def test_help_of_a_started_command():
-    done = run_script("predict.py", "--help")
-    assert done.returncode == 0 and "Tells the emotion of sentences" in done.stdout and not done.stderr
-
-
 class Terminal(io.StringIO):
     def __init__(self, is_one: bool):
         super().__init__()

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import batch_study
 from conftest import ROOT, build_rows, read_json, run_script
 from report.pages import render_study_pages
 
@@ -132,10 +133,9 @@ def test_the_spark_job_of_the_docs(artifact, tmp_path):
 
 
 def test_the_study_measures_and_tells(colors, artifact, tmp_path):
-    places = ["--work_dir", tmp_path / "work", "--results_dir", tmp_path / "results", "--dataset_name", colors]
+    folders = ["--work_dir", tmp_path / "work", "--results_dir", tmp_path / "results", "--dataset_name", colors]
     sizes = ["--rows", 2000, 4000, "--ray_rows", 2000, "--shard_rows", 500]
-    done = run_script("batch_study.py", artifact, *places, *sizes)
-    assert done.returncode == 0, done.stderr
+    batch_study.main([str(word) for word in (artifact, *folders, *sizes)])
     study = read_json(tmp_path / "results" / "batch.json")
     assert [one["rows"] for one in study["plain"]] == [2000, 4000] and len(study["engines"]) == 4
     page = (tmp_path / "results" / "batch.md").read_text(encoding="utf-8")

@@ -71,7 +71,7 @@ def test_a_class_that_is_only_predicted_counts():
 
 def test_a_bootstrap_in_pieces_is_the_same(monkeypatch):
     whole = resampled_macro_f1(LABELS, answers_of(200, seed=1).argmax(axis=-1), classes=3, resamples=100)
-    monkeypatch.setattr(task_scores, "DRAWN_AT_ONCE", 9 * 7)  # 9 cells: 7 resamples at once, and 2 in the end
+    monkeypatch.setattr(task_scores, "BOOTSTRAP_CHUNK", 9 * 7)  # 9 cells: 7 resamples at once, and 2 in the end
     pieces = resampled_macro_f1(LABELS, answers_of(200, seed=1).argmax(axis=-1), classes=3, resamples=100)
     assert (whole == pieces).all()
 

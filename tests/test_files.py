@@ -126,20 +126,12 @@ def test_a_link_inside_is_the_users(tmp_path):
 def test_what_is_no_folder_stays(make, what, tmp_path):
     make(tmp_path / "out")
     before = os.lstat(tmp_path / "out")
-    with pytest.raises(UserError, match=f"is a {what}; name a folder"):
+    with pytest.raises(UserError, match=f"is a {what}.*; name a folder"):
         replace(tmp_path / "out")
     if what != "file":
-        with pytest.raises(UserError, match=f"is a {what}; name a file"):
+        with pytest.raises(UserError, match=f"is a {what}.*; name a file"):
             write_text(tmp_path / "out", "new")
     assert os.lstat(tmp_path / "out") == before and list(tmp_path.iterdir()) == [tmp_path / "out"]
-
-
-def test_the_device_is_still_there():
-    with pytest.raises(UserError, match="/dev/null is a device; name a folder"):
-        replace(Path("/dev/null"))
-    with pytest.raises(UserError, match="/dev/null is a device; name a file"):
-        write_text(Path("/dev/null"), "new")
-    assert Path("/dev/null").is_char_device()
 
 
 @pytest.mark.parametrize("output", [".", "..", "/", "../.."])
@@ -163,17 +155,16 @@ def test_an_input_is_never_the_output(output, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_to_a_folder_stays_a_link(exists, tmp_path):
+def test_a_link_stays_a_link(exists, tmp_path):
     (tmp_path / "large").mkdir()
     if exists:
         fill(tmp_path / "large" / "weights", OURS)
     (tmp_path / "out").symlink_to(tmp_path / "large" / "weights")
     replace(tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and contents(tmp_path / "large") == {"weights/config.json": "new"}
-
-
-def test_a_link_to_a_file_stays_a_link(tmp_path):
-    fill(tmp_path, {"large/result.json": "old"})
+    shutil.rmtree(tmp_path / "large")
+    fill(tmp_path, {"large/result.json": "old"} if exists else {"large/other": ""})
+    (tmp_path / "large" / "other").unlink(missing_ok=True)
     (tmp_path / "result.json").symlink_to("large/result.json")
     write_text(tmp_path / "result.json", "new")
     assert (tmp_path / "result.json").is_symlink() and contents(tmp_path / "large") == {"result.json": "new"}
@@ -348,7 +339,7 @@ def test_a_strangers_record_names_no_path(changes):
         Record.check(record | changes, "file")
 
 
-DEMO = str(ROOT / "docs" / "demo")
+DEMO = [str(ROOT / "docs" / "demo"), "--dry_run", "--repo_id"]
 BAD_IDS = [
     "user/x\n",
     "user/x\ny",
@@ -372,13 +363,11 @@ def test_a_repositorys_name_is_one_wherever_it_enters(repo_id, tmp_path, monkeyp
         lambda: fetch(repo_id, ["onnx"]),
         lambda: find_base_model(repo_id),
         lambda: load_task(repo_id),
-        lambda: run_publish.main(
-            [str(ROOT / "docs" / "demo"), "--repo_id", "user/x", "--model_id", repo_id, "--dry_run"]
-        ),
-        lambda: run_publish.main([str(ROOT / "docs" / "demo"), "--repo_id", repo_id, "--dry_run"]),
+        lambda: run_publish.main([*DEMO, "user/x", "--model_id", repo_id]),
+        lambda: run_publish.main([*DEMO, repo_id]),
     ]
-    for one in enter:
+    for call in enter:
         with refused:
-            one()
+            call()
     for good in ("user/bert-emotion-ptq", "gpt2", "o_0/a.b-c"):
         check_repo_id(good)

@@ -128,16 +128,6 @@ def test_a_forked_process_does_not_own_its_parents_locks(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_a_cache_that_another_process_writes_keeps_nobody_waiting(tmp_path):
-    code = (
-        "import pathlib, sys; from emotion.utils.checksums import remembered\n"
-        "with remembered() as known: known['a'] = 'b'\n"
-        "print('went on')"
-    )
-    with files.output_lock(tmp_path / "bert-emotion" / "sha256.json"):
-        assert call(code, XDG_CACHE_HOME=str(tmp_path)).stdout == "went on\n"
-
-
 @pytest.mark.parametrize(
     ("group", "quotas", "expected"),
     [

@@ -167,8 +167,9 @@ def page(tmp_path_factory):
 @contextlib.contextmanager
 def running_demo(weights: Path):
     """Serves the demo page as `make demo` does; gives the address."""
-    words = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--port", "0", "--weights_dir", str(weights)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    words = [sys.executable, str(ROOT / "tools" / "demo.py"), "--port", "0", "--weights_dir", str(weights)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'tools'}"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
         finally:

@@ -1,7 +1,8 @@
-"""Makes a shard: reads its rows, classifies them, and writes rows and answers into one file, whole or not at all.
+"""A batch job: an output folder with a manifest, and shards that hold rows with their answers.
 
-A shard's bytes depend on its rows, the model and the flags alone, not on who makes it or what was made before.
-The next rows are read while these are classified.
+A shard's bytes depend on its rows, the model and the flags alone, not on the process that writes it or on the shards
+written before. The next rows are read while these are classified. The manifest holds all that decides the output: a
+second call with the same arguments resumes the job, and one with others is refused.
 """
 
 import contextlib
@@ -22,27 +23,29 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from emotion.data.metrics import softmax
-from emotion.inference.batch_reader import ON_THE_HUB, RowReader, Source
+from emotion.inference.batch_reader import HUB_PREFIX, RowReader, Source
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import files_to_serve
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import atomic_write, output_lock, read_json, relative, sha256, write_json
 
 PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely idle between two pieces
-PIECE_BYTES = 16 << 20  # of text; long texts stand in smaller pieces, so that memory stays flat
-# What became of a row's text; of several the first one that holds.
+PIECE_BYTES = 16 << 20  # of text: pieces of long texts have fewer rows, so that memory stays flat
+# The status of a row's text, of which the first that applies is written
 STATUSES = ("null", "empty", "cut", "replaced", "ok")
 DONE = ".done"  # folder of the records of finished shards; readers of tables skip names that begin so
+MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Which columns a row's answer has.
+    """The columns of a row's answer.
 
     Attributes:
         top_k: labels per row.
         probabilities: whether there is a column for the probability of each label.
-        prefix: stands before the names of all columns.
+        prefix: begins the names of all columns.
     """
 
     top_k: int
@@ -52,8 +55,8 @@ class Answers:
     def schema(self, labels: list[str]) -> pa.Schema:
         """The columns, for a model with these labels."""
         fields = []
-        for place in range(1, min(self.top_k, len(labels)) + 1):
-            number = "" if place == 1 else f"_{place}"
+        for rank in range(1, min(self.top_k, len(labels)) + 1):
+            number = "" if rank == 1 else f"_{rank}"
             fields += [(f"label{number}", pa.string()), (f"score{number}", pa.float32())]
         if self.probabilities:
             fields += [(f"probability_{label}", pa.float32()) for label in labels]
@@ -63,11 +66,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Job:
-    """What every process that makes shards must know.
+    """What every process that writes shards must know.
 
     Attributes:
-        folder: the model's folder.
-        format: the format of it that answers.
+        source: the input.
+        text_column: the column to classify.
+        folder: the model folder.
+        format: the format that is opened.
+        answers: the columns of an answer.
         schema: the columns of a shard: those of the input that are kept, then those of `answers`.
         output: the folder of the shards.
         output_format: parquet, csv or jsonl.
@@ -94,46 +100,50 @@ class Job:
         return self.output / f"part-{number:05d}.{self.output_format}"
 
     def record(self, number: int) -> Path:
-        """The file that tells that a shard is done, and what is in it."""
+        """The file that records that a shard is done: its rows, counts and checksum."""
         return self.output / DONE / f"part-{number:05d}.json"
 
-    def find_made(self, number: int) -> dict | None:
-        """The record of a shard that is there in full; None for one that must be made."""
+    def find_done(self, number: int) -> dict | None:
+        """The record of a finished shard; None for one that is still to be written."""
         path, record = self.path(number), self.record(number)
         if not (path.is_file() and record.is_file()):
             return None
-        made = read_json(record)
-        # A shard that was cut or written over after it was done is made again.
-        return made if path.stat().st_size == made["bytes"] else None
+        done = read_json(record)
+        # A shard that was cut or written over after it was done is written again.
+        return done if path.stat().st_size == done["bytes"] else None
 
     def rows_of(self, number: int) -> int:
         """How many rows a shard has."""
         return min(self.shard_rows, self.source.rows - number * self.shard_rows)
 
 
-class ShardMaker:
-    """Makes the shards of a job, one after the other; one of these per process."""
+class ShardWriter:
+    """Writes the shards of a job one after the other, in one process.
+
+    Args:
+        job: the job.
+        classifier: its opened model.
+    """
 
     def __init__(self, job: Job, classifier: EmotionClassifier):
-        """Takes the opened model, which must be the job's."""
         self._job, self._classifier, self._reader = job, classifier, RowReader(job.source)
 
-    def make(self, number: int, progress: Callable[[int], object]) -> None:
-        """Makes a shard and its record; ``progress`` is told the rows of each piece that is done."""
+    def write(self, number: int, progress: Callable[[int], object]) -> None:
+        """Writes a shard and its record; ``progress`` is called with the number of rows of each piece."""
         job, counts, start = self._job, Counter(), number * self._job.shard_rows
         batches = self._reader.read(start, start + job.rows_of(number))
-        with _naming(job.path(number)), atomic_write(job.path(number)) as partial:
-            with _open_writer(partial, job.output_format, job.schema) as write:
-                for piece in _ahead(pieces(batches, job.text_column)):
+        with _name_in_errors(job.path(number)), atomic_write(job.path(number)) as partial:
+            with _open_table(partial, job.output_format, job.schema) as write:
+                for piece in _prefetch(pieces(batches, job.text_column)):
                     write(self._answer(piece, counts))
                     progress(len(piece))
-            made = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
-            made["sha256"] = sha256(partial)
-        # After the rename: a shard without a record is made again.
-        write_json(job.record(number), made)
+            record = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
+            record["sha256"] = sha256(partial)
+        # After the rename: a shard without a record is written again.
+        write_json(job.record(number), record)
 
     def _answer(self, piece: pa.Table, counts: Counter) -> pa.Table:
-        """The rows of the shard's file, and adds to the counts of `STATUSES`."""
+        """The rows of the shard's file; adds to the counts of `STATUSES`."""
         texts = piece.column(self._job.text_column).to_pylist()
         status = np.array([STATUSES.index(_status(text)) for text in texts])
         full = np.flatnonzero(status >= STATUSES.index("cut"))
@@ -142,7 +152,7 @@ class ShardMaker:
         before = encode.texts_cut
         logits = self._classifier.logits(answered)
         status[full[find_cut(encode, answered, encode.texts_cut - before)]] = STATUSES.index("cut")
-        counts.update(STATUSES[one] for one in status)
+        counts.update(STATUSES[index] for index in status)
         new = self._columns(logits, full, len(piece)) + [pa.array(STATUSES).take(pa.array(status))]
         kept = self._job.schema.names[: -len(new)]
         return pa.table([*(piece.column(name) for name in kept), *new], schema=self._job.schema)
@@ -159,11 +169,11 @@ class ShardMaker:
         probabilities[full] = softmax(logits)
         without = np.ones(rows, dtype=bool)
         without[full] = False
-        # Stable, as the class has it: of equal scores the first label wins.
+        # Stable, as in `EmotionClassifier`: of equal scores the first label wins.
         order = np.argsort(-probabilities, axis=-1, kind="stable")
         columns = []
-        for place in range(min(answers.top_k, len(labels))):
-            best = order[:, place]
+        for rank in range(min(answers.top_k, len(labels))):
+            best = order[:, rank]
             columns.append(pa.array(labels).take(pa.array(best, mask=without)))
             columns.append(pa.array(probabilities[np.arange(rows), best], mask=without))
         if answers.probabilities:
@@ -189,7 +199,7 @@ def plan_columns(source: Source, keep_columns: list[str] | None, answers: pa.Sch
 def pieces(batches: Iterator[pa.RecordBatch], text_column: str) -> Iterator[pa.Table]:
     """Yields tables of at most `PIECE_ROWS` rows and `PIECE_BYTES` of text, but of one row at least.
 
-    Where a piece ends depends on the rows alone and not on how they were read: the class makes its batches of a piece.
+    Where a piece ends depends on the rows alone and not on how they were read, since the classifier's batches do.
     """
     parts, rows, size = [], 0, 0
     for batch in batches:
@@ -198,10 +208,10 @@ def pieces(batches: Iterator[pa.RecordBatch], text_column: str) -> Iterator[pa.T
         while start < len(batch):
             sizes = size + np.cumsum(lengths[start : start + PIECE_ROWS - rows], dtype=np.int64)
             fitting = int(np.searchsorted(sizes, PIECE_BYTES, side="right"))
-            taken = fitting if rows else max(fitting, 1)
-            if taken:
-                parts.append(batch.slice(start, taken))
-                rows, size, start = rows + taken, sizes[taken - 1], start + taken
+            count = fitting if rows else max(fitting, 1)
+            if count:
+                parts.append(batch.slice(start, count))
+                rows, size, start = rows + count, sizes[count - 1], start + count
             if rows == PIECE_ROWS or start < len(batch):
                 yield pa.Table.from_batches(parts)
                 parts, rows, size = [], 0, 0
@@ -210,7 +220,7 @@ def pieces(batches: Iterator[pa.RecordBatch], text_column: str) -> Iterator[pa.T
 
 
 def _status(text: str | None) -> str:
-    """One of `STATUSES`, for what can be told before the text is classified."""
+    """One of `STATUSES`, as far as it is known before the text is tokenized."""
     if text is None:
         return "null"
     if not text.strip():
@@ -219,7 +229,7 @@ def _status(text: str | None) -> str:
 
 
 def find_cut(encode, texts: list[str], count: int) -> list[int]:
-    """The numbers of the ``count`` texts that were cut; the encoder counts them, and does not tell which."""
+    """The indices of the ``count`` texts that were cut: the encoder only counts them."""
     found = []
     for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):  # most likely the longest ones
         if len(found) == count:
@@ -232,8 +242,8 @@ def find_cut(encode, texts: list[str], count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path):
-    """Puts the file's name into pyarrow's errors of a full disk, which have none."""
+def _name_in_errors(path: Path):
+    """Adds the file's name to pyarrow's errors of a full disk, which have none."""
     try:
         yield
     except OSError as error:
@@ -243,8 +253,8 @@ def _naming(path: Path):
 
 
 @contextlib.contextmanager
-def _open_writer(path: Path, format: str, schema: pa.Schema):
-    """Yields a function that writes one table after the other."""
+def _open_table(path: Path, format: str, schema: pa.Schema):
+    """Yields a function that appends a table to the file."""
     if format == "parquet":
         with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
             yield writer.write_table
@@ -260,28 +270,24 @@ def _open_writer(path: Path, format: str, schema: pa.Schema):
 
 def _lines_of_json(table: pa.Table) -> Iterator[str]:
     for row in table.to_pylist():
-        line = json.dumps(row, ensure_ascii=False, default=str)  # dates and decimals as words
-        if "NaN" in line or "Infinity" in line:  # for which JSON has no word, in a list as elsewhere
-            line = json.dumps(json.loads(line, parse_constant=lambda word: None), ensure_ascii=False)
+        line = json.dumps(row, ensure_ascii=False, default=str)  # dates and decimals as strings
+        if "NaN" in line or "Infinity" in line:  # which JSON does not have
+            line = json.dumps(json.loads(line, parse_constant=lambda name: None), ensure_ascii=False)
         yield line + "\n"
 
 
-def _ahead(items: Iterator) -> Iterator:
+def _prefetch(items: Iterator) -> Iterator:
     """Yields the items; another thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(1) as making:
-        coming = making.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = making.submit(next, items, None)
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, items, None)
             yield item
 
 
-MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
-
-
 @contextlib.contextmanager
-def claim(output: Path):
-    """Makes the folder if there is none, and holds it for this process alone.
+def lock_job(output: Path):
+    """Creates the output folder if there is none, and locks it for this process.
 
     Raises:
         UserError: if it holds something else, or another process is writing into it.
@@ -295,14 +301,14 @@ def claim(output: Path):
         yield
 
 
-def describe(job: Job) -> dict:
-    """What decides the bytes of the output: input, model, flags, versions; no date, and no folder of this machine."""
+def manifest_of(job: Job) -> dict:
+    """All that decides the bytes of the output: input, model, flags and versions; no date and no local path."""
     names = [file.path for file in job.source.files]
-    common = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 (names of the Hub are no paths)
+    common = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 (URIs of the Hub are no paths)
     files = []
     for file in job.source.files:
-        on_the_hub = file.path.startswith(ON_THE_HUB)  # such a name holds the commit, and no folder of this machine
-        path = file.path if on_the_hub else Path(file.path).relative_to(common).as_posix()
+        is_on_hub = file.path.startswith(HUB_PREFIX)  # such a URI holds the commit, and no local folder
+        path = file.path if is_on_hub else Path(file.path).relative_to(common).as_posix()
         files.append(asdict(file) | {"path": path})
     served = files_to_serve(job.folder, job.format)
     packages = ("pyarrow", "numpy", "tokenizers", RUNTIMES.get(job.format, "torch"))
@@ -320,51 +326,50 @@ def describe(job: Job) -> dict:
     }
 
 
-def begin(job: Job, asked: dict) -> None:
-    """Writes down what is asked, or compares it with what was asked of this folder before.
+def begin_job(job: Job, manifest: dict) -> None:
+    """Writes the manifest, or compares it with the one that is there.
 
     Raises:
         UserError: naming the first difference.
     """
-    manifest = job.output / MANIFEST
-    if not manifest.is_file():
-        write_json(manifest, {"model_name": relative(job.folder), **asked, "complete": False})
+    path = job.output / MANIFEST
+    if not path.is_file():
+        write_json(path, {"model_name": relative(job.folder), **manifest, "complete": False})
         return
-    before = read_json(manifest)
-    for part, now in asked.items():
-        if different := _difference(part, before.get(part), now):
-            raise UserError(f"{job.output} holds answers to another question: {different}; name another folder")
+    before = read_json(path)
+    for key, value in manifest.items():
+        if difference := _difference(key, before.get(key), value):
+            raise UserError(f"{job.output} holds the output of another job: {difference}; name another folder")
 
 
 def _difference(name: str, before, now) -> str | None:
-    """The first place at which two values of JSON differ, in words; None if they are equal."""
+    """Describes the first difference of two JSON values; None if they are equal."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
-            if different := _difference(f"{name}.{key}", before.get(key), now.get(key)):
-                return different
+            if difference := _difference(f"{name}.{key}", before.get(key), now.get(key)):
+                return difference
         return None
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return _difference(name, dict(enumerate(before)), dict(enumerate(now)))
     return None if before == now else f"{name} was {before!r:.80}, and is {now!r:.80}"
 
 
-def finish(job: Job, asked: dict) -> dict:
-    """Writes the manifest of a job whose shards are all there; returns rows and counts.
+def finish_job(job: Job, manifest: dict) -> dict:
+    """Completes the manifest of a job whose shards are all there; returns the counts of rows and statuses.
 
     Raises:
         UserError: if one of the shards is missing.
     """
     counts, shards = {"rows": job.source.rows, **dict.fromkeys(STATUSES, 0)}, []
     for number in job.shards:
-        made = job.find_made(number)
-        if made is None:
+        record = job.find_done(number)
+        if record is None:
             raise UserError(f"{job.path(number)} is missing; run the command again")
         for status in STATUSES:
-            counts[status] += made.get(status, 0)
-        shards.append({"path": job.path(number).name, **made})
+            counts[status] += record.get(status, 0)
+        shards.append({"path": job.path(number).name, **record})
     # The name of the first call stays: a copy of the model is the same model.
     name = read_json(job.output / MANIFEST)["model_name"]
-    write_json(
-        job.output / MANIFEST, {"model_name": name, **asked, "output": counts, "shards": shards, "complete": True}
-    )
+    complete = {"model_name": name, **manifest, "output": counts, "shards": shards, "complete": True}
+    write_json(job.output / MANIFEST, complete)
     return counts

@@ -24,7 +24,7 @@ from emotion.utils.errors import UserError, reason_of
 ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository
 LOCK_TIMEOUT_S = 600  # to wait for another process; reached only where it has died and the disk frees no locks
 MAX_BYTES = 4_000_000  # of a settings file; the config.json of a model has some thousand
-MAX_VALUES = 200_000  # in YAML a few lines can stand for millions of values, by names for parts that repeat
+MAX_RESULT_BYTES = 100_000_000  # of a file of results
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,16 @@ def write_json(path: Path, value) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, wait: bool = True):
+def atomic_write(path: Path):
     """Yields a temporary path, which replaces ``path`` if the block succeeds and is removed if not.
 
-    If ``path`` is a link, the file that it leads to is replaced.
-
-    Args:
-        path: the file to write.
-        wait: whether to wait for another process that writes the same file.
+    If ``path`` is a link, the file that it leads to is replaced. A process that writes the same file is waited for.
 
     Raises:
         UserError: if ``path`` is no file, or its folder cannot be written.
     """
     check_is_file(path)
-    with output_lock(path, wait) as target:  # which removes what an error leaves
+    with output_lock(path, wait=True) as target:  # which removes what an error leaves
         yield _partial(target)
         _partial(target).replace(target)
 
@@ -301,25 +297,7 @@ def read_json(path: Path) -> dict:
     Raises:
         UserError: naming the file, if it is missing, is not JSON, or holds no object.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, and no UTF-8 holds it
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}") from error
-    # The first is the parent of JSON's and UTF-8's errors; lists in lists a thousand times deep raise the second.
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object but {type(value).__name__}")
-    return value
-
-
-def _finite(literal: str) -> float:
-    """A number of a JSON file; raises `ValueError` for NaN, Infinity and 1e999, which JSON does not have."""
-    number = float(literal)
-    if not math.isfinite(number):
-        raise ValueError(f"{literal} is no number")
-    return number
+    return read_fields(path, json.loads, {}, max_bytes=MAX_RESULT_BYTES)
 
 
 def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_bytes: int = MAX_BYTES) -> dict:
@@ -341,7 +319,7 @@ def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_byt
         if size > max_bytes:
             raise ValueError(f"it has {size:,} bytes, and {max_bytes:,} at most can be right")
         values = parse(path.read_text(encoding="utf-8"))
-        _check_is_json(values)
+        _check_is_json(values, size)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
     except Exception as error:  # not text, not JSON, nested too deeply: each parser has errors of its own
@@ -350,25 +328,27 @@ def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_byt
     return values
 
 
-def _check_is_json(value) -> None:
-    """Raises `ValueError` unless the value is made of what JSON has: a record that quotes it must be written."""
+def _check_is_json(value, size: int) -> None:
+    """Raises `ValueError` unless a value can be written as JSON, and a file of this size can hold it."""
     values = [value]
     for count, inner in enumerate(values):  # the list grows while it is read
-        if count > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        if count > size:  # YAML has aliases, by which a few lines can stand for millions of values
+            raise ValueError("it repeats its parts by aliases, more than its size")
         if isinstance(inner, dict):
-            values += inner.values()
+            values += [*inner.keys(), *inner.values()]
             if not all(isinstance(key, str) for key in inner):
                 raise ValueError("it has a key that is no string")
         elif isinstance(inner, list):
             values += inner
-        elif isinstance(inner, float) and not math.isfinite(inner) or not isinstance(inner, str | int | float | None):
+        elif isinstance(inner, str):
+            inner.encode()  # half a surrogate pair is valid JSON, and no UTF-8 holds it
+        elif not isinstance(inner, int | float | None) or (isinstance(inner, float) and not math.isfinite(inner)):
             raise ValueError(f"it holds {inner!r:.40}, which JSON does not have")
 
 
 def _check_types(values, types: dict, where: str) -> None:
     if not isinstance(values, dict):
-        raise UserError(f"{where} must hold a mapping and holds {values!r:.40}")
+        raise UserError(f"{where} must hold a JSON object, or a mapping, and holds {values!r:.40}")
     for name, expected in types.items():
         key = name.removesuffix("?")
         if key not in values:
