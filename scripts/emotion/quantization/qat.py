@@ -87,7 +87,7 @@ def save_converted(
         plan: of the trained model, which loses its fake quantizers.
 
     Returns:
-        For recipe.yaml: `seconds` per format; `forms`, of `score_conversion`; and `outlier_channels`, where channels stay
+        For recipe.yaml: `seconds` per format; `forms`, of `score_stages`; and `outlier_channels`, where channels stay
         in float.
     """
     encoder, runtime = calibration.encoder, runtime_to_train_for(arguments)
@@ -109,7 +109,7 @@ def save_converted(
     for format in find_formats(folder):
         reopened = open_artifact(folder, format, threads=torch.get_num_threads())
         logits[f"{format}, reopened"] = predict(reopened, token_ids)
-    return {"seconds": seconds, "forms": score_conversion(logits, validation.labels)} | describe_outliers(plan.outliers)
+    return {"seconds": seconds, "forms": score_stages(logits, validation.labels)} | describe_outliers(plan.outliers)
 
 
 def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
@@ -121,7 +121,7 @@ def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
     return replace(plan, folder=folder, model=model, scales=scales)
 
 
-def score_conversion(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:
+def score_stages(logits: dict[str, np.ndarray], labels: np.ndarray) -> dict:
     """Scores the trained model, its integers, and each reopened file on the same rows.
 
     Args:
