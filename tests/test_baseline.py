@@ -184,7 +184,7 @@ def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
     command = [*launch, str(ROOT / "scripts" / "run_baseline.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("saved ") == 1  # one process speaks and saves
+    assert done.stdout.count(f"saved {tmp_path}") == 1  # one process speaks and saves
     metadata = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert metadata["training"]["processes"] == processes
     assert metadata["training"]["validation_macro_f1"] > 0.9
