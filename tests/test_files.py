@@ -22,8 +22,7 @@ from conftest import ROOT, copy_to_edit, qat_flags, train_flags
 from emotion.data.dataset import load_task
 from emotion.evaluation.schema import Record
 from emotion.inference.emotion_classifier import fetch
-from emotion.inference.model_folder import ARTIFACT, MADE_FIELDS
-from emotion.training.checkpoints import CHECKPOINTS
+from emotion.inference.model_folder import ARTIFACT, METADATA_FIELDS
 from emotion.utils.base_model import find_base_model
 from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import (
@@ -40,11 +39,11 @@ from emotion.utils.recipe import read_recipe_of
 
 OURS = {
     "config.json": "{}",
-    "recipe.yaml": yaml.safe_dump(dict.fromkeys(MADE_FIELDS)),
+    "recipe.yaml": yaml.safe_dump(dict.fromkeys(METADATA_FIELDS)),
     "onnx/model.onnx": "graph",
     "adapter/adapter_config.json": "{}",
 }
-STARTED = {"recipe.json": '{"train_fingerprint": "0"}', "checkpoint-5/optimizer.pt": "state"}
+STARTED = {"training_run.json": '{"train_fingerprint": "0"}', "checkpoint-5/optimizer.pt": "state"}
 
 
 def fill(folder: Path, files: dict[str, str]) -> Path:
@@ -72,7 +71,7 @@ def replace(folder: Path, kind=ARTIFACT) -> None:
         (new / "config.json").write_text("new")
 
 
-@pytest.mark.parametrize(("kind", "files"), [(ARTIFACT, OURS), (CHECKPOINTS, STARTED), (ARTIFACT, {})])
+@pytest.mark.parametrize(("kind", "files"), [(ARTIFACT, OURS), (ARTIFACT, STARTED), (ARTIFACT, {})])
 def test_what_this_project_made_is_replaced(kind, files, tmp_path):
     (tmp_path / "out").mkdir()
     replace(fill(tmp_path / "out", files), kind)
@@ -82,19 +81,19 @@ def test_what_this_project_made_is_replaced(kind, files, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "files", "message"),
     [
-        (ARTIFACT, {"thesis.txt": "all of it"}, "holds something else .it is not an artifact of this project."),
+        (ARTIFACT, {"thesis.txt": "all of it"}, "holds something else .it is not a model folder of this project."),
         (ARTIFACT, {"recipe.yaml": "title: pancakes"}, "holds something else"),
         (ARTIFACT, {"recipe.yaml": "- a list"}, "holds something else"),
         (ARTIFACT, {"recipe.yaml": "{not: [yaml"}, "holds something else"),
-        (ARTIFACT, OURS | {"thesis.txt": "all of it"}, "holds thesis.txt, which an artifact does not; move that away"),
+        (ARTIFACT, OURS | {"thesis.txt": "all of it"}, "holds thesis.txt"),
         (ARTIFACT, OURS | {"README.md": "my notes"}, "holds README.md"),
         (ARTIFACT, OURS | {"onnx/config.json": "{}"}, "holds onnx/config.json"),
         (ARTIFACT, OURS | {"photos/one.jpg": ""}, "holds photos, photos/one.jpg"),
-        (CHECKPOINTS, {"checkpoint-5/optimizer.pt": "not by this project"}, "holds something else"),
-        (CHECKPOINTS, {"recipe.json": '{"title": "pancakes"}'}, "holds something else"),
-        (CHECKPOINTS, {"recipe.json": "{cut off"}, "holds something else"),
-        (CHECKPOINTS, STARTED | {"notes.txt": "mine"}, "holds notes.txt"),
-        (CHECKPOINTS, STARTED | {"checkpoint-5/notes.txt": "mine"}, "holds checkpoint-5/notes.txt"),
+        (ARTIFACT, {"checkpoint-5/optimizer.pt": "not by this project"}, "holds something else"),
+        (ARTIFACT, {"training_run.json": '{"title": "pancakes"}'}, "holds something else"),
+        (ARTIFACT, {"training_run.json": "{cut off"}, "holds something else"),
+        (ARTIFACT, STARTED | {"notes.txt": "mine"}, "holds notes.txt"),
+        (ARTIFACT, STARTED | {"checkpoint-5/notes.txt": "mine"}, "holds checkpoint-5/notes.txt"),
         (None, OURS, "holds something else .it is not an empty folder"),
     ],
 )
@@ -277,16 +276,10 @@ def test_nor_is_the_base_model_or_the_dataset(of, encoder, colors, request):
 
 @pytest.mark.parametrize("command", [run_baseline, run_ptq, run_qat])
 def test_a_command_refuses_before_any_work(command, artifact, encoder, colors, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "train" if command is not run_ptq else "quantize", None)  # it would be called
+    monkeypatch.setattr(command, "load_task_of" if command is not run_baseline else "load_training_data", None)
     fill(tmp_path / "out", OURS | {"thesis.txt": "all of it"})
     with pytest.raises(UserError, match="holds thesis.txt"):
         command.main(flags_of(command, artifact, encoder, colors, tmp_path / "out"))
-    if command is run_ptq:
-        return
-    fill(tmp_path / "checkpoints" / "new", {"thesis.txt": "all of it"})
-    with pytest.raises(UserError, match="checkpoints/new holds something else"):
-        command.main(flags_of(command, artifact, encoder, colors, tmp_path / "new"))
-    assert contents(tmp_path / "checkpoints") == {"new/thesis.txt": "all of it"}
 
 
 def test_the_recipe_stays(encoder, colors, tmp_path):

@@ -48,8 +48,8 @@ def nothing_is_loaded(monkeypatch):
     def refuse(*args):
         raise Loaded
 
-    for module, name in ((run_baseline, "load_task"), (run_qlora, "load_task")):
-        monkeypatch.setattr(module, name, refuse)
+    for module in (run_baseline, run_qlora):
+        monkeypatch.setattr(module, "load_training_data", refuse)
     for module in (run_ptq, run_qat):
         monkeypatch.setattr(module, "load_task_of", refuse)
 

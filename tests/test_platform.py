@@ -21,7 +21,7 @@ import pytest
 
 from emotion import EmotionClassifier
 from emotion.data.tokenization import SHARE, TextEncoder
-from emotion.inference.model_folder import own_place
+from emotion.inference.model_folder import lock_output_dir
 from emotion.utils import files
 from emotion.utils.errors import UserError
 from emotion.utils.machine import choose_threads, count_processors, is_main_process
@@ -265,7 +265,7 @@ def test_which_process_speaks_and_saves(environment, expected, monkeypatch):
 def test_a_rank_without_a_launcher_skips_no_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     recipe = SimpleNamespace(path=ROOT / "configs")  # all that is asked of it
-    with own_place(tmp_path / "out", None, recipe):
+    with lock_output_dir(tmp_path / "out", None, recipe):
         assert (tmp_path / ".out.lock").exists()
 
 

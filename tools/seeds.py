@@ -79,7 +79,7 @@ def make(artifact: Path, variant: str, seed: int, weights: Path, configs: Path) 
         print(f"seed {seed}: {artifact} is up to date")
     else:
         # A training that was interrupted is resumed.
-        resume = ["--resume_from_checkpoint", "last"] if trained else []
+        resume = ["--resume_from_checkpoint", "true"] if trained else []
         run_script(script.name, *arguments, *resume, "--output_dir", artifact, check=True)
     return read_recipe_of(artifact)
 

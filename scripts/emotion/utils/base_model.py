@@ -151,9 +151,5 @@ def hub_is_reachable() -> bool:
 
 
 def _trained_from(folder: Path) -> str:
-    """The name of a folder's base model.
-
-    A folder that this project made names it in its recipe. Any other folder is named by its last part: a path would
-    tell a record's readers about this machine.
-    """
+    """The name of a folder's base model: from its recipe if it has one, else the folder's own name without a path."""
     return read_recipe_of(folder).get("provenance", {}).get("base_model", folder.resolve().name)
