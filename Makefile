@@ -27,10 +27,8 @@ R := results$(addprefix /,$(filter-out minilm,$(ENCODER)))
 BASELINES := $(if $(filter minilm,$(ENCODER)),42 43 44 45 46,42)
 SEEDS := $(if $(filter minilm,$(ENCODER)),42 43 44,42)
 ifneq ($(ENCODER),minilm)
-# Static ranges are left out: their calibration keeps all activations of 300 texts in memory.
-PTQ_STUDY := --layer_texts 200 --rounds 3 --work_dir build/ptq_study_$(ENCODER) --leave_out "ONNX Runtime, static by entropy" \
-	"ONNX Runtime, static by extremes" "torchao, 8-bit weights" "OpenVINO, 8-bit weights"
-BENCHMARK := --rounds 6 --batches 4 --strings 256 --cold_starts 3
+PTQ_STUDY := --layer_texts 200 --rounds 3 --work_dir build/ptq_study_$(ENCODER) --leave_out "OpenVINO, 8-bit weights"
+BENCHMARK := --rounds 6 --batches 4 --texts_end_to_end 256 --cold_starts 3
 endif
 ENCODER_FLAGS := --config_dir configs/$(ENCODER) --weights_dir $(W) --results_dir $(R)
 FORMATS := $(addprefix baseline:,pytorch bf16 onnx) $(addprefix ptq:,torchao onnx openvino) $(addprefix qat:,torchao onnx openvino) \
@@ -39,10 +37,8 @@ PEER_FORMATS := ptq:torchao-compiled $(addprefix baseline:,pytorch-compiled bf16
 	openvino-plain ctranslate2)
 # $(call score,folder,variant:format ...,flags): each format in a process of its own
 score = for one in $(2); do $(RUN) scripts/run_evaluation.py $(1)/$${one%:*} --format $${one\#\#*:} $(3) || exit 1; done
-# $(call debian,command,package)
 debian = command -v $(1) > /dev/null || { sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; \
 	$$sudo apt-get install -qq -y --no-install-recommends $(2); }
-# Part of the data: shows that everything works, and scores less than the published models
 SHORT := --max_train_samples 6400 --num_train_epochs 1
 
 .PHONY: help run test test-all check format verify fuzz results benchmark report release demo notebook

@@ -1,6 +1,6 @@
-"""Tells the emotion of sentences from the command line, a file or standard input, one line per sentence.
+"""Classifies sentences from the command line, a file or standard input, and prints one line per sentence.
 
-If the folder has an ONNX file, neither torch nor transformers is imported, so that the first answer comes at once.
+If the model folder has an ONNX file, neither torch nor transformers is imported.
 
     python scripts/predict.py "i didnt feel humiliated"
     python scripts/predict.py --file texts.txt --top_k 3
@@ -14,30 +14,31 @@ import os
 import sys
 from pathlib import Path
 
-from emotion.inference.batch_inputs import is_table
 from emotion.inference.released import RECOMMENDED
-from emotion.utils.arguments import COUNT, make_plain
+from emotion.utils.arguments import COUNT, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.machine import THREADS
 
-BATCH = 32  # lines that are there already are answered together, this many at most; no line waits for others
+# Extensions of the files that run_batch.py reads; their bytes would be classified as texts.
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".bz2", ".xz", ".zst")
+BATCH = 32  # lines that are classified together at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines
 READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take the byte 26 for the end of a file
-LINE = 1 << 20  # bytes of a line: hundreds of pages, of which no model takes more than the first few
+LINE = 1 << 20  # bytes of a line that are read: hundreds of pages
 
 
 def main(argv=None) -> None:
-    """Answers all sentences that the command line names.
+    """Classifies all sentences that the command line names.
 
     Raises:
-        UserError: if a flag, the file or the model is wrong, or, after all answers, if some texts were empty.
+        UserError: if a flag, the file or the model is wrong, or, at the end, if some texts were empty.
     """
     arguments = parse_arguments(argv)
     batches = read_batches(arguments)  # before the model loads, so that a missing file is named at once
 
-    # Imported here, so that --help and a wrong flag are answered without loading NumPy and the tokenizer.
+    # Imported here, so that --help and a wrong flag need neither NumPy nor the tokenizer.
     from emotion import EmotionClassifier
 
     if arguments.model is None:
@@ -47,19 +48,18 @@ def main(argv=None) -> None:
     classifier = EmotionClassifier.from_pretrained(
         arguments.model, arguments.format, arguments.threads, verify=not arguments.skip_checksum
     )
-    # Batch by batch: the first answers are printed while the rest of a stream has not been written yet.
     empty = 0
     for texts in batches:
         empty += answer(classifier, texts, arguments)
     if classifier.texts_cut:
         print(f"{classifier.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
-    if empty:  # an error only now, and a status that scripts can see: the other texts have their answers
+    if empty:  # an error only now, since the other texts have their answers
         raise UserError(f"{empty} of the texts were empty and got no answer")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    """The flags of the command line, checked; `HfArgumentParser`, which the other commands use, would load torch."""
-    parser = make_plain(argparse.ArgumentParser())
+    """The flags of the command line; `HfArgumentParser`, which the other commands use, would load torch."""
+    parser = configure_parser(argparse.ArgumentParser())
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
     parser.add_argument(
         "--model",
@@ -82,15 +82,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def read_batches(arguments):
-    """An iterator over lists of texts; from a file or a stream a list holds lines that could be read at once.
+    """An iterator over lists of texts; from a file or a stream, of the lines that are there already.
 
     Raises:
         UserError: if the file does not exist.
     """
     if arguments.texts:
-        # Bytes that are not UTF-8 reach us as halves of characters; a file's bytes are read in the same way.
+        # Python keeps bytes that are not UTF-8 as surrogates.
         return iter([[decode(os.fsencode(text)) for text in arguments.texts]])
-    if arguments.file and is_table(arguments.file):
+    if arguments.file and arguments.file.lower().endswith(TABLES):
         raise UserError(
             f"--file {arguments.file} is a table or compressed, and this command takes plain lines; "
             f"call python scripts/run_batch.py {arguments.file} OUTPUT"
@@ -100,15 +100,15 @@ def read_batches(arguments):
         raise UserError(f"--file {arguments.file}: no such file, or a folder")
     if not arguments.file and not sys.stdin:
         raise UserError("standard input is closed; give sentences or --file")
-    # A bare descriptor: Python's own files wait until a buffer is full, and a user at a terminal would wait too.
+    # A bare descriptor: Python's own files wait until a buffer is full.
     descriptor = os.open(arguments.file, READ_BYTES) if arguments.file else sys.stdin.fileno()
     return read_lines(descriptor)
 
 
 def read_lines(descriptor: int):
-    """Yields lists of at most `BATCH` lines, without waiting for more; memory stays flat however long the input is.
+    """Yields lists of at most `BATCH` lines, without waiting for more, in flat memory.
 
-    Of a line longer than `LINE` the beginning is kept, and a warning tells its number.
+    Lines are truncated at `LINE` bytes, with a warning.
     """
     rest = bytearray()  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
     ended = 0  # lines so far
@@ -129,18 +129,18 @@ def read_lines(descriptor: int):
 
 
 def decode(line: bytes) -> str:
-    """A line as text, with a mark in the place of what is not UTF-8."""
+    """A line as text, with U+FFFD for bytes that are not UTF-8."""
     return line.decode("utf-8", errors="replace")
 
 
 def answer(classifier, texts: list[str], arguments) -> int:
-    """Prints one line for every text, in their order; the line of an empty text says that it is empty.
+    """Prints one line for every text, in order.
 
     Returns:
-        How many of the texts were empty.
+        The number of empty texts.
     """
     full = [text.strip() for text in texts if text.strip()]
-    answers = iter(classifier.classify(full, top_k=arguments.top_k))  # empty texts keep their place among the lines
+    answers = iter(classifier.classify(full, top_k=arguments.top_k))
     lines = []
     # Where the output cannot show every character, JSON has escapes of its own.
     ascii_alone = not sys.stdout.encoding.lower().startswith("utf")
@@ -151,13 +151,12 @@ def answer(classifier, texts: list[str], arguments) -> int:
         classes = next(answers)
         if arguments.top_k == 1:
             classes = [classes]
-        for one in classes:
-            one["score"] = round(one["score"], 6)
+        for label in classes:
+            label["score"] = round(label["score"], 6)
         if arguments.json:
-            # The best class stands at the top as well, for programs that want nothing else.
             lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
         else:
-            shown = "  ".join(f"{one['label']} {one['score']:.4f}" for one in classes)
+            shown = "  ".join(f"{label['label']} {label['score']:.4f}" for label in classes)
             lines.append(f"{shown}\t{text.strip()}")
     print("\n".join(lines), flush=True)  # a pipe would hold the lines back, and their reader waits for each
     return len(texts) - len(full)

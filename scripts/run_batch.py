@@ -1,6 +1,6 @@
-"""Classifies any number of texts: files in, shards of answers out, in flat memory, with all processors.
+"""Classifies files of any size in flat memory, and writes shards with the rows and their answers.
 
-A job that was cut goes on with the same command: it makes the shards that are missing. docs/many_texts.md tells more.
+The same command resumes a job that was interrupted. See docs/many_texts.md.
 
     python scripts/run_batch.py texts.csv answers
     python scripts/run_batch.py 'logs/*.jsonl.gz' answers --text_column message --keep_columns id --top_k 3
@@ -12,10 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from emotion.inference import batch_jobs as jobs
-from emotion.inference.batch_inputs import find_files
-from emotion.inference.batch_rows import survey
-from emotion.inference.batch_shards import Answers, Job, ShardMaker, plan_columns
+from emotion.inference.batch_job import (
+    Answers,
+    Job,
+    ShardWriter,
+    begin_job,
+    finish_job,
+    lock_job,
+    manifest_of,
+    plan_columns,
+)
+from emotion.inference.batch_reader import find_files, survey
 from emotion.inference.emotion_classifier import EmotionClassifier, find_model
 from emotion.inference.released import RECOMMENDED
 from emotion.utils.arguments import COUNT, parse_args
@@ -34,7 +41,7 @@ class BatchArguments:
         default_factory=list,
         metadata={
             "help": "INPUT ... OUTPUT: files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), "
-            "folders, patterns, or a dataset of the Hub; the last word is the folder of the shards."
+            "folders, patterns, or a dataset of the Hub; OUTPUT is the folder of the shards."
         },
     )
     text_column: str = field(default="text", metadata={"help": "Column to classify; plain lines have one, text."})
@@ -52,13 +59,13 @@ class BatchArguments:
         metadata={"help": "Labels per row: columns label, label_2, ..., each with a score.", "choices": COUNT},
     )
     probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
-    prefix: str = field(default="", metadata={"help": "Stands before the names of the new columns."})
+    prefix: str = field(default="", metadata={"help": "Begins the names of the new columns."})
     output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})
     shard_rows: int = field(
-        default=20_000, metadata={"help": "Rows per shard; what a cut job can lose.", "choices": COUNT}
+        default=20_000, metadata={"help": "Rows per shard: what an interrupted job can lose.", "choices": COUNT}
     )
     engine: Literal["plain", "ray"] = field(
-        default="plain", metadata={"help": "This machine, or Ray: a cluster where one is, else this machine."}
+        default="plain", metadata={"help": "This machine, or Ray: a cluster if there is one, else this machine."}
     )
     threads: int | None = field(
         default=None, metadata={"help": "Threads of the plain engine; all if not given.", "choices": THREADS}
@@ -70,65 +77,65 @@ class BatchArguments:
 
 
 def main(argv=None) -> None:
-    """Makes all shards that the output folder lacks, then its manifest.
+    """Writes all shards that the output folder lacks, then completes its manifest.
 
     Raises:
         UserError: if a flag, the model or the input is wrong, or the folder holds something else.
     """
-    (arguments,) = parse_args((BatchArguments,), positional="paths", argv=argv)
-    *words, output = arguments.paths
-    kind, names = find_files(words, arguments.dataset_config, arguments.split)
-    refuse_overlap(words, names, Path(output))
-    folder = find_model(arguments.model, arguments.format)
-    classifier = EmotionClassifier.from_pretrained(folder, arguments.format, arguments.threads)
-    with jobs.claim(Path(output)):
-        source = survey(kind, names, arguments.text_column, arguments.keep_columns)
-        answers = Answers(arguments.top_k, arguments.probabilities, arguments.prefix)
-        columns = plan_columns(source, arguments.keep_columns, answers.schema(classifier.labels))
+    (args,) = parse_args((BatchArguments,), positional="paths", argv=argv)
+    *inputs, output = args.paths
+    kind, names = find_files(inputs, args.dataset_config, args.split)
+    check_apart(inputs, names, Path(output))
+    folder = find_model(args.model, args.format)
+    classifier = EmotionClassifier.from_pretrained(folder, args.format, args.threads)
+    with lock_job(Path(output)):
+        source = survey(kind, names, args.text_column, args.keep_columns)
+        answers = Answers(args.top_k, args.probabilities, args.prefix)
         job = Job(
             source=source,
-            text_column=arguments.text_column,
+            text_column=args.text_column,
             folder=folder.resolve(),
             format=classifier.format,
             answers=answers,
-            schema=columns,
+            schema=plan_columns(source, args.keep_columns, answers.schema(classifier.labels)),
             output=Path(output).resolve(),
-            output_format=arguments.output_format,
-            shard_rows=arguments.shard_rows,
+            output_format=args.output_format,
+            shard_rows=args.shard_rows,
         )
-        asked = jobs.describe(job)
-        jobs.begin(job, asked)
+        manifest = manifest_of(job)
+        begin_job(job, manifest)
         try:
-            make_shards(job, classifier, arguments.engine)
+            write_shards(job, classifier, args.engine)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
-        counts = jobs.finish(job, asked)
-    told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    print(f"{output}: {told}")
+            raise KeyboardInterrupt("interrupted; the same command resumes the job") from None
+        counts = finish_job(job, manifest)
+    summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    print(f"{output}: {summary}")
 
 
-def refuse_overlap(words: list[str], names: list[str], output: Path) -> None:
-    """Raises `UserError` if the next call would take the shards for input."""
-    for inside, around in [*((output, Path(word)) for word in words), *((Path(name), output) for name in names)]:
-        if around.is_dir() and inside.resolve().is_relative_to(around.resolve()):
-            raise UserError(f"{inside} lies in {around}: input and output must be apart; name another folder")
+def check_apart(inputs: list[str], names: list[str], output: Path) -> None:
+    """Raises `UserError` if the next call would read the shards as input."""
+    pairs = [(output, Path(name)) for name in inputs] + [(Path(name), output) for name in names]
+    for inner, outer in pairs:
+        if outer.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
+            raise UserError(f"{inner} lies in {outer}: input and output must be apart; name another folder")
 
 
-def make_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:
-    """Makes the shards that are not there, and shows how far it is."""
-    missing = [number for number in job.shards if job.find_made(number) is None]
-    ready = job.source.rows - sum(job.rows_of(number) for number in missing)
-    with Bar(total=job.source.rows, initial=ready, desc="texts", unit=" rows", unit_scale=True) as bar:
+def write_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:
+    """Writes the shards that are missing, with a progress bar."""
+    missing = [number for number in job.shards if job.find_done(number) is None]
+    done = job.source.rows - sum(job.rows_of(number) for number in missing)
+    with Bar(total=job.source.rows, initial=done, desc="texts", unit=" rows", unit_scale=True) as bar:
         if engine == "ray":
             try:  # here, since Ray is an extra that nothing else needs
-                from emotion.inference.batch_ray import make_on_ray
+                from emotion.inference.batch_ray import write_on_ray
             except ModuleNotFoundError as error:
                 raise UserError("--engine ray needs Ray; pip install 'ray[data]' installs it") from error
-            make_on_ray(job, missing, bar.update)
+            write_on_ray(job, missing, bar.update)
             return
-        maker = ShardMaker(job, classifier)
+        writer = ShardWriter(job, classifier)
         for number in missing:
-            maker.make(number, bar.update)
+            writer.write(number, bar.update)
 
 
 if __name__ == "__main__":

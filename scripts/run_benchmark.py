@@ -1,19 +1,14 @@
-"""Times several artifacts interleaved in one run (A B A B): the only place where a ratio of speeds comes from.
+"""Times several models interleaved in one run (A B A B): speeds are divided only within such a run.
 
-Each artifact lives in a process of its own, so that no runtime's threads disturb another's. All answer the same texts,
-in turn. Besides the formats of a folder, it can time the plain alternatives that other libraries make of that folder:
-`pytorch-compiled`, `bf16-compiled` and `torchao-compiled` (torch.compile), `pytorch-dynamic` (PyTorch's
-`quantize_dynamic`), `onnx-plain` and `onnx-dynamic` (ONNX Runtime's export and its dynamic INT8, with defaults),
-`openvino-plain` and `ctranslate2` (its INT8 of BERT, DistilBERT and RoBERTa; `make benchmark` installs it). These have
-no record, so they are scored here. All are compared with the fastest one that computes in FP32. What the processor has
-no instructions for is left out, and so is a library that fails; a line tells of each.
-
-Latency and batches are timed from token ids to logits. Many strings to their labels are timed through
-`EmotionClassifier`, for every artifact and plain alternative alike, so that these numbers compare models and runtimes
-and not the code around them.
+Each model runs in a process of its own, and all classify the same texts in turn. Besides the formats of a folder, it
+times peers, which other libraries make of the same weights: `pytorch-compiled`, `bf16-compiled` and
+`torchao-compiled` (torch.compile), `pytorch-dynamic` (PyTorch's `quantize_dynamic`), `onnx-plain` and `onnx-dynamic`
+(ONNX Runtime's export and its dynamic INT8, with defaults), `openvino-plain` and `ctranslate2` (its INT8 of BERT,
+DistilBERT and RoBERTa; `make benchmark` installs it). Peers have no record and are scored here. All are compared with
+the fastest model that computes in FP32. What the processor does not support and what fails is left out with a message.
 
     python scripts/run_benchmark.py weights/baseline:pytorch weights/baseline:pytorch-compiled weights/ptq:onnx
-    python scripts/run_benchmark.py weights/baseline:onnx weights/ptq:onnx --output results/benchmark  # avx2.json, say
+    python scripts/run_benchmark.py weights/baseline:onnx weights/ptq:onnx --output results/benchmark  # e.g. avx2.json
 """
 
 import importlib.metadata
@@ -31,7 +26,7 @@ from emotion.evaluation.benchmark import (
     name_of,
     split_name,
 )
-from emotion.evaluation.peers import CTRANSLATE2, is_alternative, leave_out_unfit
+from emotion.evaluation.peers import CTRANSLATE2, is_peer, skip_unsupported
 from emotion.evaluation.roofline import add_roofline, count_work
 from emotion.export.peers import make_peers
 from emotion.utils.arguments import COUNT, Range, parse_args
@@ -45,20 +40,18 @@ from emotion.utils.recipe import read_recipe_of
 
 @dataclass
 class BenchmarkArguments:
-    """Which artifacts are timed, and how often."""
+    """Which models are timed, and how often."""
 
-    artifacts: list[str] = field(metadata={"help": "folder:format words."})
-    # Enough for a spread that shows how steady the machine was, in a few minutes per artifact.
-    rounds: int = field(
-        default=12, metadata={"help": "Turns that each artifact gets; the spread is over these.", "choices": COUNT}
-    )
-    texts: int = field(default=50, metadata={"help": "Texts per turn at batch 1.", "choices": COUNT})
-    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per turn.", "choices": COUNT})
+    artifacts: list[str] = field(metadata={"help": "Models, as folder:format."})
+    # Enough for a spread that shows how steady the machine was, in a few minutes per model.
+    rounds: int = field(default=12, metadata={"help": "Counted rounds.", "choices": COUNT})
+    texts: int = field(default=50, metadata={"help": "Texts per round at batch 1.", "choices": COUNT})
+    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per round.", "choices": COUNT})
     # Enough that each of several threads computes many batches; few would show which thread got the last one.
-    strings: int = field(
+    texts_end_to_end: int = field(
         default=1024,
         metadata={
-            "help": "Texts per turn from strings to labels, in one call; 0 leaves this out.",
+            "help": "Texts per round that are classified end to end, in one call; 0 leaves this out.",
             "choices": Range(0),
         },
     )
@@ -66,49 +59,51 @@ class BenchmarkArguments:
     cold_starts: int = field(
         default=3,
         metadata={
-            "help": "Processes per artifact that are timed from their start to the first answer.",
+            "help": "Processes per model that are timed from their start to the first prediction.",
             "choices": Range(0),
         },
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
-    )
+    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
     roofline: bool = field(
-        default=True, metadata={"help": "Measure the machine's peaks, and how close each artifact comes."}
+        default=True, metadata={"help": "Measure the machine's peaks, and how close each model comes."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Texts to use; the first artifact's if not given."}
+        default=None, metadata={"help": "Dataset of the texts; the first model's by default."}
     )
     output: str | None = field(
         default=None,
-        metadata={
-            "help": "JSON file of the result, or a folder, in which the file is named after the kind of processor; "
-            "printed only if not given."
-        },
+        metadata={"help": "JSON file of the result, or a folder, in which the kind of processor names the file."},
     )
 
 
 def main(argv=None) -> None:
-    """Times the artifacts and writes the result; ``argv``: the flags, those of the command line if not given."""
+    """Times the models and writes the result."""
     (arguments,) = parse_args((BenchmarkArguments,), positional="artifacts", argv=argv)
     output = choose_file(arguments.output) if arguments.output else None  # an error now, not after the timing
-    named = leave_out_unfit([split_name(name) for name in arguments.artifacts])
-    first_folder = named[0][0]  # it tells the dataset, and the architecture that the roofline counts
-    # The speed depends on the lengths of the texts, so that all artifacts get those of one dataset.
+    named = skip_unsupported([split_name(name) for name in arguments.artifacts])
+    first_folder = named[0][0]  # for the dataset, and the architecture that the roofline counts
     task = load_task_of(read_recipe_of(first_folder), arguments.dataset_name)
     print(f"texts: {task.name} ({task.source}), test")
     rows, threads = get_split(task, "test"), choose_threads(arguments.threads)
     texts, labels = list(rows["text"]), [task.labels[label] for label in rows["label"]]
-    # Alternatives are made before anything is timed, so that an error costs no measurement.
+    protocol = Protocol(
+        threads=threads,
+        rounds=arguments.rounds,
+        texts_per_round=arguments.texts,
+        batches_per_round=arguments.batches,
+        texts_end_to_end_per_round=arguments.texts_end_to_end,
+        cold_starts=arguments.cold_starts,
+    )
+    # Peers are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
         opened = make_peers(named, Path(work))
-        artifacts = {name_of(*one): made for one, made in opened.items()}
-        peers = {name_of(*one) for one in opened if is_alternative(one[1])}
-        measured = interleave(artifacts, texts, make_protocol(arguments, threads), peers, labels)
-    result = describe_benchmark(arguments, threads, task, measured)
+        artifacts = {name_of(folder, format): made for (folder, format), made in opened.items()}
+        peers = {name_of(folder, format) for folder, format in opened if is_peer(format)}
+        timed = interleave(artifacts, texts, protocol, peers, labels)
+    result = describe_benchmark(arguments, threads, task, timed)
     if output:
-        write_json(output, result)  # before the peaks: who stops it then keeps what was timed
-    print_speeds(measured)
+        write_json(output, result)  # before the peaks: who stops it then keeps the times
+    print_speeds(timed)
     # After the timing: finding the peaks heats the processor and takes its memory.
     if arguments.roofline:
         add_roofline(result, count_work(first_folder, texts), threads)
@@ -117,11 +112,11 @@ def main(argv=None) -> None:
 
 
 def choose_file(output: str) -> Path:
-    """The file of the result: the one that is named, or in a folder the one of this kind of processor.
+    """Returns the file of the result: the named one, or in a folder the one of this kind of processor.
 
     Raises:
-        UserError: if the file would be named after a kind of processor that this is not, since another kind's has its
-            name or some of its instructions are hidden; or if something else stands there.
+        UserError: if the file would be named after another kind of processor, or some instructions of this one are
+            hidden; or if the path is taken by something else.
     """
     path = Path(output)
     if path.is_dir() or (path.suffix != ".json" and not path.exists()):
@@ -132,52 +127,37 @@ def choose_file(output: str) -> Path:
     return path
 
 
-def describe_benchmark(arguments: BenchmarkArguments, threads: int, task: Task, measured: dict[str, dict]) -> dict:
-    """The result without the peaks; ``measured`` is that of `interleave`."""
+def describe_benchmark(arguments: BenchmarkArguments, threads: int, task: Task, timed: dict[str, dict]) -> dict:
+    """Returns the result without the peaks; ``timed`` is the result of `interleave`."""
     result = describe_run(threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
         "rounds": arguments.rounds,
-        # The pages read these two fields by these names, also from results that were measured before.
         "texts_a_round": arguments.texts,
         "batches_a_round": arguments.batches,
-        "strings_a_round": arguments.strings,
-        # By name: which of them is the fastest FP32 depends on the machine.
-        "compared_with": fastest_fp32(measured),
+        "texts_end_to_end_a_round": arguments.texts_end_to_end,
+        "compared_with": fastest_fp32(timed),
         "noise_limit": NOISE_LIMIT,
-        "too_noisy": list_noisy(measured),
-        "artifacts": measured,
+        "too_noisy": list_noisy(timed),
+        "artifacts": timed,
     }
-    if any(name.endswith(f":{CTRANSLATE2}") for name in measured):  # not among the packages of every record
+    if any(name.endswith(f":{CTRANSLATE2}") for name in timed):  # not among the packages of every record
         result["environment"]["packages"][CTRANSLATE2] = importlib.metadata.version(CTRANSLATE2)
     return result
 
 
-def make_protocol(arguments: BenchmarkArguments, threads: int) -> Protocol:
-    """How long the flags let a run measure."""
-    return Protocol(
-        threads=threads,
-        rounds=arguments.rounds,
-        texts_per_round=arguments.texts,
-        batches_per_round=arguments.batches,
-        strings_per_round=arguments.strings,
-        cold_starts=arguments.cold_starts,
-    )
-
-
-def print_speeds(measured: dict[str, dict]) -> None:
-    """One line per artifact: latency and throughput, and how many times faster than the reference each is."""
-    for name, one in measured.items():  # in the order in which they were named
-        faster, faster_in_batches = one["times_faster_at_batch_1"], one["times_faster_at_batch_32"]
+def print_speeds(timed: dict[str, dict]) -> None:
+    """Prints a line per model: latency and throughput, and how many times faster than the reference it is."""
+    for name, result in timed.items():
+        faster, faster_in_batches = result["times_faster_at_batch_1"], result["times_faster_at_batch_32"]
         print(
-            f"{name:34} p50 {one['latency_ms']['p50']:7.2f} ms ({faster['median']:.2f} x)"
-            f"   {one['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches['median']:.2f} x)",
-            f"  from strings {one['strings_per_s']['median']:7.0f} texts/s" if one["strings_per_s"] else "",
-            f"  macro F1 {one['quality']['macro_f1']:.4f}" if one.get("quality") else "",
+            f"{name:34} p50 {result['latency_ms']['p50']:7.2f} ms ({faster['median']:.2f} x)"
+            f"   {result['throughput_per_s']['median']:7.0f} texts/s ({faster_in_batches['median']:.2f} x)",
+            f"  end to end {result['end_to_end_per_s']['median']:7.0f} texts/s" if result["end_to_end_per_s"] else "",
+            f"  macro F1 {result['quality']['macro_f1']:.4f}" if result.get("quality") else "",
         )
-    if noisy := list_noisy(measured):
-        limit = f"{100 * NOISE_LIMIT:.0f} % of the median"
-        print(f"too noisy to tell, the middle half of the rounds spans more than {limit}: {', '.join(noisy)}")
+    if noisy := list_noisy(timed):
+        print(f"too noisy, by more than {100 * NOISE_LIMIT:.0f} % of the median: {', '.join(noisy)}")
 
 
 if __name__ == "__main__":

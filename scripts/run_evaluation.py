@@ -1,7 +1,7 @@
-"""Scores one saved artifact by the ruler: quality on the test split, bytes, latency, throughput, environment.
+"""Scores one saved model by the evaluation protocol: quality on the test split, size, latency and throughput.
 
-Writes the record (`results/metrics`) and the logits of every scored row (`results/predictions`). It opens the folder
-as any user would, in this fresh process. render_report.py renders pages and pictures from the records.
+It opens the folder as any user would, in a fresh process, and writes the record (`results/metrics`) and the logits of
+every row (`results/predictions`). tools/render_report.py renders pages and pictures from the records.
 
     python scripts/run_evaluation.py weights/baseline                        # the folder's first format
     python scripts/run_evaluation.py weights/baseline --format onnx --threads 1
@@ -17,20 +17,19 @@ from emotion.data.dataset import Task, get_split, load_task_of
 from emotion.data.metrics import softmax
 from emotion.evaluation.inspection import describe_encoder, describe_scheme
 from emotion.evaluation.protocol import measure_quality, measure_speed
-from emotion.evaluation.record import BASE_FAMILY, describe_scored, explain, write_record
+from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenance, write_record
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
 from emotion.utils.arguments import COUNT, Range, parse_args
 from emotion.utils.base_model import RANDOM
 from emotion.utils.command import run
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, check_name
 from emotion.utils.files import ROOT, check_result, relative, sha256
 from emotion.utils.machine import THREADS, choose_threads, describe_environment, has_bf16
-from emotion.utils.names import check_name
 from emotion.utils.progress import Bar
 from emotion.utils.recipe import read_recipe_of
 
-# Sentences of our own, some for each emotion of the default dataset: a model card shows those that are answered best
+# Sentences of our own, three per emotion of the default dataset; a card shows those with the clearest answers.
 EXAMPLES = {
     "sadness": (
         "i miss my old home and the garden behind it",
@@ -67,25 +66,21 @@ EXAMPLES = {
 
 @dataclass
 class EvaluationArguments:
-    """What is scored, and on which rows."""
+    """Which model is scored, and on which rows."""
 
-    artifact: str = field(metadata={"help": "The folder to score; the one word that needs no flag."})
+    artifact: str = field(metadata={"help": "The model folder."})
     format: str | None = field(
-        default=None,
-        metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the first that the folder has if not given."},
+        default=None, metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default."}
     )
     dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset to score on, Hub id or folder; the one it was trained on if not given."},
+        default=None, metadata={"help": "Dataset, Hub id or folder; the one that it was trained on by default."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    split: str = field(default="test", metadata={"help": "Split to score."})
+    split: str = field(default="test", metadata={"help": "Split."})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Score only so many rows, the first ones of the split.", "choices": COUNT}
+        default=None, metadata={"help": "Score only the first rows of the split.", "choices": COUNT}
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
-    )
+    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
     latency_runs: int = field(
         # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
         default=500,
@@ -101,73 +96,72 @@ class EvaluationArguments:
 
 
 def main(argv=None) -> None:
-    """Opens the folder, scores it, times it, and writes and prints what came out."""
+    """Opens the folder, scores and times the model, and writes the record."""
     (arguments,) = parse_args((EvaluationArguments,), positional="artifact", argv=argv)
-    folder = Path(arguments.artifact)
-    # The first is the default, as a user of `from_pretrained` would get it.
+    folder, results = Path(arguments.artifact), Path(arguments.results_dir)
     format = arguments.format or next(iter(find_formats(folder)))
-    verify = not arguments.skip_checksum
-    weights = weights_of(folder, format, verify)  # says what is wrong with the folder before the dataset is loaded
-    if arguments.latency_runs and arguments.latency_runs < 200:
-        raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")
-    threads = choose_threads(arguments.threads)
-    Path(arguments.results_dir).mkdir(parents=True, exist_ok=True)  # an error now, not after the measuring
-    made_by = read_recipe_of(folder)
-    variant = made_by.get("variant", folder.resolve().name)
+    weights = weights_of(folder, format, not arguments.skip_checksum)
+    recipe, threads = read_recipe_of(folder), choose_threads(arguments.threads)
+    variant = recipe.get("variant", folder.resolve().name)
     check_name(variant, folder)
-    check_result(Path(arguments.results_dir) / "metrics" / f"{variant}-{format}.json", ("variant",))
-    check_place(made_by, Path(arguments.results_dir), arguments.max_eval_samples)
+    check_arguments(arguments, recipe, results / "metrics" / f"{variant}-{format}.json")
     if format == "bf16" and not has_bf16(use_cpu=True):
         print(f"left out: {folder} ({format}); this processor has no bfloat16 products, and emulates them slowly")
         return
-    task = load_task_of(made_by, arguments.dataset_name, arguments.dataset_config_name)
+    task = load_task_of(recipe, arguments.dataset_name, arguments.dataset_config_name)
     rows = get_split(task, arguments.split)
     rows = rows.select(range(min(arguments.max_eval_samples or len(rows), len(rows))))
-    # Where the data came from is said before it counts: the sample's scores mean nothing.
     print(f"{variant}: {folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
 
-    # From here on everything is measured on what the saved folder answers; nothing is taken from the recipe.
-    classifier = EmotionClassifier.from_pretrained(folder, format, threads, verify)
-    logits = answer_rows(classifier, folder, task, rows)
+    classifier = EmotionClassifier.from_pretrained(folder, format, threads, not arguments.skip_checksum)
+    logits = predict(classifier, folder, task, rows)
     labels = np.asarray(rows["label"])
     quality = measure_quality(logits, labels, task, rows, arguments.split) | {"texts_cut": classifier.texts_cut}
-    # Speed is that of the runtime with all threads, from token ids on.
-    token_ids = classifier.runtime.encode(list(rows["text"]))
     record = {
         "variant": variant,
         "format": format,
         "artifact": relative(folder),
         "date": datetime.date.today().isoformat(),
-        "scheme": explain(describe_scheme(classifier.runtime, weights, format), made_by),
+        "scheme": add_reasons(describe_scheme(classifier.runtime, weights, format), recipe),
         "encoder": describe_encoder(folder),
-        "made": describe_scored(made_by, task, rows),
+        "provenance": describe_provenance(recipe, task, rows),
         "quality": quality,
         "size": describe_size(folder, format),
-        **measure_speed(classifier.runtime, token_ids, arguments.latency_runs),
-        "examples": answer_examples(classifier),
-        "sha256": checksums_of(folder, format),
+        **measure_speed(classifier.runtime, classifier.runtime.encode(list(rows["text"])), arguments.latency_runs),
+        "examples": classify_examples(classifier),
+        # Of each file that was measured; run_publish.py uploads no other
+        "sha256": {name: sha256(folder / name) for name in files_to_serve(folder, format)},
         "environment": describe_environment(threads),
     }
-    print_summary(record, write_record(record, Path(arguments.results_dir), logits, labels))
+    print_summary(record, write_record(record, results, logits, labels))
 
 
-def check_place(made_by: dict, results: Path, max_eval_samples: int | None) -> None:
-    """Raises `UserError` if a model made from random weights, or a part of the rows, would get a published record."""
-    if results.resolve() not in (ROOT / "results", ROOT / "results" / BASE_FAMILY):
-        return
-    random = made_by.get("made", {}).get("base_model_source") == RANDOM
-    if random or max_eval_samples:
-        why = "a model with random weights" if random else f"--max_eval_samples {max_eval_samples}"
+def check_arguments(arguments: EvaluationArguments, recipe: dict, path: Path) -> None:
+    """Raises `UserError` if the flags do not fit together, or the record cannot be written or published.
+
+    Args:
+        recipe: the model's recipe.yaml.
+        path: the file of the record.
+    """
+    if arguments.latency_runs and arguments.latency_runs < 200:
+        raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")
+    results = Path(arguments.results_dir)
+    results.mkdir(parents=True, exist_ok=True)
+    check_result(path, ("variant",))
+    random = recipe.get("provenance", {}).get("base_model_source") == RANDOM
+    published = results.resolve() in (ROOT / "results", ROOT / "results" / MPNET_BASE)
+    if published and (random or arguments.max_eval_samples):
+        why = "a model with random weights" if random else f"--max_eval_samples {arguments.max_eval_samples}"
         raise UserError(f"a record of {why} does not belong into results/; name another folder with --results_dir")
 
 
-def answer_rows(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:
-    """The logits of each row, float32 (rows, classes).
+def predict(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:
+    """Computes the logits of each row, float32 (rows, classes).
 
     Raises:
-        UserError: if the artifact answers other labels than the dataset has.
+        UserError: if the model has other labels than the dataset.
     """
-    # Their order too: a logit's place is its class.
+    # Their order too: the index of a logit is its class.
     if classifier.labels != task.labels:
         raise UserError(
             f"{folder} answers {len(classifier.labels)} labels ({', '.join(classifier.labels)}), "
@@ -176,40 +170,35 @@ def answer_rows(classifier: EmotionClassifier, folder: Path, task: Task, rows) -
     with Bar(total=len(rows), desc="scored") as bar:
         logits = classifier.logits(rows["text"], bar.update)
     if classifier.texts_cut:
-        print(f"{classifier.texts_cut} texts are longer than the model takes and were cut")
+        print(f"{classifier.texts_cut} texts are longer than the model takes and were truncated")
     return logits
 
 
 def describe_size(folder: Path, format: str) -> dict:
-    """The bytes of all files that must be on disk to answer in this format, in sum and one by one."""
+    """The bytes of all files that inference in this format needs."""
     files = files_to_serve(folder, format)
     return {
         "bytes_to_serve": sum(files.values()),
         "megabytes": round(sum(files.values()) / 1e6, 2),  # millions of bytes, not MiB
         "files": files,
-        "adapter_bytes": adapter_bytes(folder),  # beside them, for QLoRA: no part of the sum
+        "adapter_bytes": adapter_bytes(folder),  # of QLoRA, not part of the sum
     }
 
 
-def checksums_of(folder: Path, format: str) -> dict[str, str]:
-    """The SHA-256 of each file that was measured; run_publish.py sends no other."""
-    return {name: sha256(folder / name) for name in files_to_serve(folder, format)}
-
-
-def answer_examples(classifier: EmotionClassifier) -> list[dict]:
-    """The probabilities that the artifact gives our own sentences; the dataset's are not ours to publish."""
+def classify_examples(classifier: EmotionClassifier) -> list[dict]:
+    """The probabilities of our own sentences; the dataset's are not ours to publish."""
     answers = []
     for emotion, texts in EXAMPLES.items():
         for text in texts:
-            # Alone, as a user of the card will ask: in a batch, dynamic INT8 takes one range for all its texts.
-            (shares,) = softmax(classifier.logits([text])).tolist()
-            scores = dict(zip(classifier.labels, shares, strict=True))
+            # One at a time, as the card's readers do: in a batch, dynamic INT8 has one range for all its texts.
+            (probabilities,) = softmax(classifier.logits([text])).tolist()
+            scores = dict(zip(classifier.labels, probabilities, strict=True))
             answers.append({"text": text, "meant": emotion, "scores": scores})
     return answers
 
 
 def print_summary(record: dict, path: Path) -> None:
-    """One line: the scores, size and latency if they were timed, and where the record is."""
+    """Prints the scores, size and latency if it was timed, and the record's file."""
     quality, latency = record["quality"], record["latency_ms"]
     print(f"macro F1 {quality['macro_f1']:.4f}   accuracy {quality['accuracy']:.4f}", end="   ")
     if latency["p50"] is not None:  # --latency_runs 0

@@ -1,8 +1,8 @@
-"""Publishes a folder on the Hub: an artifact with its card and its scores, or the demo page as a static Space.
+"""Publishes a folder on the Hub: a model with its card and its scores, or the demo page as a static Space.
 
-An artifact goes up only if its files are those that run_evaluation.py scored. One commit holds every format, the
-records, and the card with its picture, which are made from the records now. Nothing else in the folder is sent. If the
-repository already holds the same files, there is no second commit.
+A model is uploaded only if its files are those that run_evaluation.py scored. One commit has every format, the
+records, and the card with its picture, rendered from the records. Nothing else in the folder is uploaded. If the
+repository has the same files already, there is no second commit.
 
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --dry_run
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --private
@@ -29,53 +29,52 @@ from emotion.inference.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCOR
 from emotion.utils.arguments import parse_args
 from emotion.utils.checksums import SUMS_FILE, check_sums, format_sums, has_files
 from emotion.utils.command import run
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import ROOT, sha256, without_path
 from emotion.utils.machine import code_url
-from emotion.utils.names import check_repo_id
 from emotion.utils.recipe import RECIPE_FILE, read_recipe_of
 
-PAGE = "index.html"  # what makes a folder a Space
+PAGE = "index.html"  # a folder with it is a Space
 PAGE_FILES = (PAGE, "README.md")
-SCORES = "results/metrics/"  # folder of the scores in an artifact's repository; every one has some
+SCORES = "results/metrics/"  # folder of the records in a model's repository
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # how the Hub's tokens look
-PAGE_MODEL = "MODEL_ID"  # what stands in the page for what its repositories' names begin with: no repository's name
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # the format of the Hub's tokens
+PAGE_MODEL = "MODEL_ID"  # the placeholder in the page for the beginning of its repositories' names
 
 
 @dataclass
 class PublishArguments:
-    """Which folder goes to which repository."""
+    """Which folder is published to which repository."""
 
-    artifact: str = field(metadata={"help": "The folder to publish; the one word that needs no flag."})
-    repo_id: str = field(metadata={"help": "Where to: user/name."})
-    private: bool = field(default=False, metadata={"help": "Create the repository for your eyes only."})
-    dry_run: bool = field(default=False, metadata={"help": "List the files, their bytes and the card; send nothing."})
+    artifact: str = field(metadata={"help": "The folder to publish."})
+    repo_id: str = field(metadata={"help": "Repository: user/name."})
+    private: bool = field(default=False, metadata={"help": "Create a private repository."})
+    dry_run: bool = field(default=False, metadata={"help": "List the files and the card; upload nothing."})
     skip_checksum: bool = field(
-        default=False, metadata={"help": "Send files that differ from the folder's SHA256SUMS."}
+        default=False, metadata={"help": "Upload files that differ from the folder's SHA256SUMS."}
     )
     model_id: str | None = field(
         default=None,
         metadata={
-            "help": f"For the demo page: a variant's repository, such as user/bert-emotion-{RECOMMENDED}. The page "
-            "loads the other variants from repositories that are named in the same way."
+            "help": f"For the demo page: a variant's repository, such as user/bert-emotion-{RECOMMENDED}; the page "
+            "loads the other variants from repositories with the same naming."
         },
     )
     results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "Folder with the records of the artifact and the baseline."}
+        default=str(ROOT / "results"), metadata={"help": "Folder with the records of the model and the baseline."}
     )
 
 
 def main(argv=None) -> None:
-    """Lists the files, and sends them unless it is a dry run."""
+    """Lists the files, and uploads them unless it is a dry run."""
     (arguments,) = parse_args((PublishArguments,), positional="artifact", argv=argv)
-    check_repo_id(arguments.repo_id)  # both go into cards, and into the script of the page
+    check_repo_id(arguments.repo_id)
     if arguments.model_id is not None:
         check_repo_id(arguments.model_id)
     folder = Path(arguments.artifact)
-    is_page = (folder / PAGE).is_file()  # no artifact has one
+    is_page = (folder / PAGE).is_file()
     if is_page:
-        if not arguments.model_id:  # a name that somebody else may own must not stand there by default
+        if not arguments.model_id:  # no default: somebody else may own that name
             raise UserError(f"name a repository that the page loads with --model_id user/name-{RECOMMENDED}")
         files = collect_page(folder, arguments.model_id)
     else:
@@ -94,7 +93,7 @@ def main(argv=None) -> None:
 
 
 def refuse_tokens(files: dict[str, Path | bytes]) -> None:
-    """Raises `UserError` for a file that holds the token of this user, or what looks like another's."""
+    """Raises `UserError` if a file contains this user's token, or what looks like another one."""
     own = get_token()
     for name, content in files.items():
         content = content if isinstance(content, bytes) else content.read_bytes()
@@ -103,13 +102,13 @@ def refuse_tokens(files: dict[str, Path | bytes]) -> None:
 
 
 def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
-    """Prints each file with its bytes, and the names of those in the folder that are not sent."""
+    """Prints each file with its bytes, and the names of the files in the folder that are not uploaded."""
     total = 0
     for name, content in sorted(files.items()):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"{size:>12,}  {name}")
         total += size
-    left_out = []  # said, so that nobody looks for a file that this program never sends
+    left_out = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files:
@@ -118,38 +117,37 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
 
 
 def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """The files of an artifact's repository: its name there -> a file that exists, or the content itself.
+    """Collects the files of a model's repository: name there -> an existing file, or its content.
 
     Raises:
         UserError: if a format was not scored as it is now, or a file is missing.
     """
-    made_by, records = read_recipe_of(folder), read_records(results)
-    variant = made_by.get("variant", folder.resolve().name)
-    # What a clone holds may be opened in another form than it was scored in with the rest; that record stands apart.
+    recipe, records = read_recipe_of(folder), read_records(results)
+    variant = recipe.get("variant", folder.resolve().name)
+    # The released baseline is opened in another format than it was scored in; that record is in a folder of its own.
     opened = results / SCORES_OF_OPENED
     apart = read_records(opened) if opened.is_dir() else []
     scored = find_scored(folder, order(records + apart, variant))
     files = {}
     for record in scored:
-        for name in record.sha256:  # formats share the configuration and the tokenizer: the same names again
+        for name in record.sha256:
             files[name] = folder / name
         name = f"{record.name}.json"
         files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
     for path in sorted((folder / "adapter").glob("adapter_*")):
-        if path.name in ADAPTER_FILES:  # neither PEFT's own card, which is a form to fill in, nor somebody's notes
+        if path.name in ADAPTER_FILES:  # not PEFT's own card, nor somebody's notes
             files[f"adapter/{path.name}"] = path
     if (folder / LICENSE_FILE).is_file():
         files[LICENSE_FILE] = folder / LICENSE_FILE
-    if made_by:
-        # The recipe tells the folders that it read; others need not know where this user keeps them.
-        files[RECIPE_FILE] = yaml.safe_dump(without_path(made_by), sort_keys=False, allow_unicode=True).encode()
-    # The card shows FP32 beside the variant and links to the others. Its own forms are those that are sent.
+    if recipe:
+        # Without the local paths of the folders that it read
+        files[RECIPE_FILE] = yaml.safe_dump(without_path(recipe), sort_keys=False, allow_unicode=True).encode()
+    # The card compares with FP32 and links to the other variants. Its own formats are those that are uploaded.
     others = [record for record in records if record.variant != variant]
     runs, seeds = read_benchmarks(results, records), read_means(results)
     card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
-    shown = scored[0]  # the first of them is the one that the card shows
-    files[f"results/confusion_matrices/{shown.name}.png"] = draw_picture(shown)
+    files[f"results/confusion_matrices/{scored[0].name}.png"] = draw_picture(scored[0])
     for path in files.values():
         if isinstance(path, Path) and not path.is_file():
             raise UserError(f"no file {path}; measure {folder} again with run_evaluation.py")
@@ -158,7 +156,7 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
 
 
 def sum_up(files: dict[str, Path | bytes]) -> bytes:
-    """The repository's SHA256SUMS: the recipe and the card differ from the folder's, and the records are added."""
+    """Returns the content of SHA256SUMS over all files of the repository."""
     sums = {}
     for name, content in files.items():
         sums[name] = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
@@ -166,7 +164,7 @@ def sum_up(files: dict[str, Path | bytes]) -> bytes:
 
 
 def draw_picture(record: Record) -> bytes:
-    """The confusion matrix that the card shows, as a PNG."""
+    """Returns the card's confusion matrix, as a PNG."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "matrix.png"
         plot_confusion_matrix(record, path)
@@ -174,12 +172,11 @@ def draw_picture(record: Record) -> bytes:
 
 
 def find_scored(folder: Path, records: list[Record]) -> list[Record]:
-    """Those of the records, in their order, that are of the very files in the folder.
+    """Returns the records, in their order, whose checksums are those of the files in the folder.
 
     Raises:
-        UserError: if a format has no such record: naming the command that measures it.
+        UserError: if a format has no such record; it names the command that measures it.
     """
-    # Records from before checksums were kept say nothing of the files that are here now.
     scored = [record for record in records if record.sha256 and has_files(folder, record.sha256)]
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()
@@ -192,18 +189,18 @@ def find_scored(folder: Path, records: list[Record]) -> list[Record]:
 
 
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
-    """The files of the demo page, with the repositories that it will load: ``model_id`` and its siblings.
+    """Returns the files of the demo page, which loads ``model_id`` and the repositories of the other variants.
 
     Raises:
-        UserError: if ``model_id`` is not named after a variant, or a file does not have the gap for the name.
+        UserError: if ``model_id`` is not named after a variant, or a file does not have the placeholder.
     """
     named = re.fullmatch(rf"(.+/.+)-({'|'.join(RELEASED)})", model_id)
-    if not named:  # the page would look for the siblings under names that nobody gave
+    if not named:  # the names of the other repositories would be unknown
         raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")
     files = {}
     for name in PAGE_FILES:
         text = (folder / name).read_text(encoding="utf-8")
-        if PAGE_MODEL not in text:  # a page that was edited: it would go on loading the repository that it names
+        if PAGE_MODEL not in text:
             raise UserError(f"{folder / name} does not name {PAGE_MODEL}, which --model_id replaces")
         files[name] = text.replace(PAGE_MODEL, named[1]).encode()
     return files

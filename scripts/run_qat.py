@@ -1,10 +1,8 @@
-"""Trains the fine-tuned baseline further with rounded weights and activations (QAT), then converts it to integers.
+"""Trains a fine-tuned classifier with fake-quantized weights and activations (QAT), then converts it to integers.
 
-The model folder, `weights/qat`, holds the same formats as that of run_ptq.py, quantized by the same functions. Below 8
-bits it holds one packed ONNX file (emotion/quantization/lowbit.py). Where a file for ONNX Runtime is made, its ranges
-are trained for, and its outlier channels stay in float (emotion/quantization/outlier_channels.py). The fake-quantized
-model and the saved files are scored side by side on validation. This script never reads the test split;
-run_evaluation.py scores it.
+The model folder holds the formats of run_ptq.py, quantized by the same functions; below 8 bits it holds one packed
+ONNX file (emotion/quantization/lowbit.py). Where a file for ONNX Runtime is made, its activation ranges are trained
+for, and its outlier channels stay in float (outlier_channels.py). The test split is not read.
 
     python scripts/run_qat.py --model_name_or_path weights/baseline
     python scripts/run_qat.py configs/minilm/qat-int4.yaml --model_name_or_path weights/baseline --seed 43
@@ -20,74 +18,55 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from emotion.data.dataset import RowsArguments, Task, get_split, load_task_of
-from emotion.data.tokenization import TextEncoder, load_training_rows
-from emotion.hub.upload import score_and_publish
-from emotion.inference.model_folder import describe_origin, new_artifact
+from emotion.data.dataset import RowsArguments, load_task_of
+from emotion.hub.upload import push_to_hub
+from emotion.inference.model_folder import lock_output_dir, new_artifact
 from emotion.inference.pretrained import load_trained_classifier
-from emotion.quantization.conversion import save_converted, save_float, with_float_files
-from emotion.quantization.fake_quantizers import follow_ranges, prepare, switch
-from emotion.quantization.scheme import (
-    CONTROL,
-    SchemeArguments,
-    check_scheme,
-    describe_quantized,
-    draw_calibration_rows,
-    make_plan,
-    runtime_to_train_for,
-)
-from emotion.training.checkpoints import find_checkpoint
+from emotion.quantization import qat, scheme
 from emotion.training.trainer import (
-    FiniteTrainer,
+    ClassificationTrainer,
     RecipeTrainingArguments,
     compute_metrics,
-    finish,
-    freeze,
-    patched,
-    summarize_training,
-    training_place,
+    load_training_data,
 )
 from emotion.utils.arguments import Range, parse_args_and_config
-from emotion.utils.base_model import BaseModel
 from emotion.utils.command import run
-from emotion.utils.recipe import Recipe, read_recipe_of
 
 
 @dataclass
-class QatArguments(SchemeArguments, RowsArguments):
-    """The flags of QAT, beside those of the scheme, the rows and the training."""
+class QatArguments(scheme.SchemeArguments, RowsArguments):
+    """The flags of QAT, besides those of the scheme, the rows and the training."""
 
     model_name_or_path: str = field(
         kw_only=True, metadata={"help": "Fine-tuned model to start from: a local folder or a Hub id."}
     )
     split_outliers: bool = field(
-        default=True, metadata={"help": "ONNX: outlier units of feed-forward pairs stay in floats."}
+        default=True, metadata={"help": "ONNX: keep outlier channels of feed-forward layers in float."}
     )
     fake_quantize: bool = field(
-        default=True, metadata={"help": "Round while training; false trains on in floats, to compare with."}
+        default=True, metadata={"help": "False trains in float, as a control to compare with."}
     )
     quantize_after: int = field(
-        default=0, metadata={"help": "Steps of training in floats before rounding starts.", "choices": Range(0)}
+        default=0, metadata={"help": "Steps in float before fake quantization starts.", "choices": Range(0)}
     )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset to train on; by default that of the baseline."}
+        default=None, metadata={"help": "Dataset to train on; by default that of the model."}
     )
 
 
 @dataclass
 class QatTrainingArguments(RecipeTrainingArguments):
-    """The training of QAT: short, since the baseline has learnt the task already."""
+    """The training of QAT: short, since the model has learned the task already."""
 
-    output_dir: str = field(default="weights/qat", metadata={"help": "Folder in which the artifact is saved."})
+    output_dir: str = field(default="weights/qat", metadata={"help": "Folder in which the model is saved."})
     learning_rate: float = 2e-5  # for 8 bits; 2e-4 changed twice as many labels and gained nothing
     num_train_epochs: float = 0.5  # 250 steps
-    # The checkpoint with the best macro F1 is scored with fake quantizers on; steps as a share of all steps
     eval_strategy: IntervalStrategy | str = "steps"
     save_strategy: SaveStrategy | str = "steps"
-    eval_steps: float | None = 0.25
+    eval_steps: float | None = 0.25  # as a share of all steps
     save_steps: float = 0.25
 
 
@@ -95,101 +74,55 @@ ARGUMENTS = (QatArguments, QatTrainingArguments)
 
 
 def main(argv=None) -> None:
-    # 1. Parse
     arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv)
-    baseline = check_scheme(arguments)
-    with training_place(training, arguments, recipe):
-        train(baseline, arguments, training, recipe)
+    base, base_metadata = scheme.check_scheme(arguments)
+    with lock_output_dir(training.output_dir, arguments, recipe):
+        set_seed(training.seed)
+
+        # Load the dataset
+        task = load_task_of(base_metadata, arguments.dataset_name)
+        data = load_training_data(arguments, training.seed, base, task)
+        samples = scheme.load_samples(task, base.path, arguments.num_calibration_samples, training.seed)
+
+        # Load the model and insert fake quantizers
+        with scheme.with_onnx_export(base.path) as folder:
+            plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, samples[0])
+        metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)
+        if arguments.fake_quantize:
+            qat.insert_fake_quantizers(plan, arguments)
+        frozen = qat.freeze(plan.model, arguments.freeze)
+
+        # Train; afterwards the model has the weights of the best checkpoint on validation
+        trainer = ClassificationTrainer(
+            recipe=recipe,
+            data=data,
+            callbacks=[qat.FakeQuantizeCallback(arguments.quantize_after)],
+            model=plan.model,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=data.tokenizer,
+            compute_metrics=compute_metrics,
+        )
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+
+        if trainer.is_world_process_zero():
+            metadata |= {"seed": training.seed, "provenance": metadata["provenance"] | data.provenance}
+            metadata["training"] = trainer.summarize() | {"frozen_parameters": frozen}
+            plan = replace(plan, model=trainer.accelerator.unwrap_model(trainer.model))
+            with new_artifact(training.output_dir, metadata) as folder:
+                metadata |= save(plan, folder, data.tokenizer, *samples, arguments)
+            push_to_hub(training.output_dir, training)
 
 
-def train(baseline: Path, arguments: QatArguments, training: RecipeTrainingArguments, recipe: Recipe) -> None:
-    """The other moves, while no other process may write to the same place."""
-    set_seed(training.seed)
-
-    # 2. Load the task
-    base, task, made_by = load_origin(baseline, arguments)
-    rows, tokenizer, train_ids, validation_ids = load_training_rows(task, base, arguments, seed=training.seed)
-
-    # 3. Build the variant: the baseline with fake quantizers in its layers
-    calibration = draw_calibration_rows(task, TextEncoder(base.path), arguments.num_calibration_samples, training.seed)
-    with with_float_files(base.path) as floats:
-        plan = make_plan(floats, load_trained_classifier(floats), arguments, calibration)
-    made = describe_quantized("qat", recipe, made_by, plan, arguments)
+def save(plan: scheme.Plan, folder: Path, tokenizer, calibration, validation, arguments: QatArguments) -> dict:
+    """Saves the trained model in FP32, or quantized in each format; returns the fields for recipe.yaml."""
+    model = plan.model.cpu().float()
+    vars(model).pop("forward", None)  # the Trainer's, which computes in bfloat16
     if arguments.fake_quantize:
-        prepare(plan, runtime_to_train_for(arguments), arguments.reduce_range)
-    frozen = freeze(plan.model, arguments.freeze)
-
-    # 4. Train; afterwards the model has the weights of the best checkpoint on validation, scored with fake quantizers
-    trainer = QatTrainer(
-        quantize_after=arguments.quantize_after,
-        model=plan.model,
-        args=training,
-        train_dataset=train_ids,
-        eval_dataset=validation_ids,
-        processing_class=tokenizer,  # pads each batch to its longest text
-        compute_metrics=compute_metrics,
-    )
-    checkpoint = find_checkpoint(trainer, recipe, rows)
-    with patched(trainer) as clock:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    summary = summarize_training(trainer, clock, resumed=checkpoint is not None) | {"frozen_parameters": frozen}
-
-    # 5. Save, once: with `accelerate launch` several processes get here
-    if trainer.is_world_process_zero():
-        made |= {"seed": training.seed, "made": made["made"] | describe_origin(base, task, rows), "training": summary}
-        with new_artifact(training.artifact, made) as folder:
-            plan = replace(plan, model=take_back(trainer))
-            if arguments.fake_quantize:
-                made |= save_converted(plan, folder, tokenizer, calibration, get_split(task, "validation"), arguments)
-            else:
-                made["variant"] += CONTROL
-                save_float(plan.model, folder, tokenizer)
-        finish(training, summary)
-        score_and_publish(training.artifact, training)
-
-
-def load_origin(baseline: Path, arguments: QatArguments) -> tuple[BaseModel, Task, dict]:
-    """The model to start from, the dataset, and the baseline's recipe.yaml; prints where they come from."""
-    made_by = read_recipe_of(baseline)
-    # The weights are the baseline's, and the name is that of the base model which the baseline was made from.
-    origin = made_by.get("made", {})
-    # Without a recipe the folder was made by another program, and its own name is all that is known.
-    named = arguments.model_name_or_path
-    is_folder = Path(named).exists()
-    name = origin.get("base_model", baseline.name if is_folder else named)
-    source = origin.get("base_model_source", "folder" if is_folder else "hub")
-    task = load_task_of(made_by, arguments.dataset_name)
-    print(f"{named}   dataset: {task.name} ({task.source})")
-    return BaseModel(name, str(baseline), source), task, made_by
-
-
-class QatTrainer(FiniteTrainer):
-    """The `Trainer` with fake quantizers that start after some steps, and are on when the model is scored."""
-
-    def __init__(self, quantize_after: int, **kwargs):
-        super().__init__(**kwargs)
-        self.quantize_after = quantize_after
-
-    def training_step(self, model, inputs, *words, **options):
-        """One step, in floats for the first `quantize_after`."""
-        # Rounding may start late, when the training no longer changes much (Jacob et al., "Quantization and Training
-        # of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
-        switch(model, enabled=self.state.global_step >= self.quantize_after)
-        # The second half of the training adapts the weights to ranges that stay.
-        follow_ranges(model, self.state.global_step < self.state.max_steps // 2)
-        return super().training_step(model, inputs, *words, **options)
-
-    def evaluation_loop(self, *words, **options):
-        """Scores the model with its fake quantizers on, so that the best checkpoint is that of the rounded model."""
-        switch(self.model, enabled=True)
-        return super().evaluation_loop(*words, **options)
-
-
-def take_back(trainer: QatTrainer):
-    """The trained model in the form in which the files answer: on the processor, in FP32."""
-    model = trainer.accelerator.unwrap_model(trainer.model).cpu().float()
-    vars(model).pop("forward", None)  # the Trainer's own, which computes in bfloat16
-    return model
+        return qat.save_converted(plan, folder, tokenizer, calibration, validation, arguments)
+    scheme.save_float_onnx(model, folder, tokenizer)
+    return {"variant": scheme.name_variant("qat", arguments.bits) + scheme.CONTROL}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measures what many texts cost: rows a second, memory, one and two workers, Ray beside the plain engine.
+"""Measures the throughput and memory of run_batch.py, with one and two workers, and with Ray.
 
-The texts are those of the training split, over and over, each with a number behind it, so that no cache helps. The
-class's own rate, from strings to labels, is measured before and after each job. Ray gets a cluster of one or two nodes
-of one processor each on this machine. A rate is taken between the first and the last shard, where the engine runs; the
-time before that, in which files are counted and models are opened, is told by itself.
+The texts are those of the training split, repeated, each with a number at its end, so that no cache helps. The rate of
+`EmotionClassifier`, end to end, is measured before and after each job. Ray gets a cluster of one or two one-processor
+nodes on this machine. Rates are measured between the first and the last shard; the time before that, in which files
+are counted and models are opened, is reported separately.
 
     python studies/batch_study.py weights/ptq
     python studies/batch_study.py weights/ptq --rows 10000 20000 --ray_rows 10000 --results_dir build/dry
@@ -30,8 +30,8 @@ from emotion.utils.files import ROOT, read_json, relative, write_json
 from emotion.utils.machine import choose_threads, describe_run, run_script
 
 CLASS_ROWS = 20_000  # for the rate of the class: some seconds
-PART = 0.1  # of the shards: the start and the end of a job, whose rates are compared
-BLOCK = 50_000  # rows of the input that are made at once
+PART = 0.1  # of the shards: the start and the end of a job
+BLOCK = 50_000  # rows of the input that are written at once
 
 
 @dataclass
@@ -43,7 +43,7 @@ class StudyArguments:
     rows: list[int] = field(
         default_factory=lambda: [100_000, 1_000_000],
         metadata={
-            "help": "Rows of the plain engine's jobs, fewest first: a peak of memory counts all jobs so far.",
+            "help": "Rows of the plain engine's jobs, ascending: the peak of memory includes all jobs so far.",
             "choices": COUNT,
         },
     )
@@ -84,15 +84,15 @@ def main(argv=None) -> None:
 
 
 class OwnRate:
-    """What the class does from strings to labels, on texts that it has not seen."""
+    """The end-to-end rate of `EmotionClassifier`, on new texts."""
 
     def __init__(self, model: str, texts: list[str]):
         self._model, self._texts = model, numbered(texts)
 
     def measure(self, threads: int | None) -> float:
-        """Texts a second. The model is opened anew: it must not lie in memory while a job is measured."""
+        """Returns texts per second. The model is opened again, so that it is not in memory during a job."""
         classifier = EmotionClassifier.from_pretrained(self._model, threads=threads)
-        classifier.classify(list(islice(self._texts, 2000)))  # opens the sessions for many texts
+        classifier.classify(list(islice(self._texts, 2000)))  # warm-up
         fresh = list(islice(self._texts, CLASS_ROWS))
         start = time.perf_counter()
         classifier.classify(fresh)
@@ -100,7 +100,7 @@ class OwnRate:
 
 
 def numbered(texts: list[str]):
-    """Yields the texts without end, each with its number."""
+    """Yields the texts endlessly, each with a number."""
     number = 0
     while True:
         yield f"{texts[number % len(texts)]} {number}"
@@ -108,7 +108,7 @@ def numbered(texts: list[str]):
 
 
 def write_input(work: Path, texts: list[str], rows: int) -> Path:
-    """A file of Parquet with columns `id` and `text`."""
+    """Writes a Parquet file with the columns `id` and `text`."""
     path, stream = work / f"{rows}.parquet", numbered(texts)
     schema = pa.schema({"id": pa.int64(), "text": pa.string()})
     with pa.parquet.ParquetWriter(path, schema) as writer:
@@ -119,7 +119,7 @@ def write_input(work: Path, texts: list[str], rows: int) -> Path:
 
 
 def measure(arguments, file: Path, own: OwnRate, workers: int | None, engine: str = "plain") -> dict:
-    """Runs the command once; returns rates, seconds, bytes, and the peak of memory of all commands so far."""
+    """Runs the command once; returns rates, seconds, bytes, and the peak memory of all commands so far."""
     output = file.parent / f"{file.stem}-{engine}-{workers}"
     flags = ["--model", arguments.model, "--shard_rows", arguments.shard_rows, "--engine", engine]
     if workers and engine == "plain":
@@ -130,7 +130,7 @@ def measure(arguments, file: Path, own: OwnRate, workers: int | None, engine: st
     manifest = read_json(output / "_manifest.json")
     ends = sorted(path.stat().st_mtime for path in (output / ".done").glob("*.json"))
     written = sum(shard["bytes"] for shard in manifest["shards"])
-    # Of children that have ended; Linux counts blocks of 1024 bytes. Ray's workers are not among them.
+    # Of child processes that have ended, without Ray's workers; Linux counts in KiB.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6 if engine == "plain" else None
     rate, part = arguments.shard_rows * (len(ends) - 1) / (ends[-1] - ends[0]), max(1, round(PART * len(ends)))
     return {
@@ -150,7 +150,7 @@ def measure(arguments, file: Path, own: OwnRate, workers: int | None, engine: st
 
 @contextlib.contextmanager
 def ray_nodes(count: int):
-    """A cluster of nodes of one processor each, which commands started in the block find."""
+    """Starts a Ray cluster of one-processor nodes for the commands in the block."""
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -1,9 +1,8 @@
-"""Draws the ladder: 8, 4 and 2 bits per weight, rounded after the training (PTQ) or trained for it (QAT).
+"""Compares PTQ with QAT at 8, 4 and 2 bits per weight.
 
-Both methods round alike at the same bits and groups. Each cell is a real file for ONNX Runtime, scored on test against
-the FP32 baseline of the same seed; the recipes were chosen on validation. The control of QAT is the same training
-without rounding: a gain that it has too is the training's, and not the quantizer's. A cell that stands is not made
-again. Cells of other bits stay in `bits.json`, so that the ladder can be drawn step by step.
+Each cell is an ONNX file, scored on test against the FP32 baseline of the same seed; the recipes were chosen on
+validation. The float fine-tuning control is QAT without fake quantization: a gain that it has too is not due to
+quantization. A cell that is up to date is not made again, and cells of other bits stay in `bits.json`.
 
     python studies/bits_study.py
     python studies/bits_study.py --bits 2 --seeds 42
@@ -25,20 +24,20 @@ from seeds import CONFIGS, check_seeds, make_and_score, summarize_scores
 
 @dataclass
 class BitsArguments:
-    """Which cells of the ladder are drawn, and where they go."""
+    """Which cells are measured, and where they are saved."""
 
     bits: list[int] = field(default_factory=lambda: list(BITS), metadata={"help": "Bits per weight.", "choices": BITS})
     seeds: list[int] = field(
         default_factory=lambda: [42, 43, 44], metadata={"help": "Seeds of the baselines.", "choices": SEED}
     )
-    controls: bool = field(default=True, metadata={"help": "Train on in floats, too, to compare QAT with."})
+    controls: bool = field(default=True, metadata={"help": "Measure the float fine-tuning control too."})
     config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
-    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
+    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the models are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
-    """Makes the cells and draws the ladder; ``argv``: the flags, those of the command line if not given."""
+    """Makes the cells and scores them."""
     (arguments,) = parse_args((BitsArguments,), positional="bits", argv=argv)
     check_seeds(arguments.seeds)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
@@ -48,56 +47,46 @@ def main(argv=None) -> None:
     study["base_model"] = base_model_of(weights / "seeds" / f"baseline-{arguments.seeds[0]}")
     for bits in arguments.bits:
         controls = [("qat", CONTROL)] if arguments.controls else []
-        for method, ending in [("ptq", ""), ("qat", ""), *controls]:
-            variant = name_variant(method, bits) + ending
-            runs = [
-                make_and_score(seed, variant, weights, results, Path(arguments.config_dir)) for seed in arguments.seeds
-            ]
-            cell = {"method": method + ending, "bits": bits} | describe_cell(variant, runs, results)
+        for method, suffix in [("ptq", ""), ("qat", ""), *controls]:
+            variant, configs = name_variant(method, bits) + suffix, Path(arguments.config_dir)
+            runs = [make_and_score(seed, variant, weights, results, configs) for seed in arguments.seeds]
+            cell = {"method": method + suffix, "bits": bits} | describe_cell(variant, runs, results)
             study["cells"][variant] = cell
-            write_study(study, path)  # after each cell: the ladder takes hours, and may be interrupted
+            # After each cell: the study takes hours, and may be interrupted.
+            write_json(path, study | describe_run(choose_threads(None)))
     print(f"wrote the study to {results}; make report renders it")
 
 
 def describe_cell(variant: str, runs: list[dict], results: Path) -> dict:
-    """The size and the scores of a cell, seed by seed and in the mean.
-
-    `training` and `forms` are null for PTQ, which does not train.
-    """
+    """Returns the size and the scores of a cell, by seed and in the mean; `formats` is null for PTQ."""
     records, scores = [], []
-    for one in runs:
-        metrics = results / "seeds" / str(one["seed"]) / "metrics"
-        # ONNX alone, though INT8 has other formats: below 8 bits there is no other, and one ladder needs one runtime.
+    for seed_run in runs:
+        metrics = results / "seeds" / str(seed_run["seed"]) / "metrics"
+        # Only ONNX, the one format with fewer than 8 bits
         records.append(read_json(metrics / f"{variant}-onnx.json"))
-        scores.append({"seed": one["seed"]} | one["formats"]["onnx"])
-    # Bytes, scheme and cost hardly depend on the seed: they are shown of the first one.
-    record = records[0]
+        scores.append({"seed": seed_run["seed"]} | seed_run["formats"]["onnx"])
+    # Size, scheme and cost hardly depend on the seed: they are those of the first one.
+    first = records[0]
     baseline = read_json(results / "seeds" / str(runs[0]["seed"]) / "metrics" / "baseline-pytorch.json")
-    training, forms = None, None
+    training, formats = None, None
     if variant.startswith("qat"):
-        cost = record["made"]["training"]
+        cost = first["provenance"]["training"]
         training = {name: cost.get(name) for name in ("seconds", "peak_memory_mb", "threads")}
-        forms = [one["made"].get("forms") for one in records]  # what converting and saving did, for each seed
+        formats = [record["provenance"].get("forms") for record in records]
     return {
-        "weights": record["scheme"]["weights"],
-        "embeddings": record["scheme"]["embeddings"],
-        "activations": record["scheme"]["activations"],
-        "megabytes": record["size"]["megabytes"],
-        "share_of_fp32": record["size"]["bytes_to_serve"] / baseline["size"]["bytes_to_serve"],
-        "dataset": record["made"]["dataset"],
-        "examples": record["quality"]["examples"],
-        # A cell that stands is not made again: it may be of another commit than the cells beside it.
-        "made_at": sorted({one["made"]["git_commit"] for one in records} - {None}),
+        "weights": first["scheme"]["weights"],
+        "embeddings": first["scheme"]["embeddings"],
+        "activations": first["scheme"]["activations"],
+        "megabytes": first["size"]["megabytes"],
+        "share_of_fp32": first["size"]["bytes_to_serve"] / baseline["size"]["bytes_to_serve"],
+        "dataset": first["provenance"]["dataset"],
+        "examples": first["quality"]["examples"],
+        "made_at": sorted({record["provenance"]["git_commit"] for record in records} - {None}),
         **summarize_scores(scores, SUMMARIZED),
         "training": training,
-        "forms": forms,
+        "formats": formats,
         "runs": scores,
     }
-
-
-def write_study(study: dict, path: Path) -> None:
-    """Writes the study so far, with the date, the commit and the machine of this run."""
-    write_json(path, study | describe_run(choose_threads(None)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Looks at the dataset before anything is trained: class balance, lengths, repeated and contradicting texts.
+"""Counts the classes, lengths, repeated texts and conflicting labels of a dataset.
 
-Writes `results/dataset.json`, which holds counts and row numbers but no text: the texts belong to their authors. The
-page `results/dataset.md` and the picture `results/dataset.png` are rendered from it.
+Writes `results/dataset.json`, which has counts and row numbers but no texts, which belong to their authors.
 
     python studies/dataset_study.py
     python studies/dataset_study.py --dataset_name ../my_dataset --results_dir build/my_dataset
@@ -26,22 +25,20 @@ QUANTILES = (5, 50, 95, 99)  # percent, of the lengths
 
 @dataclass
 class ExplorationArguments(TaskArguments):
-    """Which dataset, counted in the word pieces of which model."""
+    """Which dataset, and whose tokenizer."""
 
     model_name_or_path: str = DEFAULT_MODEL
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
-    """Counts, and writes the numbers, the page and the picture."""
+    """Counts, and writes the study."""
     (arguments,) = parse_args((ExplorationArguments,), positional="dataset_name", argv=argv)
     base = find_base_model(arguments.model_name_or_path)
     task = load_task(arguments.dataset_name, arguments.dataset_config_name)
-    # The base model that a training would take, and its limit: the page says how many texts a training would cut.
+    # The limit of a training, which would truncate longer texts
     tokenizer = load_tokenizer(base.path, arguments.max_seq_length)
-    splits = {}
-    for split, rows in task.splits.items():
-        splits[split] = describe_split(rows, task.labels, tokenizer)
+    splits = {split: describe_split(rows, task.labels, tokenizer) for split, rows in task.splits.items()}
     study = describe_run(choose_threads(None)) | {
         "dataset": task.name,
         "dataset_source": task.source,
@@ -54,52 +51,47 @@ def main(argv=None) -> None:
     results = Path(arguments.results_dir)
     write_json(results / "dataset.json", study)
     print(f"wrote the study to {results}; make report renders it")
-    print(f"wrote {results / 'dataset.md'}")
 
 
 def describe_split(rows, labels: list[str], tokenizer) -> dict:
-    """The counts of one split.
+    """Returns the counts of one split.
 
-    Returns:
-        Lengths are in word pieces, marks at both ends included, before anything is cut. `length_counts` has at place n
-        the number of texts that are n word pieces long; `class_counts` is in the order of the labels.
+    Lengths are in tokens, with special tokens, before truncation. `length_counts[n]` is the number of texts of n
+    tokens; `class_counts` is in the order of the labels.
     """
     ids = tokenizer(list(rows["text"]), verbose=False)["input_ids"]  # not verbose: it warns of each long text
     lengths = np.array(list(map(len, ids)))
     quantiles = np.percentile(lengths, QUANTILES).astype(int).tolist()
-    # Letter by letter: texts that differ in a space alone count as two.
     more_than_once = [count for count in Counter(rows["text"]).values() if count > 1]
     return {
         "rows": len(lengths),
         "class_counts": np.bincount(rows["label"], minlength=len(labels)).tolist(),
         "length_counts": np.bincount(lengths).tolist(),
-        # As words: the keys of JSON are, and the page must be the same from the file as from here.
         "length_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=True)),
         "longest": int(lengths.max()),
         "mean_length": float(lengths.mean()),
         "texts_cut": int((lengths > tokenizer.model_max_length).sum()),
         "repeated_texts": len(more_than_once),
-        "rows_too_many": sum(more_than_once) - len(more_than_once),  # one row of each is enough
+        "rows_too_many": sum(more_than_once) - len(more_than_once),
         "texts_with_two_labels": len(conflicting_texts(rows)),
     }
 
 
 def find_conflicts(splits: dict, labels: list[str]) -> list[dict]:
-    """The texts that stand in two splits with different labels: no model can get both right.
+    """Finds the texts that two splits have with different labels: no model can be right about both.
 
     Returns:
-        For each text: split -> its labels and rows there; sorted by the texts themselves, which are not told.
+        For each text: split -> its labels and rows there; sorted by the texts, which are left out.
     """
     conflicting = conflicting_texts(*splits.values())
-    # Sorted, so that the order of the lines does not depend on how a set is stored.
-    places = {text: {split: [] for split in splits} for text in sorted(conflicting)}
+    occurrences = {text: {split: [] for split in splits} for text in sorted(conflicting)}
     for split, columns in splits.items():
         for row, (text, label) in enumerate(zip(columns["text"], columns["label"], strict=True)):
             if text in conflicting:
-                places[text][split].append({"label": labels[label], "row": row})
+                occurrences[text][split].append({"label": labels[label], "row": row})
     across = []
-    for found in places.values():
-        if sum(map(bool, found.values())) > 1:  # the others contradict themselves inside one split, see above
+    for found in occurrences.values():
+        if sum(map(bool, found.values())) > 1:  # the others conflict within one split
             across.append(found)
     return across
 

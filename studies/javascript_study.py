@@ -1,4 +1,4 @@
-"""Times transformers.js in Node.js: one text from the string to its label, as the README's snippet answers it.
+"""Times transformers.js in Node.js end to end, with one text at a time, as in the README's snippet.
 
 It needs Node.js, and the JavaScript libraries that `make demo` installs.
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from demo import WEB, check_libraries
 from emotion.data.dataset import get_split, load_task_of
 from emotion.evaluation.protocol import WARMUP_RUNS, choose_timed, summarize_latency
 from emotion.inference.model_folder import files_to_serve
@@ -23,25 +24,22 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, relative, write_json
 from emotion.utils.machine import THREADS, choose_threads, describe_run
 from emotion.utils.recipe import read_recipe_of
-from javascript import WEB, check_libraries
 
 
 @dataclass
 class JavaScriptArguments:
-    """The artifact to open, and how long it is timed."""
+    """Which model is timed, and how long."""
 
     artifact: str = field(
-        default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Folder with an ONNX file of few bits."}
+        default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Folder with a quantized ONNX file."}
     )
     runs: int = field(default=500, metadata={"help": "Timed texts.", "choices": COUNT})
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads to compute with; all if not given.", "choices": THREADS}
-    )
+    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
-    """Times the artifact and writes `javascript.json`; ``argv``: the flags, those of the command line if not given."""
+    """Times the model and writes `javascript.json`."""
     (arguments,) = parse_args((JavaScriptArguments,), positional="artifact", argv=argv)
     artifact, threads = Path(arguments.artifact), choose_threads(arguments.threads)
     served, task = files_to_serve(artifact, "onnx"), load_task_of(read_recipe_of(artifact))
@@ -61,21 +59,21 @@ def main(argv=None) -> None:
 
 
 def ask_node(artifact: Path, texts: list[str], threads: int) -> dict:
-    """The times of all texts, in their order, and the versions of what answered them.
+    """Returns the times of all texts, in milliseconds, and the versions of Node.js and transformers.js.
 
     Raises:
-        UserError: if Node.js or the libraries are missing, or the artifact does not open there.
+        UserError: if Node.js or the libraries are missing, or the model cannot be opened.
     """
-    place = artifact.resolve()
-    words = ["node", "latency.mjs", f"{place.parent}/", place.name, str(threads)]
+    folder = artifact.resolve()
+    command = ["node", "latency.mjs", f"{folder.parent}/", folder.name, str(threads)]
     try:
-        done = subprocess.run(words, cwd=WEB, input=json.dumps(texts), capture_output=True, text=True)
+        done = subprocess.run(command, cwd=WEB, input=json.dumps(texts), capture_output=True, text=True)
     except FileNotFoundError as error:
         raise UserError("no node on the path; install Node.js 20 or newer") from error
     if done.returncode:
         check_libraries(WEB / "node_modules")
-        said = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
-        raise UserError(f"{relative(artifact)} does not open in transformers.js: {' '.join(said[:1])}")
+        errors = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
+        raise UserError(f"{relative(artifact)} does not open in transformers.js: {' '.join(errors[:1])}")
     return json.loads(done.stdout)
 
 

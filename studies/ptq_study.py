@@ -1,8 +1,8 @@
-"""Chooses how the baseline is quantized: compares candidates with each other, and studies layer by layer.
+"""Chooses the quantization scheme of PTQ: compares candidates, and measures the sensitivity of each layer.
 
-Everything is scored on validation, with several baselines. The test split is not touched. For each format the study
-chooses by one rule. Candidates must answer alike on every processor, and their mean macro F1 must lie within 0.2
-points of the best such candidate. Of these, the fastest at batch 1 wins. The defaults of run_ptq.py are the winners.
+All are scored on validation, with several baselines. Of the candidates that answer alike on every processor and whose
+mean macro F1 lies within 0.2 points of the best, the fastest at batch 1 wins. The winners are the defaults of
+run_ptq.py.
 
     python studies/ptq_study.py weights/seeds/baseline-42 weights/seeds/baseline-43 weights/seeds/baseline-44
 """
@@ -16,34 +16,28 @@ import numpy as np
 
 from emotion.data.dataset import Task, load_task_of
 from emotion.data.metrics import VALIDATION_NOISE, score
-from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.benchmark import Protocol, interleave
 from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import files_to_serve, new_artifact, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact
-from emotion.quantization.scheme import (
-    SchemeArguments,
-    describe_quantized,
-    draw_calibration_rows,
-    make_plan,
-    save_formats,
-)
-from emotion.quantization.sensitivity import Rows, compare, logits_of, measure_layers, validation_rows
+from emotion.quantization.accuracy_aware import compare, copy_shared_files, logits_of, measure_layers, save_format
+from emotion.quantization.activation_ranges import RULES
+from emotion.quantization.scheme import Samples, SchemeArguments, load_samples, make_plan, quantized_metadata
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.command import run
 from emotion.utils.files import ROOT, write_json
 from emotion.utils.levels import LARGEST_SAFE_WEIGHT
-from emotion.utils.machine import choose_threads, describe_run
+from emotion.utils.machine import describe_run
 from emotion.utils.progress import Bar
 from emotion.utils.recipe import Recipe, base_model_of, read_recipe_of
 
-CALIBRATION_ROWS = 300
+CALIBRATION_SAMPLES = 300
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to quantize the baseline: a format, and the flags of run_ptq.py that differ from `FLAGS`."""
+    """A format, and the flags of run_ptq.py that differ from `FLAGS`."""
 
     format: str
     changes: dict = field(default_factory=dict)
@@ -54,15 +48,20 @@ CANDIDATES = {
     "ONNX Runtime, dynamic": Candidate("onnx"),
     "ONNX Runtime, dynamic, outliers split": Candidate("onnx", {"split_outliers": True}),
     "ONNX Runtime, dynamic, 8-bit weights": Candidate("onnx", {"reduce_range": False}),
+    **{f"ONNX Runtime, {rule}": Candidate("onnx", {"activation_quantization": rule}) for rule in RULES},
     "OpenVINO": Candidate("openvino"),
     "OpenVINO, 8-bit weights": Candidate("openvino", {"reduce_range": False}),
     "OpenVINO, SmoothQuant": Candidate("openvino", {"smooth_quant": True}),
 }
-# Format -> the flags that decide it, with their values in a candidate that does not change them. The defaults
-# of run_ptq.py must not matter here: they are the winners of the study before.
+# Format -> its flags where a candidate does not change them; the defaults of run_ptq.py are earlier winners.
 FLAGS = {
     "torchao": {"modules_to_not_convert": []},
-    "onnx": {"reduce_range": True, "modules_to_not_convert": [], "onnx_calibration": "none", "split_outliers": False},
+    "onnx": {
+        "reduce_range": True,
+        "modules_to_not_convert": [],
+        "activation_quantization": "dynamic",
+        "split_outliers": False,
+    },
     "openvino": {"reduce_range": True, "modules_to_not_convert": [], "smooth_quant": False},
 }
 
@@ -92,7 +91,7 @@ def main(argv=None) -> None:
     (arguments,) = parse_args((StudyArguments,), positional="baselines", argv=argv)
     baselines, results = [Path(folder) for folder in arguments.baselines], Path(arguments.results_dir)
     task = load_task_of(read_recipe_of(baselines[0]))
-    rows = validation_rows(task, choose_threads(None))
+    _, rows = load_samples(task, baselines[0], CALIBRATION_SAMPLES, seed=42)
     about = describe_run(rows.threads) | {
         "base_model": base_model_of(baselines[0]),
         "dataset": task.name,
@@ -102,21 +101,21 @@ def main(argv=None) -> None:
         "baselines": [read_recipe_of(folder).get("seed") for folder in baselines],
     }
 
-    # 1. Each layer on its own: which one changes the logits most?
+    # Sensitivity of each layer
     few = rows.first(arguments.layer_texts)
     layers = measure_layers(baselines[0], few)
     write_json(results / "ptq_sensitivity.json", about | {"examples": len(few.texts), "layers": layers})
-    worst = max((one for one in layers if one["layer"] is not None), key=lambda one: one["mean_logit_shift"])
+    worst = max((row for row in layers if row["layer"] is not None), key=lambda row: row["mean_logit_shift"])
     without_worst = Candidate("onnx", {"modules_to_not_convert": worst["names"]})
     candidates = CANDIDATES | {"ONNX Runtime, dynamic, worst layer in float": without_worst}
-    candidates = {name: one for name, one in candidates.items() if name not in arguments.leave_out}
+    candidates = {name: value for name, value in candidates.items() if name not in arguments.leave_out}
 
-    # 2. Make, score and time the candidates; 3. choose
+    # Make, score and time the candidates
     folders = make_candidates(candidates, baselines, task, Path(arguments.work_dir))
     fp32, studied = score_candidates(candidates, folders, baselines, rows)
     speed = time_candidates(candidates, folders, baselines[0], rows, arguments.rounds)
     fp32 |= speed.pop("FP32")
-    for name, measured in speed.items():  # latency, throughput, and how many times faster than FP32
+    for name, measured in speed.items():
         studied[name] |= measured
     study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
     write_json(results / "ptq_study.json", study)
@@ -129,23 +128,25 @@ def make_candidates(
     """Quantizes every baseline by every candidate; returns name -> one folder per baseline, in their order."""
     folders = {name: [] for name in candidates}
     for baseline in baselines:
-        model, made_by = load_trained_classifier(baseline), read_recipe_of(baseline)
-        rows = draw_calibration_rows(task, TextEncoder(baseline), CALIBRATION_ROWS, seed=42)
+        model, baseline_metadata = load_trained_classifier(baseline), read_recipe_of(baseline)
+        rows, _ = load_samples(task, baseline, CALIBRATION_SAMPLES, seed=42)
         for name, candidate in Bar(candidates.items(), desc=f"candidates of {baseline.name}"):
             flags = FLAGS[candidate.format] | candidate.changes
-            arguments = SchemeArguments(formats=[candidate.format], num_calibration_samples=CALIBRATION_ROWS, **flags)
+            arguments = SchemeArguments(
+                formats=[candidate.format], num_calibration_samples=CALIBRATION_SAMPLES, **flags
+            )
             plan = make_plan(baseline, model, arguments, rows)
-            made = describe_quantized("ptq", Recipe(None, flags), made_by, plan, arguments)
-            # As run_ptq.py, but without remedies: every candidate is wanted as it is, whatever it loses.
+            metadata = quantized_metadata("ptq", Recipe(None, flags), baseline_metadata, plan, arguments)
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
-            with new_artifact(folder, made) as partial:
-                save_formats(plan, partial, rows, arguments)
+            with new_artifact(folder, metadata) as output:  # without fallbacks
+                copy_shared_files(baseline, output)
+                save_format(plan, output, candidate.format, rows, arguments)
             folders[name].append(folder)
     return folders
 
 
 def score_candidates(
-    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baselines: list[Path], rows: Rows
+    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baselines: list[Path], rows: Samples
 ) -> tuple[dict, dict]:
     """Scores FP32 and every candidate on validation.
 
@@ -162,7 +163,7 @@ def score_candidates(
     return {"macro_f1": statistics.fmean(macro_f1)}, studied
 
 
-def describe_candidate(candidate: Candidate, folders: list[Path], reference: list[np.ndarray], rows: Rows) -> dict:
+def describe_candidate(candidate: Candidate, folders: list[Path], reference: list[np.ndarray], rows: Samples) -> dict:
     """The changes that a candidate makes, as means over the baselines, and size and scheme of the first one's file.
 
     Args:
@@ -170,25 +171,23 @@ def describe_candidate(candidate: Candidate, folders: list[Path], reference: lis
         reference: FP32 logits (rows, classes) of each baseline, in the same order.
     """
     format = candidate.format
-    each = []
+    effects = []
     for folder, before in zip(folders, reference, strict=True):
-        each.append(compare(before, logits_of(folder, format, rows), rows.labels))
-    # Size and scheme are alike for all seeds, so the first one's are taken.
+        effects.append(compare(before, logits_of(folder, format, rows), rows.labels))
     files = files_to_serve(folders[0], format)
     weights = weights_of(folders[0], format)
     return {
         "format": format,
         "changes": candidate.changes,
-        **{name: statistics.fmean(one[name] for one in each) for name in each[0]},
-        # One per baseline: the mean alone would hide how much they differ.
-        "macro_f1_changes": [one["macro_f1_change"] for one in each],
+        **{name: statistics.fmean(effect[name] for effect in effects) for name in effects[0]},
+        "macro_f1_changes": [effect["macro_f1_change"] for effect in effects],
         "megabytes": round(sum(files.values()) / 1e6, 2),
         "scheme": describe_scheme(open_artifact(folders[0], format, rows.threads), weights, format),
     }
 
 
 def time_candidates(
-    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baseline: Path, rows: Rows, rounds: int
+    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baseline: Path, rows: Samples, rounds: int
 ) -> dict[str, dict]:
     """Times FP32 and every candidate of the first baseline in turns; returns name -> the measurements."""
     timed = {"FP32": (baseline, "onnx")}
@@ -201,16 +200,21 @@ def time_candidates(
 def choose(studied: dict) -> dict:
     """Format -> the winner by the rule at the top of this file, and its flags."""
     of_format = {}
-    for name, one in studied.items():
-        of_format.setdefault(one["format"], {})[name] = one
+    for name, candidate in studied.items():
+        of_format.setdefault(candidate["format"], {})[name] = candidate
     chosen = {}
-    for format, ours in of_format.items():
-        # Weights of 8 bits overflow on processors without VNNI, which then answer differently (levels.py).
-        safe = {name: one for name, one in ours.items() if one["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT}
-        safe = safe or ours  # if no candidate is safe, all compete
-        # Of candidates within the noise of the best one, speed decides.
-        best = max(one["macro_f1_change"] for one in safe.values())
-        close = {name: one for name, one in safe.items() if one["macro_f1_change"] >= best - VALIDATION_NOISE}
+    for format, candidates in of_format.items():
+        # Larger weights overflow on processors without VNNI (levels.py).
+        safe = {}
+        for name, candidate in candidates.items():
+            if candidate["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT:
+                safe[name] = candidate
+        safe = safe or candidates  # if no candidate is safe, all compete
+        best = max(candidate["macro_f1_change"] for candidate in safe.values())
+        close = {}
+        for name, candidate in safe.items():
+            if candidate["macro_f1_change"] >= best - VALIDATION_NOISE:
+                close[name] = candidate
         winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
         chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
     return chosen

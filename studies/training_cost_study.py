@@ -1,10 +1,7 @@
-"""Measures the memory and the time that a training step costs with each method, interleaved in one run (A B C A B C).
+"""Measures peak memory and time of a training step with each method, interleaved in one run (A B C A B C).
 
-The methods are full fine-tuning, training with fake quantizers (QAT), LoRA on a float base, and QLoRA. Each has a
-process of its own. A turn is a few steps on the same batches of real texts, the longest batch first; the first turn of
-each method is not counted. Peak memory is that of the steps. The memory of the libraries, before a model is loaded, is
-recorded too. With gradient checkpointing the backward pass computes a layer's inner values again instead of keeping
-them (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
+The methods are full fine-tuning, QAT, LoRA, and QLoRA without and with gradient checkpointing (Chen et al., "Training
+Deep Nets with Sublinear Memory Cost", 2016), each in a process of its own, on the same batches of real texts.
 
     python studies/training_cost_study.py
 """
@@ -21,14 +18,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorWithPadding
 
+import run_qlora
 from emotion.data.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.evaluation.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
 from emotion.inference.pretrained import build_classifier
 from emotion.quantization.fake_quantizers import prepare
 from emotion.quantization.layers import Plan, find_layers, find_stack
-from emotion.quantization.scheme import SchemeArguments, plan_again
-from emotion.training.qlora import QloraArguments, build_qlora
+from emotion.quantization.scheme import SchemeArguments, update_plan
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.base_model import BASE_SIZE_MODEL, EMBEDDED_MODEL, find_base_model
 from emotion.utils.command import run
@@ -94,26 +91,23 @@ def main(argv=None) -> None:
 
 
 def make_batches(task: Task, tokenizer, count: int) -> list[dict[str, np.ndarray]]:
-    """The first rows of train as ``count`` padded batches, the longest first; int64 (32, tokens) under each name."""
-    # No rows are left out and none are shuffled: every run of the study has the same batches.
+    """Returns the first rows of train as ``count`` padded batches, int64 (32, tokens) each, the longest first."""
     rows = task.splits["train"].select(range(BATCH_SIZE * count))
     ids, collate = tokenize(rows, tokenizer, "train"), DataCollatorWithPadding(tokenizer)
     batches = []
     for start in range(0, len(rows), BATCH_SIZE):
         batch = collate([ids[row] for row in range(start, start + BATCH_SIZE)])
-        # NumPy: PyTorch would hand tensors to another process in shared memory, and memory is measured here.
+        # NumPy, since PyTorch passes tensors to other processes in shared memory
         batches.append({name: tensor.numpy() for name, tensor in batch.items()})
-    # As a training with group_by_length begins: memory that does not suffice shows at once.
     return sorted(batches, key=lambda batch: -batch["input_ids"].shape[1])
 
 
 def measure(path: str, labels: list[str], batches: list[dict], rounds: int, threads: int) -> dict:
-    """Method -> trained parameters, peak memory, seconds per step, and ratios of both to the first method."""
+    """Returns per method: trained parameters, peak memory, seconds per step, and ratios of both to the first one."""
     spawn = multiprocessing.get_context("spawn")  # a forked process would begin with the memory of this one
     pools = {method: spawn.Pool(1, start, (method, path, labels, threads)) for method in METHODS}
     turns = {method: [] for method in METHODS}
-    # The first turn is not counted: the optimizer makes its state in it, and the allocator meets every size of batch.
-    # All methods finish it before one is timed: every ratio of a round is wrong if the reference is still cold in it.
+    # All methods warm up before one is timed.
     for pool in pools.values():
         pool.apply(take_steps, (batches,))
         pool.apply(reset_peak_memory)
@@ -145,13 +139,11 @@ class Training:
     before: int  # bytes that the process held before it loaded the model
 
 
-# The training of this process. A pool calls plain functions and keeps no object between two calls; its initializer,
-# `start`, can hand the model to `take_steps` by a global name only. In the main process it stays None.
-training: Training | None = None
+training: Training | None = None  # of this process; a pool keeps no other state between two calls
 
 
 def start(method: str, path: str, labels: list[str], threads: int) -> None:
-    """Initializes the process of one method: builds model and optimizer as the method's script does."""
+    """Initializes the process of a method with model and optimizer."""
     global training
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
@@ -159,7 +151,7 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
     before = psutil.Process().memory_info().rss
     model = build_model(method, path, labels, bf16)
     if not on_gpu:
-        model.set_attn_implementation("eager")  # as `emotion.training.trainer.patched` does
+        model.set_attn_implementation("eager")  # as `ClassificationTrainer.train` does
     model.to(device).train()  # with dropout, whose masks take memory
     keep_freed_memory()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -167,24 +159,20 @@ def start(method: str, path: str, labels: list[str], threads: int) -> None:
 
 
 def build_model(method: str, path: str, labels: list[str], bf16: bool):
-    """The model of one of `METHODS`, with the settings of run_qlora.py where they matter."""
-    # How the adapter starts changes no later step, and LoftQ is not possible on a float base.
-    arguments = QloraArguments(
+    """Builds the model of one of `METHODS`."""
+    arguments = run_qlora.QloraArguments(
         model_name_or_path=path, load_in_4bit=method.startswith("QLoRA"), init_lora_weights="default"
     )
     if method == METHODS[0] or method in BITS:
         model = build_classifier(path, labels, arguments.attention_dropout)  # the same dropout for all methods
         if method in BITS:
-            # As run_qat.py does it, but for the layers that see the first token alone in an ONNX file, which a base
-            # model does not have: here they take the range of all tokens.
             scheme = SchemeArguments(bits=BITS[method])
-            prepare(plan_again(Plan(Path(path), model, find_layers(model, scheme.modules_to_not_convert)), scheme))
+            prepare(update_plan(Plan(Path(path), model, find_layers(model, scheme.modules_to_not_convert)), scheme))
         return model
-    model = build_qlora(path, labels, arguments, bf16)
+    model = run_qlora.build_model(path, labels, arguments, bf16)
     if "checkpointing" in method:
-        # By hand, since Transformers cannot do it for MPNet.
+        # Transformers has no gradient checkpointing for MPNet.
         for layer in model.get_submodule(find_stack(model)):
-            # The other way of PyTorch, the reentrant one, needs an input with a gradient: frozen embeddings give none.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
@@ -196,8 +184,7 @@ def take_steps(batches: list[dict]) -> float:
         inputs = {name: torch.from_numpy(array).to(training.device) for name, array in batch.items()}
         with torch.autocast(training.device, torch.bfloat16, enabled=training.bf16):
             loss = training.model(**inputs).loss
-        loss.backward()  # outside autocast, as PyTorch recommends
-        # Clipping at 1, as the Trainer does by default.
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
         training.optimizer.step()
         training.optimizer.zero_grad()
@@ -206,7 +193,7 @@ def take_steps(batches: list[dict]) -> float:
 
 
 def describe() -> dict:
-    """Trained parameters of this process's model, and its memory in megabytes: the peak, and before loading."""
+    """Returns the trained parameters, and the memory of this process in MB: peak, and before loading the model."""
     trained = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
     return {
         "trained_parameters": trained,

@@ -1,5 +1,6 @@
-"""A tiny encoder and a tiny dataset, built here, for most cases; offline whatever the machine can reach."""
+"""Fixtures: a tiny encoder, a tiny dataset and what the commands make of them; no test reaches the network."""
 
+# ruff: noqa: E402 (the environment is set before the libraries are imported)
 import os
 import tempfile
 
@@ -9,39 +10,35 @@ os.environ["HF_HOME"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import importlib  # noqa: E402
-import json  # noqa: E402
-import random  # noqa: E402
-import shutil  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import contextlib
+import importlib
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
-import datasets  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from filelock import FileLock  # noqa: E402
-from huggingface_hub import constants  # noqa: E402
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModel,
-    BertConfig,
-    DistilBertConfig,
-    MPNetConfig,
-    PreTrainedTokenizerFast,
-    RobertaConfig,  # noqa: E402
-)
+import datasets
+import pytest
+import torch
+from filelock import FileLock
+from huggingface_hub import constants
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoModel, BertConfig, DistilBertConfig, MPNetConfig, PreTrainedTokenizerFast, RobertaConfig
 
-import qlora_study  # noqa: E402
-import run_baseline  # noqa: E402
-import run_ptq  # noqa: E402
-import run_qat  # noqa: E402
-import run_qlora  # noqa: E402
-import seeds  # noqa: E402
-from emotion.data.dataset import DEFAULT_DATASET, load_task  # noqa: E402
-from emotion.utils import hub_requests  # noqa: E402
-from emotion.utils.base_model import EMBEDDED_MODEL  # noqa: E402
-from hub_server import WRITE, running_hub  # noqa: E402
+import qlora_study
+import run_baseline
+import run_ptq
+import run_qat
+import run_qlora
+import seeds
+from emotion.data.dataset import DEFAULT_DATASET, load_task
+from emotion.utils import hub_requests
+from emotion.utils.base_model import EMBEDDED_MODEL
+from hub_server import WRITE, running_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 # How many times as many seeds the random tests take: 1 in `make test`
@@ -49,31 +46,15 @@ FUZZ = int(os.environ.get("EMOTION_FUZZ", "1"))
 COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}
 FILLERS = ["a", "the", "i", "see", "sky", "house", "today", "now", "very", "and"]
 WORDS = FILLERS + sum(COLORS.values(), [])
-SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 128,
-    "initializer_range": 0.2,
-}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES["initializer_range"] = 0.2
+OF_DISTILBERT = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2, "initializer_range": 0.2}
 ENCODERS = {
-    "bert": (BertConfig, {**SMALL, "max_position_embeddings": 40}),
-    "distilbert": (
-        DistilBertConfig,
-        {
-            "dim": 64,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 128,
-            "initializer_range": 0.2,
-            "max_position_embeddings": 40,
-        },
-    ),
-    "roberta": (RobertaConfig, {**SMALL, "max_position_embeddings": 42, "type_vocab_size": 1}),
-    "mpnet": (MPNetConfig, {**SMALL, "max_position_embeddings": 42}),
+    "bert": (BertConfig, {**SIZES, "max_position_embeddings": 40}),
+    "distilbert": (DistilBertConfig, {**OF_DISTILBERT, "max_position_embeddings": 40}),
+    "roberta": (RobertaConfig, {**SIZES, "max_position_embeddings": 42, "type_vocab_size": 1}),
+    "mpnet": (MPNetConfig, {**SIZES, "max_position_embeddings": 42}),
 }
-
-
 THREADS = torch.get_num_threads()
 
 
@@ -191,19 +172,19 @@ def encoder(build_once) -> Path:
     return build_once("encoder/tiny-bert", build_encoder)
 
 
+def as_flags(**values) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        flags += [f"--{name}", str(value)]
+    return flags
+
+
+FAST = {"per_device_train_batch_size": 16, "bf16": False, "disable_tqdm": True}
+
+
 def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
-    values = {
-        "model_name_or_path": encoder,
-        "dataset_name": dataset,
-        "output_dir": output,
-        "learning_rate": 5e-3,
-        "num_train_epochs": 6,
-        "per_device_train_batch_size": 16,
-        "bf16": False,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    places = {"model_name_or_path": encoder, "dataset_name": dataset, "output_dir": output}
+    return as_flags(**(places | FAST | {"learning_rate": 5e-3, "num_train_epochs": 6} | changes))
 
 
 @pytest.fixture(scope="session")
@@ -229,8 +210,7 @@ def baseline_of(colors, build_once):
 @pytest.fixture(scope="session")
 def quantized(artifact, build_once) -> Path:
     """That baseline in INT8, in all its formats."""
-    words = ["--model_name_or_path", str(artifact), "--num_calibration_samples", "60"]
-    return build_once("weights/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
+    return build_once("weights/ptq", lambda folder: run_ptq.main(ptq_flags(artifact, folder)))
 
 
 def qlora_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[str]:
@@ -244,18 +224,13 @@ def adapted(encoder, colors, build_once) -> Path:
 
 
 def qat_flags(artifact, out, **changes) -> list[str]:
-    values = {
-        "model_name_or_path": artifact,
-        "output_dir": out,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 2,
-        "bf16": False,
-        "per_device_train_batch_size": 16,
-        "num_calibration_samples": 60,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    values = FAST | {"learning_rate": 1e-3, "num_train_epochs": 2} | changes
+    return ptq_flags(artifact, out, **values)
+
+
+def ptq_flags(artifact, out, **changes) -> list[str]:
+    values = {"model_name_or_path": artifact, "output_dir": out, "num_calibration_samples": 60}
+    return as_flags(**(values | changes))
 
 
 @pytest.fixture(scope="session")
@@ -272,25 +247,28 @@ def trained(artifact, build_once) -> Path:
 @pytest.fixture(scope="session")
 def real(build_once) -> Path:
     """The embedded model after a short training on real rows."""
-    values = {
-        "model_name_or_path": EMBEDDED_MODEL,
-        "max_train_samples": 3200,
-        "max_steps": 90,
-        "learning_rate": "4e-4",
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": "false",
-        "disable_tqdm": "true",
-    }
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return build_once("real/baseline", lambda folder: run_baseline.main([*words, "--output_dir", str(folder)]))
+    flags = {"max_train_samples": 3200, "max_steps": 90, "learning_rate": 4e-4, "load_best_model_at_end": False}
+    flags |= {"eval_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+    flags = as_flags(model_name_or_path=EMBEDDED_MODEL, **flags)
+    return build_once("real/baseline", lambda folder: run_baseline.main([*flags, "--output_dir", str(folder)]))
 
 
 @pytest.fixture(scope="session")
 def real_int8(real, build_once) -> Path:
     """The same in INT8."""
-    words = ["--model_name_or_path", str(real), "--num_calibration_samples", "60"]
-    return build_once("real/ptq", lambda folder: run_ptq.main([*words, "--output_dir", str(folder)]))
+    return build_once("real/ptq", lambda folder: run_ptq.main(ptq_flags(real, folder)))
+
+
+@contextlib.contextmanager
+def a_full_disk(limit: int):
+    """No file can grow over ``limit`` bytes in the block."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 @pytest.fixture(scope="session")
@@ -306,9 +284,9 @@ def realigned(model):
     return model.eval()
 
 
-def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
+def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
     """A script as a user starts it, in a process of its own."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, words)]
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
 
 
@@ -316,8 +294,8 @@ def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
 def in_this_process(monkeypatch):
     """Commands that seeds and sweeps start run as function calls: loading the libraries takes longer than the rest."""
 
-    def call(name: str, *words, check: bool = False) -> None:
-        importlib.import_module(name.removesuffix(".py")).main([str(word) for word in words])
+    def call(name: str, *args, check: bool = False) -> None:
+        importlib.import_module(name.removesuffix(".py")).main([str(argument) for argument in args])
 
     for module in (seeds, qlora_study):
         monkeypatch.setattr(module, "run_script", call)
@@ -355,6 +333,13 @@ def environment(hub, home: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+SHARED = {"SHA256SUMS", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml"}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def copy_to_edit(artifact: Path, folder: Path) -> Path:

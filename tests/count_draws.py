@@ -1,4 +1,4 @@
-"""Counts what `make fuzz` drew, from pytest's reports, and writes results/reliability.json and its page.
+"""Counts the draws of `make fuzz` in pytest's reports, and writes results/reliability.json.
 
 python tests/count_draws.py build/fuzz.xml
 """

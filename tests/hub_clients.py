@@ -77,7 +77,7 @@ def run_snippets(repository: str) -> dict[str, str]:
 class Inference(BaseHTTPRequestHandler):
     """As the Hub's inference toolkit answers: a single text with its five best classes, of several the best each."""
 
-    def log_message(self, *words):
+    def log_message(self, *args):
         pass
 
     def do_POST(self):

@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # headers and body are written apart: each answer would take 40 ms
     server: Hub
 
-    def log_message(self, *words):
+    def log_message(self, *args):
         pass
 
     def do_GET(self):

@@ -36,8 +36,8 @@ def damage(folder: Path, draw: random.Random, kind: str | None = None) -> str:
             files = [path for path in files if path.name != SUMS]
         if files:
             path = draw.choice(files)
-            told = change(path, draw)
-            return f"{one}: {path.relative_to(folder).as_posix()}: {told}"
+            about = change(path, draw)
+            return f"{one}: {path.relative_to(folder).as_posix()}: {about}"
     raise LookupError(f"{folder} has no file for {kind}")
 
 
@@ -94,30 +94,19 @@ def make_folder(path: Path, draw: random.Random) -> str:
 # Of settings
 
 
-def change_json(path: Path, draw: random.Random) -> str:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    told = change_value(values, draw)
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return told
+def change_settings(path: Path, draw: random.Random) -> str:
+    is_yaml = path.suffix == ".yaml"
+    values = (yaml.safe_load if is_yaml else json.loads)(path.read_text(encoding="utf-8"))
+    about = change_value(values, draw)
+    path.write_text(yaml.safe_dump(values, sort_keys=False) if is_yaml else json.dumps(values), encoding="utf-8")
+    return about
 
 
-def replace_json(path: Path, draw: random.Random) -> str:
-    value = draw.choice(OTHERS)
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return f"{value!r} for all"
-
-
-def change_yaml(path: Path, draw: random.Random) -> str:
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    told = change_value(values, draw)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return told
-
-
-def replace_yaml(path: Path, draw: random.Random) -> str:
-    value = draw.choice(["", "- a\n", "x", "42", "a: !!bool maybe", "a: 2026-99-99", "a: [", "{1: 2}", "a: !!set {b}"])
-    path.write_text(value, encoding="utf-8")
-    return f"{value!r} for all"
+def replace_settings(path: Path, draw: random.Random) -> str:
+    texts = ["", "- a\n", "x", "42", "a: !!bool maybe", "a: 2026-99-99", "a: [", "{1: 2}", "a: !!set {b}"]
+    text = draw.choice(texts) if path.suffix == ".yaml" else json.dumps(draw.choice(OTHERS))
+    path.write_text(text, encoding="utf-8")
+    return f"{text!r} for all"
 
 
 def change_value(values: dict, draw: random.Random) -> str:
@@ -339,14 +328,14 @@ KINDS = {
     "deleted": ("*", delete),
     "exchanged": ("*", exchange),
     "a folder": ("*", make_folder),
-    "a value": ("*config.json", change_json),
-    "a value of the tokenizer": ("tokenizer.json", change_json),
-    "other JSON": ("*.json", replace_json),
+    "a value": ("*config.json", change_settings),
+    "a value of the tokenizer": ("tokenizer.json", change_settings),
+    "other JSON": ("*.json", replace_settings),
     "nested": ("*.json", nest_deeply),
     "flood": ("*.json", flood),
     "no UTF-8": ("*.json", no_text),
-    "recipe": ("recipe.yaml", change_yaml),
-    "other recipe": ("recipe.yaml", replace_yaml),
+    "recipe": ("recipe.yaml", change_settings),
+    "other recipe": ("recipe.yaml", replace_settings),
     "labels": ("config.json", change_labels),
     "layers": ("config.json", change_layers),
     "sizes": ("config.json", change_sizes),

@@ -32,14 +32,14 @@ def draw_flag(rng: random.Random, names: list[str]) -> tuple[str, list[str]]:
     """A flag with a value that it may not take: what it is, and the words of the command line."""
     name, value = rng.choice(names), rng.choice([*NUMBERS, *WORDS, *UNPRINTABLE])
     form = rng.choice(["joined", "apart", "alone", "misspelt", "twice"])
-    words = {
+    args = {
         "joined": [f"--{name}={value}"],
         "apart": [f"--{name}", value],
         "alone": [f"--{name}"],
         "misspelt": [f"--{name[:-1]}", value],
         "twice": [f"--{name}", value, f"--{name}", value],
     }[form]
-    return f"--{name} {value!r:.40} {form}", words
+    return f"--{name} {value!r:.40} {form}", args
 
 
 def draw_config(rng: random.Random, names: list[str]) -> tuple[str, bytes]:

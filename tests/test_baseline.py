@@ -1,12 +1,9 @@
 """Training: what is saved, resumed, refused; other encoders; several processes."""
 
 import json
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments, 
 import predict
 import run_baseline
 import run_evaluation
-from conftest import ENCODERS, ROOT, build_encoder, copy_to_edit, train_flags
+from conftest import ENCODERS, ROOT, SHARED, a_full_disk, build_encoder, copy_to_edit, files_in, train_flags
 from emotion.data.metrics import softmax
 from emotion.inference.pretrained import build_classifier
 from emotion.inference.runtimes import open_artifact
@@ -28,25 +25,13 @@ from emotion.utils.errors import UserError
 
 
 def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
-    files = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
-    assert files == {
-        "SHA256SUMS",
-        "config.json",
-        "model.safetensors",
-        "model.bf16.safetensors",
-        "onnx/model.onnx",
-        "recipe.yaml",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert files_in(artifact) == SHARED | {"model.bf16.safetensors", "onnx/model.onnx"}
     assert {path.stat().st_mode & 0o777 for path in artifact.rglob("*") if path.is_file()} == {0o644}
-    assert not (artifact.parent / "checkpoints" / "baseline").exists()
-    made = yaml.safe_load((artifact / "recipe.yaml").read_text())
-    assert (
-        made["seed"] == 42 and made["recipe"]["learning_rate"] == 5e-3 and made["made"]["dataset_source"] == "folder"
-    )
-    assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
-    assert made["onnx"]["fused"] is True and made["onnx"]["first_token"] is True
+    metadata = yaml.safe_load((artifact / "recipe.yaml").read_text())
+    assert metadata["seed"] == 42 and metadata["recipe"]["learning_rate"] == 5e-3
+    assert metadata["provenance"]["dataset_source"] == "folder"
+    assert metadata["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
+    assert metadata["onnx"]["fused"] is True and metadata["onnx"]["cls_only"] is True
 
 
 def test_the_onnx_file_holds_no_path_of_this_machine(artifact, quantized):
@@ -114,7 +99,7 @@ def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypat
 def trainer_of(encoder, layerwise_lr_decay):
     model = build_classifier(str(encoder), ["warm", "cold", "none"], None)
     arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
-    return run_baseline.BaselineTrainer(model=model, args=arguments, layerwise_lr_decay=layerwise_lr_decay)
+    return run_baseline.BaselineTrainer(layerwise_lr_decay, recipe=None, data=None, model=model, args=arguments)
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
@@ -132,59 +117,30 @@ def test_each_layer_learns_slower_than_the_one_above(kind, tmp_path):
     assert {rate for name, rate in rates.items() if "classifier" in name or "pooler" in name} == {1.0}
 
 
-@pytest.mark.processes
-def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(artifact, encoder, colors, tmp_path):
-    out = tmp_path / "baseline"
-    flags = train_flags(encoder, colors, out, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2)
-    whole = tmp_path / "whole"
-    run_baseline.main([*flags, "--output_dir", str(whole)])
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "run_baseline.py"), *flags])
-    checkpoints = tmp_path / "checkpoints" / "baseline"
-    for _ in range(1200):
-        if len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) >= 1:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    half = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    shutil.copytree(half, checkpoints / "checkpoint-999")  # a newer one that was cut off while it was written
-    (checkpoints / "checkpoint-999" / "trainer_state.json").write_text('{"epoch"')
-    with pytest.raises(UserError, match="cannot resume .*: learning_rate changed"):
-        run_baseline.main([*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", "last"])
-    run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
-    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, out))
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-
-
 def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "baseline"
-    shutil.copytree(artifact, out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    save = run_baseline.save_forms
+    out = shutil.copytree(artifact, tmp_path / "baseline")
+    before, save = contents(out), run_baseline.save_formats
 
-    def save_on_a_full_disk(*words):
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        try:
-            return save(*words)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    def save_on_a_full_disk(*args):
+        with a_full_disk(20_000):
+            return save(*args)
 
-    monkeypatch.setattr(run_baseline, "save_forms", save_on_a_full_disk)
+    monkeypatch.setattr(run_baseline, "save_formats", save_on_a_full_disk)
     flags = train_flags(encoder, colors, out, num_train_epochs=1)
     with pytest.raises(SystemExit) as stopped:
         command.run(lambda: run_baseline.main(flags))
     assert stopped.value.code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: cannot write") and "free some space" in message
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert not list(tmp_path.glob(".baseline*"))
-    monkeypatch.undo()  # the disk has space again: the training that was paid for is not lost
-    run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
+    after = contents(out)
+    assert before == {name: after[name] for name in before} and not list(tmp_path.glob(".baseline*"))
+    monkeypatch.undo()  # the disk has space again: the training is not lost
+    run_baseline.main([*flags, "--resume_from_checkpoint", "true"])
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(encoder, colors, tmp_path):
@@ -224,18 +180,11 @@ def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
     flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=16 // processes)
     several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
     config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *config,
-        *several,
-        str(ROOT / "scripts" / "run_baseline.py"),
-        *flags,
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *config, *several]
+    command = [*launch, str(ROOT / "scripts" / "run_baseline.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("saved ") == 1  # one process speaks and saves
-    made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert made["training"]["processes"] == processes
-    assert made["training"]["validation_macro_f1"] > 0.9
+    assert done.stdout.count(f"saved {tmp_path}") == 1  # one process speaks and saves
+    metadata = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert metadata["training"]["processes"] == processes
+    assert metadata["training"]["validation_macro_f1"] > 0.9

@@ -25,11 +25,10 @@ from filelock import FileLock
 import run_batch
 from conftest import ROOT, build_rows, copy_to_edit, read_json, run_script
 from emotion import EmotionClassifier
-from emotion.inference import batch_rows as rows
-from emotion.inference import batch_shards as shards
-from emotion.inference.batch_inputs import kind_of
-from emotion.inference.batch_rows import RowReader, survey
-from emotion.inference.batch_shards import pieces
+from emotion.inference import batch_job as shards
+from emotion.inference import batch_reader as rows
+from emotion.inference.batch_job import pieces
+from emotion.inference.batch_reader import RowReader, kind_of, survey
 from emotion.utils.errors import UserError
 
 COUNT = 700
@@ -50,13 +49,13 @@ HOSTILE = [
 ]
 
 
-def call(*words, **flags) -> Path:
+def call(*args, **flags) -> Path:
     """Runs the command in this process; returns the folder of the shards."""
     flat = []
     for name, value in flags.items():
         flat += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    run_batch.main([str(word) for word in (*words, *flat)])
-    return Path(words[-1])
+    run_batch.main([str(word) for word in (*args, *flat)])
+    return Path(args[-1])
 
 
 def read(output: Path) -> pa.Table:
@@ -329,10 +328,10 @@ def stop_in_the_middle(output: Path) -> None:
 def test_a_second_call_makes_what_is_missing(damage, artifact, table, tmp_path, capsys):
     flags = {"model": artifact, "shard_rows": 300}
     output = call(table, tmp_path / "out", **flags)
-    told, whole = capsys.readouterr().out, contents(output)
+    printed, whole = capsys.readouterr().out, contents(output)
     damage(output)
     call(table, output, **flags)
-    assert capsys.readouterr().out == told and contents(output) == whole
+    assert capsys.readouterr().out == printed and contents(output) == whole
     written = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     call(table, output, **flags, threads=1)  # which changes no answer
     assert written == {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
@@ -361,20 +360,20 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
     if changed.get("input"):
         changed = {}
         table.write_bytes(encode("parquet", [*TEXTS[:-1], "another one"]))
-    with pytest.raises(UserError, match=f"out holds answers to another question: {reason}"):
+    with pytest.raises(UserError, match=f"out holds the output of another job: {reason}"):
         call(table, output, **(flags | changed))
     assert contents(output) == whole
 
 
 @pytest.mark.parametrize(
-    ("files", "words", "message"),
+    ("files", "args", "message"),
     [
         ({}, ["nowhere.csv", "out"], "no input nowhere.csv"),
         ({}, ["*.csv", "out"], "no input"),
         ({"a.csv": b"text\nred\n"}, ["a.csv"], "name the input and the output"),
         ({"a.csv": b"text\nred\n"}, ["a.csv", "out", "--shard_rows", "0"], "--shard_rows"),
         ({"a.csv": b"text\nred\n", "out/notes": b""}, ["a.csv", "out"], "out holds something else"),
-        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: its ending says not what it is"),
+        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: unknown extension"),
         ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
@@ -400,13 +399,13 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"in/a.txt.gz": gzip.compress(b"red\n"), "in/b.txt.gz": b"no"}, ["in", "out"], "b.txt.gz cannot be read"),
     ],
 )
-def test_what_cannot_be_done_is_said(files, words, message, artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LONGEST_VALUE", 300)
+def test_what_cannot_be_done_is_said(files, args, message, artifact, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MAX_VALUE", 300)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        run_batch.main([*words, "--model", str(artifact)])
+        run_batch.main([*args, "--model", str(artifact)])
     assert "\n" not in str(error.value) and not list(tmp_path.glob("out/part-*"))
 
 
@@ -485,23 +484,23 @@ def test_torch_is_not_imported(artifact, table, tmp_path):
         "import sys, run_batch; run_batch.main(sys.argv[1:])\n"
         "heavy = {'torch', 'datasets', 'sklearn', 'ray'} & set(sys.modules); assert not heavy, heavy"
     )
-    words = [sys.executable, "-c", code, str(table), str(tmp_path / "out"), "--model", str(artifact)]
-    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
+    args = [sys.executable, "-c", code, str(table), str(tmp_path / "out"), "--model", str(artifact)]
+    done = subprocess.run(args, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"out: {COUNT} rows, {COUNT} ok\n") and "\r" not in done.stderr  # no bar in a pipe
 
 
 def test_a_full_disk_is_one_line_and_the_next_call_goes_on(artifact, table, tmp_path):
-    words = [table, tmp_path / "out", "--model", artifact, "--shard_rows", 300]
+    args = [table, tmp_path / "out", "--model", artifact, "--shard_rows", 300]
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4500, 4500))
 
-    done = run_script("run_batch.py", *words, preexec_fn=fill)
+    done = run_script("run_batch.py", *args, preexec_fn=fill)
     assert done.returncode == 1 and "part-00000.parquet" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write")
     assert not list((tmp_path / "out").glob("*part*"))
-    assert run_script("run_batch.py", *words).returncode == 0
+    assert run_script("run_batch.py", *args).returncode == 0
     assert read(tmp_path / "out").num_rows == COUNT
 
 
@@ -510,12 +509,12 @@ def test_killed_at_any_moment_and_resumed(artifact, tmp_path):
     """Three times: the end is the same as without, byte for byte, and a shard that was done is not made again."""
     texts = [f"{text} {row}" for row, text in enumerate(TEXTS * 60)]
     (tmp_path / "many.csv").write_bytes(encode("csv", texts))
-    words = ["--model", str(artifact), "--shard_rows", "2000"]
-    assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "whole", *words).returncode == 0
+    args = ["--model", str(artifact), "--shard_rows", "2000"]
+    assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "whole", *args).returncode == 0
     draw, made, records = random.Random(5), {}, tmp_path / "cut" / ".done"
     command = [sys.executable, str(ROOT / "scripts" / "run_batch.py"), str(tmp_path / "many.csv")]
     for shards_done in (0, draw.randint(1, 8), draw.randint(9, 17)):
-        process = subprocess.Popen([*command, str(tmp_path / "cut"), *words], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, str(tmp_path / "cut"), *args], stderr=subprocess.DEVNULL)
         while len(list(records.glob("*.json"))) < shards_done and process.poll() is None:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 1.5 if shards_done == 0 else 0.1))
@@ -526,7 +525,7 @@ def test_killed_at_any_moment_and_resumed(artifact, tmp_path):
             assert path.stat().st_mtime_ns == moment
         made = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
         assert len(made) >= shards_done
-    assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "cut", *words).returncode == 0
+    assert run_script("run_batch.py", tmp_path / "many.csv", tmp_path / "cut", *args).returncode == 0
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     for path, moment in made.items():
         assert path.stat().st_mtime_ns == moment

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import batch_study
 from conftest import ROOT, build_rows, read_json, run_script
 from report.pages import render_study_pages
 
@@ -49,11 +50,11 @@ def texts(tmp_path_factory) -> Path:
 def whole(texts, artifact, tmp_path_factory) -> Path:
     """What the plain engine makes of them."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    assert run_script("run_batch.py", *words(texts, output, artifact)).returncode == 0
+    assert run_script("run_batch.py", *args(texts, output, artifact)).returncode == 0
     return output
 
 
-def words(texts: Path, output: Path, artifact: Path, *more) -> list[str]:
+def args(texts: Path, output: Path, artifact: Path, *more) -> list[str]:
     return [str(word) for word in (texts, output, "--model", artifact, "--shard_rows", SHARD_ROWS, *more)]
 
 
@@ -66,7 +67,7 @@ def start(texts: Path, output: Path, artifact: Path, shards: int) -> subprocess.
     command = [
         sys.executable,
         str(ROOT / "scripts" / "run_batch.py"),
-        *words(texts, output, artifact, "--engine", "ray"),
+        *args(texts, output, artifact, "--engine", "ray"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(list((output / ".done").glob("*.json"))) < shards:
@@ -80,11 +81,11 @@ def test_a_node_dies_in_the_middle(nodes, texts, whole, artifact, tmp_path):
     process = start(texts, tmp_path / "out", artifact, shards=4)
     cluster.remove_node(second, allow_graceful=False)
     assert not (tmp_path / "out" / f"part-{SHARDS - 1:05d}.parquet").exists()  # it was the middle
-    told, errors = process.communicate(timeout=240)
+    printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert contents(tmp_path / "out") == contents(whole)
     rows = pq.read_table(tmp_path / "out")["row"].to_pylist()
-    assert sorted(rows) == list(range(SHARD_ROWS * SHARDS)) and f"{len(rows):,} rows" in told
+    assert sorted(rows) == list(range(SHARD_ROWS * SHARDS)) and f"{len(rows):,} rows" in printed
 
 
 def test_a_worker_dies_and_then_the_command(nodes, texts, whole, artifact, tmp_path):
@@ -98,7 +99,7 @@ def test_a_worker_dies_and_then_the_command(nodes, texts, whole, artifact, tmp_p
     process.kill()
     process.wait()
     # The plain engine finishes what the cluster began.
-    assert run_script("run_batch.py", *words(texts, tmp_path / "out", artifact)).returncode == 0
+    assert run_script("run_batch.py", *args(texts, tmp_path / "out", artifact)).returncode == 0
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -132,10 +133,9 @@ def test_the_spark_job_of_the_docs(artifact, tmp_path):
 
 
 def test_the_study_measures_and_tells(colors, artifact, tmp_path):
-    places = ["--work_dir", tmp_path / "work", "--results_dir", tmp_path / "results", "--dataset_name", colors]
+    folders = ["--work_dir", tmp_path / "work", "--results_dir", tmp_path / "results", "--dataset_name", colors]
     sizes = ["--rows", 2000, 4000, "--ray_rows", 2000, "--shard_rows", 500]
-    done = run_script("batch_study.py", artifact, *places, *sizes)
-    assert done.returncode == 0, done.stderr
+    batch_study.main([str(word) for word in (artifact, *folders, *sizes)])
     study = read_json(tmp_path / "results" / "batch.json")
     assert [one["rows"] for one in study["plain"]] == [2000, 4000] and len(study["engines"]) == 4
     page = (tmp_path / "results" / "batch.md").read_text(encoding="utf-8")

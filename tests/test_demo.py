@@ -7,7 +7,6 @@ import threading
 import pytest
 
 import demo
-from conftest import run_script
 from emotion.utils.errors import UserError
 
 
@@ -35,6 +34,7 @@ def ask(server, path: str):
 
 def test_the_server_gives_the_page_the_models_and_the_libraries(server):
     status, page, headers = ask(server, "/")
+    assert server.server_address[0] == "127.0.0.1"  # it listens to this machine alone
     assert status == 200 and "Emotion of a text" in page and headers["Cache-Control"] == "no-store"
     assert ask(server, "/weights/qat/config.json")[:2] == (200, "weights/qat/config.json")
     types = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
@@ -85,10 +85,6 @@ def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_pat
     assert demo.make_fp32(artifact.parent) == [] == demo.make_fp32(tmp_path / "nowhere")
 
 
-def test_the_server_listens_to_this_machine_alone(server):
-    assert server.server_address[0] == "127.0.0.1"
-
-
 def test_what_keeps_the_server_from_starting_is_one_line(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"--port {server.server_port}: .* in use; choose another"):
         demo.make_server(server.server_port, tmp_path)
@@ -96,5 +92,5 @@ def test_what_keeps_the_server_from_starting_is_one_line(server, tmp_path, monke
     with pytest.raises(UserError, match="no transformers.js in .*; 'make demo' installs it"):
         demo.make_server(0, tmp_path)
     for port in ("-1", "65536", "many"):
-        done = run_script("demo.py", "--port", port)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and "--port" in done.stderr
+        with pytest.raises(UserError, match="--port"):
+            demo.main(["--port", port])

@@ -39,6 +39,8 @@ def test_answers_stand_in_the_order_of_the_texts(classifier):
     assert np.mean(np.array(labels) == np.array(classifier.labels * 100)) > 0.95
     assert all(set(answer) == {"label", "score"} and type(answer["score"]) is float for answer in answers)
     assert classifier.classify(texts[:1])[0]["label"] == labels[0]
+    assert classifier.classify([]) == [] == list(classifier.classify_stream(iter([])))
+    assert classifier.logits([]).shape == (0, 3) and len(classifier.classify(["", " ", "red"])) == 3
 
 
 def test_several_labels_of_a_text(classifier):
@@ -51,15 +53,6 @@ def test_several_labels_of_a_text(classifier):
     assert classifier.classify(texts, top_k=2) == [answers[:2] for answers in everything]
     assert classifier.classify(texts, top_k=99) == everything
     assert classifier.classify(texts, top_k=1) == [answers[0] for answers in everything]
-
-
-def test_no_texts_have_no_answers(classifier):
-    assert classifier.classify([]) == [] and list(classifier.classify_stream(iter([]))) == []
-    assert classifier.logits([]).shape == (0, 3)
-
-
-def test_an_empty_text_is_answered_like_any_other(classifier):
-    assert len(classifier.classify(["", " ", "red"])) == 3
 
 
 def test_many_texts_are_answered_as_one_by_one(classifier):
@@ -149,8 +142,8 @@ def test_neither_torch_nor_transformers_is_imported(format, texts, quantized):
         "print({answer['label'] for answer in classifier.classify(texts)})\n"
         "heavy = {'torch', 'transformers', 'pandas', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
     )
-    words = [sys.executable, "-c", code, str(quantized), format, json.dumps(texts)]
-    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
+    args = [sys.executable, "-c", code, str(quantized), format, json.dumps(texts)]
+    done = subprocess.run(args, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "{'warm'}\n"
 
@@ -250,9 +243,9 @@ def test_pytorch_is_called_by_the_callers_own_thread(artifact, monkeypatch):
     classifier, callers = EmotionClassifier.from_pretrained(artifact, "pytorch", threads=2), set()
     forward = classifier.runtime.model.forward
 
-    def watched(*words, **options):
+    def watched(*args, **options):
         callers.add(threading.current_thread())
-        return forward(*words, **options)
+        return forward(*args, **options)
 
     monkeypatch.setattr(classifier.runtime.model, "forward", watched)
     classifier.classify(build_rows(90)["text"])

@@ -1,4 +1,4 @@
-"""The ruler and the record: figures that can be recomputed, files that are whole, folders that are refused."""
+"""The evaluation protocol and the record: numbers can be recomputed, and damaged folders are refused."""
 
 import json
 import shutil

@@ -12,7 +12,7 @@ from huggingface_hub.utils import _http, close_session
 import mutations_hub
 from conftest import run_script, seeds_for
 from emotion.hub.upload import upload
-from emotion.inference import download
+from emotion.inference import emotion_classifier as download
 from emotion.utils import command, hub_requests
 from emotion.utils.errors import UserError
 from hub_server import WRITE, Fault, Repository
@@ -39,7 +39,7 @@ def waits(monkeypatch):
     waited = []
     for module in (hub_requests, _http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
-    for name, value in (("TIMEOUT_S", 0.2), ("GRACE_S", 0.2), ("LARGEST_ANSWER", 1_000_000)):
+    for name, value in (("TIMEOUT_S", 0.2), ("GRACE_S", 0.2), ("MAX_ANSWER", 1_000_000)):
         monkeypatch.setattr(hub_requests, name, value)
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.5)
@@ -209,11 +209,7 @@ def test_what_passes_is_fetched_again(fault, hub, waits):
         ("HEAD config.json", (302, b""), "no useful answer"),
         ("HEAD config.json", 500, "status 500"),
         ("HEAD config.json", "hang", "no useful answer"),
-        (
-            "GET config.json",
-            (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}),
-            "ConnectError|127.0.0.1/nowhere",
-        ),
+        ("GET config.json", (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}), "ConnectError|127.0.0.1/nowhere"),
         ("GET config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "no useful answer"),
         ("GET model_quantized.onnx", "cut", "no useful answer"),
         ("GET model_quantized.onnx", "trickle", "fewer than 1,000 bytes a second"),

@@ -74,9 +74,9 @@ def test_it_is_small_and_has_the_same_versions(light):
 
 
 def test_predict_answers_as_in_the_full_environment(light, quantized):
-    words = [ROOT / "scripts" / "predict.py", "--model", quantized, "--json", *TEXTS]
-    answers = call(light, *words)
-    assert answers == call(sys.executable, *words)
+    args = [ROOT / "scripts" / "predict.py", "--model", quantized, "--json", *TEXTS]
+    answers = call(light, *args)
+    assert answers == call(sys.executable, *args)
     assert [json.loads(line)["label"] for line in answers.splitlines()] == ["cold", "warm", "none"]
 
 
@@ -91,14 +91,14 @@ def test_predict_fetches_a_repository(light, artifact, tmp_path):
     with running_hub() as hub:
         hub.repositories["user/colors"] = Repository(commits=[files])
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        words = [ROOT / "scripts" / "predict.py", "--model", "user/colors", "a red house"]
-        assert call(light, *words, env=os.environ | settings).startswith("warm")
+        args = [ROOT / "scripts" / "predict.py", "--model", "user/colors", "a red house"]
+        assert call(light, *args, env=os.environ | settings).startswith("warm")
 
 
 @pytest.mark.parametrize("format", ["pytorch", "bf16"])
 def test_a_format_whose_runtime_is_not_there_is_one_line(format, light, artifact):
-    words = [ROOT / "scripts" / "predict.py", "--model", artifact, "--format", format, "red"]
-    done = subprocess.run(list(map(str, [light, *words])), capture_output=True, text=True)
+    args = [ROOT / "scripts" / "predict.py", "--model", artifact, "--format", format, "red"]
+    done = subprocess.run(list(map(str, [light, *args])), capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(r"error: .* needs torch, which is not installed; pip install -r .*\n", done.stderr)
 

@@ -18,10 +18,8 @@ from safetensors.torch import load_file, save_file
 import run_publish
 from conftest import build_rows, run_script, seeds_for
 from emotion import EmotionClassifier
-from emotion.utils import checksums as sums_module
-from emotion.utils.checksums import SUMS_FILE, check_sums, hash_once, read_sums, remembered, write_sums
+from emotion.utils.checksums import SUMS_FILE, read_sums
 from emotion.utils.errors import UserError, reason_of
-from emotion.utils.files import sha256
 from emotion.utils.recipe import read_recipe_of
 from mutations import KINDS, copy_artifact, damage, edit_config
 
@@ -48,46 +46,33 @@ def sound(request):
     return answer
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_artifact_answers_as_before_or_not_at_all(kind, sound, request, tmp_path):
-    """With its sums; damages of files that are not opened change nothing."""
+def check_damaged(folder, format, about: str, expected=None) -> bool:
+    """Whether a damaged folder is refused, in one line; if not, its logits are finite, and those expected."""
+    try:
+        recipe, labels, logits = ask(folder, format)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 900, about
+        return True
+    assert np.isfinite(logits).all() and logits.shape == (len(TEXTS), len(labels)), about
+    if expected:
+        assert (recipe, labels) == expected[:2], about
+        np.testing.assert_allclose(logits, expected[2], atol=1e-4, err_msg=about)
+    return False
+
+
+@pytest.mark.parametrize(("kind", "sums"), [(kind, sums) for kind in KINDS for sums in (True, False)])
+def test_a_damaged_folder_answers_as_before_or_not_at_all(kind, sums, sound, request, tmp_path):
+    """Damages of files that are not opened change nothing. Without sums not every damage can be seen."""
     refused = 0
     for number, (name, format) in enumerate(OPENED):
-        folder = copy_artifact(request.getfixturevalue(name), tmp_path / str(number), sums=True)
+        folder = copy_artifact(request.getfixturevalue(name), tmp_path / str(number), sums=sums)
         try:
-            told = damage(folder, random.Random(f"{kind} {format}"), kind)
-        except LookupError:  # no OpenVINO file in the baseline
+            about = damage(folder, random.Random(f"{kind} {format}{'' if sums else ' without'}"), kind)
+        except LookupError:  # no OpenVINO file in the baseline, or no sums
             continue
-        try:
-            recipe, labels, logits = ask(folder, format)
-        except UserError as error:
-            refused += 1
-            assert len(str(error).splitlines()) == 1, told
-            assert len(str(error)) < 900, told
-        else:
-            expected = sound(name, format)
-            assert (recipe, labels) == expected[:2], told
-            np.testing.assert_allclose(logits, expected[2], atol=1e-4, err_msg=told)
+        refused += check_damaged(folder, format, about, sound(name, format) if sums else None)
         shutil.rmtree(folder)
-    assert refused, kind
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sums"])
-def test_a_strangers_folder_ends_in_an_answer_or_one_line(kind, request, tmp_path):
-    """Without sums, where not every damage can be seen."""
-    for number, (name, format) in enumerate(OPENED):
-        folder = copy_artifact(request.getfixturevalue(name), tmp_path / str(number), sums=False)
-        try:
-            told = damage(folder, random.Random(f"{kind} {format} without"), kind)
-        except LookupError:
-            continue
-        try:
-            _, labels, logits = ask(folder, format)
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1, told
-        else:
-            assert np.isfinite(logits).all() and logits.shape == (len(TEXTS), len(labels)), told
-        shutil.rmtree(folder)
+    assert refused or not sums, kind
 
 
 @pytest.mark.fuzz
@@ -99,17 +84,7 @@ def test_no_damage_of_an_artifact_changes_its_answer_in_silence(seed, sound, req
     record_property("draws", 2)
     for sums in (True, False):
         folder = copy_artifact(request.getfixturevalue(name), tmp_path / str(sums), sums=sums)
-        told = damage(folder, rng)
-        try:
-            recipe, labels, logits = ask(folder, format)
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1, told
-            continue
-        assert np.isfinite(logits).all() and logits.shape == (len(TEXTS), len(labels)), told
-        if sums:
-            expected = sound(name, format)
-            assert (recipe, labels) == expected[:2], told
-            np.testing.assert_allclose(logits, expected[2], atol=1e-4, err_msg=told)
+        check_damaged(folder, format, damage(folder, rng), sound(name, format) if sums else None)
 
 
 # What the structure alone shows
@@ -179,15 +154,15 @@ def fill_head(value):
 REPEATING = b"a: &a [x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (c, c, c - 1, c - 1) for c in range(98, 123))
 STRUCTURE = [
     # config.json
-    (write("config.json", b"null"), "onnx", "config.json must hold a mapping and holds None"),
-    (write("config.json", b"[]"), "onnx", "config.json must hold a mapping and holds a list"),
+    (write("config.json", b"null"), "onnx", "config.json must hold a JSON object"),
+    (write("config.json", b"[]"), "onnx", "config.json must hold a JSON object"),
     (write("config.json", b"{"), "onnx", "config.json cannot be read: Expecting property name"),
     (write("config.json", b"[" * 99_999), "onnx", "config.json cannot be read: maximum recursion depth"),
     (write("config.json", b'{"vocab_size": NaN}'), "onnx", "config.json cannot be read: it holds nan"),
-    (write("config.json", b" " * 5_000_000), "onnx", "config.json has 5,000,000 bytes"),
-    (set_config(id2label=["warm"]), "onnx", "config.json: 'id2label' cannot be a list"),
-    (set_config(quantization_config=[]), "onnx", "'quantization_config' must hold a mapping and holds a list"),
-    (set_config(quantization_config={"quant_method": {}}), "onnx", "'quant_method' cannot be a mapping"),
+    (write("config.json", b" " * 5_000_000), "onnx", "config.json .* 5,000,000 bytes"),
+    (set_config(id2label=["warm"]), "onnx", "config.json: 'id2label' cannot be"),
+    (set_config(quantization_config=[]), "onnx", "'quantization_config' must hold a JSON object"),
+    (set_config(quantization_config={"quant_method": {}}), "onnx", "'quant_method' cannot be"),
     (set_config(vocab_size="many"), "onnx", "config.json: 'vocab_size' cannot be 'many'"),
     (set_config(hidden_act=7), "pytorch", "cannot be opened"),
     (set_config(model_type={}), "pytorch", "cannot be opened"),
@@ -223,14 +198,14 @@ STRUCTURE = [
     (fill_head(np.nan), "onnx", r"\(onnx\) gives logits that are not finite"),
     (fill_head(np.inf), "onnx", r"\(onnx\) gives logits that are not finite"),
     # recipe.yaml
-    (write("recipe.yaml", b""), "onnx", "recipe.yaml must hold a mapping and holds None"),
-    (write("recipe.yaml", b"- a"), "onnx", "recipe.yaml must hold a mapping and holds a list"),
+    (write("recipe.yaml", b""), "onnx", "recipe.yaml must hold a JSON object"),
+    (write("recipe.yaml", b"- a"), "onnx", "recipe.yaml must hold a JSON object"),
     (write("recipe.yaml", b"variant: ptq"), "onnx", "recipe.yaml has no 'recipe'"),
     (write("recipe.yaml", b"variant: 3\nrecipe: {}"), "onnx", "recipe.yaml: 'variant' cannot be 3"),
     (write("recipe.yaml", b"a: [\n"), "onnx", "recipe.yaml cannot be read: while parsing"),
     (write("recipe.yaml", b"a: !!bool maybe"), "onnx", "recipe.yaml cannot be read"),
     (write("recipe.yaml", b"a: 2026-01-01"), "onnx", "recipe.yaml cannot be read: it holds datetime.date"),
-    (write("recipe.yaml", REPEATING), "onnx", "recipe.yaml cannot be read: it holds more than 200,000 values"),
+    (write("recipe.yaml", REPEATING), "onnx", "recipe.yaml cannot be read: it repeats its parts"),
 ]
 
 
@@ -294,7 +269,7 @@ def test_the_sums_are_those_of_sha256sum(artifact, quantized, adapted):
         ("", "config.json is not named in"),
         (f"{'0' * 64}  config.json\n", "config.json differs from"),
         (f"{'0' * 64}  config.json\n{'0' * 64}  ./config.json\n", "line 2 names config.json a second time"),
-        (f"{'0' * 64}  ../config.json\n", "line 1: .* leads out of the artifact.s folder"),
+        (f"{'0' * 64}  ../config.json\n", "line 1: .* leads out of the model folder"),
         (f"{'0' * 64}  ..\\\\config.json\n", "line 1: .* leads out"),
         (f"{'0' * 64}  C:/config.json\n", "line 1: .* leads out"),
         (f"{'0' * 64}  /etc/passwd\n", "line 1: .* leads out"),
@@ -334,21 +309,13 @@ def test_every_command_that_opens_an_artifact_checks_it(command, artifact, color
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-9, os.SEEK_END)
         file.write(b"\x00")
-    words = {
-        "run_ptq.py": ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"],
-        "run_qat.py": ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"],
-        "run_evaluation.py": [folder, "--results_dir", tmp_path / "results"],
-        "run_baseline.py": [
-            "--model_name_or_path",
-            folder,
-            "--dataset_name",
-            colors,
-            "--output_dir",
-            tmp_path / "out",
-        ],
-    }[command]
+    args = ["--model_name_or_path", folder, "--output_dir", tmp_path / "out"]
+    if command == "run_evaluation.py":
+        args = [folder, "--results_dir", tmp_path / "results"]
+    elif command == "run_baseline.py":
+        args += ["--dataset_name", colors]
     with pytest.raises(UserError, match="model.safetensors differs from"):
-        importlib.import_module(command.removesuffix(".py")).main([str(word) for word in words])
+        importlib.import_module(command.removesuffix(".py")).main([str(word) for word in args])
     assert not (tmp_path / "out").exists()
 
 
@@ -362,61 +329,6 @@ def test_a_folder_that_differs_from_its_sums_is_not_published(artifact, tmp_path
         run_publish.main(
             [str(folder), "--repo_id", "user/colors", "--dry_run", "--skip_checksum", "--results_dir", str(tmp_path)]
         )
-
-
-# The cache of sums
-
-
-@pytest.fixture
-def large(tmp_path, monkeypatch):
-    """A folder whose one file is remembered, though it is small and new."""
-    monkeypatch.setattr(sums_module, "REMEMBERED_BYTES", 1)
-    monkeypatch.setattr(sums_module, "RACY_NS", -1)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "weights").write_text("abc")
-    write_sums(folder)
-    return folder
-
-
-def test_a_large_file_is_hashed_once(large, monkeypatch):
-    check_sums(large)
-    monkeypatch.setattr(sums_module, "sha256", lambda path: pytest.fail("hashed again"))
-    check_sums(large)
-    # Neither the size nor the time of writing tells of this change.
-    status = (large / "weights").stat()
-    (large / "weights").write_text("abd")
-    os.utime(large / "weights", ns=(status.st_atime_ns, status.st_mtime_ns))
-    monkeypatch.setattr(sums_module, "sha256", sha256)
-    with pytest.raises(UserError, match="weights differs from"):
-        check_sums(large)
-
-
-def test_a_file_of_this_very_moment_is_not_remembered(large, monkeypatch):
-    monkeypatch.setattr(sums_module, "RACY_NS", 10**11)
-    with remembered() as known:
-        hash_once(large / "weights", known)
-        assert not known
-
-
-@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b"\xff", b'{"a": {}}', None])
-def test_a_cache_that_cannot_be_used_is_no_error(content, large, tmp_path):
-    path = tmp_path / "cache" / "bert-emotion" / "sha256.json"
-    if content is None:
-        (tmp_path / "cache").write_text("a file")  # where a folder should be
-    else:
-        path.parent.mkdir(parents=True)
-        path.write_bytes(content)
-    check_sums(large)
-    assert content is None or sha256(large / "weights") in path.read_text()
-
-
-def test_a_damaged_cache_refuses_nothing(large, tmp_path):
-    check_sums(large)
-    path = tmp_path / "cache" / "bert-emotion" / "sha256.json"
-    path.write_text(path.read_text().replace(sha256(large / "weights"), "0" * 64))
-    check_sums(large)
 
 
 def test_recipes_that_the_program_writes_are_read(artifact, quantized, adapted, trained):

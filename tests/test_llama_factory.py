@@ -28,7 +28,13 @@ from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_scri
 from emotion.data.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
 from emotion.evaluation.schema import Record
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import describe_made, describe_origin, files_to_serve, find_formats, new_artifact
+from emotion.inference.model_folder import (
+    artifact_metadata,
+    data_provenance,
+    files_to_serve,
+    find_formats,
+    new_artifact,
+)
 from emotion.inference.runtimes import open_artifact
 from emotion.training import llama_factory
 from emotion.training.llama_factory import IGNORED, check_tokens, write_dataset
@@ -59,9 +65,10 @@ def fill_generative(folder, colors, source: str = "hub") -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), adapter).save_pretrained(training)
     base = BaseModel("someone/tiny", base.path, source)
     values = RECIPE.values | {"dataset_name": str(colors)}
-    made = describe_made("llama-qlora", Recipe(RECIPE.path, values), 42, describe_origin(base, task, rows), None)
-    with new_artifact(folder, made) as partial:
-        made["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, RECIPE, partial)
+    recipe, provenance = Recipe(RECIPE.path, values), data_provenance(base, task, rows)
+    metadata = artifact_metadata("llama-qlora", recipe, 42, provenance, None)
+    with new_artifact(folder, metadata) as partial:
+        metadata["kept_in_float"] = run_llama_factory.save_base(base, task.labels, INSTRUCTION, False, partial)
         run_llama_factory.save_trained(training, base, partial)
 
 
@@ -146,45 +153,38 @@ def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative)
 def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
     folder = tmp_path / "random"
     copy_to_edit(generative, folder)
-    made = read_recipe_of(folder)
-    made["made"]["base_model_source"] = RANDOM
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(made))
+    metadata = read_recipe_of(folder)
+    metadata["provenance"]["base_model_source"] = RANDOM
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(metadata))
     with pytest.raises(UserError, match="random weights"):
         run_evaluation.main([str(folder), "--results_dir", str(ROOT / "results")])
     record = read_json(results / "metrics" / "llama-qlora-adapter.json")
     render_report.check_publishable(Record.check(record, "a record"))
-    record["made"]["recipe"]["max_train_samples"] = 3200  # the page says so
+    record["provenance"]["recipe"]["max_train_samples"] = 3200  # the page says so
     render_report.check_publishable(Record.check(record, "a record"))
-    record["made"]["base_model_source"] = RANDOM
+    record["provenance"]["base_model_source"] = RANDOM
     with pytest.raises(UserError, match="random weights"):
         render_report.check_publishable(Record.check(record, "a record"))
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "content", "message"),
     [
-        (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "adapter cannot be opened"),
-        (lambda folder: (folder / "chat_template.jinja").unlink(), "no instruction or no chat template"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be opened"),
-        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "none of the formats"),
-        (
-            lambda folder: (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut"),
-            "adapter cannot be opened",
-        ),
-        (lambda folder: (folder / "chat_template.jinja").write_text("x"), "does not end an answer"),
-        (
-            lambda folder: (folder / "chat_template.jinja").write_text(
-                TEMPLATE.replace("\n{% endif %}", "<think>{% endif %}")
-            ),
-            "does not write an answer behind the prompt",
-        ),
+        ("adapter/adapter_config.json", None, "adapter cannot be opened"),
+        ("adapter/adapter_model.safetensors", None, "none of the formats"),
+        ("adapter/adapter_model.safetensors", "cut", "adapter cannot be opened"),
+        ("model.safetensors", "cut", "cannot be opened"),
+        ("tokenizer.json", None, "no tokenizer"),
+        ("chat_template.jinja", None, "chat template"),
+        ("chat_template.jinja", "x", "does not end an answer"),
+        ("chat_template.jinja", TEMPLATE.replace("\n{% endif %}", "<think>{% endif %}"), "does not write an answer"),
     ],
 )
-def test_a_damaged_folder_is_named(damage, message, generative, tmp_path):
-    folder = tmp_path / "damaged"
-    copy_to_edit(generative, folder)
-    damage(folder)
+def test_a_damaged_folder_is_named(file, content, message, generative, tmp_path):
+    folder = copy_to_edit(generative, tmp_path / "damaged")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
         open_artifact(folder, "adapter", threads=1)
 
@@ -235,9 +235,9 @@ def test_every_row_is_compared_with_what_was_trained_on(generative, colors, tmp_
 
 def test_flags_that_are_not_ours_are_the_other_programs():
     class_, path = run_llama_factory.LlamaFactoryArguments, ROOT / "configs" / "llama_factory.yaml"
-    words = ["--learning_rate", "1e-3", "--max_train_samples=64", "--lora_rank=4", "--max_steps", "-1"]
-    words += ["--eval_strategy", "no", "--do_train", "true"]
-    arguments, recipe, own = parse_with_other_flags((class_,), path, words)
+    flags = ["--learning_rate", "1e-3", "--max_train_samples=64", "--lora_rank=4", "--max_steps", "-1"]
+    flags += ["--eval_strategy", "no", "--do_train", "true"]
+    arguments, recipe, own = parse_with_other_flags((class_,), path, flags)
     assert own == {"max_train_samples": 64} and arguments.max_train_samples == 64
     theirs = {"learning_rate": 0.001, "lora_rank": 4, "max_steps": -1, "eval_strategy": "no", "do_train": True}
     assert recipe.values == read_config(path) | theirs
@@ -305,11 +305,11 @@ def test_a_training_goes_on_from_its_own_checkpoint_alone(tmp_path, stand_in_cli
             llama_factory.train(recipe, base, tmp_path / "work")
         return capfd.readouterr().out
 
-    assert "starting from the beginning" in train(resume_from_checkpoint="last")
-    assert f"resume_from_checkpoint: {checkpoint}" in train(resume_from_checkpoint="last")
-    with pytest.raises(UserError, match="is of another recipe or of other rows"):
+    assert "starting from the beginning" in train(resume_from_checkpoint=True)
+    assert f"resume_from_checkpoint: {checkpoint}" in train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match="belongs to another recipe or to other rows"):
         llama_factory.train(
-            Recipe(RECIPE.path, RECIPE.values | {"seed": 7, "resume_from_checkpoint": "last"}), base, tmp_path / "work"
+            Recipe(RECIPE.path, RECIPE.values | {"seed": 7, "resume_from_checkpoint": True}), base, tmp_path / "work"
         )
     (checkpoint / "model").write_text("of the first training")
     assert "resume_from_checkpoint: null" in train() and not (checkpoint / "model").exists()
@@ -333,20 +333,20 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
     held = run_llama_factory.work_of(tmp_path / "out")
     assert held.is_relative_to(tmp_path / "work") and held != run_llama_factory.work_of(tmp_path / "run" / "out")
-    code = "import sys; from emotion.utils.files import Path, taken\n"
-    code += "with taken(Path(sys.argv[1])): print(flush=True); input()"
-    words = [sys.executable, "-c", code, held]
-    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
+    code = "import sys; from emotion.utils.files import Path, output_lock\n"
+    code += "with output_lock(Path(sys.argv[1])): print(flush=True); input()"
+    command = [sys.executable, "-c", code, held]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
     other.stdout.readline()
     with pytest.raises(UserError, match="another process is writing"):
         run_llama_factory.main(["--use_tiny_model", "true", "--output_dir", str(tmp_path / "out")])
     other.communicate("\n")
 
 
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(packaged_models, "FOLDER", tmp_path)
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(packaged_models, "FOLDER", ROOT / "build" / "none")
     monkeypatch.setattr(packaged_models, "PACKAGE", "no-such-package")
-    with pytest.raises(UserError, match="no-such-package is not installed; run make"):
+    with pytest.raises(UserError, match="no-such-package"):
         packaged_models.unpack_smollm2()
 
 
@@ -392,15 +392,15 @@ def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
     learnt = [part for name, part in model.named_parameters() if "lora_B" in name]
     assert learnt and all(part.abs().max() > 0 for part in learnt)  # they start at zero
     assert read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"].startswith("tiny-llama")
-    made = read_recipe_of(folder)
-    assert made["variant"] == "tiny-llama-qlora" and made["made"]["base_model_source"] == RANDOM
-    assert made["trained_with"]["llamafactory"] == "0.9.5" and made["training"]["steps"] == 12
+    metadata = read_recipe_of(folder)
+    assert metadata["variant"] == "tiny-llama-qlora" and metadata["provenance"]["base_model_source"] == RANDOM
+    assert metadata["trained_with"]["llamafactory"] == "0.9.5" and metadata["training"]["steps"] == 12
 
 
 @pytest.mark.llama_factory
 def test_its_record_is_whole(llama, tmp_path):
     run_evaluation.main([str(llama[0]), "--latency_runs", "200", "--results_dir", str(tmp_path)])
-    assert read_json(tmp_path / "metrics" / "tiny-llama-qlora-adapter.json")["made"]["training"]["steps"] == 12
+    assert read_json(tmp_path / "metrics" / "tiny-llama-qlora-adapter.json")["provenance"]["training"]["steps"] == 12
 
 
 @pytest.mark.llama_factory
@@ -419,7 +419,7 @@ def test_a_wrong_key_is_refused_in_its_own_words(tmp_path, colors):
     done = run_script("run_llama_factory.py", recipe, *flags)
     assert done.returncode == 1
     assert "Some keys are not used by the HfArgumentParser: ['learning_rat']" in done.stdout
-    assert all(line.startswith("tiny random Llama: ") for line in done.stdout.splitlines() if line)
+    assert "base model: tiny-llama-with-random-weights (random)" in done.stdout
     assert not (tmp_path / "wrong").exists()
 
 

@@ -1,4 +1,4 @@
-"""The notebook: it runs from top to bottom, its first half without PyTorch, and shows what the files give."""
+"""The notebook: it runs from top to bottom, its first half without PyTorch, and shows the released scores."""
 
 import json
 import re

@@ -17,13 +17,14 @@ from emotion.export.onnx_export import export_onnx
 from emotion.inference.model_folder import weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import ModelInMemory, OnnxClassifier, open_artifact, predict
+from emotion.quantization.accuracy_aware import save_format
 from emotion.quantization.fake_quantizers import prepare, to_integers
 from emotion.quantization.gptq import multiply_inputs
 from emotion.quantization.int8_onnx import name_nodes, quantize_onnx
 from emotion.quantization.layers import CalibrationRows
 from emotion.quantization.lowbit import round_by_outputs, round_matrix
 from emotion.quantization.outlier_channels import find_outliers, find_pairs, split_channels, weight_without_outliers
-from emotion.quantization.scheme import SchemeArguments, make_plan, save_format
+from emotion.quantization.scheme import SchemeArguments, make_plan
 from emotion.utils.errors import UserError
 
 CONSTANT = 200.0  # the activation of one hidden unit in each layer
@@ -167,11 +168,11 @@ def test_the_remedy_is_in_the_record(spoiled, tmp_path, capsys):
     )
     assert "onnx, plain: validation macro F1" in capsys.readouterr().out
     run_evaluation.main([str(out), "--format", "onnx", "--latency_runs", "0", "--results_dir", "results"])
-    made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["made"]
-    assert [one["remedy"].split(",")[0] for one in made["remedies"]["onnx"]] == ["plain", "split"]
+    made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["provenance"]
+    assert [one["fallback"].split(",")[0] for one in made["fallbacks"]["onnx"]] == ["plain", "channel splitting"]
     assert (
-        UNIT in made["outliers"]["units"]["bert.encoder.layer.0.output.dense"]
-        and "percentile" in made["outliers"]["rule"]
+        UNIT in made["outlier_channels"]["channels"]["bert.encoder.layer.0.output.dense"]
+        and "percentile" in made["outlier_channels"]["rule"]
     )
 
 

@@ -21,11 +21,10 @@ import pytest
 
 from emotion import EmotionClassifier
 from emotion.data.tokenization import SHARE, TextEncoder
-from emotion.inference.model_folder import own_place
+from emotion.inference.model_folder import lock_output_dir
 from emotion.utils import files
 from emotion.utils.errors import UserError
-from emotion.utils.machine import choose_threads, count_processors
-from emotion.utils.processes import is_main_process
+from emotion.utils.machine import choose_threads, count_processors, is_main_process
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "weights" / "qat-int4"
@@ -46,10 +45,10 @@ pathlib.Path.is_mount = pathlib.Path.symlink_to = os.symlink = missing
 """
 
 
-def call(code: str, *words, **environment: str) -> subprocess.CompletedProcess:
+def call(code: str, *args, **environment: str) -> subprocess.CompletedProcess:
     """A program as a process with `emotion` on its path."""
     settings = os.environ | {"PYTHONPATH": str(ROOT / "scripts")} | environment
-    command = [sys.executable, "-c", code, *map(str, words)]
+    command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
 
 
@@ -68,8 +67,8 @@ def test_the_command_answers_without_unix(tmp_path):
     """From words, and from a file with Windows' line ends and its old end of a file, the byte 26."""
     (tmp_path / "texts.txt").write_bytes("\r\n".join([TEXTS[0], f"\x1a {TEXTS[1]}", TEXTS[2]]).encode())
     code = "import predict; from emotion.utils.command import run; run(predict.main)"
-    for words, count in (([TEXTS[0]], 1), (["--file", tmp_path / "texts.txt"], 3)):
-        done = call(WITHOUT_UNIX + code, "--model", MODEL, "--threads", 1, *words)
+    for args, count in (([TEXTS[0]], 1), (["--file", tmp_path / "texts.txt"], 3)):
+        done = call(WITHOUT_UNIX + code, "--model", MODEL, "--threads", 1, *args)
         assert done.returncode == 0, done.stderr
         assert [line.split()[0] for line in done.stdout.splitlines()] == LABELS[:count]
 
@@ -82,8 +81,8 @@ def test_help_without_unix():
 def test_a_lock_that_a_killed_process_left_is_taken(tmp_path, monkeypatch):
     """Where the system has no locks, the file that stands for one stays behind."""
     hold = (
-        "from emotion.utils.files import taken\n"
-        "with taken(sys.argv[1]): print(os.listdir('.'), flush=True); os.kill(os.getpid(), int(sys.argv[2]))"
+        "from emotion.utils.files import output_lock\n"
+        "with output_lock(sys.argv[1]): print(os.listdir('.'), flush=True); os.kill(os.getpid(), int(sys.argv[2]))"
     )
     take = "from emotion.utils.files import write_text; write_text(sys.argv[1], 'new'); print('written')"
     monkeypatch.chdir(tmp_path)
@@ -98,10 +97,10 @@ def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(tmp_path, monk
     """Windows removes no open file."""
     unlink = Path.unlink
 
-    def refuse(path, *words, **options):
+    def refuse(path, *args, **options):
         if path.name.endswith(".lock"):
             raise PermissionError(13, "The process cannot access the file", str(path))
-        unlink(path, *words, **options)
+        unlink(path, *args, **options)
 
     monkeypatch.setattr(Path, "unlink", refuse)
     for text in ("first", "second"):
@@ -113,13 +112,13 @@ def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(tmp_path, monk
 def test_a_forked_process_does_not_own_its_parents_locks(tmp_path, monkeypatch):
     code = (
         "import os, sys; from emotion.utils.errors import UserError\n"
-        "from emotion.utils.files import taken, write_text\n"
-        "with taken('out'):\n"
+        "from emotion.utils.files import output_lock, write_text\n"
+        "with output_lock('out'):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        write_text('other', 'written')\n"
         "        try:\n"
-        "            with taken('out'): os._exit(4)\n"
+        "            with output_lock('out'): os._exit(4)\n"
         "        except UserError: os._exit(3)\n"
         "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
@@ -127,16 +126,6 @@ def test_a_forked_process_does_not_own_its_parents_locks(tmp_path, monkeypatch):
     done = call(code)
     assert done.stdout == "3\n", done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-def test_a_cache_that_another_process_writes_keeps_nobody_waiting(tmp_path):
-    code = (
-        "import pathlib, sys; from emotion.utils.checksums import remembered\n"
-        "with remembered() as known: known['a'] = 'b'\n"
-        "print('went on')"
-    )
-    with files.taken(tmp_path / "bert-emotion" / "sha256.json"):
-        assert call(code, XDG_CACHE_HOME=str(tmp_path)).stdout == "went on\n"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +265,7 @@ def test_which_process_speaks_and_saves(environment, expected, monkeypatch):
 def test_a_rank_without_a_launcher_skips_no_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     recipe = SimpleNamespace(path=ROOT / "configs")  # all that is asked of it
-    with own_place(tmp_path / "out", None, recipe):
+    with lock_output_dir(tmp_path / "out", None, recipe):
         assert (tmp_path / ".out.lock").exists()
 
 

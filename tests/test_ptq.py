@@ -1,8 +1,6 @@
 """Post-training quantization: what is in the folder, that it answers as before it was saved, what is refused."""
 
-import resource
 import shutil
-import signal
 import time
 
 import numpy as np
@@ -23,24 +21,35 @@ from transformers import (
 )
 
 import ptq_study
+import run_baseline
 import run_evaluation
 import run_ptq
+import run_qat
+import run_qlora
 from conftest import (
     ENCODERS,
     ROOT,
+    SHARED,
+    a_full_disk,
     build_rows,
     color_features,
+    files_in,
+    ptq_flags,
+    qat_flags,
+    qlora_flags,
     read_json,
     realigned,
+    train_flags,
 )
 from emotion.data.dataset import stratified_sample
 from emotion.data.metrics import softmax
 from emotion.evaluation.inspection import describe_scheme
 from emotion.export.peers import make_peer
-from emotion.inference.model_folder import SHARED_FILES, files_to_serve, find_formats, weights_of
+from emotion.inference.model_folder import SHARED_FILES, find_formats, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact
-from emotion.quantization import scheme
+from emotion.quantization import accuracy_aware
+from emotion.quantization.activation_ranges import RULES
 from emotion.quantization.int8_torchao import quantize_torchao
 from emotion.quantization.layers import Plan, find_layers
 from emotion.utils import command
@@ -57,14 +66,7 @@ def scheme_of(folder, format):
 
 
 def test_one_folder_three_runtimes_and_nothing_else(quantized):
-    files = {path.relative_to(quantized).as_posix() for path in quantized.rglob("*") if path.is_file()}
-    assert files == {
-        "SHA256SUMS",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "recipe.yaml",
+    assert files_in(quantized) == SHARED | {
         "onnx/model_quantized.onnx",
         "openvino/openvino_model.xml",
         "openvino/openvino_model.bin",
@@ -72,10 +74,10 @@ def test_one_folder_three_runtimes_and_nothing_else(quantized):
         "openvino/openvino_config.json",
     }
     assert list(find_formats(quantized)) == FORMATS
-    made = yaml.safe_load((quantized / "recipe.yaml").read_text())
-    assert set(made["seconds"]) == set(FORMATS) and made["recipe"]["num_calibration_samples"] == 60
-    assert made["recipe"]["baseline"]["learning_rate"] == 5e-3
-    assert made["kept_in_float"]["classifier"] == "outside the encoder's layers"
+    metadata = yaml.safe_load((quantized / "recipe.yaml").read_text())
+    assert set(metadata["seconds"]) == set(FORMATS) and metadata["recipe"]["num_calibration_samples"] == 60
+    assert metadata["recipe"]["baseline"]["learning_rate"] == 5e-3
+    assert metadata["kept_in_float"]["classifier"] == "outside the encoder's layers"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -87,11 +89,7 @@ def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
     assert scheme["embeddings"] == tables[format]
     assert (
         scheme["activations"]
-        == {
-            "torchao": "float32",
-            "onnx": "int8 dynamic per-tensor",
-            "openvino": "int8 static per-tensor",
-        }[format]
+        == {"torchao": "float32", "onnx": "int8 dynamic per-tensor", "openvino": "int8 static per-tensor"}[format]
     )
     assert set(scheme["kept_in_float"]) == {"bert.pooler.dense", "classifier", "bert.embeddings.token_type_embeddings"}
     for of_baseline in find_formats(artifact):
@@ -156,7 +154,7 @@ def test_openvino_reopens_with_the_very_logits(quantized, artifact, tmp_path, mo
 
     monkeypatch.setattr(OVModelForSequenceClassification, "save_pretrained", ask_and_save)
     out = tmp_path / "ptq"
-    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(out), "--formats", "openvino"])
+    run_ptq.main(ptq_flags(artifact, out, formats="openvino"))
     reopened = OVModelForSequenceClassification.from_pretrained(out, subfolder="openvino")
     assert torch.equal(before["logits"], reopened(**inputs).logits)
     assert list(find_formats(out)) == ["openvino"]  # config.json and tokenizer are there too
@@ -164,8 +162,7 @@ def test_openvino_reopens_with_the_very_logits(quantized, artifact, tmp_path, mo
 
 def test_the_same_rows_give_the_same_files(quantized, artifact, tmp_path):
     again = tmp_path / "again"
-    words = ["--model_name_or_path", str(artifact), "--num_calibration_samples", "60"]
-    run_ptq.main([*words, "--output_dir", str(again)])
+    run_ptq.main(ptq_flags(artifact, again))
     for name in ("onnx/model_quantized.onnx", "openvino/openvino_model.bin"):
         assert (quantized / name).read_bytes() == (again / name).read_bytes()
     first, second = (load_file(folder / "model.safetensors") for folder in (quantized, again))
@@ -194,15 +191,14 @@ def test_no_weight_can_overflow_sixteen_bits(quantized, artifact, tmp_path):
         largest = scheme_of(quantized, format)["largest_weight"]
         assert 2 * 255 * largest < 2**15 and largest >= 63
     full = tmp_path / "full"
-    flags = ["--reduce_range", "false", "--num_calibration_samples", "30"]
-    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(full), *flags])
+    run_ptq.main(ptq_flags(artifact, full, reduce_range=False, num_calibration_samples=30))
     assert all(scheme_of(full, format)["largest_weight"] >= 127 for format in FORMATS)
 
 
-@pytest.mark.parametrize("method", ["minmax", "entropy"])
-def test_static_ranges(method, artifact, tmp_path):
-    flags = ["--formats", "onnx", "--onnx_calibration", method, "--num_calibration_samples", "30"]
-    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(tmp_path / "static"), *flags])
+@pytest.mark.parametrize("rule", RULES)
+def test_static_ranges(rule, artifact, tmp_path):
+    flags = {"formats": "onnx", "activation_quantization": rule, "num_calibration_samples": 30}
+    run_ptq.main(ptq_flags(artifact, tmp_path / "static", **flags))
     scheme = scheme_of(tmp_path / "static", "onnx")
     assert scheme["activations"] == "int8 static per-tensor" and scheme["quantized_layers"] == 12
     operators = [node.op_type for node in onnx.load(tmp_path / "static" / "onnx" / "model_quantized.onnx").graph.node]
@@ -216,44 +212,31 @@ def test_static_ranges(method, artifact, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_layers_can_stay_in_float(format, artifact, tmp_path):
     kept = ["bert.encoder.layer.1", "bert.embeddings.word"]
-    flags = ["--formats", format, "--modules_to_not_convert", *kept, "--num_calibration_samples", "30"]
-    run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(tmp_path / "part"), *flags])
+    flags = ptq_flags(artifact, tmp_path / "part", formats=format, num_calibration_samples=30)
+    run_ptq.main([*flags, "--modules_to_not_convert", *kept])
     scheme = scheme_of(tmp_path / "part", format)
     assert scheme["quantized_layers"] == 6
     assert {"bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"} <= set(scheme["kept_in_float"])
     assert "bert.embeddings.position_embeddings" not in scheme["kept_in_float"]
-    made = yaml.safe_load((tmp_path / "part" / "recipe.yaml").read_text())
-    assert made["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in modules_to_not_convert"
+    metadata = yaml.safe_load((tmp_path / "part" / "recipe.yaml").read_text())
+    assert metadata["kept_in_float"]["bert.embeddings.word_embeddings"] == "named in modules_to_not_convert"
 
 
 @pytest.mark.parametrize("kind", list(ENCODERS))
 def test_other_encoders_are_quantized_by_type(kind, baseline_of, tmp_path):
     trained = baseline_of(kind)
-    words = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "ptq")]
-    run_ptq.main([*words, "--num_calibration_samples", "60", "--max_f1_drop", "10"])
-    run_evaluation.main([str(trained), "--latency_runs", "0", "--results_dir", str(tmp_path)])
+    run_ptq.main(ptq_flags(trained, tmp_path / "ptq", max_f1_drop=10))
+    score = ["--latency_runs", "0", "--results_dir", str(tmp_path)]
+    run_evaluation.main([str(trained), *score])
     for format in FORMATS:
-        run_evaluation.main(
-            [str(tmp_path / "ptq"), "--format", format, "--latency_runs", "0", "--results_dir", str(tmp_path)]
-        )
+        run_evaluation.main([str(tmp_path / "ptq"), "--format", format, *score])
         record, baseline = (
             read_json(tmp_path / "metrics" / f"{name}.json") for name in (f"ptq-{format}", "baseline-pytorch")
         )
         assert record["scheme"]["quantized_layers"] == 12 and record["scheme"]["linear_layers"] == 14
         assert set(record["scheme"]["kept_in_float"].values()) == {"outside the encoder's layers"}
         assert record["quality"]["macro_f1"] > baseline["quality"]["macro_f1"] - 0.1
-        assert record["made"]["dataset_source"] == "folder" and record["made"]["seed"] == 42
-
-
-def test_bytes_to_serve_are_all_that_a_runtime_needs(quantized):
-    shared = {"config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(files_to_serve(quantized, "torchao")) == shared | {"model.safetensors"}
-    assert set(files_to_serve(quantized, "onnx")) == shared | {"onnx/model_quantized.onnx"}
-    assert set(files_to_serve(quantized, "openvino")) == shared | {
-        "openvino/openvino_model.xml",
-        "openvino/openvino_model.bin",
-        "openvino/config.json",
-    }
+        assert record["provenance"]["dataset_source"] == "folder" and record["provenance"]["seed"] == 42
 
 
 def test_calibration_rows_are_drawn_class_by_class():
@@ -267,55 +250,49 @@ def test_calibration_rows_are_drawn_class_by_class():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("changes", "message"),
     [
-        (["--num_calibration_samples", "0"], "--num_calibration_samples"),
-        (["--max_f1_drop", "-101"], "--max_f1_drop"),
-        (["--num_calibration_samples", "481"], "--num_calibration_samples 481: train has 480 rows"),
-        (["--formats", "gguf"], "--formats"),
-        (["--formats"], "--formats"),
-        (["--onnx_calibration", "percentile"], "--onnx_calibration"),
-        (
-            ["--modules_to_not_convert", "bert.encoder.layer.7"],
-            "--modules_to_not_convert bert.encoder.layer.7: no layer has such a name",
-        ),
-        (["--model_name_or_path", "nowhere"], "no folder nowhere; take one that"),
-        (["--num_calibration_sample", "3"], "--num_calibration_sample.* num_calibration_samples"),
+        ({"num_calibration_samples": 481}, "--num_calibration_samples 481: train has 480 rows"),
+        ({"activation_quantization": "entropy"}, "--activation_quantization"),
+        ({"modules_to_not_convert": "bert.encoder.layer.7"}, "--modules_to_not_convert bert.encoder.layer.7"),
+        ({"num_calibration_sample": 3}, "--num_calibration_sample.* num_calibration_samples"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(flags, message, artifact, tmp_path):
-    words = [] if "--model_name_or_path" in flags else ["--model_name_or_path", str(artifact)]
+def test_flags_that_make_no_sense_are_refused(changes, message, artifact, tmp_path):
     with pytest.raises(UserError, match=message):
-        run_ptq.main([*words, "--output_dir", str(tmp_path / "ptq"), *flags])
+        run_ptq.main(ptq_flags(artifact, tmp_path / "ptq", **changes))
+    with pytest.raises(UserError, match="--formats"):
+        run_ptq.main([*ptq_flags(artifact, tmp_path / "ptq"), "--formats"])
     assert not (tmp_path / "ptq").exists()
 
 
-def test_what_is_quantized_already_is_refused(quantized, tmp_path):
-    with pytest.raises(UserError, match="is quantized already .by torchao."):
-        run_ptq.main(["--model_name_or_path", str(quantized), "--output_dir", str(tmp_path / "twice")])
+def test_what_is_quantized_already_is_refused(quantized, adapted, colors, tmp_path):
+    out = tmp_path / "twice"
+    for main, flags in (
+        (run_ptq.main, ptq_flags(quantized, out)),
+        (run_qat.main, qat_flags(quantized, out)),
+        (run_qlora.main, qlora_flags(quantized, colors, out)),
+        (run_baseline.main, train_flags(adapted, colors, out)),
+    ):
+        with pytest.raises(UserError, match="is quantized already"):
+            main(flags)
     with pytest.raises(UserError, match="has no format 'pytorch'; it has torchao, onnx, openvino"):
         make_peer(quantized, "pytorch", tmp_path)
 
 
 def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "ptq"
-    shutil.copytree(quantized, out)
+    out = shutil.copytree(quantized, tmp_path / "ptq")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for name in ("quantize_torchao", "quantize_onnx", "quantize_openvino"):
-        quantize = getattr(scheme, name)
+        quantize = getattr(accuracy_aware, name)
 
-        def on_a_full_disk(*words, quantize=quantize, **options):
-            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-            try:
-                return quantize(*words, **options)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        def on_a_full_disk(*args, quantize=quantize, **options):
+            with a_full_disk(10_000):
+                return quantize(*args, **options)
 
-        monkeypatch.setattr(scheme, name, on_a_full_disk)
+        monkeypatch.setattr(accuracy_aware, name, on_a_full_disk)
         with pytest.raises(SystemExit):
-            command.run(lambda: run_ptq.main(["--model_name_or_path", str(artifact), "--output_dir", str(out)]))
+            command.run(lambda: run_ptq.main(ptq_flags(artifact, out)))
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: cannot write") and "free some space" in message, (name, message)
         monkeypatch.undo()
@@ -331,11 +308,11 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
     assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
     assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
-    kinds = {(one["kind"], one["layer"]) for one in sensitivity["layers"]}
+    kinds = {(row["kind"], row["layer"]) for row in sensitivity["layers"]}
     assert {("word_embeddings", "embeddings"), ("attention.self", "0"), ("intermediate", None)} <= kinds
-    (packed,) = [one for one in sensitivity["layers"] if (one["kind"], one["layer"]) == ("attention.self", "1")]
+    (packed,) = [row for row in sensitivity["layers"] if (row["kind"], row["layer"]) == ("attention.self", "1")]
     assert len(packed["names"]) == 3 and packed["mean_logit_shift"] > 0
-    worst = max(sensitivity["layers"], key=lambda one: one["mean_logit_shift"] * (one["layer"] is not None))
+    worst = max(sensitivity["layers"], key=lambda row: row["mean_logit_shift"] * (row["layer"] is not None))
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
     assert kept["changes"]["modules_to_not_convert"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
@@ -372,8 +349,8 @@ def test_the_rule(candidates, winner):
 def test_the_recipe_is_what_won():
     """The defaults of run_ptq.py are the flags of the winner of each format."""
     recipe = resolve_config(run_ptq.ARGUMENTS, ["--model_name_or_path", "unused"]).values
-    for format, one in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
-        for flag, value in one["flags"].items():
+    for format, chosen in read_json(ROOT / "results" / "ptq_study.json")["chosen"].items():
+        for flag, value in chosen["flags"].items():
             assert recipe[flag] == value, (format, flag)
 
 
@@ -383,8 +360,7 @@ def test_a_folder_of_another_program_is_quantized_like_a_baseline(artifact, quan
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(artifact / name, folder)
-    words = ["--dataset_name", str(colors), "--formats", "onnx", "--num_calibration_samples", "60"]
-    run_ptq.main(["--model_name_or_path", str(folder), "--output_dir", str(out), *words])
+    run_ptq.main(ptq_flags(folder, out, dataset_name=colors, formats="onnx"))
     file = "onnx/model_quantized.onnx"
     assert (out / file).read_bytes() == (quantized / file).read_bytes()
     assert {path.name for path in folder.iterdir()} == {*SHARED_FILES, "model.safetensors"}  # nothing was added to it

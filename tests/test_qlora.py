@@ -1,7 +1,6 @@
 """QLoRA: what is trained, what is in the folder, that every way of opening it answers alike, what is refused."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -16,15 +15,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import qlora_study
 import run_qlora
 import training_cost_study
-from conftest import ENCODERS, ROOT, build_encoder, build_rows, qlora_flags, read_json
+from conftest import ENCODERS, ROOT, SHARED, build_encoder, build_rows, files_in, qlora_flags, read_json
 from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import adapter_bytes, find_formats, weights_of
 from emotion.inference.pretrained import build_classifier, load_trained_classifier
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.layers import CalibrationRows
-from emotion.quantization.nf4 import nf4_options, round_to_nf4
-from emotion.training import qlora as adapter
+from emotion.quantization.nf4 import round_to_nf4
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
 
@@ -32,8 +30,8 @@ LABELS = ["warm", "cold", "none"]
 TEXTS = build_rows(90)["text"]
 
 
-def arguments_of(**changes) -> adapter.QloraArguments:
-    return adapter.QloraArguments(**{"model_name_or_path": "unused", "init_lora_weights": "default"} | changes)
+def arguments_of(**changes) -> run_qlora.QloraArguments:
+    return run_qlora.QloraArguments(**{"model_name_or_path": "unused", "init_lora_weights": "default"} | changes)
 
 
 def answers(folder, format):
@@ -42,23 +40,16 @@ def answers(folder, format):
 
 
 def test_the_folder_opens_without_knowing_how_it_was_made(adapted):
-    files = {path.relative_to(adapted).as_posix() for path in adapted.rglob("*") if path.is_file()}
-    assert files == {
-        "SHA256SUMS",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "recipe.yaml",
+    assert files_in(adapted) == SHARED | {
         "onnx/model_quantized.onnx",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
     }
     assert list(find_formats(adapted)) == ["nf4", "onnx"]
-    made = yaml.safe_load((adapted / "recipe.yaml").read_text())
-    assert made["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
-    assert list(made["merged"])[:2] == ["fp32", "nf4"]
-    assert made["merged"]["fp32"] == pytest.approx(made["training"]["validation_macro_f1"], abs=1e-6)
+    metadata = yaml.safe_load((adapted / "recipe.yaml").read_text())
+    assert metadata["training"]["validation_macro_f1"] > 0.9  # the colours are learnt
+    assert list(metadata["merged"])[:2] == ["fp32", "nf4"]
+    assert metadata["merged"]["fp32"] == pytest.approx(metadata["training"]["validation_macro_f1"], abs=1e-6)
     logits = answers(adapted, "nf4")
     (answer,) = pipeline("text-classification", model=str(adapted))(TEXTS[0])
     assert answer["label"] == LABELS[logits[0].argmax()]
@@ -89,7 +80,8 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
     """Both from disk. The 4-bit merged model was rounded once more, so that its logits lie a little apart."""
     config = json.loads((adapted / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == encoder.name  # the name, not a path of this machine
-    base = build_classifier(str(encoder), LABELS, None, **nf4_options(str(encoder), LABELS, bf16=False))
+    config = run_qlora.nf4_config(str(encoder), LABELS, bf16=False)
+    base = build_classifier(str(encoder), LABELS, None, quantization_config=config)
     model = PeftModel.from_pretrained(base, adapted / "adapter").eval()
     inputs = AutoTokenizer.from_pretrained(adapted)(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -102,7 +94,7 @@ def test_the_adapter_on_its_base_answers_as_the_merged_model(adapted, encoder):
 
 def test_only_the_adapter_and_the_head_learn(encoder, colors):
     arguments = arguments_of(lora_r=4)
-    model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+    model = run_qlora.build_model(str(encoder), LABELS, arguments, bf16=False)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "classifier" in name for name in learning)
     assert sum("lora_A" in name for name in learning) == 13  # twelve in the layers, and the pooler
@@ -119,7 +111,7 @@ def test_only_the_adapter_and_the_head_learn(encoder, colors):
     ],
 )
 def test_the_adapter_is_what_the_flags_say(changes, count, encoder):
-    model = adapter.build_qlora(str(encoder), LABELS, arguments_of(**changes), bf16=False)
+    model = run_qlora.build_model(str(encoder), LABELS, arguments_of(**changes), bf16=False)
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == count
 
 
@@ -129,7 +121,7 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
     weight = build_classifier(str(encoder), LABELS, None).bert.encoder.layer[0].output.dense.weight.detach()
     for start in ("default", "loftq"):
         arguments = arguments_of(init_lora_weights=start)
-        model = adapter.build_qlora(str(encoder), LABELS, arguments, bf16=False)
+        model = run_qlora.build_model(str(encoder), LABELS, arguments, bf16=False)
         layer = model.base_model.model.bert.encoder.layer[0].output.dense
         rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         error[start] = float((rounded + layer.get_delta_weight("default") - weight).norm())
@@ -138,12 +130,12 @@ def test_loftq_starts_closer_to_the_float_model(encoder):
 
 def test_the_merged_model_is_rounded_so_that_it_answers_alike(artifact):
     """Not level by level: against plain rounding, with the same scales, the logits move less."""
-    options = nf4_options(str(artifact), LABELS, bf16=False)
-    exact, plain = load_trained_classifier(artifact), load_trained_classifier(artifact, **options)
+    config = run_qlora.nf4_config(str(artifact), LABELS, bf16=False)
+    exact, plain = load_trained_classifier(artifact), load_trained_classifier(artifact, quantization_config=config)
     tokenizer = AutoTokenizer.from_pretrained(artifact)
     encoder = TextEncoder(artifact)
     shown = CalibrationRows(encoder, encoder(build_rows(60)["text"]))
-    chosen = round_to_nf4(artifact, shown, options)
+    chosen = round_to_nf4(artifact, shown, config)
     name = "bert.encoder.layer.0.output.dense"
     states = [model.get_submodule(name).weight.quant_state for model in (plain, chosen)]
     assert torch.equal(states[0].absmax, states[1].absmax)
@@ -171,32 +163,9 @@ def test_other_encoders(kind, colors, tmp_path):
     assert (root.argmax(axis=-1) == onnx.argmax(axis=-1)).mean() > 0.9
 
 
-def test_a_whole_and_a_resumed_run_end_alike(encoder, colors, tmp_path):
-    flags = qlora_flags(encoder, colors, tmp_path / "whole", num_train_epochs=2)
-    run_qlora.main(flags)
-    out = tmp_path / "half"
-    flags = [*flags, "--output_dir", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_qlora, "merge", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_qlora.main(flags)
-    last = max((tmp_path / "checkpoints" / "half").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    shutil.rmtree(last)  # as if it had been stopped after the first epoch
-    run_qlora.main([*flags, "--resume_from_checkpoint", "last"])
-    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
-    whole, half = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "half")
-    )
-    assert whole == half
-
-
-def interrupted(*words):
-    raise KeyboardInterrupt
-
-
 def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys):
     run_qlora.main(qlora_flags(encoder, colors, tmp_path / "qlora", learning_rate=5.0, num_train_epochs=1))
-    assert "WARNING: this model gives every validation text the same class" in capsys.readouterr().err
+    assert "WARNING: the model predicts a single class" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -204,9 +173,7 @@ def test_a_collapse_to_one_class_is_said_aloud(encoder, colors, tmp_path, capsys
     [
         (["--target_modules", "qvery"], "--target_modules qvery: no layer's name ends so; there are attention.output"),
         (["--modules_to_save", "head"], "--modules_to_save head: no layer's name ends so"),
-        (["--init_lora_weights", "pissa"], "--init_lora_weights: .*pissa"),
         (["--init_lora_weights", "loftq", "--load_in_4bit", "false"], "take default for a float base"),
-        (["--formats", "gguf"], "--formats: .*gguf"),
         (["--lora_rank", "8"], "--lora_rank.* lora_r"),
     ],
 )
@@ -215,39 +182,26 @@ def test_flags_that_make_no_sense_are_refused(flags, message, encoder, colors, t
         run_qlora.main([*qlora_flags(encoder, colors, tmp_path / "qlora"), *flags])
 
 
-def test_a_base_that_is_quantized_already_is_refused(adapted, colors, tmp_path):
-    with pytest.raises(UserError, match="is quantized already .by bitsandbytes."):
-        run_qlora.main(qlora_flags(adapted, colors, tmp_path / "qlora"))
-
-
 def test_a_machine_that_bitsandbytes_does_not_know_is_told_so(encoder, monkeypatch):
     monkeypatch.setattr("transformers.integrations.bitsandbytes.get_available_devices", lambda: ["abacus"])
     with pytest.raises(UserError, match="cannot be opened: None of the available devices"):
-        adapter.build_qlora(str(encoder), LABELS, arguments_of(), bf16=False)
+        run_qlora.build_model(str(encoder), LABELS, arguments_of(), bf16=False)
 
 
 @pytest.mark.processes
 def test_accelerate_launches_two_processes_that_score_each_row_once(encoder, colors, adapted, tmp_path):
     config = str(ROOT / "accelerate_config.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        str(ROOT / "scripts" / "run_qlora.py"),
-        *qlora_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=8, per_device_eval_batch_size=8),
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--multi_gpu"]
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    command = [*launch, "--num_processes", "2", str(ROOT / "scripts" / "run_qlora.py")]
+    command += qlora_flags(encoder, colors, tmp_path / "out", **sizes)
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    made = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert made["training"]["processes"] == 2
-    assert made["training"]["validation_rows"] == 60  # the last batches are filled up, and what fills them is left out
+    metadata = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert metadata["training"]["processes"] == 2
+    assert metadata["training"]["validation_rows"] == 60  # each row once, also in the last batches
     alone = yaml.safe_load((adapted / "recipe.yaml").read_text())["training"]
-    assert made["training"]["validation_macro_f1"] == pytest.approx(alone["validation_macro_f1"], abs=0.1)
+    assert metadata["training"]["validation_macro_f1"] == pytest.approx(alone["validation_macro_f1"], abs=0.1)
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 3
 
 

@@ -1,4 +1,4 @@
-"""What the repository tracks of `weights/`: how a release is made, what verifies it, and that it is there."""
+"""The tracked weights: how they are released and verified."""
 
 import hashlib
 import re
@@ -81,7 +81,7 @@ def files_of(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_release_keeps_one_form_of_each_variant(released):
+def test_a_release_keeps_one_format_of_each_variant(released):
     everywhere = {"config.json", "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "LICENSE", "SHA256SUMS"}
     own = {
         "baseline": {"model.safetensors"},  # in bfloat16
@@ -95,7 +95,7 @@ def test_a_release_keeps_one_form_of_each_variant(released):
 
 
 def test_what_git_tracks_of_a_whole_weights_folder_is_the_release(three, folder, released, tmp_path):
-    """Untracked forms beside them, other variants, other encoders and the seeds stay out."""
+    """Untracked formats beside them, other variants, other encoders and the seeds stay out."""
     clone = tmp_path / "clone"
     shutil.copytree(released / "weights", clone / "weights")
     shutil.copy(ROOT / ".gitignore", clone)
@@ -172,13 +172,13 @@ def test_a_released_folder_is_published_with_its_licence(released, capsys):
     assert {"LICENSE", "onnx/model_quantized.onnx", "SHA256SUMS"} <= set(sent) and "model.safetensors" not in sent
 
 
-def test_other_answers_than_the_published_are_found(released, capsys):
-    """The predictions of a row are exchanged, and its score with them: the files are whole, the answers are not."""
+def test_other_labels_than_the_published_are_found(released, capsys):
+    """The files are whole, but the published logits are reversed."""
     path = released / "results" / "predictions" / "ptq-onnx.parquet"
     table = parquet.read_table(path)
     turned = pyarrow.array([row[::-1] for row in table["logits"].to_pylist()], pyarrow.list_(pyarrow.float32()))
     parquet.write_table(table.set_column(2, table.schema.field(2), [turned]), path)
-    with pytest.raises(UserError, match=r"^ptq \(onnx\): the answers are not those that were published"):
+    with pytest.raises(UserError, match=r"^ptq \(onnx\): the labels are not those that were published"):
         release.main([*words_of(released), "--verify"])
     assert re.search(r"ptq .* differs", capsys.readouterr().out)
 
@@ -216,7 +216,7 @@ def test_another_artifact_than_the_measured_one_is_named(released):
 def test_other_test_rows_are_named(released):
     path = released / "results" / SCORES_OF_OPENED / "metrics" / "baseline-pytorch.json"
     record = read_json(path)
-    record["made"]["dataset_fingerprint"] = "0" * 64
+    record["provenance"]["dataset_fingerprint"] = "0" * 64
     write_json(path, record)
     with pytest.raises(UserError, match="has other test rows than those of baseline-pytorch"):
         release.main([*words_of(released), "--verify"])

@@ -18,7 +18,8 @@ import run_baseline
 import run_qat
 import run_qlora
 from conftest import FUZZ, ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
-from emotion.training.checkpoints import CHECKSUMS, RECIPE_OF_RUN, newest_checkpoint
+from emotion.inference.model_folder import RUN_FILE, find_formats
+from emotion.training.checkpoints import CHECKSUMS, choose_checkpoint
 from emotion.utils.errors import UserError
 from emotion.utils.files import sha256
 from emotion.utils.recipe import read_recipe_of
@@ -41,8 +42,8 @@ def poison(monkeypatch, at_step: int, what: str) -> None:
     """Makes the loss, or the gradients, of one step NaN."""
     take_step = Trainer.training_step
 
-    def poisoned(self, model, *words, **options):
-        loss = take_step(self, model, *words, **options)
+    def poisoned(self, model, *args, **options):
+        loss = take_step(self, model, *args, **options)
         if self.state.global_step + 1 != at_step:
             return loss
         for parameter in model.parameters():
@@ -59,7 +60,7 @@ def test_a_loss_of_nan_ends_every_training_at_its_step(name, artifact, encoder, 
     message = "the loss is nan in step 5; the last good checkpoint is .*checkpoint-4; lower --learning_rate"
     with pytest.raises(UserError, match=message):
         COMMANDS[name].main(flags_of(name, artifact, encoder, colors, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_weights_that_are_no_numbers_are_never_saved(step, changes, message, enc
     poison(monkeypatch, step, "gradients")
     with pytest.raises(UserError, match=message):
         run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
-    assert not list(tmp_path.glob(f"checkpoints/out/checkpoint-{step}")) and not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(f"out/checkpoint-{step}")) and not (tmp_path / "out" / "config.json").exists()
 
 
 def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_path, monkeypatch, capsys):
@@ -89,9 +90,9 @@ def test_the_score_is_that_of_the_weights_that_are_saved(encoder, colors, tmp_pa
         run_baseline.main(flags_of("baseline", None, encoder, colors, tmp_path / "out", **changes))
         assert read_recipe_of(tmp_path / "out")["training"]["validation_macro_f1"] == expected
         lines = capsys.readouterr().out.splitlines()
-        told = [line.split("macro F1 ")[1][:6] for line in lines if line.startswith("epoch ")]
-        assert told == ["0.1000", "0.9000", "0.3000", "0.2000"]
-        assert lines[-1].endswith(f"out: validation macro F1 {expected:.4f}")
+        printed = [line.split("macro F1 ")[1][:6] for line in lines if line.startswith("epoch ")]
+        assert printed == ["0.1000", "0.9000", "0.3000", "0.2000"]
+        assert lines[-2].endswith(f"{expected:.4f}") and lines[-1] == f"saved {tmp_path / 'out'}"
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +102,12 @@ def interrupted(encoder, colors, tmp_path_factory) -> tuple[Path, list[str]]:
     shutil.copytree(colors, folder / "data")
     flags = flags_of("baseline", None, encoder, folder / "data", folder / "out")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_baseline, "save_forms", _interrupt)
+        patch.setattr(run_baseline, "save_formats", _interrupt)
         run_baseline.main(flags)
     return folder, flags
 
 
-def _interrupt(*words):
+def _interrupt(*args):
     raise KeyboardInterrupt
 
 
@@ -129,16 +130,13 @@ def forget(name: str):
 
 
 DAMAGES = {
-    "cut off": (lambda folder: (folder / CHECKSUMS).unlink(), "was cut off while it was written"),
-    "cut off in the checksums": (lambda folder: (folder / CHECKSUMS).write_text('{"a'), "was cut off while"),
-    "checksums of another kind": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "was cut off while"),
-    "a bit of the weights": (
-        lambda folder: flip_a_bit(folder / "model.safetensors"),
-        "is damaged .model.safetensors.",
-    ),
-    "a bit of the optimizer": (lambda folder: flip_a_bit(folder / "optimizer.pt"), "is damaged .optimizer.pt."),
+    "cut off": (lambda folder: (folder / CHECKSUMS).unlink(), "was cut off"),
+    "cut off in the checksums": (lambda folder: (folder / CHECKSUMS).write_text('{"a'), "was cut off"),
+    "checksums of another kind": (lambda folder: (folder / CHECKSUMS).write_text("[1]"), "was cut off"),
+    "a bit of the weights": (lambda folder: flip_a_bit(folder / "model.safetensors"), "is damaged .model.safetensors"),
+    "a bit of the optimizer": (lambda folder: flip_a_bit(folder / "optimizer.pt"), "is damaged .optimizer.pt"),
     "half a state": (lambda folder: os.truncate(folder / "trainer_state.json", 40), "is damaged .trainer_state"),
-    "lost weights": (lambda folder: (folder / "model.safetensors").unlink(), "is damaged .model.safetensors."),
+    "lost weights": (lambda folder: (folder / "model.safetensors").unlink(), "is damaged .model.safetensors"),
     "no optimizer": (forget("optimizer.pt"), "has no optimizer.pt"),
     "no scheduler": (forget("scheduler.pt"), "has no scheduler.pt"),
     "no random state": (forget("rng_state.pth"), "has no rng_state.pth"),
@@ -147,17 +145,18 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_gives_way_to_the_whole_one_before_it(damage, interrupted, tmp_path, capsys):
-    folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
+    folder = shutil.copytree(interrupted[0] / "out", tmp_path / "out")
     last, before = (folder / f"checkpoint-{step}" for step in (8, 6))
     change, reason = DAMAGES[damage]
-    started = json.loads((folder / RECIPE_OF_RUN).read_text())
-    arguments = TrainingArguments(str(folder), resume_from_checkpoint="last", use_cpu=True, report_to="none")
-    assert newest_checkpoint(arguments, started) == str(last)
+    run = json.loads((folder / RUN_FILE).read_text())
+    arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    assert choose_checkpoint(arguments, "true", run) == last
     change(last)
     capsys.readouterr()
-    assert newest_checkpoint(arguments, started) == str(before)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and re.search(f"checkpoint-8 {reason}.*: it is not used", said[0])
+    assert choose_checkpoint(arguments, "true", run) == before == choose_checkpoint(arguments, str(before), run)
+    assert re.search(f"checkpoint-8 {reason}.*: it is not used", capsys.readouterr().out.splitlines()[0])
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint: .*checkpoint-8 {reason}"):
+        choose_checkpoint(arguments, str(last), run)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -165,18 +164,18 @@ def test_a_training_that_was_over_takes_no_further_step(name, artifact, encoder,
     """It was ended after its last step, before its artifact was saved."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     COMMANDS[name].main(flags_of(name, artifact, encoder, colors, whole))
-    flags = [*flags_of(name, artifact, encoder, colors, out), "--resume_from_checkpoint", "last"]
+    flags = [*flags_of(name, artifact, encoder, colors, out), "--resume_from_checkpoint", "true"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
         COMMANDS[name].main(flags)
-    assert (tmp_path / "checkpoints" / "out" / "checkpoint-8").is_dir() and not out.exists()
+    assert (out / "checkpoint-8").is_dir() and not (out / "config.json").exists()
     COMMANDS[name].main(flags)
     assert read_recipe_of(out)["training"]["steps"] == read_recipe_of(whole)["training"]["steps"] == 8
     assert weights_in(out) == weights_in(whole)
 
 
 def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
-    folder = shutil.copytree(interrupted[0] / "checkpoints" / "out", tmp_path / "out")
+    folder = shutil.copytree(interrupted[0] / "out", tmp_path / "out")
     state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
     state["best_model_checkpoint"] = "elsewhere/checkpoint-4"
     (folder / "checkpoint-8" / "trainer_state.json").write_text(json.dumps(state))
@@ -184,22 +183,40 @@ def test_a_checkpoint_needs_the_best_one(interrupted, tmp_path, capsys):
     sums["trainer_state.json"] = sha256(folder / "checkpoint-8" / "trainer_state.json")
     (folder / "checkpoint-8" / CHECKSUMS).write_text(json.dumps(sums))
     flip_a_bit(folder / "checkpoint-4" / "model.safetensors")
-    arguments = TrainingArguments(
-        str(folder), resume_from_checkpoint="last", load_best_model_at_end=True, eval_strategy="steps", use_cpu=True
-    )
-    newest_checkpoint(arguments, json.loads((folder / RECIPE_OF_RUN).read_text()))
+    arguments = TrainingArguments(str(folder), load_best_model_at_end=True, eval_strategy="steps", use_cpu=True)
+    choose_checkpoint(arguments, "true", json.loads((folder / RUN_FILE).read_text()))
     assert "checkpoint-8 needs the best one, " in capsys.readouterr().out
 
 
-def test_other_rows_behind_the_same_path_are_not_resumed(interrupted):
+def test_another_recipe_or_other_rows_are_not_resumed(interrupted):
     folder, flags = interrupted
     rows = load_dataset(str(folder / "data"))
     changed = {split: {"text": list(rows[split]["text"]), "label": list(rows[split]["label"])} for split in rows}
     changed["train"]["text"][7] = "the very red house"
     save_dataset(folder / "data", changed, color_features())
-    with pytest.raises(UserError, match="cannot resume .*: the rows of train changed since it started"):
-        run_baseline.main([*flags, "--resume_from_checkpoint", "last"])
-    assert (folder / "checkpoints" / "out" / "checkpoint-8").is_dir()
+    with pytest.raises(UserError, match="cannot resume .*: learning_rate, the rows of train changed"):
+        run_baseline.main([*flags, "--learning_rate", "1e-3", "--resume_from_checkpoint", "true"])
+    assert (folder / "out" / "checkpoint-8").is_dir()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_checkpoint_that_is_named_is_resumed_elsewhere_too(name, artifact, encoder, colors, tmp_path):
+    """Meanwhile an older model stays where the new one will be saved."""
+    whole, out = tmp_path / "whole", shutil.copytree(artifact, tmp_path / "out")
+    before = weights_in(out)
+    COMMANDS[name].main(flags_of(name, artifact, encoder, colors, whole))
+    flags = flags_of(name, artifact, encoder, colors, out)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
+        COMMANDS[name].main(flags)
+    assert weights_in(out).items() >= before.items() and find_formats(out).keys() == find_formats(artifact).keys()
+    with pytest.raises(UserError, match="--resume_from_checkpoint: no folder .*checkpoint-7"):
+        COMMANDS[name].main([*flags, "--resume_from_checkpoint", str(out / "checkpoint-7")])
+    elsewhere = min(shutil.copytree(out, tmp_path / "elsewhere").glob("checkpoint-*"))
+    assert elsewhere.name != "checkpoint-8"
+    COMMANDS[name].main([*flags, "--resume_from_checkpoint", str(elsewhere)])
+    assert read_recipe_of(out)["training"]["resumed"] is True
+    assert weights_in(out) == weights_in(whole) and not list(out.glob("checkpoint-*"))
 
 
 def start(name: str, flags: list[str], log: Path) -> subprocess.Popen:
@@ -230,7 +247,7 @@ def test_a_training_that_is_killed_ends_as_if_nothing_had_happened(name, encoder
     done = 0
     while done < kills:
         out = tmp_path / f"out-{done}"
-        flags = [*flags_of(name, artifact, encoder, colors, out, max_steps=24), "--resume_from_checkpoint", "last"]
+        flags = [*flags_of(name, artifact, encoder, colors, out, max_steps=24), "--resume_from_checkpoint", "true"]
         ended, moments = None, []
         while ended is None:  # killed again and again, then left alone
             process = start(name, flags, tmp_path / "log")
@@ -241,10 +258,10 @@ def test_a_training_that_is_killed_ends_as_if_nothing_had_happened(name, encoder
                 process.kill()
                 process.wait()
                 done += 1
-                moments.append(f"{len(list(tmp_path.glob(f'checkpoints/{out.name}/checkpoint-*')))} at {wait:.1f} s")
+                moments.append(f"{len(list(out.glob('checkpoint-*')))} at {wait:.1f} s")
         assert ended == 0, (tmp_path / "log").read_text()
         assert weights_in(out) == expected
-        assert not list(tmp_path.glob(".*")) and not list((tmp_path / "checkpoints").iterdir())
+        assert not list(tmp_path.glob(".*")) and not list(out.glob("checkpoint-*")) and not (out / RUN_FILE).exists()
         request.node.user_properties.append(("draws", len(moments)))
         print(f"{name}: killed {len(moments)} times (checkpoints: {', '.join(moments)}), equal weights", flush=True)
 
@@ -274,5 +291,5 @@ def test_two_trainings_at_once_never_mix(encoder, colors, tmp_path, record_prope
         assert 0 in statuses
         assert weights_in(out) == expected[read_recipe_of(out)["seed"]]
         print(f"two at once: statuses {statuses}, the artifact is that of one", flush=True)
-        assert not list((tmp_path / "checkpoints").iterdir()) and not list(tmp_path.glob(".*"))
+        assert not list(out.glob("checkpoint-*")) and not list(tmp_path.glob(".*"))
     assert lost > 0

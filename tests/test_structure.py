@@ -1,4 +1,4 @@
-"""The structure, read from the imports: folders build on those before them, and no command on another."""
+"""The structure, read from the imports: a folder imports only those before it, and no command another."""
 
 import ast
 import re

@@ -52,8 +52,8 @@ def python_scores(real_int8):
     return classifier.labels, lambda texts: softmax(predict(classifier, classifier.encode(texts), batch_size=1))
 
 
-def run_node(*words, env, **options) -> str:
-    done = subprocess.run(["node", *map(str, words)], cwd=WEB, env=env, capture_output=True, text=True, **options)
+def run_node(*args, env, **options) -> str:
+    done = subprocess.run(["node", *map(str, args)], cwd=WEB, env=env, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -66,8 +66,8 @@ def as_array(ranking: list[dict], labels: list[str]) -> list[float]:
 def test_node_gives_the_probabilities_of_python(published, python_scores, test_rows):
     hub, env = published
     texts = list(test_rows["text"])[:200]
-    words = ("--import", "./setup.mjs", "classify.mjs", REPOSITORY, "q8")
-    rankings = json.loads(run_node(*words, env=env, input=json.dumps(texts)))
+    args = ("--import", "./setup.mjs", "classify.mjs", REPOSITORY, "q8")
+    rankings = json.loads(run_node(*args, env=env, input=json.dumps(texts)))
     labels, scores = python_scores
     found, expected = np.array([as_array(ranking, labels) for ranking in rankings]), scores(texts)
     print(f"largest gap of a probability over {len(texts)} texts: {np.abs(found - expected).max():.2e}")
@@ -79,16 +79,16 @@ def test_node_gives_the_probabilities_of_python(published, python_scores, test_r
 
 def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tmp_path):
     out, texts = tmp_path / "split", list(test_rows["text"])[:50]
-    words = ["--model_name_or_path", str(real), "--formats", "onnx", "--num_calibration_samples", "60"]
-    run_ptq.main([*words, "--output_dir", str(out), "--split_outliers", "true", "--max_f1_drop", "100"])
+    args = ["--model_name_or_path", str(real), "--formats", "onnx", "--num_calibration_samples", "60"]
+    run_ptq.main([*args, "--output_dir", str(out), "--split_outliers", "true", "--max_f1_drop", "100"])
     assert any("/outliers" in node.name for node in onnx.load(weights_of(out, "onnx")).graph.node)
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.*")}
     classifier = open_artifact(out, "onnx", threads=1)
     expected = softmax(predict(classifier, classifier.encode(texts), batch_size=1))
     with running_hub() as hub:
         hub.repositories[REPOSITORY] = Repository(commits=[files])
-        words = ("--import", "./setup.mjs", "classify.mjs", REPOSITORY, "q8")
-        answer = run_node(*words, env=os.environ | {"HF_ENDPOINT": hub.url}, input=json.dumps(texts))
+        args = ("--import", "./setup.mjs", "classify.mjs", REPOSITORY, "q8")
+        answer = run_node(*args, env=os.environ | {"HF_ENDPOINT": hub.url}, input=json.dumps(texts))
     found = np.array([as_array(ranking, classifier.labels) for ranking in json.loads(answer)])
     np.testing.assert_allclose(found, expected, atol=TOLERANCE)
 
@@ -119,8 +119,8 @@ def test_the_study_says_what_node_lacks(real_int8, tmp_path, monkeypatch):
 def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
     (code,) = re.findall(r"```js\n(.*?)```", TEMPLATE.read_text(encoding="utf-8"), flags=re.DOTALL)
     text = "i feel so happy that you came"
-    for gap, words in (("repo_id", REPOSITORY), ("dtype", "q8"), ("example", text)):
-        code = code.replace(f"{{{{ {gap} }}}}", words)
+    for gap, args in (("repo_id", REPOSITORY), ("dtype", "q8"), ("example", text)):
+        code = code.replace(f"{{{{ {gap} }}}}", args)
     shown = run_node("--import", "./setup.mjs", "--input-type=module", "-", env=published[1], input=code)
     labels, scores = python_scores
     (expected,) = scores([text])
@@ -147,10 +147,10 @@ def variants(real, real_int8, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     (folder / "baseline").symlink_to(real)
     (folder / "qat").symlink_to(real_int8)
-    words = ["--model_name_or_path", str(real), "--formats", "onnx", "--num_calibration_samples", "60"]
+    args = ["--model_name_or_path", str(real), "--formats", "onnx", "--num_calibration_samples", "60"]
     for bits in (4, 2):
         run_ptq.main(
-            [*words, "--max_f1_drop", "100", "--bits", str(bits), "--output_dir", str(folder / f"qat-int{bits}")]
+            [*args, "--max_f1_drop", "100", "--bits", str(bits), "--output_dir", str(folder / f"qat-int{bits}")]
         )
     return folder
 
@@ -167,8 +167,9 @@ def page(tmp_path_factory):
 @contextlib.contextmanager
 def running_demo(weights: Path):
     """Serves the demo page as `make demo` does; gives the address."""
-    words = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--port", "0", "--weights_dir", str(weights)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    args = [sys.executable, str(ROOT / "tools" / "demo.py"), "--port", "0", "--weights_dir", str(weights)]
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'scripts'}{os.pathsep}{ROOT / 'tools'}"}
+    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
         finally:
@@ -209,8 +210,8 @@ def check_answer(shown: dict, folder: Path, text: str) -> None:
 
 def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     """Opened at the width of a phone and used by keyboard alone; see browse.mjs."""
-    words, is_clone = ("browse.mjs", find_browser(), place, tmp_path / "screenshot.png"), place != page
-    seen = json.loads(run_node(*words, env=published[1]))
+    args, is_clone = ("browse.mjs", find_browser(), place, tmp_path / "screenshot.png"), place != page
+    seen = json.loads(run_node(*args, env=published[1]))
     there = [name for name in FORMS if name != "FP32" or is_clone]
     sizes = {name: f"{weights_of(variants / FORMS[name], 'onnx').stat().st_size / 1e6:.1f} MB" for name in there}
     assert [form.split() for form in seen["forms"]] == [[name, *sizes.get(name, "").split()] for name in FORMS]
@@ -251,7 +252,7 @@ def failures(page):
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "args"),
     [
         ("libraryRefused", "The library of cdn.jsdelivr.net cannot be loaded: "),
         ("libraryIsHtml", "The library of cdn.jsdelivr.net cannot be loaded: "),
@@ -268,9 +269,9 @@ def failures(page):
         ("answerIsEmpty", "The model failed on this text: it gives no probabilities. Change"),
     ],
 )
-def test_the_demo_page_says_what_fails(fault, words, failures):
+def test_the_demo_page_says_what_fails(fault, args, failures):
     seen = failures[fault]
-    assert seen["status"].startswith(words) and "reload the page" in seen["status"] and len(seen["status"]) < 400
+    assert seen["status"].startswith(args) and "reload the page" in seen["status"] and len(seen["status"]) < 400
     assert seen["bars"] == [] and set(seen["opened"]) <= {FIRST} and seen["wide"] == 360
 
 
@@ -288,11 +289,11 @@ def test_the_demo_page_opens_no_model_that_nobody_named(failures):
 
 def test_a_page_of_nobody_asks_nobody(tmp_path):
     """As it stands in this repository: it wants its own server, which says what makes the models that are missing."""
-    words = ("faults.mjs", find_browser())
-    seen = json.loads(run_node(*words, ROOT / "docs" / "demo", "libraryRefused", env=os.environ))["libraryRefused"]
+    args = ("faults.mjs", find_browser())
+    seen = json.loads(run_node(*args, ROOT / "docs" / "demo", "libraryRefused", env=os.environ))["libraryRefused"]
     assert seen["status"].startswith("The library of tools/demo.py (make demo) cannot be loaded: ")
     with running_demo(tmp_path) as address:
-        seen = json.loads(run_node(*words, address, "noModels", env=os.environ))["noModels"]
+        seen = json.loads(run_node(*args, address, "noModels", env=os.environ))["noModels"]
     assert seen["status"].startswith(f"{RECOMMENDED} cannot be loaded: ") and seen["wide"] == 360
     assert "FP32: not in weights/baseline; made by make demo, where PyTorch is installed" in seen["missing"]
     assert len(seen["missing"]) == len(FORMS)

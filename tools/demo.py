@@ -1,7 +1,7 @@
-"""Serves the demo page to this machine alone, with the models of `weights/`. It asks nothing of any network.
+"""Serves the demo page on localhost, with the models in `weights/` and without any network access.
 
-`make demo` installs the JavaScript libraries that the page needs, and starts this. A clone holds its FP32 model for
-Transformers alone: where PyTorch is installed, the file for the browser is made of it.
+`make demo` installs the JavaScript libraries that the page needs, and runs this script. The FP32 model of a clone is
+for Transformers; if PyTorch is installed, it is exported to ONNX for the browser.
 
     python tools/demo.py
     python tools/demo.py --port 8123 --weights_dir weights/mpnet-base
@@ -15,49 +15,56 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
-from emotion.utils.arguments import Range, make_plain
+from emotion.utils.arguments import Range, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, sha256, whole_file
-from javascript import LIBRARIES, check_libraries
+from emotion.utils.files import ROOT, atomic_write, sha256
 
 PAGE = ROOT / "docs" / "demo"
+WEB = ROOT / "tests" / "web"  # with the package.json of the JavaScript libraries
+LIBRARIES = WEB / "node_modules"
 FP32 = Path("baseline") / "onnx" / "model.onnx"  # as the page asks for it
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Answers with files of the page's folder, and of those that the first name of a path chooses, the first first."""
+    """Serves the page's folder, and the folders that the first component of a path selects."""
 
-    # Python asks the system for these types, and some systems have wrong ones, with which no browser runs a script.
+    # Some systems have wrong types for these, with which no browser runs a script.
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
         ".js": "text/javascript",
         ".mjs": "text/javascript",
         ".wasm": "application/wasm",
     }
 
-    def __init__(self, *words, folders: dict[str, list[Path]]):
+    def __init__(self, *arguments, folders: dict[str, list[Path]]):
         self.folders = folders
-        super().__init__(*words, directory=str(PAGE))
+        super().__init__(*arguments, directory=str(PAGE))
 
     def translate_path(self, path):
         first, _, rest = path.lstrip("/").partition("/")
         for folder in self.folders.get(first, [PAGE]):
             self.directory = str(folder)
-            found = super().translate_path(rest if first in self.folders else path)  # which leaves out every ".."
+            found = super().translate_path(rest if first in self.folders else path)  # which removes every ".."
             if os.path.exists(found):  # noqa: PTH110 - Path.exists raises for a name that is too long
                 break
         return found
 
     def end_headers(self):
-        self.send_header("Cache-Control", "no-store")  # a model that was made anew is loaded anew
+        self.send_header("Cache-Control", "no-store")  # a replaced model is loaded again
         super().end_headers()
 
     def copyfile(self, source, outputfile):
         with contextlib.suppress(ConnectionError):  # the page reads a model's size and closes the connection
             super().copyfile(source, outputfile)
 
-    def log_message(self, *words):
-        """A line for each file would bury the address."""
+    def log_message(self, *arguments):
+        """Prints nothing: a line for each file would hide the address."""
+
+
+def check_libraries(libraries: Path) -> None:
+    """Raises `UserError` if transformers.js is not installed in the folder."""
+    if not (libraries / "@huggingface" / "transformers").is_dir():
+        raise UserError(f"no transformers.js in {libraries}; 'make demo' installs it")
 
 
 def main(argv=None) -> None:
@@ -66,7 +73,7 @@ def main(argv=None) -> None:
     Raises:
         UserError: if the libraries are not installed, or another program has the port.
     """
-    parser = make_plain(argparse.ArgumentParser())
+    parser = configure_parser(argparse.ArgumentParser())
     parser.add_argument(
         "--port", type=int, default=8000, choices=Range(0, 65535), help="port to listen at; 0 takes a free one"
     )
@@ -79,7 +86,7 @@ def main(argv=None) -> None:
 
 
 def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
-    """A server that listens already; see ``main`` for what it raises."""
+    """Returns a listening server; raises as ``main`` does."""
     check_libraries(LIBRARIES)
     folders = {"weights": [weights], "node_modules": [LIBRARIES]}
     handler = partial(Handler, folders=folders)
@@ -89,16 +96,16 @@ def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
         raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for a free one") from error
     try:
         folders["weights"] += make_fp32(weights)
-    except (ImportError, UserError) as error:  # the other models are served all the same
+    except (ImportError, UserError) as error:
         print(f"no FP32 model for the browser: {error}", flush=True)
     return server
 
 
 def make_fp32(weights: Path) -> list[Path]:
-    """The folder beside ``weights`` with the FP32 file for the browser, made once of those very weights.
+    """Exports the FP32 model for the browser to a folder of its own, once for the same weights.
 
     Returns:
-        The folder; none where the file is there already, or its source or PyTorch is not.
+        The folder; none if `weights` has the file already, or the source or PyTorch is missing.
 
     Raises:
         ImportError: if another package that the export needs is not installed.
@@ -115,10 +122,10 @@ def make_fp32(weights: Path) -> list[Path]:
 
         from emotion.export.onnx_export import export_onnx
         from emotion.inference.pretrained import load_trained_classifier
-        from emotion.utils.quiet import quiet_libraries
+        from emotion.utils.command import quiet_libraries
 
         quiet_libraries()
-        with whole_file(folder / FP32) as path:
+        with atomic_write(folder / FP32) as path:
             export_onnx(load_trained_classifier(baseline), AutoTokenizer.from_pretrained(baseline), path)
     return [folder]
 

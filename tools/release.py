@@ -1,11 +1,11 @@
-"""Takes from the artifacts of the seeds what the repository tracks: one form of each released variant.
+"""Copies the weights that the repository tracks: one format of each released variant.
 
-`train_seeds.py` has chosen the seed on validation, and the whole artifact stays in `weights/seeds`. Nothing is
-released that was not scored: the files must be those of the records in `results/metrics`.
+`train_seeds.py` has chosen the seed on validation, and the whole model stays in `weights/seeds`. Only files that were
+scored are released: they must be those of the records in `results/metrics`.
 
-With `--verify` it compares each tracked file with its SHA256SUMS, scores it on the test split, and compares its
-answers with the published ones in `results/predictions`. Processors round differently, so that a few texts between two
-classes may get another label; on the processor of the record none may.
+With `--verify` it compares each tracked file with its SHA256SUMS, scores it on the test split, and compares the
+predicted labels with those in `results/predictions`. Processors round differently, so that a few labels may differ; on
+the processor of the record none may.
 
     python tools/release.py
     python tools/release.py --verify
@@ -36,7 +36,7 @@ from emotion.utils.arguments import parse_args
 from emotion.utils.checksums import check_covered, check_sums, has_files, read_sums, write_sums
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, check_replaceable, read_json, whole_folder
+from emotion.utils.files import ROOT, atomic_folder, check_replaceable, read_json
 from emotion.utils.machine import THREADS, choose_threads, describe_environment
 from emotion.utils.progress import Bar
 from emotion.utils.recipe import read_recipe_of
@@ -47,14 +47,14 @@ MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
 
 @dataclass
 class ReleaseArguments:
-    """Where the artifacts and their scores are."""
+    """Where the models and their scores are."""
 
     weights_dir: str = field(
-        default=str(ROOT / "weights"), metadata={"help": "Folder of the artifacts, with those of each seed in seeds/."}
+        default=str(ROOT / "weights"), metadata={"help": "Folder of the models, with those of each seed in seeds/."}
     )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder of the records."})
     verify: bool = field(
-        default=False, metadata={"help": "Change nothing; compare the tracked weights and their answers."}
+        default=False, metadata={"help": "Change nothing; compare the tracked weights and their predictions."}
     )
     threads: int | None = field(
         default=None, metadata={"help": "With --verify: threads to compute with.", "choices": THREADS}
@@ -62,7 +62,7 @@ class ReleaseArguments:
 
 
 def main(argv=None) -> None:
-    """Releases or verifies; ``argv``: the flags, else those of the command line."""
+    """Releases or verifies."""
     (arguments,) = parse_args((ReleaseArguments,), positional="weights_dir", argv=argv)
     if arguments.verify:
         verify_all(arguments)
@@ -72,31 +72,31 @@ def main(argv=None) -> None:
 
 def release(weights: Path, results: Path) -> None:
     """Checks all variants, then replaces their folders."""
-    licence = weights / LICENSE_FILE
-    if not licence.is_file():
-        raise UserError(f"no file {licence}: each released folder carries a copy of it")
-    # All checks before the first folder is replaced: a release is whole or does not happen.
+    license_file = weights / LICENSE_FILE
+    if not license_file.is_file():
+        raise UserError(f"no file {license_file}: each released folder carries a copy of it")
+    # All checks before the first folder is replaced
     sources = {}
     for variant in RELEASED:
         check_replaceable(weights / variant, ARTIFACT)
         sources[variant] = find_source(variant, weights, results)
     check_sizes(sources)
     for variant, source in sources.items():
-        with whole_folder(weights / variant, ARTIFACT) as folder:
+        with atomic_folder(weights / variant, ARTIFACT) as folder:
             for name, released in names_to_release(source, variant).items():
                 (folder / released).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, folder / released)
-            shutil.copyfile(licence, folder / LICENSE_FILE)
+            shutil.copyfile(license_file, folder / LICENSE_FILE)
             write_sums(folder)
         megabytes = sum(path.stat().st_size for path in (weights / variant).rglob("*") if path.is_file()) / 1e6
         print(f"{variant:10} {RELEASED[variant]:5} {megabytes:6.1f} MB  {source} -> {weights / variant}")
 
 
 def find_source(variant: str, weights: Path, results: Path) -> Path:
-    """The artifact of the seed that was chosen.
+    """Returns the model of the chosen seed.
 
     Raises:
-        UserError: if there is none, it is damaged, or the record of its released form is of other files.
+        UserError: if there is none, it is damaged, or the record of its released format is of other files.
     """
     summary = results / "seeds" / f"{variant}.json"
     if not summary.is_file():
@@ -113,7 +113,7 @@ def find_source(variant: str, weights: Path, results: Path) -> Path:
 
 
 def check_sizes(sources: dict[str, Path]) -> None:
-    """Raises `UserError` if a file, or all together, are more than a clone should carry."""
+    """Raises `UserError` if a file, or all together, are too large for a clone."""
     total = 0
     for variant, source in sources.items():
         for name in names_to_release(source, variant):
@@ -142,29 +142,26 @@ def verify_all(arguments: ReleaseArguments) -> None:
     head = ["variant", "format", "equal labels %", "macro F1 %", "published", "machine", "verdict"]
     print(markdown_table(head, lines), end="")
     if differing:
-        raise UserError(f"{', '.join(differing)}: the answers are not those that were published")
+        raise UserError(f"{', '.join(differing)}: the labels are not those that were published")
 
 
 def verify(variant: str, format: str, folder: Path, results: Path, threads: int) -> dict:
     """Scores a released folder in one format, and compares it with its record and its published predictions.
 
     Returns:
-        `equal` (share of the rows with the published label), `macro_f1` here and `published`, `same_machine` and the
-        `verdict`.
+        `equal` (share of equal labels), `macro_f1` here and `published`, `same_machine` and the `verdict`.
 
     Raises:
-        UserError: if a file is damaged or is not the one that was measured, or the test rows are others.
+        UserError: if a file is damaged or not the one that was measured, or the test rows are others.
     """
     name = f"{variant}-{format}"
     check_covered(folder)
     record = Record.read(results / "metrics" / f"{name}.json")
-    if (
-        not record.sha256 or not record.sha256.items() <= read_sums(folder).items()
-    ):  # which the files were compared with just now
+    if not record.sha256 or not record.sha256.items() <= read_sums(folder).items():
         raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record.quality.split)
-    if fingerprint(rows) != record.made.dataset_fingerprint:
+    if fingerprint(rows) != record.provenance.dataset_fingerprint:
         raise UserError(
             f"{task.name} ({task.source}) has other test rows than those of {name}; the scores say nothing"
         )
@@ -180,8 +177,8 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
 
 
 def judge(found: dict) -> str:
-    """The verdict on the figures of one variant."""
-    if found["same_machine"]:  # the same instructions on the same numbers
+    """The verdict on the result of `verify`."""
+    if found["same_machine"]:
         same = found["equal"] == 1 and found["macro_f1"] == found["published"]
         return "verified" if same else "differs"
     close = abs(found["macro_f1"] - found["published"]) <= MACRO_F1_MARGIN
@@ -189,7 +186,7 @@ def judge(found: dict) -> str:
 
 
 def is_same_machine(there: dict, here: dict) -> bool:
-    """Whether two environments compute alike to the last bit: processor, threads and libraries."""
+    """Whether two environments give the same bits: processor, threads and packages are the same."""
     return all(there.get(key) == here.get(key) for key in ("cpu", "instruction_sets", "threads", "packages"))
 
 

@@ -1,8 +1,8 @@
-"""Reads all records and studies and writes what shows them: the README's table, pages, cards, pictures, the report.
+"""Renders the records and studies: the README's table, the pages, cards, pictures and the report.
 
 No number is typed by hand, and rendering twice changes nothing. A record that lacks a field stops the rendering, and a
-result from the sample or from a short run never enters the README. The folder `base` among the results holds those of
-the base-size encoder, which get a comparison of their own and two rows of the README.
+result from the sample or from a short run never enters the README. `results/mpnet-base` has the 12-layer
+encoder's results, with a comparison of their own and two rows of the README.
 
     python tools/render_report.py
     python tools/render_report.py --check                                          # as `make check` does
@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.evaluation.record import BASE_FAMILY
+from emotion.evaluation.record import MPNET_BASE
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import Family, read_family
 from emotion.hub.model_card import render_cards
@@ -28,10 +28,9 @@ from emotion.utils.progress import Bar
 from report.document import REPORT, SOURCE, compile_report
 from report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from report.front import render_block, render_times
-from report.pages import render_study_pages
-from report.tables import render_page, render_table
+from report.pages import render_page, render_study_pages, render_table
 
-# Between these lines of the README stands what this program writes; the times may be left out
+# The lines of the README between which this program writes; the times may be left out
 START, END = "<!-- results: written by tools/render_report.py -->", "<!-- end of results -->"
 TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<!-- end of times -->"
 
@@ -55,8 +54,8 @@ def main(argv=None) -> None:
     (arguments,) = parse_args((ComparisonArguments,), positional="results_dir", argv=argv)
     results, readme = Path(arguments.results_dir).resolve(), Path(arguments.readme).resolve()
     families = [read_family(results)]
-    if (results / BASE_FAMILY / "metrics").is_dir():
-        families.append(read_family(results / BASE_FAMILY))
+    if (results / MPNET_BASE / "metrics").is_dir():
+        families.append(read_family(results / MPNET_BASE))
     if not arguments.print_only:  # the table alone may show a short run, or the sample
         pages, pictures = {}, list_study_pictures(results) | list_card_pictures(families[0])
         for family in families:
@@ -75,17 +74,16 @@ def main(argv=None) -> None:
 
 
 def render_family(family: Family, pictures: list[Path]) -> dict[Path, str]:
-    """The comparison of one encoder's variants, as JSON and as a page."""
+    """Renders the comparison of one encoder's variants, as JSON and as a page."""
     folder, comparison = family.folder, family.comparison
     return {
-        # For the report, and for anyone who wants the numbers without the words.
         folder / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         folder / "comparison.md": render_page(family, pictures),
     }
 
 
 def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
-    """The files that show the records in words and numbers, and their whole text.
+    """Renders the README, the cards and the pages of the studies: path -> text.
 
     Raises:
         UserError: if the README has no place for the table, or a record or a study lacks a field.
@@ -97,36 +95,32 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
         text = fill(text, TIMES_START, TIMES_END, render_times(families[0]), readme)
     seeds = families[0].comparison["seeds"]
     cards = render_cards(records, readme.parent / "model_cards", families[0].benchmarks, seeds)
-    return {
-        readme: text,
-        **cards,
-        **render_study_pages(results),
-    }
+    return {readme: text, **cards, **render_study_pages(results)}
 
 
 def fill(text: str, start: str, end: str, block: str, readme: Path) -> str:
-    """The text with the block between its two lines; a person wrote the rest, which stays as it is."""
+    """Returns the text with the block between its two lines, and the rest as it is."""
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise UserError(f"{readme}: needs one line '{start}' and, below it, one line '{end}'")
     return f"{text.split(start)[0]}{start}\n\n{block}\n{end}{text.split(end)[1]}"
 
 
 def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
-    """Writes everything, each file whole, once all of it could be made: a result that stops it changes no file."""
+    """Writes all files, each atomically, once all are rendered: a result that stops the rendering changes no file."""
     with tempfile.TemporaryDirectory() as folder:
         files = {path: text.encode() for path, text in pages.items()}
         for path, draw in Bar(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
             draw(fresh)
             files[path] = fresh.read_bytes()
-        if (root / SOURCE).is_file():  # not among the results of somebody's own folder
+        if (root / SOURCE).is_file():
             files[root / REPORT] = compile_with(files, root, Path(folder) / "root")
     for path, content in files.items():
         write_bytes(path, content)
 
 
 def compile_with(files: dict[Path, bytes], root: Path, folder: Path) -> bytes:
-    """The report as these files will make it, which it reads: compiled from a copy of the folders, in ``folder``."""
+    """Compiles the report, which reads these files, from a copy of the folders in ``folder``."""
     for name in ("docs", "results"):
         shutil.copytree(root / name, folder / name)
     for path, content in files.items():
@@ -136,16 +130,15 @@ def compile_with(files: dict[Path, bytes], root: Path, folder: Path) -> bytes:
 
 
 def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
-    """Raises `UserError` if a file is not what would be written."""
+    """Raises `UserError` if a file differs from what would be written."""
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    # Pictures are drawn, not hashed: another processor may round a pixel otherwise, and that is no difference.
+    # Pictures are drawn, not hashed: another processor may round a pixel differently.
     with tempfile.TemporaryDirectory() as folder:
         for path, draw in Bar(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
-            draw(fresh)  # into a folder that goes away again: a check writes nothing
+            draw(fresh)
             if not same_picture(fresh, path):
                 stale.append(path)
-    # It is set from the pictures and results on the disk, which were compared above.
     report = compile_report(root)
     if report and (not (root / REPORT).is_file() or (root / REPORT).read_bytes() != report):
         stale.append(root / REPORT)
@@ -154,22 +147,18 @@ def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
 
 
 def check_publishable(record: Record) -> None:
-    """Raises `UserError` unless the record may be published: of real data, scored on test, of a full training.
-
-    A generative model's training may be of part of the rows, since the comparison says so.
-    """
-    made, name = record.made, record.name
-    if "sample" in {made.dataset_source, made.train_dataset_source}:
+    """Raises `UserError` unless the record may be published: of real data, scored on test, after a full training."""
+    provenance, name = record.provenance, record.name
+    if "sample" in {provenance.dataset_source, provenance.train_dataset_source}:
         raise UserError(f"{name} was trained or scored on the sample: not for the README")
-    if made.base_model_source == RANDOM:
+    if provenance.base_model_source == RANDOM:
         raise UserError(f"{name} was made from random weights: not for the README")
     if record.quality.split != "test":
         raise UserError(f"{name} was scored on {record.quality.split}, not on test: not for the README")
-    recipe = made.recipe or {}
-    # A full training of a generative model takes longer than the comparison is worth.
+    recipe = provenance.recipe or {}
+    # A language model, a peer, may be trained on part of the rows, which the comparison states.
     limits = {"max_steps"} if record.format == "adapter" else {"max_train_samples", "max_steps"}
-    # A quantized artifact's recipe holds that of its baseline, whose training may have been the short one.
-    short = limits & {**recipe, **recipe.get("baseline", {})}.keys()
+    short = limits & {**recipe, **provenance.training_recipe}.keys()
     if short:
         raise UserError(f"{name} is a short run ({', '.join(sorted(short))} in its recipe): not for the README")
 

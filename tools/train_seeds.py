@@ -1,15 +1,13 @@
-"""Makes one variant with several seeds, scores each, and keeps the seed that is best on validation.
+"""Trains one variant with several seeds, scores each, and keeps the seed that is best on validation.
 
-One seed's score says little: the spread over seeds is part of the result. The chosen artifact becomes
-`weights/<variant>`, and the summary is written to `results/seeds/<variant>.json`. A seed that is trained already is
-trained again only if the recipe has changed, or the baseline that it started from. A training that was interrupted
-goes on where it stopped. A variant that starts from a baseline takes the baseline of the same seed, and is compared
-with it row by row.
+The chosen model becomes `weights/<variant>`, and the summary is written to `results/seeds/<variant>.json`. A seed is
+trained again only if the recipe has changed, or the baseline that it started from; a training that was interrupted is
+resumed. A variant that starts from a baseline takes the baseline of the same seed, and is compared with it row by row.
 
     python tools/train_seeds.py baseline --seeds 42 43 44 45 46
     python tools/train_seeds.py ptq
     python tools/train_seeds.py qat-int4 --config_dir configs/mpnet-base  # run_qat.py with its qat-int4.yaml
-    python tools/train_seeds.py qat-int4-float  # the training without rounding, to compare with
+    python tools/train_seeds.py qat-int4-float  # the float fine-tuning control
 """
 
 import shutil
@@ -19,55 +17,53 @@ from pathlib import Path
 from emotion.inference.model_folder import ARTIFACT
 from emotion.utils.arguments import SEED, parse_args
 from emotion.utils.command import run
-from emotion.utils.files import ROOT, check_replaceable, whole_folder, write_json
+from emotion.utils.files import ROOT, atomic_folder, check_replaceable, write_json
 from seeds import CONFIGS, check_seeds, choose_seed, make_and_score, summarize
 
 
 @dataclass
 class SeedsArguments:
-    """Which variant is made, and with which seeds."""
+    """Which variant is trained, and with which seeds."""
 
     variant: str = field(
-        metadata={"help": "The name of a config: baseline, ptq, qat, qlora, ptq-int4, ...; -float: without rounding."}
+        metadata={"help": "A config: baseline, ptq, qat, qlora, ptq-int4, ...; -float: without fake quantization."}
     )
     config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
     seeds: list[int] = field(
-        default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds to use.", "choices": SEED}
+        default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds.", "choices": SEED}
     )
-    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the artifacts are saved."})
+    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the models are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
-    """Makes, scores and summarizes; ``argv``: the flags, those of the command line if not given."""
+    """Trains, scores and summarizes."""
     (arguments,) = parse_args((SeedsArguments,), positional="variant", argv=argv)
     check_seeds(arguments.seeds)
     weights, results = Path(arguments.weights_dir), Path(arguments.results_dir)
     check_replaceable(weights / arguments.variant, ARTIFACT)  # now, not after hours of training
-    # One seed is made and scored before the next begins: an interrupted run keeps all that was finished.
-    runs = []
-    for seed in arguments.seeds:
-        runs.append(make_and_score(seed, arguments.variant, weights, results, Path(arguments.config_dir)))
+    configs = Path(arguments.config_dir)
+    runs = [make_and_score(seed, arguments.variant, weights, results, configs) for seed in arguments.seeds]
     chosen, chosen_by = choose_seed(arguments.variant, runs, results)
-    # A copy: the artifacts of all seeds stay where they are, for the variants that start from them.
-    with whole_folder(weights / arguments.variant, ARTIFACT) as folder:
+    # A copy: the variants start from the models of all seeds.
+    with atomic_folder(weights / arguments.variant, ARTIFACT) as folder:
         shutil.copytree(weights / "seeds" / f"{arguments.variant}-{chosen}", folder, dirs_exist_ok=True)
     summary = {
         "variant": arguments.variant,
         "chosen_seed": chosen,
         "chosen_by": chosen_by,
-        **summarize(runs),  # of all seeds, and not of the chosen one: tables show the mean and its spread
+        **summarize(runs),
         "runs": runs,
     }
     write_json(results / "seeds" / f"{arguments.variant}.json", summary)
     print(f"{len(runs)} seeds, test; seed {chosen}, chosen by {chosen_by} -> {weights / arguments.variant}")
-    # The baseline's summary has no formats: its one score was taken in PyTorch.
-    for name, one in summary.get("formats", {"pytorch": summary}).items():
-        deviation = one["macro_f1"]["standard_deviation"]
+    # The baseline's summary has no formats: it was scored in PyTorch.
+    for name, scores in summary.get("formats", {"pytorch": summary}).items():
+        deviation = scores["macro_f1"]["standard_deviation"]
         spread = "one seed" if deviation is None else f"standard deviation {deviation:.4f}"
-        change = f"   change {100 * one['change']['mean']:+.2f} points" if "change" in one else ""
-        print(f"  {name:10} macro F1 {one['macro_f1']['mean']:.4f} ({spread}){change}")
+        change = f"   change {100 * scores['change']['mean']:+.2f} points" if "change" in scores else ""
+        print(f"  {name:10} macro F1 {scores['macro_f1']['mean']:.4f} ({spread}){change}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ quantization, training, hub.
 import logging
 import os
 
-# Read by libraries while they load, which is why commands import this package before any of them. A value that the
-# user has set stays.
+# Libraries read these while they load, so commands import this package before any of them. A value that the user has
+# set stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its thread would also keep a forked process from ending
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # TextEncoder shares the texts among the threads asked for
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # TextEncoder divides the texts among its threads
 for _name in ("torch.utils._pytree", "torch.utils.cpp_extension", "bitsandbytes"):  # they log while they load
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):
-    # Loaded when it is asked for: every command imports this package, and most must not wait for NumPy.
+    # Imported on first use: every command imports this package, and most must not wait for NumPy.
     if name == "EmotionClassifier":
         from emotion.inference.emotion_classifier import EmotionClassifier
 

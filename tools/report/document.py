@@ -1,4 +1,4 @@
-"""The report: a Typst source that reads the records and pictures itself, set as a PDF."""
+"""Compiles the report, a Typst source that reads the records and pictures, to PDF."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def compile_report(root: Path) -> bytes | None:
     """
     if not (root / SOURCE).is_file():
         return None
-    import typst  # here, since the table alone can be printed without it
+    import typst  # not needed with --print_only
 
     try:
         # Typst brings fonts of its own; those of the system would differ from machine to machine.
@@ -26,7 +26,7 @@ def compile_report(root: Path) -> bytes | None:
 
 
 def inputs_of(root: Path) -> dict[str, str]:
-    """What the source is told: the files below ``root``, since Typst cannot ask for one, and the recommendation."""
+    """The inputs of the source: the files in docs/ and results/, which Typst cannot list, and the recommendation."""
     names = []
     for folder in ("docs", "results"):
         names += [path.relative_to(root).as_posix() for path in (root / folder).rglob("*.*")]

@@ -1,71 +1,50 @@
-"""The pictures of the comparison: what a reader sees faster than in a table."""
+"""The pictures of the pages: PNGs in one style, with colors that the color-blind can tell apart.
+
+A variant has the same color and a format the same marker in every picture of an encoder.
+"""
 
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import seaborn
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
 
 from emotion.data.metrics import CALIBRATION_BINS, softmax
 from emotion.evaluation.predictions import read_predictions
-from emotion.evaluation.schema import Benchmark, Record, read_study
+from emotion.evaluation.schema import Bits, Measurement, Record, read_study
 from emotion.hub.comparison import REFERENCE, Family, processors_of
-from emotion.hub.confusion_matrix import (
-    MOST_NAMED,
-    draw_cells,
-    draw_confusion,
-    plot_confusion_matrix,
-    save_figure,
-    styled,
-)
+from emotion.hub.confusion_matrix import PALETTE, plot_confusion_matrix, save_figure, styled
 from emotion.hub.model_card import order, variants_with_card
+from emotion.hub.render import complete
 from emotion.utils.processor import TITLES
 from report.pages import families_of
-from report.plots import (
-    MARKERS,
-    OTHER,
-    colors_of,
-    grid,
-    plot_bits,
-    plot_dataset,
-    plot_rounding,
-    plot_sensitivity,
-    plot_sweep,
-    plt,
-    seaborn,
-)
 
+MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
+GRAY = "0.45"  # for marks that belong to no variant
 COLUMNS = 4  # of small pictures side by side
-SQUARE = 3.3  # inches, a small picture
 PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 
 
 def list_pictures(family: Family) -> dict:
-    """Path of each PNG of a comparison -> the function that draws it; what was not measured has no picture."""
-    results = family.folder
-    # A guest of another size and score would press all others into a corner.
-    guests = {one["name"] for one in family.comparison["about"]["guests"]}
-    records = [record for record in family.records if record.name not in guests]
-    figures, shown = results / "figures", one_a_variant(records)
-    # What was timed may have no record, and what was scored may not have been timed.
-    variants = {record.variant for record in records}
-    for run in family.benchmarks.values():
-        variants |= set(map(variant_of, run.artifacts))
-    colors = colors_of(sorted(variants))  # one palette for all pictures
-    pictures = {figures / "pareto.png": partial(plot_pareto, family.comparison, colors)}
-    for processor, run in family.benchmarks.items():
-        pictures[figures / f"latency_{processor}.png"] = partial(plot_latency, run, TITLES[processor], colors)
-    return pictures | {
-        figures / "per_class_f1.png": partial(plot_classes, records, colors),
-        figures / "confusion.png": partial(plot_confusions, shown),
-        figures / "reliability.png": partial(plot_reliability, shown, colors, results),
+    """Path of each PNG of a comparison -> the function that draws it."""
+    # A peer of another size and score would press all others into a corner.
+    peers = {peer["name"] for peer in family.comparison["about"]["peers"]}
+    records = [record for record in family.records if record.name not in peers]
+    variants = sorted({record.variant for record in records})
+    colors = dict(zip(variants, seaborn.color_palette(PALETTE, len(variants)), strict=True))
+    figures = family.folder / "figures"
+    return {
+        figures / "pareto.png": partial(plot_pareto, family.comparison, colors),
+        figures / "reliability.png": partial(plot_reliability, one_per_variant(records), colors, family.folder),
     }
 
 
 def list_card_pictures(family: Family) -> dict:
-    """Path of each card's PNG -> the function that draws it: the matrix of its variant's first record."""
+    """Path of each card's PNG -> the function that draws it: the confusion matrix of the variant's first record."""
     pictures = {}
     for variant in variants_with_card(family.records):
         record = order(family.records, variant)[0]
@@ -75,38 +54,33 @@ def list_card_pictures(family: Family) -> dict:
 
 
 def list_study_pictures(results: Path) -> dict:
-    """Path of each study's PNG -> the function that draws it there, of the studies whose JSON file is there."""
-    drawers = {
-        "dataset": plot_dataset,
-        "ptq_sensitivity": plot_sensitivity,
-        "bits": plot_bits,
-        "qlora_sweep": plot_sweep,
-    }
+    """Path of each study's PNG -> the function that draws it, for the studies in ``results``."""
+    drawers = {"dataset": plot_dataset, "ptq_sensitivity": plot_sensitivity, "bits": plot_bits}
     pictures, families = {}, families_of(results)
     for family in families:
         for name, draw in drawers.items():
-            if (family / f"{name}.json").is_file():
-                pictures[family / f"{name}.png"] = partial(draw, read_study(family / f"{name}.json"))
-    if families[0] / "bits.png" in pictures:  # it explains what the study measures, from no number of it
+            path = family / f"{name}.json"
+            if path.is_file():
+                pictures[path.with_suffix(".png")] = partial(complete(path)(draw), read_study(path))
+    if families[0] / "bits.png" in pictures:  # it explains what the study measures
         pictures[families[0] / "rounding.png"] = plot_rounding
     return pictures
 
 
 def same_picture(fresh: Path, kept: Path) -> bool:
-    """Whether two PNGs show the same: equal pixels, but for what another processor may round otherwise."""
+    """Whether two PNGs show the same: equal pixels, except for what another processor may round otherwise."""
     if not kept.is_file():
         return False
     if fresh.read_bytes() == kept.read_bytes():  # nearly always; reading the pixels takes longer
         return True
-    one, other = plt.imread(fresh), plt.imread(kept)  # float32 (height, width, colours), 0 to 1
-    return one.shape == other.shape and float(np.abs(one - other).mean()) < PIXEL_TOLERANCE
+    pixels, kept_pixels = plt.imread(fresh), plt.imread(kept)  # float32 (height, width, colors), 0 to 1
+    return pixels.shape == kept_pixels.shape and float(np.abs(pixels - kept_pixels).mean()) < PIXEL_TOLERANCE
 
 
-def one_a_variant(records: list[Record]) -> list[Record]:
-    """The reference, and of every other variant its ONNX form, which all have, or else the first."""
+def one_per_variant(records: list[Record]) -> list[Record]:
+    """The reference, and for every other variant its ONNX file, or else its first format."""
     shown = {}
     for record in records:
-        # One form each, of one runtime: a picture with all would show the runtimes more than the variants.
         if record.variant not in shown or record.format == "onnx":
             shown[record.variant] = record
     reference = next(record for record in records if record.name == REFERENCE)
@@ -115,197 +89,194 @@ def one_a_variant(records: list[Record]) -> list[Record]:
 
 
 def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
-    """Macro F1 against the latency on each kind of processor and against size: no record lies above the line.
+    """Macro F1 against the latency on each kind of processor, and against size, with the Pareto front.
 
-    Bars: 95 % of the paired change.
+    Bars: 95 % interval of the paired change.
     """
     rows = [row for row in comparison["rows"] if row["kind"] == "record"]
     reference = next(row["macro_f1"] for row in rows if row["name"] == REFERENCE)
     margin = comparison["tests"]["margin"]
-    # A patch of its own for the legend: the band is drawn twice and would be named twice.
-    band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
-    shown = {}  # label of an axis -> the rows, with their places on it
-    for one in processors_of(rows):
-        timed = [row for row in rows if row["speeds"].get(one, {}).get("p50_ms")]
+    panels = {}  # label of an axis -> rows with their `x`
+    for processor in processors_of(rows):
+        timed = [row for row in rows if row["speeds"].get(processor, {}).get("p50_ms")]
         if timed:
-            shown[f"p50, ms, {TITLES[one]}"] = [row | {"place": row["speeds"][one]["p50_ms"]} for row in timed]
-    shown["to serve, MB"] = [row | {"place": row["megabytes"]} for row in rows]
+            label = f"p50, ms, {TITLES[processor]}"
+            panels[label] = [row | {"x": row["speeds"][processor]["p50_ms"]} for row in timed]
+    panels["to serve, MB"] = [row | {"x": row["megabytes"]} for row in rows]
     with styled():
-        figure, (panels,) = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.4), sharey=True, squeeze=False)
-        for axes, (label, placed) in zip(panels, shown.items(), strict=True):
-            # Of two equally fast ones the better comes first, so that the line does not step back.
-            placed.sort(key=lambda row: (row["place"], -row["macro_f1"]))
+        size = 5.5 * len(panels), 4.4
+        figure, (all_axes,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+        for axes, (label, points) in zip(all_axes, panels.items(), strict=True):
             axes.axhspan(100 * (reference - margin), 100 * (reference + margin), color="0.93")
-            axes.axhline(100 * reference, color=OTHER, linewidth=1, linestyle=":")
-            draw_front(axes, placed)
-            for row in placed:
-                color = colors[row["variant"]]
-                if row["tests"]:  # the interval of the change, put where FP32 is
-                    low, high = row["tests"]["change_ci95"]
-                    ends = 100 * (reference + low), 100 * (reference + high)
-                    axes.vlines(row["place"], *ends, color=color, linewidth=1.2, alpha=0.4)
-                look = {"color": color, "markersize": 9, "markeredgecolor": "white"}
-                axes.plot(row["place"], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
+            axes.axhline(100 * reference, color=GRAY, linewidth=1, linestyle=":")
+            draw_points(axes, points, reference, colors)
             axes.set(xlabel=label, xscale="log")
-            plain_ticks(axes, [row["place"] for row in placed])
-        panels[0].set(ylabel="macro F1, %")
+            plain_ticks(axes, [row["x"] for row in points])
+        all_axes[0].set(ylabel="macro F1, %")
+        # A patch of its own for the legend: the band is drawn in each panel and would be named more than once.
+        band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
         add_legend(figure, colors, {row[key] for row in rows for key in ("variant", "format")}, band)
         seaborn.despine(figure)
         save_figure(figure, path)
 
 
-def draw_front(axes, placed: list[dict]) -> None:
-    """The Pareto front: from left to right, each row that scores as high as any before it.
-
-    Args:
-        placed: rows sorted by their `place`; of equal ones the best first.
-    """
+def draw_points(axes, rows: list[dict], reference: float, colors: dict) -> None:
+    """Draws the rows at their `x`, with the interval of the change around the reference's score, and the front."""
+    # Of two equally fast ones the better comes first, so that the line does not step back.
+    rows.sort(key=lambda row: (row["x"], -row["macro_f1"]))
     front, highest = [], 0
-    for row in placed:
+    for row in rows:
         if row["macro_f1"] >= highest:
-            front.append((row["place"], 100 * row["macro_f1"]))
+            front.append((row["x"], 100 * row["macro_f1"]))
             highest = row["macro_f1"]
-    front.append((placed[-1]["place"], front[-1][1]))  # on to the right edge
-    axes.step(*zip(*front, strict=True), where="post", color=OTHER, linewidth=1.2, zorder=1)
+    front.append((rows[-1]["x"], front[-1][1]))  # to the right edge
+    axes.step(*zip(*front, strict=True), where="post", color=GRAY, linewidth=1.2, zorder=1)
+    for row in rows:
+        color = colors[row["variant"]]
+        if row["tests"]:
+            low, high = row["tests"]["change_ci95"]
+            axes.vlines(
+                row["x"], 100 * (reference + low), 100 * (reference + high), color=color, linewidth=1.2, alpha=0.4
+            )
+        look = {"color": color, "markersize": 9, "markeredgecolor": "white"}
+        axes.plot(row["x"], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
 
 
 def plain_ticks(axes, values: list[float]) -> None:
-    """Sets ticks at 1, 2, 5, 10, ... on a logarithmic axis, written as they are."""
-    inside = []
-    for power in range(-2, 5):  # from 0.01 to 50,000: milliseconds and megabytes alike
-        for step in (1, 2, 5):
-            place = step * 10.0**power
-            if min(values) / 2 <= place <= 2 * max(values):
-                inside.append(place)
-    axes.set_xticks(inside, [f"{place:g}" for place in inside])
+    """Sets ticks at 1, 2, 5, 10, ... on a logarithmic axis, without powers of ten."""
+    steps = [step * 10.0**power for power in range(-2, 5) for step in (1, 2, 5)]
+    inside = [step for step in steps if min(values) / 2 <= step <= 2 * max(values)]
+    axes.set_xticks(inside, [f"{step:g}" for step in inside])
     axes.minorticks_off()
 
 
-def variant_of(name: str) -> str:
-    """The variant of an artifact, by the name that run_benchmark.py gives it."""
-    return Path(name.rsplit(":", 1)[0]).name
-
-
 def add_legend(figure, colors: dict, shown: set[str], *others) -> None:
-    """Adds colours for the variants and, below them, markers for the formats, to the right of the pictures.
-
-    Args:
-        shown: the variants and formats that are in a picture.
-    """
-    entries = []
-    for name, color in colors.items():
-        if name in shown:
-            entries.append(Line2D([], [], marker="s", linestyle="", color=color, label=name))
-    for name, marker in MARKERS.items():
-        if name in shown:
-            entries.append(Line2D([], [], marker=marker, linestyle="", color="0.2", label=name))
+    """Adds the colors of the variants and the markers of the formats that are ``shown``, on the right."""
+    entries = [Line2D([], [], marker="s", linestyle="", color=colors[name], label=name) for name in colors]
+    entries += [Line2D([], [], marker=MARKERS[name], linestyle="", color="0.2", label=name) for name in MARKERS]
+    entries = [entry for entry in entries if entry.get_label() in shown]
     figure.legend(handles=[*entries, *others], loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
 
 
-def plot_latency(benchmark: Benchmark, processor: str, colors: dict, path: Path) -> None:
-    """How the latencies of single texts are spread: median, middle half, 5th to 95th percentile, and the 99th."""
-    # The slowest first, since the axis begins at the bottom.
-    timed = sorted(benchmark.artifacts.items(), key=lambda item: -item[1].latency_ms.p50)
-    names, ends = [], []
-    with styled():
-        figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(timed)))
-        for place, (name, one) in enumerate(timed):
-            latency, color = one.latency_ms, colors[variant_of(name)]
-            axes.plot([latency.p5, latency.p95], [place, place], color=color, linewidth=1.5)
-            # "butt": round caps would make the middle half look wider than it is.
-            middle = {"linewidth": 7, "alpha": 0.5, "solid_capstyle": "butt"}
-            axes.plot([latency.p25, latency.p75], [place, place], color=color, **middle)
-            axes.plot(latency.p50, place, "o", color=color, markeredgecolor="white")
-            axes.plot(latency.p99, place, "|", color=color, markersize=9, markeredgewidth=2)
-            names.append(name.removeprefix("weights/"))
-            ends += [latency.p5, latency.p99]
-        axes.set_yticks(range(len(timed)), names)
-        axes.set(xscale="log", xlabel=f"ms, one text, {processor}: median, middle half, 5 % to 95 %, tick at 99 %")
-        plain_ticks(axes, ends)
-        axes.grid(axis="x", color="0.9")
-        seaborn.despine(figure)
-        save_figure(figure, path)
-
-
-def plot_classes(records: list[Record], colors: dict, path: Path) -> None:
-    """F1 of each class, one marker per record; below each class its number of texts."""
-    quality = records[0].quality
-    labels, support = quality.labels, np.sum(quality.confusion_matrix, axis=1)  # a row: all texts of a class
-    with styled():
-        figure, axes = plt.subplots(figsize=(11, 4.4))
-        for index, record in enumerate(records):
-            # Side by side over 0.7 of the space between two classes, the middle one above the name.
-            shift = 0.7 * ((index + 0.5) / len(records) - 0.5)
-            values = [100 * record.quality.per_class_f1[label] for label in labels]
-            look = {"color": colors[record.variant], "markersize": 8, "markeredgecolor": "white"}
-            axes.plot(np.arange(len(labels)) + shift, values, MARKERS[record.format], **look)
-        names = [f"{name}\n{count} texts" for name, count in zip(labels, support, strict=True)]
-        if len(labels) <= MOST_NAMED:
-            axes.set_xticks(range(len(labels)), names)
-        axes.set(ylabel="F1, %")
-        axes.grid(axis="y", color="0.9")
-        axes.set_axisbelow(True)  # the grid under the markers
-        add_legend(figure, colors, {name for record in records for name in (record.variant, record.format)})
-        seaborn.despine(figure)
-        save_figure(figure, path)
-
-
-def plot_confusions(records: list[Record], path: Path) -> None:
-    """The matrices of several records, and below them what each changes against the first one."""
-    matrices = np.array([record.quality.confusion_matrix for record in records])
-    differences = matrices - matrices[0]  # (records, true, predicted)
-    largest = max(1, np.abs(differences).max())  # one scale of colours for all; 1 where nothing changes
-    labels = records[0].quality.labels
-    small = {"annot_kws": {"fontsize": "x-small"}}
-    scale = {"cmap": "PuOr", "vmin": -largest, "vmax": largest, "cbar": False, "linecolor": "0.85"}
-    with styled():
-        figure, (above, below) = grid(len(records), COLUMNS, SQUARE, rows_of=2)
-        for axes, record in zip(above, records, strict=False):  # a block may have more axes than there are records
-            draw_confusion(axes, record.quality.confusion_matrix, labels, **small)
-            axes.set_title(record.name, fontsize="medium")
-        # The first differs from itself by nothing: its place explains the others.
-        below[0].axis("off")
-        below[0].text(0.5, 0.5, f"change against\n{records[0].name}:\ntexts in a cell", ha="center")
-        for axes, record, difference in zip(below[1:], records[1:], differences[1:], strict=False):
-            # No zeros: what did not change should not draw the eye.
-            written = np.where(difference == 0, "", np.char.mod("%+d", difference))
-            draw_cells(axes, difference, written, labels, fmt="", **scale, **small)
-            axes.set_title(record.name, fontsize="medium")
-        for axes in (*above, *below):
-            axes.label_outer()
-            axes.tick_params(labelsize="small")
-        below[min(1, len(records) - 1)].tick_params(labelleft=True)  # the first one is text
-        figure.tight_layout()
-        save_figure(figure, path)
-
-
 def plot_reliability(records: list[Record], colors: dict, results: Path, path: Path) -> None:
-    """Accuracy, with its 95 % interval, against confidence in the bins of the calibration error.
+    """Reliability diagrams: accuracy, with its 95 % interval, against confidence in the bins of the calibration error.
 
-    The area of a dot shows how many texts its bin holds.
+    The area of a dot shows how many texts its bin has.
     """
-    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    columns = min(COLUMNS, len(records))
+    rows = -(-len(records) // columns)  # rounded up
     with styled():
-        figure, (panels,) = grid(len(records), COLUMNS, SQUARE)
-        for axes, record in zip(panels, records, strict=False):
-            labels, logits = read_predictions(results / "predictions" / f"{record.name}.parquet")
-            probabilities = softmax(logits)
-            confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
-            # The inner edges alone: a confidence of exactly 1 belongs to the last bin, not behind it.
-            bins = np.digitize(confidence, edges[1:-1])
-            color = colors[record.variant]
-            axes.plot([0, 1], [0, 1], color=OTHER, linewidth=1, linestyle=":")  # where both agree
-            for one in np.unique(bins):
-                place, hits = confidence[bins == one].mean(), right[bins == one]
-                # Wilson's interval stays within 0 and 1, also for a bin with few texts.
-                interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-                axes.vlines(place, *interval, color=color, linewidth=1.5, alpha=0.4)
-                area = 25 + 200 * len(hits) / len(labels)
-                axes.scatter(place, hits.mean(), s=area, zorder=3, color=color, edgecolor="white")
-            error = record.quality.expected_calibration_error
-            axes.set_title(f"{record.name}\ncalibration error {100 * error:.1f} %", fontsize="medium")
-            axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
-            axes.label_outer()
+        figure, panels = plt.subplots(rows, columns, figsize=(3.3 * columns, 3.3 * rows), squeeze=False)
+        for unused in panels.ravel()[len(records) :]:
+            unused.axis("off")
+        for axes, record in zip(panels.ravel(), records, strict=False):
+            draw_reliability(axes, record, results / "predictions" / f"{record.name}.parquet", colors[record.variant])
         seaborn.despine(figure)
         figure.tight_layout()
+        save_figure(figure, path)
+
+
+def draw_reliability(axes, record: Record, predictions: Path, color) -> None:
+    """Draws the reliability diagram of a record."""
+    labels, logits = read_predictions(predictions)
+    probabilities = softmax(logits)
+    confidence, correct = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+    # The inner edges only: a confidence of exactly 1 belongs to the last bin, not behind it.
+    bins = np.digitize(confidence, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1])
+    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")  # perfect calibration
+    for index in np.unique(bins):
+        x, hits = confidence[bins == index].mean(), correct[bins == index]
+        # Wilson's interval stays within 0 and 1, also for a bin with few texts.
+        interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+        axes.vlines(x, *interval, color=color, linewidth=1.5, alpha=0.4)
+        area = 25 + 200 * len(hits) / len(labels)
+        axes.scatter(x, hits.mean(), s=area, zorder=3, color=color, edgecolor="white")
+    error = record.quality.expected_calibration_error
+    axes.set_title(f"{record.name}\ncalibration error {100 * error:.1f} %", fontsize="medium")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
+    axes.label_outer()
+
+
+def plot_sensitivity(study: Measurement, path: Path) -> None:
+    """A heat map of the mean logit shift when one layer is quantized."""
+    shifts = {(one["kind"], one["layer"]): one["mean_logit_shift"] for one in study.layers if one["layer"]}
+    kinds, layers = (list(dict.fromkeys(names)) for names in zip(*shifts, strict=True))
+    # Embeddings are in no layer: their cells stay empty.
+    cells = [[shifts.get((kind, layer), np.nan) for layer in layers] for kind in kinds]
+    with styled():
+        figure, axes = plt.subplots(figsize=(3.6 + 0.8 * len(layers), 1.4 + 0.5 * len(kinds)))
+        look = {"annot": True, "fmt": ".3f", "cmap": "Blues", "vmin": 0, "linewidths": 0.5}
+        bar = {"label": "mean logit shift"}
+        seaborn.heatmap(cells, xticklabels=layers, yticklabels=kinds, ax=axes, cbar_kws=bar, **look)
+        axes.set(xlabel="layer", ylabel="")
+        axes.tick_params(axis="y", rotation=0)
+        save_figure(figure, path)
+
+
+def plot_dataset(study: Measurement, path: Path) -> None:
+    """The share of each class in each split, and the distribution of the lengths."""
+    with styled():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+        colors = seaborn.color_palette(PALETTE)
+        width = 0.8 / len(study.splits)  # of a bar; the rest is the gap between two classes
+        for index, (name, split) in enumerate(study.splits.items()):
+            counts, lengths = np.array(split["class_counts"]), np.array(split["length_counts"])
+            # Side by side, centered above the name of the class
+            x = np.arange(len(study.labels)) + (index - (len(study.splits) - 1) / 2) * width
+            left.bar(x, 100 * counts / counts.sum(), width, label=name, color=colors[index])
+            of_texts = np.repeat(np.arange(len(lengths)), lengths)
+            bins = np.arange(0, max(len(one["length_counts"]) for one in study.splits.values()) + 3, 4)
+            right.hist(of_texts, bins=bins, density=True, histtype="step", linewidth=1.8, color=colors[index])
+        left.set_xticks(range(len(study.labels)), study.labels)
+        left.set(ylabel="share of the split in %")
+        left.legend(frameon=False)
+        right.set(xlabel="tokens per text", ylabel="density")
+        seaborn.despine(figure)
+        save_figure(figure, path)
+
+
+def plot_rounding(path: Path) -> None:
+    """Fake quantization of normally distributed weights at 4 and 2 bits, and the straight-through gradient."""
+    import torch
+
+    from emotion.quantization.lowbit import choose_scales, round_matrix
+
+    # Sorted, so that they can be drawn as a line; (1, 2048), since a layer's weights are a matrix.
+    weights = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).sort().values
+    with styled():
+        figure, both = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+        colors = seaborn.color_palette(PALETTE)
+        for axes, bits in zip(both, (4, 2), strict=True):
+            # All weights share one scale here, as those of one row or group do in a layer.
+            rounded = round_matrix(weights, choose_scales(weights, bits, weights.shape[1]))
+            axes.hist(weights[0], bins=60, density=True, color="0.88")
+            axes.step(weights[0], rounded[0], where="mid", color=colors[0], label="forward: fake-quantized")
+            axes.plot(weights[0], weights[0], color=colors[1], linestyle="--", label="backward: straight-through")
+            axes.set(title=f"{bits} bits", xlabel="weight, in standard deviations")
+        both[0].set(ylabel="weight in the matrix product")
+        both[0].legend(frameon=False, loc="upper left")
+        seaborn.despine(figure)
+        save_figure(figure, path)
+
+
+def plot_bits(study: Bits, path: Path) -> None:
+    """The change of macro F1 against size, a line per method; bars: standard deviation over the seeds."""
+    with styled():
+        figure, axes = plt.subplots(figsize=(7.5, 3.4))  # low: the README shows it below its table
+        colors = seaborn.color_palette(PALETTE)
+        for method, color in (("ptq", colors[1]), ("qat", colors[0])):
+            cells = study.cells_of(method)[::-1]  # the smallest first
+            sizes = [cell.megabytes for cell in cells]
+            changes = 100 * np.array([cell.change.mean for cell in cells])  # points
+            deviations = 100 * np.array([cell.change.standard_deviation or 0 for cell in cells])  # 0: one seed
+            look = {"color": color, "marker": "o", "capsize": 3, "label": method.upper()}
+            axes.errorbar(sizes, changes, yerr=deviations, **look)
+            if method == "qat":  # one line of labels is enough: both methods have the same sizes
+                for cell, size, top in zip(cells, sizes, changes + deviations, strict=True):
+                    offset = {"xytext": (0, 7), "textcoords": "offset points"}
+                    axes.annotate(f"{cell.bits} bits", (size, top), ha="center", fontsize="small", **offset)
+        axes.axhline(0, color="0.5", linewidth=1, linestyle="--", label="FP32")
+        axes.set(xlabel="size, MB", ylabel="macro F1 against FP32, points")
+        axes.legend(frameon=False)
+        seaborn.despine(figure)
         save_figure(figure, path)

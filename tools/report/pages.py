@@ -1,16 +1,17 @@
-"""The pages of the studies, from their JSON files alone: no study has to be run again to show its page."""
+"""The pages of the comparison and of the studies, rendered from the JSON files in `results/` alone."""
 
 from pathlib import Path
 
 from emotion.data.metrics import VALIDATION_NOISE
-from emotion.evaluation.record import BASE_FAMILY
-from emotion.evaluation.schema import read_study
-from emotion.evaluation.statistics import mean_interval
+from emotion.evaluation.record import MPNET_BASE
+from emotion.evaluation.schema import Benchmark, read_study
+from emotion.hub.comparison import Family, processors_of
 from emotion.hub.render import complete, render
 from emotion.utils.levels import LARGEST_SAFE_WEIGHT
+from emotion.utils.processor import TITLES
 from report import TEMPLATES
 
-# Page -> the studies that it shows, of the small encoder and of the base-size one, as far as they are there
+# Page -> the studies that it shows, of both encoders as far as they were measured
 PAGES = {
     "dataset": ["dataset"],
     "ptq": ["ptq_study", "ptq_sensitivity"],
@@ -19,52 +20,75 @@ PAGES = {
     "batch": ["batch"],
     "reliability": ["reliability"],
 }
-MANY = 10**9  # texts, for which the page of many texts does the sum
-WORTH_GIVING_BACK = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
+WORTH_RECOVERING = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
+
+
+def render_table(comparison: dict) -> str:
+    """Renders the table of the comparison, a line per model and format."""
+    rows, reference = comparison["rows"], comparison["tests"]["reference"]
+    return render(TEMPLATES / "formats.md", rows=rows, processors=processors_of(rows), reference=reference)
+
+
+@complete("the comparison")
+def render_page(family: Family, pictures: list[Path]) -> str:
+    """Renders `comparison.md`, with the ``pictures`` in this order."""
+    comparison = family.comparison
+    return render(
+        TEMPLATES / "comparison.md",
+        **comparison,
+        table=render_table(comparison),
+        kinds={row["kind"] for row in comparison["rows"]},
+        chosen_seeds=sorted({row["chosen_seed"] for row in comparison["seeds"]}),
+        baseline=next((row for row in comparison["seeds"] if row["variant"] == "baseline"), None),
+        records=family.records,
+        pictures=pictures,
+        benchmarks={TITLES[name]: run for name, run in family.benchmarks.items()},
+        fastest={TITLES[name]: _find_fastest(run) for name, run in family.benchmarks.items()},
+    )
+
+
+def _find_fastest(run: Benchmark) -> dict[str, str]:
+    """Measurement -> the model that was the fastest in an interleaved run."""
+    timed = run.artifacts
+    fastest = {
+        "one text": min(timed, key=lambda name: timed[name].latency_ms.p50),
+        "batches of 32": max(timed, key=lambda name: timed[name].throughput_per_s.median),
+    }
+    if run.texts_end_to_end_a_round:
+        fastest["end to end"] = max(timed, key=lambda name: timed[name].end_to_end_per_s.median)
+    return fastest
 
 
 def families_of(results: Path) -> list[Path]:
-    """The folders of results: that of the small encoder, then that of the base-size one, if it is there.
-
-    Args:
-        results: either of the two.
-    """
-    main = results.parent if results.name == BASE_FAMILY else results
-    return [folder for folder in (main, main / BASE_FAMILY) if folder.is_dir()]
-
-
-def page_of(results: Path, name: str) -> Path:
-    """A page of studies, one for all encoders: it lies in the small encoder's folder."""
-    return families_of(results)[0] / f"{name}.md"
+    """The results folders of both encoders, if they are there; ``results`` is either of the two."""
+    main = results.parent if results.name == MPNET_BASE else results
+    return [folder for folder in (main, main / MPNET_BASE) if folder.is_dir()]
 
 
 def render_study_pages(results: Path) -> dict[Path, str]:
-    """Path -> text of each page that has a study among the results, of either encoder."""
+    """Renders each page that has a study in ``results``: path -> text. One page shows both encoders."""
     pages = {}
     for page, names in PAGES.items():
         studies = {}
         for name in names:
             paths = [family / f"{name}.json" for family in families_of(results)]
-            studies[Path(name).name] = [read_study(path) for path in paths if path.is_file()]
+            studies[name] = [read_study(path) for path in paths if path.is_file()]
         if any(studies.values()):
-            with complete(f"{page}.md"):
-                pages[page_of(results, page)] = render(
+            with complete(f"{page}.md, from {' and '.join(f'{name}.json' for name in names)},"):
+                pages[families_of(results)[0] / f"{page}.md"] = render(
                     TEMPLATES / f"{page}.md",
                     **studies,
                     largest_safe_weight=LARGEST_SAFE_WEIGHT,
                     noise=VALIDATION_NOISE,
-                    many=MANY,
-                    mean_interval=mean_interval,
-                    given_back=given_back,
-                    furthest=lambda scores, others: max(
-                        abs(one - other) for one, other in zip(scores, others, strict=True)
-                    ),
+                    many=10**9,  # texts
+                    recovered=_recovered,
+                    largest_gap=lambda values, others: max(abs(a - b) for a, b in zip(values, others, strict=True)),
                 )
     return pages
 
 
-def given_back(ptq: float, qat: float) -> str:
-    """How much of what PTQ loses QAT gains, from the changes of macro F1 against FP32."""
-    if -ptq <= WORTH_GIVING_BACK:
+def _recovered(ptq: float, qat: float) -> str:
+    """The share of PTQ's loss of macro F1 that QAT recovers, from their changes against FP32."""
+    if -ptq <= WORTH_RECOVERING:
         return "-"
     return "all" if qat >= 0 else f"{100 * (1 - qat / ptq):.0f} %"

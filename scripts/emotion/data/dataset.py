@@ -1,7 +1,4 @@
-"""The dataset: where it comes from, what its rows must look like, and which of them are trained on.
-
-All variants load their rows through this file, so that they see the same texts and labels.
-"""
+"""The dataset: loading, checking, and choosing the training samples."""
 
 import hashlib
 from collections import defaultdict
@@ -13,49 +10,45 @@ import numpy as np
 
 from emotion.utils.arguments import COUNT, DROPOUT, Range
 from emotion.utils.base_model import hub_is_reachable
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import ROOT
-from emotion.utils.names import check_repo_id
 
 DEFAULT_DATASET = "dair-ai/emotion"
-# Where the default dataset is looked for without the Hub, in this order: the same rows beside the repository, then the
+# Without the Hub the default dataset is looked for here, in this order: the same rows beside the repository, then the
 # small sample that every clone has.
 LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sample", ROOT / "sample"))
-LEAST_LENGTH = 3  # of a text in word pieces: one between the marks at both ends
+MIN_LENGTH = 3  # of a text in tokens: one between the special tokens at both ends
 
 
 @dataclass
 class DrawArguments:
-    """Which rows of train the model learns from."""
+    """The flags that choose the training samples."""
 
     drop_conflicting_samples: bool = field(
-        default=True, metadata={"help": "Leave out the training rows whose text has two different labels in train."}
+        default=True, metadata={"help": "Leave out the training samples whose text has two different labels in train."}
     )
     max_train_samples: int | None = field(
         default=None,
-        metadata={
-            "help": "Train on this many rows at most, drawn at random; for trying things out.",
-            "choices": COUNT,
-        },
+        metadata={"help": "Train on this many samples at most, drawn at random; for debugging.", "choices": COUNT},
     )
 
 
 @dataclass
 class RowsArguments(DrawArguments):
-    """Which rows of train the model learns from, and how much of each text."""
+    """The flags that choose the training samples and their length."""
 
     max_seq_length: int = field(
         default=128,
         metadata={
-            "help": "Longest text in word pieces; longer texts are cut, counted and reported.",
-            "choices": Range(LEAST_LENGTH),
+            "help": "Longest text in tokens; longer texts are truncated, counted and reported.",
+            "choices": Range(MIN_LENGTH),
         },
     )
 
 
 @dataclass
 class TaskArguments(RowsArguments):
-    """Which model learns what."""
+    """The flags that name the base model and the dataset."""
 
     model_name_or_path: str = field(
         kw_only=True, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
@@ -80,7 +73,7 @@ class Task:
     Attributes:
         name: how cards and records name it.
         source: `hub`, `folder` or `sample`.
-        splits: name of a split -> rows with `text` (str) and `label` (int) columns.
+        splits: name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns.
         labels: the names of the classes; a row's label is an index into them.
     """
 
@@ -91,10 +84,14 @@ class Task:
 
 
 def load_task(name: str, config_name: str | None = None) -> Task:
-    """Loads and checks a dataset: a local folder, the Hub, or, for the default only, the copies that stand in for it.
+    """Loads and checks a dataset: a local folder, the Hub or, for the default only, its local copies.
+
+    Args:
+        name: a folder, or a dataset id on the Hub.
+        config_name: the configuration of the dataset; its own default if None.
 
     Raises:
-        UserError: if it cannot be found or read, or naming the column, split or row that is not as it must be.
+        UserError: if it cannot be found or read, or naming the column, split or row that is invalid.
     """
     dataset, source = _find_dataset(name, config_name)
     # All splits, even those that this command will not read: better now than after an hour of training.
@@ -107,7 +104,7 @@ def load_task(name: str, config_name: str | None = None) -> Task:
         _check_names(names, labels, f"{name}, {split}")
         _check_rows(rows, split, len(labels))
     if source == "sample":
-        display_name = "sample (written by this project)"  # never under the default's name: it is other data
+        display_name = "sample (written by this project)"  # not the default's name: it is other data
     elif source == "hub" or name == DEFAULT_DATASET:  # a local copy of the default holds the same rows
         display_name = name
     else:
@@ -116,14 +113,15 @@ def load_task(name: str, config_name: str | None = None) -> Task:
 
 
 def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
-    """Loads the named dataset, or, without a name, the one that an artifact learnt.
+    """Loads the named dataset or, without a name, the one that a model was trained on.
 
     Args:
-        made_by: the artifact's recipe.yaml.
+        made_by: the content of the model folder's recipe.yaml.
+        name, config_name: as in `load_task`.
     """
     recipe = made_by.get("recipe", {})
-    recipe = recipe.get("baseline", recipe)  # a quantized artifact keeps its baseline's recipe inside its own
-    # The recipe's configuration belongs to the recipe's dataset: one that is named by hand does not take it.
+    recipe = recipe.get("baseline", recipe)  # a quantized model keeps its baseline's recipe inside its own
+    # The recipe's configuration belongs to the recipe's dataset: one that is named here does not take it.
     if name is None:
         name = recipe.get("dataset_name", DEFAULT_DATASET)
         config_name = config_name or recipe.get("dataset_config_name")
@@ -158,24 +156,22 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
 
 
 def _load(load, name: str):
-    """Calls ``load``; turns the error of a broken file into a `UserError`, and lets that of a missing one pass."""
+    """Calls ``load``; turns the error of a broken file into a `UserError`."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
         return load()
-    except (UserError, DatasetNotFoundError, ConnectionError):
+    except (UserError, DatasetNotFoundError, ConnectionError):  # the caller may have another copy
         raise
-    # Let through above, though a ConnectionError is an OSError too: the caller may have another place to look.
-    except Exception as error:
-        # Any kind: nothing but the library runs here, on files of any content, and it lets the errors of its readers
-        # through. Its own message says only that something went wrong; the cause names the file and the line.
+    except Exception as error:  # of any kind: the library lets the errors of its readers through
+        # Its own message says only that something went wrong; the cause names the file and the line.
         reason = error.__cause__ or error
-        words = " ".join(str(reason).split())
-        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {words}") from error
+        message = " ".join(str(reason).split())
+        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {message}") from error
 
 
 def _check_columns(rows, name: str) -> list[str]:
-    """Raises `UserError` unless there are texts, and two named labels or more; returns the names of the labels."""
+    """Checks that there are texts and at least two named labels; returns the names of the labels."""
     from datasets import ClassLabel, Value
 
     for column in ("text", "label"):
@@ -198,7 +194,7 @@ def _check_columns(rows, name: str) -> list[str]:
 
 
 def _check_names(names: list[str], labels: list[str], where: str) -> None:
-    """Raises `UserError` unless a split names the classes as the first one does: a label is a place among them."""
+    """Checks that a split names the classes in the order of the first one: a label is an index into them."""
     if names != labels:
         raise UserError(
             f"{where}: the labels are {', '.join(names)}, in other splits {', '.join(labels)}; "
@@ -209,7 +205,7 @@ def _check_names(names: list[str], labels: list[str], where: str) -> None:
 def _load_folder(folder: str, config_name: str | None):
     """Loads a folder of files, which must name the classes alike.
 
-    `datasets` takes the names of the first parquet file for all: it would read another order as other answers.
+    `datasets` takes the names of the first Parquet file for all: another order would give other labels.
     """
     from datasets import Features, load_dataset, load_dataset_builder
     from pyarrow import parquet
@@ -226,7 +222,7 @@ def _load_folder(folder: str, config_name: str | None):
 
 
 def _check_rows(rows, split: str, classes: int) -> None:
-    """Raises `UserError` naming the first row without a text, or with a label that is no class."""
+    """Checks that each row has a text, and a label that is a class."""
     if not len(rows):
         raise UserError(f"{split} has no rows; fill it or leave it out")
     try:
@@ -253,18 +249,23 @@ def get_split(task: Task, split: str):
 
 
 def select_train_rows(rows, arguments: RowsArguments, seed: int):
-    """The rows of train to learn from, and a line of output for each reason to leave some out.
+    """Returns the training samples, and prints how many are left out for which reason.
 
     Args:
+        rows: the train split.
+        arguments: which samples to leave out.
         seed: of the draw, if `max_train_samples` asks for fewer rows than there are.
+
+    Raises:
+        UserError: if no rows are left.
     """
-    # A text with two labels teaches neither: whatever the model answers, one of its rows calls it wrong.
+    # A text with two labels teaches neither: whatever the model predicts, one of its rows calls it wrong.
     if arguments.drop_conflicting_samples:
         conflicting = conflicting_texts(rows)
         kept = [row for row, text in enumerate(rows["text"]) if text not in conflicting]
-        print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts carry two labels")
+        print(f"train: {len(rows) - len(kept)} of {len(rows)} rows left out, their texts have two labels")
         if not kept:
-            raise UserError("train: no rows are left; mend their labels, or set --drop_conflicting_samples false")
+            raise UserError("train: no rows are left; fix their labels, or set --drop_conflicting_samples false")
         rows = rows.select(kept)
     # Drawn after the others have left, so that as many remain as were asked for.
     if arguments.max_train_samples is not None and arguments.max_train_samples < len(rows):
@@ -277,7 +278,9 @@ def stratified_sample(rows, count: int, seed: int):
     """Rows drawn at random from each class, in proportion to its share.
 
     Args:
+        rows: the split.
         count: how many in all.
+        seed: of the draw.
 
     Raises:
         UserError: if there are fewer rows than that.
@@ -287,7 +290,7 @@ def stratified_sample(rows, count: int, seed: int):
     order = np.random.default_rng(seed).permutation(len(rows))
     # Sorted class by class; a stable sort keeps the random order inside each class.
     order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]
-    # Evenly spaced places of this order: a class that fills a tenth of it holds a tenth of them.
+    # Evenly spaced positions in this order: a class that fills a tenth of it gets a tenth of them.
     return rows.select(order[np.linspace(0, len(rows) - 1, count).round().astype(int)])
 
 
@@ -309,8 +312,7 @@ def conflicting_texts(*splits) -> set[str]:
     return {text for text, labels in labels_of.items() if len(labels) > 1}
 
 
-# For commands that ask once per seed or per artifact: each load checks all rows again.
-@cache
+@cache  # for commands that ask once per seed or per model: each load checks all rows again
 def source_of(dataset_name: str, config_name: str | None) -> str:
-    """The source of a dataset: `hub`, `folder` or `sample`; loaded once per process."""
+    """The source of a dataset: `hub`, `folder` or `sample`."""
     return load_task(dataset_name, config_name).source

@@ -6,15 +6,14 @@ import numpy as np
 
 from emotion.utils.files import ROOT
 
-CALIBRATION_BINS = 15  # as in the paper that is named below
-# In macro F1. Validation has some 2,000 rows, and two scores count as equal if they are closer than four of them.
-VALIDATION_NOISE = 0.002
-DRAWN_AT_ONCE = 2**21  # counts that a bootstrap holds in memory: 16 MiB, however many classes and resamples there are
+CALIBRATION_BINS = 15  # as in Guo et al.
+VALIDATION_NOISE = 0.002  # in macro F1: below it two scores on validation, of 2,000 rows, count as equal
+BOOTSTRAP_CHUNK = 2**21  # counts in memory at once, 16 MiB
 
 
 @cache
 def load_scores():
-    """Opens the repository's `evaluate` module (metrics/metrics.py)."""
+    """Loads the repository's `evaluate` module (metrics/metrics.py)."""
     import evaluate
 
     # By its path: a name would be looked up on the Hub. In memory: several processes may score at once.
@@ -34,7 +33,7 @@ def score(logits: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def four_digits(score: float | None) -> str:
-    """A score or a loss as the commands print it; a training without evaluation has none."""
+    """A score or a loss with four digits; "not measured" for None."""
     return "not measured" if score is None else f"{score:.4f}"
 
 
@@ -54,24 +53,29 @@ def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2
 
 
 def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """Macro F1 (classifiers, resamples) on rows drawn with replacement, the same rows for each classifier.
-
-    With no resamples the score of the rows themselves is returned, as one column.
+    """Macro F1 on rows drawn with replacement, the same rows for each classifier.
 
     Args:
-        labels, predictions: int arrays (rows,).
+        labels: int array (rows,).
+        predictions: int array (rows,) of each classifier.
+        classes: number of classes.
+        resamples: number of draws; with 0 the rows themselves are scored, as one column.
+        seed: of the draws.
+
+    Returns:
+        Float array (classifiers, resamples).
     """
     from scipy import sparse  # here: who scores rows only needs no SciPy
 
-    # Rows with the same label and the same answers are alike, and there are few such kinds ("cells"). To draw rows is
-    # therefore to draw how many of each cell there are, from a multinomial distribution.
+    # Rows with the same label and predictions form a cell, and there are few cells. Drawing rows is drawing the number
+    # of rows of each cell, from a multinomial distribution.
     cells, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
-    # For each classifier, and for the labels first: (classes, cells), 1 where a cell has the class. Sparse, since of
-    # many classes nearly all of it is 0.
-    ones, places = np.ones(len(counts), dtype=int), np.arange(len(counts))
-    present, *predicted = (sparse.csr_array((ones, (of, places)), shape=(classes, len(counts))) for of in cells)
+    # For the labels, then for each classifier: (classes, cells), 1 where a cell has the class. Sparse, since with many
+    # classes nearly all of it is 0.
+    ones, columns = np.ones(len(counts), dtype=int), np.arange(len(counts))
+    present, *predicted = (sparse.csr_array((ones, (of, columns)), shape=(classes, len(counts))) for of in cells)
     rng = np.random.default_rng(seed)
-    chunk = max(1, DRAWN_AT_ONCE // max(classes, len(counts)))
+    chunk = max(1, BOOTSTRAP_CHUNK // max(classes, len(counts)))
     scores = []
     for start in range(0, max(resamples, 1), chunk):
         drawn = counts[None]  # (resamples, cells)
@@ -79,11 +83,11 @@ def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed:
             size = min(chunk, resamples - start)
             drawn = rng.multinomial(len(labels), counts / len(labels), size=size)
         of_chunk = []
-        for answers in predicted:
-            either = (answers + present) @ drawn.T  # predicted plus present: F1 is 2 right / either
+        for matrix in predicted:
+            total = (matrix + present) @ drawn.T  # predicted plus present
+            correct = matrix.multiply(present) @ drawn.T
             # A class that was neither predicted nor drawn has an F1 of 0.
-            right = answers.multiply(present) @ drawn.T
-            of_chunk.append((2 * right / np.maximum(either, 1)).mean(axis=0))
+            of_chunk.append((2 * correct / np.maximum(total, 1)).mean(axis=0))
         scores.append(of_chunk)
     return np.concatenate(scores, axis=1)
 

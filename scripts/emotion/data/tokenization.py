@@ -1,4 +1,4 @@
-"""Texts to token ids: with `tokenizers` and NumPy alone for answering, as columns of the rows for training."""
+"""Tokenization: with `tokenizers` and NumPy alone for inference, with Transformers for training."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +10,14 @@ import numpy as np
 from emotion.data.dataset import RowsArguments, Task, get_split, select_train_rows
 from emotion.utils.base_model import BaseModel
 from emotion.utils.errors import UserError, one_line
-from emotion.utils.fields import read_fields
+from emotion.utils.files import read_fields
 
-# How many letters of a text are read for each token that the model takes. The first number is three times what English
-# has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
+# How many characters of a text are read for each token that the model takes. The first number is three times what
+# English has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
 LETTERS = (16, 128, 1024)
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
-SHARE = 16  # texts that a thread tokenizes at least: to hand over fewer would take as long
-MOST_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
+SHARE = 16  # texts per thread at least: to hand over fewer would take as long
+MAX_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
 # What is read of tokenizer_config.json
 TOKEN = (str, dict)
 SETTINGS = {"model_max_length": (int, float), "pad_token": TOKEN, "cls_token?": (*TOKEN, type(None))}
@@ -27,18 +27,21 @@ SETTINGS["sep_token?"] = SETTINGS["cls_token?"]
 class TextEncoder:
     """The tokenizer of a model folder, without Transformers, whose import takes longer than an answer.
 
-    It cuts texts at the length that the folder's tokenizer_config.json tells, and `pad` makes a batch of them.
+    Texts are truncated at the `model_max_length` of the folder's tokenizer_config.json.
+
+    Args:
+        folder: the model folder.
+        threads: the number of threads that tokenize many texts at once.
 
     Attributes:
-        pad_id: the token id that fills up the shorter texts of a batch.
-        texts_cut: how many texts were too long so far.
+        pad_id: the id of the padding token.
+        texts_cut: the number of texts that were truncated so far.
+
+    Raises:
+        UserError: if a file of the tokenizer is missing or does not fit the model.
     """
 
     def __init__(self, folder: Path, threads: int = 1):
-        """Reads the two files of the tokenizer; raises `UserError` if one is missing or does not fit the model.
-
-        ``threads`` are those that tokenize many texts at once.
-        """
         from tokenizers import Tokenizer
 
         self._threads = threads
@@ -47,11 +50,11 @@ class TextEncoder:
         settings = read_fields(self._file.with_name("tokenizer_config.json"), json.loads, SETTINGS)
         model = read_fields(self._file.with_name("config.json"), json.loads, {"vocab_size?": int})
         with one_line(f"{self._file} cannot be used"):
-            if self._file.stat().st_size > MOST_TOKENIZER_BYTES:
-                raise ValueError(f"it has more than {MOST_TOKENIZER_BYTES:,} bytes")
+            if self._file.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise ValueError(f"it has more than {MAX_TOKENIZER_BYTES:,} bytes")
             self._tokenizer = Tokenizer.from_file(str(self._file))
-            # tokenizer.json may bring a padding and a length of its own, those of its last use. Texts are padded per
-            # batch, by `pad`, and cut where the training cut them.
+            # tokenizer.json may hold the padding and the length of its last use. Texts are padded per batch, by `pad`,
+            # and truncated as in training.
             self._tokenizer.no_padding()
             self._max_length = int(settings["model_max_length"])
             self._tokenizer.enable_truncation(max_length=self._max_length)
@@ -67,12 +70,12 @@ class TextEncoder:
         self.texts_cut = 0
 
     def _id_of(self, token: str | dict) -> int:
-        """The id of a token, which tokenizer_config.json gives as a word, or as a mapping that holds it."""
-        word = token.get("content") if isinstance(token, dict) else token  # Transformers has written both
-        number = self._tokenizer.token_to_id(str(word))
-        if number is None:
-            raise UserError(f"{self._file} has no token {word}, which tokenizer_config.json names")
-        return number
+        """The id of a token, which tokenizer_config.json gives as a string, or as a mapping that holds it."""
+        content = token.get("content") if isinstance(token, dict) else token  # Transformers has written both
+        token_id = self._tokenizer.token_to_id(str(content))
+        if token_id is None:
+            raise UserError(f"{self._file} has no token {content}, which tokenizer_config.json names")
+        return token_id
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
@@ -83,8 +86,8 @@ class TextEncoder:
         return [encoding.ids for encoding in encodings]
 
     def _encode(self, texts: list[str]) -> list:
-        """The encoding of each text; each thread makes those of an equal share."""
-        encode = self._tokenizer.encode_batch_fast  # fast: without each token's place in the text
+        """The encoding of each text, in equal shares per thread."""
+        encode = self._tokenizer.encode_batch_fast  # fast: without the offsets of the tokens
         threads = min(self._threads, len(texts) // SHARE)
         if threads < 2:
             return encode(texts)
@@ -93,25 +96,24 @@ class TextEncoder:
         return list(chain.from_iterable(self._pool.map(encode, shares)))
 
     def pieces(self, token_ids: list[int]) -> list[str]:
-        """The word pieces that the ids stand for."""
-        return [self._tokenizer.id_to_token(one) for one in token_ids]
+        """The tokens of these ids."""
+        return [self._tokenizer.id_to_token(token_id) for token_id in token_ids]
 
     def pad(self, token_ids: list[list[int]]) -> dict[str, np.ndarray]:
-        """Makes a batch of texts of different lengths.
+        """Pads texts to one batch.
 
         Returns:
-            Three int64 arrays (texts, longest), named as models take them. The mask is 1 for tokens and 0 for padding.
+            `input_ids`, `attention_mask` and `token_type_ids`: int64 arrays (texts, longest).
         """
         shape = (len(token_ids), max(map(len, token_ids)))
         ids = np.full(shape, self.pad_id, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)  # without it a model would read the padding as words
+        mask = np.zeros(shape, dtype=np.int64)
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        # OpenVINO would answer, with zeros in place of rows that the table of words does not have.
+        # OpenVINO would take zeros for rows that the embedding table does not have.
         if self._rows and ids.max() >= self._rows:
             raise UserError(f"{self._file} gives the id {ids.max()}, and config.json names {self._rows} tokens")
-        # Token types tell the two texts of a pair apart; here every text stands alone.
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
 
 
@@ -119,11 +121,12 @@ def shorten(text: str, tokenizer, max_length: int) -> str:
     """The beginning of a text that gives the same first tokens as the whole: a long one would take minutes.
 
     Args:
-        tokenizer: of the library `tokenizers`.
-        max_length: how many tokens are kept, special ones included.
+        text: the text.
+        tokenizer: a `tokenizers.Tokenizer`.
+        max_length: the number of tokens that are kept, special ones included.
     """
-    # Longer and longer beginnings, until the tokens that are kept end before the last word: the cut falls into that
-    # word or behind it, and no tokenizer of words looks further ahead. Most texts are shorter than the first of them.
+    # Longer and longer beginnings, until the tokens that are kept end before the last word: only that word may be
+    # tokenized otherwise than in the whole text. Most texts are shorter than the first of them.
     for letters in LETTERS:
         length = letters * max_length
         if len(text) <= length:
@@ -137,7 +140,7 @@ def shorten(text: str, tokenizer, max_length: int) -> str:
 
 
 def count_cut(encodings: list, texts: list[str], beginnings: list[str]) -> int:
-    """How many texts were cut, as tokens or by `shorten`; `tokenizers` keeps the rest of the tokens beside them."""
+    """The number of texts that were truncated, as tokens or by `shorten`."""
     cut = 0
     for encoding, text, beginning in zip(encodings, texts, beginnings, strict=True):
         cut += bool(encoding.overflowing) or len(beginning) < len(text)
@@ -145,13 +148,14 @@ def count_cut(encodings: list, texts: list[str], beginnings: list[str]) -> int:
 
 
 def load_tokenizer(path: str, max_length: int):
-    """Loads the tokenizer and gives it the length at which texts are cut, so that the saved folder cuts there too.
+    """Loads the tokenizer and sets its `model_max_length`, which is saved with it.
 
-    The length is the least of three: ``max_length``, the tokenizer's own limit, and the number of the model's
-    positions; all in word pieces.
+    Args:
+        path: a folder or a Hub id.
+        max_length: in tokens; the tokenizer's own limit and the number of the model's positions may be smaller.
 
     Raises:
-        UserError: if ``path``, a folder or a Hub id, has no tokenizer.
+        UserError: if ``path`` has no tokenizer.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -170,13 +174,15 @@ def load_tokenizer(path: str, max_length: int):
 
 
 def tokenize(rows, tokenizer, split: str):
-    """Replaces the texts of the rows by word pieces, and reports how many texts were cut.
+    """Tokenizes the texts of a split, and prints how many were truncated.
 
     Args:
-        split: the name of the split, for the report.
+        rows: the split, with `text` and `label` columns.
+        tokenizer: a tokenizer of Transformers.
+        split: the name of the split.
 
     Returns:
-        Rows with `label`, `input_ids` and the other inputs that the model takes: lists of int, not padded.
+        Rows with `label`, `input_ids` and the other inputs of the model: lists of int, not padded.
     """
     cut = 0
 
@@ -188,21 +194,19 @@ def tokenize(rows, tokenizer, split: str):
         cut += count_cut(encoded.encodings, texts, beginnings)
         return encoded
 
-    # In memory, not through the library's cache: a result from there would skip `encode`, and no cut text would be
-    # counted. It takes a second, and writes into no folder.
+    # In memory, not through the library's cache: a result from there would skip `encode`, which counts.
     unused = [column for column in rows.column_names if column != "label"]  # the collator can pad numbers alone
     rows = rows.map(encode, batched=True, remove_columns=unused, keep_in_memory=True)
     if cut:
-        print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} word pieces and cut")
+        print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} tokens and truncated")
     return rows
 
 
 def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, seed: int) -> tuple:
-    """What a training needs of the task.
+    """Loads what a training needs of the dataset.
 
     Returns:
-        The rows of train to learn from, the base model's tokenizer, the word pieces of those rows, and the word
-        pieces of validation.
+        The training samples, the base model's tokenizer, the tokenized samples, and the tokenized validation split.
     """
     rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
     tokenizer = load_tokenizer(base.path, arguments.max_seq_length)

@@ -1,4 +1,4 @@
-"""Which layers of an artifact are quantized, and how: counted in the saved files, whatever the recipe says."""
+"""Counts the quantized layers of a saved model, and how they are quantized, in its files and not in its recipe."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,37 +11,30 @@ from emotion.utils.levels import BRANCH, LEVELS
 FLOATS = {"float32", "float16", "bfloat16"}
 FLOAT8 = "float8_e4m3fn"  # torch's name: 4 bits of exponent, 3 of mantissa; it has no scales
 SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": FLOAT8}
+OPENVINO_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8"}
+OPENVINO_DTYPES |= {"i4": "int4", "u4": "uint4"}
 # ONNX Runtime's INT8 operators -> the input that has one entry per scale of the weights. MatMulInteger itself takes no
 # scales, but its zero points have their shape.
 INT8_OPERATORS = {"MatMulInteger": 3, "QAttention": 4, "DynamicQuantizeMatMul": 2, "MatMulIntegerToFloat": 3}
-SCALE_OF_ACTIVATIONS = {"QAttention": 3, "MatMulIntegerToFloat": 2}  # the input; a constant where ranges are fixed
-FLOAT_OPERATORS = {"MatMul", "Gemm", "Attention"}
-RESTORING = {"Convert", "Multiply", "Subtract", "Reshape", "Transpose"}  # OpenVINO's, from integers to a weight
-MOVING = {"Reshape", "Transpose", "Gather"}  # what may stand between a rounded activation and the layer
-OPENVINO_DTYPES = {
-    "f32": "float32",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "i8": "int8",
-    "u8": "uint8",
-    "i4": "int4",
-    "u4": "uint4",
-}
+ACTIVATION_SCALES = {"QAttention": 3, "MatMulIntegerToFloat": 2}  # the input; a constant where ranges are fixed
+WEIGHT_OPERATORS = {"Gather", "MatMul", "Gemm", "Attention", *INT8_OPERATORS}
+DEQUANTIZING = {"Convert", "Multiply", "Subtract", "Reshape", "Transpose"}  # OpenVINO's, from integers to a weight
+RESHAPING = {"Reshape", "Transpose", "Gather"}  # OpenVINO's, between a quantized activation and the layer
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weights of one linear layer or embedding, as they lie in the file."""
+    """The weight of a linear layer or an embedding, as it is stored in the file."""
 
     name: str
     dtype: str
     granularity: str = "per-tensor"
-    activations: str = "float32"  # the type that the layer's input is rounded to before it is multiplied
+    activations: str = "float32"  # the type that the layer's input is quantized to before the product
     largest: int | None = None  # largest absolute value of the integers; None for floats and NF4
 
     @property
     def quantized(self) -> bool:
-        """Whether the file holds integers, NF4's codes or floats of 8 bits in the place of wider floats."""
+        """Whether the file stores integers, NF4 codes or 8-bit floats instead of wider floats."""
         return self.dtype not in FLOATS
 
     @property
@@ -50,32 +43,31 @@ class Matrix:
         return f"{self.dtype} {self.granularity}" if self.quantized and self.dtype != FLOAT8 else self.dtype
 
 
-def describe_scheme(classifier, weights: Path, format: str) -> dict:
-    """Counts the linear layers and embeddings of an opened artifact, and how many of them hold quantized weights.
+def describe_scheme(runtime, weights: Path, format: str) -> dict:
+    """Counts the linear layers and embeddings of an opened model, and how many of them are quantized.
 
     Args:
-        classifier: the opened artifact; the formats of PyTorch are counted in its model.
-        weights: the artifact's file, in which the other formats are counted; it tells the types of float weights.
-        format: the format's name, as in `find_formats`.
+        runtime: the opened model; the formats of PyTorch are counted in its modules.
+        weights: the weight file, in which the other formats are counted; it has the types of float weights.
+        format: as in `find_formats`.
 
     Returns:
-        The field `scheme` of a record. Where any layer is quantized, `weights` and `activations` describe the
-        quantized layers alone, and `kept_in_float` names all other layers and embeddings.
+        The field `scheme` of a record. If any layer is quantized, `weights` and `activations` describe the
+        quantized layers only, and `kept_in_float` names all other layers and embeddings.
     """
     if format == "onnx":
         linear, embeddings = _onnx_matrices(weights)
     elif format == "openvino":
         linear, embeddings = _openvino_matrices(weights)
     else:
-        linear, embeddings = _torch_matrices(classifier.model, _stored_dtypes(weights))
-    return summarize_matrices(linear, embeddings, format)
+        linear, embeddings = _torch_matrices(runtime.model, _stored_dtypes(weights))
+    return _summarize(linear, embeddings, format)
 
 
 def describe_encoder(folder: Path) -> dict[str, int]:
-    """The number of layers, their width and the number of parameters of an artifact's encoder, without the head.
+    """Counts the layers, the width and the parameters of a model's encoder, without the classification head.
 
-    Args:
-        folder: the artifact; its config.json alone is read, since a quantized file holds scales beside the parameters.
+    Only config.json is read, since a quantized file stores scales beside the parameters.
     """
     import torch
     from transformers import AutoConfig, AutoModel
@@ -84,34 +76,25 @@ def describe_encoder(folder: Path) -> dict[str, int]:
     config.quantization_config = None  # the float model has the same shape, and needs no library to be built
     with torch.device("meta"):  # shapes without memory
         encoder = AutoModel.from_config(config)
-    return {
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "parameters": sum(one.numel() for one in encoder.parameters()),
-    }
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    return {"layers": config.num_hidden_layers, "width": config.hidden_size, "parameters": parameters}
 
 
-def summarize_matrices(linear: list[Matrix], embeddings: list[Matrix], format: str) -> dict:
-    """The result of `describe_scheme`, from what was counted."""
+def _summarize(linear: list[Matrix], embeddings: list[Matrix], format: str) -> dict:
+    """Returns the field `scheme` of a record from the matrices of a model."""
     quantized = [matrix for matrix in linear if matrix.quantized]
     tables = [table for table in embeddings if table.quantized]
-    kept_in_float, largest = [], None
-    for matrix in linear + embeddings:
-        # A file that quantizes nothing keeps nothing back: the list is empty for FP32 and BF16.
-        if not matrix.quantized and (quantized or tables):
-            kept_in_float.append(matrix.name)
-    for matrix in quantized:
-        if matrix.largest:
-            largest = max(matrix.largest, largest or 0)
+    # A file that quantizes nothing keeps nothing back: the list is empty for FP32 and BF16.
+    kept = [matrix.name for matrix in linear + embeddings if not matrix.quantized and (quantized or tables)]
     return {
         "weights": _join("weights", quantized or linear),
-        # Float weights do not tell in which type they are multiplied; the format bf16 does.
+        # Float weights do not show in which type they are multiplied; the format bf16 does.
         "activations": "bfloat16" if format == "bf16" else _join("activations", quantized or linear),
         "quantized_layers": len(quantized),
         "linear_layers": len(linear),
-        "largest_weight": largest,
+        "largest_weight": max((matrix.largest for matrix in quantized if matrix.largest), default=None),
         "embeddings": _join("weights", tables or embeddings),
-        "kept_in_float": kept_in_float,
+        "kept_in_float": kept,
     }
 
 
@@ -130,78 +113,86 @@ def _largest(integers: np.ndarray) -> int:
     return int(np.abs(integers.astype(int)).max())
 
 
+# PyTorch
+
+
 def _stored_dtypes(weights: Path) -> dict[str, str]:
-    """Name of a float tensor in a safetensors file -> the type in which the file holds it."""
+    """Name of a float tensor in a safetensors file -> the type in which the file stores it."""
     from safetensors import safe_open
 
-    found = {}
     with safe_open(weights, framework="np") as file:
-        for name in sorted(file.keys()):
-            dtype = file.get_slice(name).get_dtype()
-            if dtype in SAFETENSORS_DTYPES:
-                found[name] = SAFETENSORS_DTYPES[dtype]
-    return found
+        dtypes = {name: file.get_slice(name).get_dtype() for name in sorted(file.keys())}
+    return {name: SAFETENSORS_DTYPES[dtype] for name, dtype in dtypes.items() if dtype in SAFETENSORS_DTYPES}
 
 
 def _torch_matrices(model, stored: dict[str, str]) -> tuple[list[Matrix], list[Matrix]]:
-    """The linear layers and the embeddings of a PyTorch model; ``stored`` is that of `_stored_dtypes`."""
+    """The linear layers and the embeddings of a PyTorch model; ``stored`` is the result of `_stored_dtypes`."""
     from torch import nn
 
     linear, embeddings = [], []
-    for name, part in model.named_modules():
-        if ".lora_" in name:  # an adapter's thin matrices are no layers of their own
+    for name, module in model.named_modules():
+        if ".lora_" in name:  # the adapter's matrices are not layers of their own
             continue
         name = name.removeprefix("base_model.model.").removesuffix(".base_layer")  # PEFT's, around the model's own
-        if isinstance(part, nn.Linear):
-            linear.append(_torch_matrix(name, part, stored))
-        elif isinstance(part, nn.Embedding):
-            embeddings.append(_torch_matrix(name, part, stored))
-        elif type(part).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear":  # of `quantize_dynamic`
-            integers, activations = part.weight().int_repr().numpy(), "int8 dynamic per-tensor"
-            linear.append(Matrix(name, "int8", activations=activations, largest=_largest(integers)))
+        if isinstance(module, nn.Linear):
+            linear.append(_torch_matrix(name, module, stored))
+        elif isinstance(module, nn.Embedding):
+            embeddings.append(_torch_matrix(name, module, stored))
+        elif type(module).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear":  # of `quantize_dynamic`
+            largest = _largest(module.weight().int_repr().numpy())
+            linear.append(Matrix(name, "int8", activations="int8 dynamic per-tensor", largest=largest))
     return linear, embeddings
 
 
-def _torch_matrix(name: str, part, stored: dict[str, str]) -> Matrix:
+def _torch_matrix(name: str, module, stored: dict[str, str]) -> Matrix:
     """The weight of one module: bitsandbytes' NF4, torchao's INT8 or a plain tensor."""
-    weight = part.weight
-    state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself holds packed bytes
+    weight = module.weight
+    state = getattr(weight, "quant_state", None)  # bitsandbytes'; the tensor itself stores packed bytes
     if state is not None:
-        # bitsandbytes restores the weights for each product, and multiplies in this float type; weights that it has
-        # packed for the processor's bfloat16 instructions are multiplied by these.
+        # bitsandbytes dequantizes the weights for each product, and multiplies in this float type; weights packed for
+        # the processor's bfloat16 instructions are multiplied by these.
         packed = getattr(state, "packing_format_for_cpu", False)
-        activations = "bfloat16" if packed else str(part.compute_dtype).removeprefix("torch.")
+        activations = "bfloat16" if packed else str(module.compute_dtype).removeprefix("torch.")
         return Matrix(name, state.quant_type, f"in blocks of {state.blocksize}", activations)
-    integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself goes on saying float32
+    integers = getattr(weight, "qdata", None)  # torchao's; the tensor itself still says float32
     if integers is None:
         # Opening a file may widen a table; an adapter's model has other names than its files.
         return Matrix(name, stored.get(f"{name}.weight", str(weight.dtype).removeprefix("torch.")))
-    dtype = str(integers.dtype).removeprefix("torch.")
-    # Another program's file may have options by which torchao rounds the activations too.
+    # Another program's file may quantize the activations too.
     dynamic = getattr(weight, "act_quant_kwargs", None) is not None
     activations = "int8 dynamic per-token" if dynamic else "float32"
+    dtype = str(integers.dtype).removeprefix("torch.")
     return Matrix(name, dtype, granularity(weight.scale.shape), activations, _largest(integers.numpy()))
+
+
+# ONNX
 
 
 def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
     """The linear layers, which multiply with a constant matrix, and the embeddings, which look rows up in one.
 
-    Quantized weights lie in a file in one of three forms. Our INT8 files have operators that take the integers. The
-    files of other programs may keep the float operators, and restore floats before them. Below 8 bits the weights are
-    packed, and a few operators unpack them to what INT8 operators take.
+    A file stores quantized weights in one of three ways. INT8 operators take the integers. Files in the QDQ form
+    keep the float operators, and dequantize before them. Below 8 bits the weights are packed, and a few operators
+    unpack them for INT8 operators.
     """
     import onnx
 
     graph = onnx.load(weights).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    restored = {}  # static form: the float tensor -> the names of the integers and of the scales that restore it
+    dequantized = {}  # static INT8: the float tensor -> the names of its integers and of their scales
     for node in graph.node:
         if node.op_type == "DequantizeLinear":
-            restored[node.output[0]] = node.input[0], node.input[1]
+            dequantized[node.output[0]] = node.input[0], node.input[1]
     packed = _packed_matrices(constants)
     linear, embeddings = [], []
     for node in graph.node:
-        matrix = _take_packed(node, packed, constants) or _stored_matrix(node, constants, restored)
+        unpacked = [source for source in node.input if source in packed]
+        if unpacked:
+            matrix = replace(
+                packed.pop(unpacked[0]), name=_name_of(node), activations=_activations_of(node, constants)
+            )
+        else:
+            matrix = _stored_matrix(node, constants, dequantized)
         if matrix is None:
             continue
         if node.op_type == "Gather":
@@ -209,79 +200,58 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
         else:
             linear += _split_product(node.op_type, matrix)
     # No layer multiplies with the remaining ones. They are embeddings: the file unpacks only the rows of a text.
-    for name, table in packed.items():
-        embeddings.append(replace(table, name=name))
+    embeddings += [replace(table, name=name) for name, table in packed.items()]
     return linear, embeddings
 
 
 def _name_of(node) -> str:
-    """The module's name, without the endings that ONNX Runtime's quantizer appends."""
+    """The module's name, without the suffixes that ONNX Runtime's quantizer appends."""
     return node.name.removesuffix("_quant").removesuffix("_MatMul")
 
 
 def _activations_of(node, constants: dict) -> str:
-    """How the input of an INT8 operator is rounded."""
-    scale = SCALE_OF_ACTIVATIONS.get(node.op_type)
+    """How the input of an INT8 operator is quantized."""
+    scale = ACTIVATION_SCALES.get(node.op_type)
     fixed = scale is not None and node.input[scale] in constants
     return f"int8 {'static' if fixed else 'dynamic'} per-tensor"
 
 
-def _take_packed(node, packed: dict[str, Matrix], constants: dict) -> Matrix | None:
-    """Removes from ``packed`` the matrix that the node multiplies with, and returns it; None if there is none."""
-    for source in node.input:
-        if source in packed:
-            return replace(packed.pop(source), name=_name_of(node), activations=_activations_of(node, constants))
-    return None
-
-
-def _stored_matrix(node, constants: dict, restored: dict) -> Matrix | None:
-    """The matrix of a node that takes it as it is stored, or restored by DequantizeLinear; None for other nodes."""
+def _stored_matrix(node, constants: dict, dequantized: dict) -> Matrix | None:
+    """The constant matrix that a node takes, directly or through DequantizeLinear; None if it takes none."""
     from onnx import numpy_helper
 
-    if node.op_type not in {"Gather", *FLOAT_OPERATORS, *INT8_OPERATORS}:
+    # The table of levels that bytes are looked up in is not an embedding, and the outlier channels of a layer are
+    # counted with the layer's own node.
+    if node.op_type not in WEIGHT_OPERATORS or "/unpack" in node.name or BRANCH in node.name:
         return None
-    if "/unpack" in node.name:  # it looks bytes up in a table of levels, which is no embedding
-        return None
-    if BRANCH in node.name:  # outlier units of a layer, which is counted by its own node
-        return None
-    stored, scales = _matrix_input(node, constants, restored)
-    if stored is None:
+    for source in node.input:
+        stored, scales = dequantized.get(source, (source, None))
+        # Biases have one dimension, and the constants that only shape tensors have at most that.
+        if stored in constants and len(constants[stored].dims) == 2:
+            break
+    else:
         return None
     activations = "float32"
     if node.op_type in INT8_OPERATORS:
         scales, activations = node.input[INT8_OPERATORS[node.op_type]], _activations_of(node, constants)
-    elif scales and node.input[0] in restored:  # its input was rounded too, by a range that the file fixes
+    elif scales and node.input[0] in dequantized:  # its input is quantized too, by a range that the file fixes
         activations = "int8 static per-tensor"
     array = numpy_helper.to_array(constants[stored])
-    return Matrix(
-        name=_name_of(node),
-        dtype=array.dtype.name,
-        granularity=granularity(constants[scales].dims) if scales else "per-tensor",
-        activations=activations,
-        largest=_largest(array) if array.dtype == np.int8 else None,
-    )
+    shared = granularity(constants[scales].dims) if scales else "per-tensor"
+    largest = _largest(array) if array.dtype == np.int8 else None
+    return Matrix(_name_of(node), array.dtype.name, shared, activations, largest)
 
 
-def _matrix_input(node, constants: dict, restored: dict) -> tuple[str | None, str | None]:
-    """The names of the constant matrix that a node takes and of the scales that restore it; None where it has none."""
-    for source in node.input:
-        stored, scales = restored.get(source, (source, None))
-        # Biases have one dimension, and the constants that only shape tensors have at most that.
-        if stored in constants and len(constants[stored].dims) == 2:
-            return stored, scales
-    return None, None
-
-
-def _split_product(kind: str, matrix: Matrix) -> list[Matrix]:
+def _split_product(operator: str, matrix: Matrix) -> list[Matrix]:
     """One matrix per linear layer: a product may hold several, side by side, and is then named after all of them."""
     names = matrix.name.split()
-    if "Attention" in kind and len(names) != 3:
-        names = [matrix.name] * 3  # another exporter's graph: query, key and value all the same, without their names
+    if "Attention" in operator and len(names) != 3:
+        names = [matrix.name] * 3  # another exporter's graph: query, key and value without their names
     return [replace(matrix, name=name) for name in names or [""]]
 
 
 def _packed_matrices(constants: dict) -> dict[str, Matrix]:
-    """The matrices that quantize/lowbit.py packed, each by the name of the tensor that it unpacks to.
+    """The matrices that quantization/lowbit.py packed, each by the name of the tensor that it unpacks to.
 
     A file does not name its bits and groups. Both follow from the shapes of the arrays.
     """
@@ -296,49 +266,47 @@ def _packed_matrices(constants: dict) -> dict[str, Matrix]:
         _, _, pair, eighths, bits = constants[f"{name}/codes0"].dims
         # A multiplier is stored less one, in 4 bits where two share a byte and in 8 where a row has odd groups.
         stored = numpy_helper.to_array(tensor)
-        halves = (stored & 15, stored >> 4) if pair == 2 else (stored,)
-        multiplier = 1 + int(np.max(halves))
+        multiplier = 1 + int(np.max((stored & 15, stored >> 4) if pair == 2 else stored))
         largest = multiplier * abs(LEVELS[bits][0])  # no level lies farther from zero than the lowest
         found[name] = Matrix(name, f"int{bits}", f"in groups of {8 * eighths}", largest=largest)
     return found
 
 
+# OpenVINO
+
+
 def _openvino_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
-    """As for ONNX; integers lie in a constant that a Convert and a Multiply with the scales restore."""
+    """As `_onnx_matrices`; integers are in a constant that a Convert and a Multiply with the scales dequantize."""
     import openvino
 
     linear, embeddings = [], []
     for node in openvino.Core().read_model(weights).get_ordered_ops():
-        kind = node.get_type_name()
-        # 'bert.pooler.dense/WithoutBiases' -> 'bert.pooler.dense'; OpenVINO's own export puts '__module.' before it.
-        name = node.get_friendly_name().removeprefix("__module.").split("/")[0]
-        if kind == "MatMul":
-            chain = _chain_to_constant(node.input_value(1).get_node(), RESTORING)
-            # A FakeQuantize before a layer tells the compiler to round the layer's input to INT8, and by which range.
-            static = _chain_to_constant(node.input_value(0).get_node(), MOVING)[-1].get_type_name() == "FakeQuantize"
-        elif kind == "Gather":
-            chain, static = _chain_to_constant(node.input_value(0).get_node(), RESTORING), False
-        else:
+        operator = node.get_type_name()
+        if operator not in {"MatMul", "Gather"}:
             continue
-        *restoring, constant = chain
+        *steps, constant = _chain_to_constant(node, 1 if operator == "MatMul" else 0, DEQUANTIZING)
         # Attention multiplies two activations; and indices, of type i64, are looked up too. Neither is a layer.
         dtype = constant.get_element_type().get_type_name() if constant.get_type_name() == "Constant" else ""
         if dtype not in OPENVINO_DTYPES:
             continue
-        scales = [step.input_value(1).get_shape() for step in restoring if step.get_type_name() == "Multiply"]
+        # A FakeQuantize before a layer makes the compiler quantize the layer's input to INT8, by its range.
+        static = operator == "MatMul" and _chain_to_constant(node, 0, RESHAPING)[-1].get_type_name() == "FakeQuantize"
+        scales = [step.input_value(1).get_shape() for step in steps if step.get_type_name() == "Multiply"]
+        # 'bert.pooler.dense/WithoutBiases' -> 'bert.pooler.dense'; OpenVINO's own export puts '__module.' before it.
+        name = node.get_friendly_name().removeprefix("__module.").split("/")[0]
         activations = "int8 static per-tensor" if static else "float32"
         largest = _largest(constant.get_data()) if dtype == "i8" else None
         matrix = Matrix(name, OPENVINO_DTYPES[dtype], granularity(*scales), activations, largest)
-        if kind == "MatMul":
-            linear += _split_product(kind, matrix)
+        if operator == "MatMul":
+            linear += _split_product(operator, matrix)
         else:
             embeddings.append(matrix)
     return linear, embeddings
 
 
-def _chain_to_constant(node, passed: set[str]) -> list:
-    """The nodes from this one up along the first inputs, as long as they are of the types ``passed``."""
-    chain = [node]
+def _chain_to_constant(node, index: int, passed: set[str]) -> list:
+    """The nodes from one of a node's inputs up along the first inputs, as long as they are of the types ``passed``."""
+    chain = [node.input_value(index).get_node()]
     while chain[-1].get_type_name() in passed:
         chain.append(chain[-1].input_value(0).get_node())
     return chain

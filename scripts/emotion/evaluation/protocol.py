@@ -1,8 +1,8 @@
-"""The ruler: scores and times every artifact in the same way, whatever its format.
+"""The evaluation protocol: scores and times every model in the same way, whatever its format.
 
 Quality is computed from the logits of all rows. Latency is the time from the token ids of one text, at its own length,
-to its logits. Throughput counts texts per second, from token ids in batches of 32 that are sorted by length, or from
-many strings to their labels. Nothing here depends on the variant.
+to its logits. Throughput counts texts per second: from token ids in batches of 32 that are sorted by length, or end to
+end, from many texts to their labels. Nothing here depends on the variant.
 """
 
 import time
@@ -20,7 +20,7 @@ KEPT_PERCENTILES = (5, 25, 50, 75, 95, 99)
 
 
 def time_each(classifier, token_ids: list[list[int]]) -> np.ndarray:
-    """Milliseconds from token ids to logits of each text, one at a time (batch 1): float64 (texts,)."""
+    """Times each text from token ids to logits, one at a time (batch 1): milliseconds, float64 (texts,)."""
     times_ns = np.empty(len(token_ids))
     for row, ids in enumerate(token_ids):
         start = time.perf_counter_ns()
@@ -30,26 +30,23 @@ def time_each(classifier, token_ids: list[list[int]]) -> np.ndarray:
 
 
 def time_batches(classifier, token_ids: list[list[int]], batch_size: int = 32) -> float:
-    """Texts per second, in batches sorted by length."""
-    batches = batches_by_length(token_ids, batch_size)  # sorted before the clock starts: it is no work of the model
+    """Times batches sorted by length, from token ids to logits: texts per second."""
+    batches = batches_by_length(token_ids, batch_size)  # sorted before the clock starts: that is not the model's work
     start = time.perf_counter()
     for batch in batches:
         classifier.logits([token_ids[row] for row in batch])
     return len(token_ids) / (time.perf_counter() - start)
 
 
-def time_strings(classifier, texts: list[str]) -> float:
-    """Texts per second from strings to labels, in one call of an `EmotionClassifier`.
-
-    Unlike `time_batches` it counts what is not the model's work: tokenising, sorting, padding and naming.
-    """
+def time_end_to_end(classifier, texts: list[str]) -> float:
+    """Times one call of `EmotionClassifier.classify`, with tokenization, sorting and padding: texts per second."""
     start = time.perf_counter()
     classifier.classify(texts)
     return len(texts) / (time.perf_counter() - start)
 
 
 def summarize_latency(times_ms: np.ndarray) -> dict:
-    """The field `latency_ms` of a record: percentiles and mean of the runs, in milliseconds."""
+    """Returns the field `latency_ms` of a record: percentiles and mean of the runs, in milliseconds."""
     latency = {"batch_size": 1}
     for percent, value in zip(KEPT_PERCENTILES, np.percentile(times_ms, KEPT_PERCENTILES), strict=True):
         latency[f"p{percent}"] = round(float(value), 3)  # runs of the same text differ by more
@@ -57,17 +54,17 @@ def summarize_latency(times_ms: np.ndarray) -> dict:
 
 
 def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
-    """The field `quality` of a record: scores of all rows, and of the rows without a conflicting label.
+    """Returns the field `quality` of a record: scores on all rows, and on the consistently labelled ones.
 
     Args:
         logits: float32 array (rows, classes).
         labels: int array (rows,).
-        task: where the class names come from, and the splits that are searched for conflicts.
+        task: the class names, and the splits that are searched for conflicting labels.
         rows: the scored rows, with a column `text`.
-        split: their name, for the record.
+        split: their name.
     """
-    # A text that stands in the dataset with two labels cannot be answered right both times. In the scores of all rows
-    # such texts count; without them one sees what the model can do.
+    # No model can be right about a text that the dataset has with two labels. The scores on all rows include such
+    # texts; without them one sees what the model can do.
     conflicting = conflicting_texts(*task.splits.values())
     free = np.array([text not in conflicting for text in rows["text"]])
     scores, free_scores = score(logits, labels), score(logits[free], labels[free])
@@ -90,26 +87,26 @@ def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
 
 
 def choose_timed(count: int, runs: int) -> np.ndarray:
-    """The rows, of ``count``, that latency is measured on: `WARMUP_RUNS` that are not counted, then ``runs``."""
-    # The same seed for every artifact: all are timed on the same texts, whose lengths decide how long they take.
+    """Draws the rows, of ``count``, that latency is measured on: `WARMUP_RUNS` that do not count, then ``runs``."""
+    # The same seed for every model: all are timed on the same texts, whose lengths decide how long they take.
     return np.random.default_rng(0).integers(count, size=WARMUP_RUNS + runs)
 
 
 def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
-    """The fields `latency_ms` and `throughput_per_s` of a record; their values are null if ``runs`` is 0.
+    """Returns the fields `latency_ms` and `throughput_per_s` of a record; their values are null if ``runs`` is 0.
 
     Args:
-        token_ids: of all texts; latency takes a seeded sample of them, throughput all.
-        runs: how many runs at batch 1 are counted.
+        token_ids: of all texts; latency is measured on a seeded sample, throughput on all.
+        runs: the number of counted runs at batch 1.
     """
-    if not runs:  # null and not 0: nobody may take it for a time
+    if not runs:  # null and not 0, which would look like a time
         latency = dict.fromkeys(("p50", "p95", "p99", "mean"))
         return {
             "latency_ms": {"batch_size": 1, **latency, "runs": 0},
             "throughput_per_s": {"batch_size": 32, "value": None},
         }
-    # Not counted: a runtime prepares itself for each new length and batch size, and the rows may have been scored by
-    # another copy of the model.
+    # A warm-up: a runtime prepares itself for each new length and batch size, and another copy of the model may have
+    # scored the rows.
     with Bar(total=3, desc="timed") as bar:
         predict(classifier, token_ids, batch_size=32)
         bar.update()

@@ -1,8 +1,8 @@
-"""How close each artifact comes to the machine's peak: Williams et al., "Roofline", CACM 2009.
+"""How close each model comes to the machine's peak: Williams et al., "Roofline", CACM 2009.
 
-A text takes at least as long as its matrix products take at the processor's peak. It also takes at least as long as
-the weights take to come from memory, once per batch. The larger of both is the least time, and the share is that least
-time divided by the measured one. Weights that stay in the processor's caches can beat the second bound.
+A text takes at least as long as its matrix products take at the processor's peak, and at least as long as the weights
+take to come from memory, once per batch. The share is the larger of both divided by the measured time. Weights that
+stay in the processor's caches can beat the second bound.
 """
 
 import re
@@ -19,30 +19,29 @@ COPIED_BYTES = 2**29  # far more than any cache
 
 
 def add_roofline(result: dict, work: tuple[float, int], threads: int) -> None:
-    """Adds `peaks` to the result of a benchmark, and `roofline` to each of its artifacts.
+    """Adds `peaks` to the result of run_benchmark.py, in place, and `roofline` to each of its models.
 
     Args:
-        result: as run_benchmark.py builds it; changed in place.
         work: the result of `count_work`.
-        threads: as many as the artifacts computed with.
+        threads: as many as the models computed with.
     """
     peaks = measure_peaks(threads)
     operations, weights = work
     result["peaks"] = peaks
-    for one in result["artifacts"].values():
-        bits = int(re.search(r"\d+", one["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
-        peak = peaks[f"{one['precision']}_gop_per_s"]
+    for model in result["artifacts"].values():
+        bits = int(re.search(r"\d+", model["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
+        peak = peaks[f"{model['precision']}_gop_per_s"]
         if peak is None:  # computed in a type for which the processor has no instructions
-            one["roofline"] = None
+            model["roofline"] = None
             continue
         # Milliseconds per text, by batch size; throughput is texts per second.
-        measured_ms = {1: one["latency_ms"]["mean"], 32: 1000 / one["throughput_per_s"]["median"]}
-        one["roofline"] = {}
+        measured_ms = {1: model["latency_ms"]["mean"], 32: 1000 / model["throughput_per_s"]["median"]}
+        model["roofline"] = {}
         for size, measured in measured_ms.items():
             compute_ms = operations / peak / 1e6
             # Each weight is fetched once for the whole batch, and its texts share that time.
             memory_ms = weights * bits / 8 / size / peaks["memory_gb_per_s"] / 1e6
-            one["roofline"][f"batch_{size}"] = {
+            model["roofline"][f"batch_{size}"] = {
                 "least_ms": round(max(compute_ms, memory_ms), 4),
                 "bound_by": "compute" if compute_ms > memory_ms else "memory",
                 "share": round(max(compute_ms, memory_ms) / measured, 4),
@@ -50,13 +49,10 @@ def add_roofline(result: dict, work: tuple[float, int], threads: int) -> None:
 
 
 def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
-    """The mean number of operations per text, and the number of weights in linear layers.
+    """Returns the mean number of operations per text, and the number of weights in linear layers.
 
-    A multiplication with its addition counts as two operations.
-
-    Args:
-        folder: any of the artifacts; all must have the same architecture.
-        texts: what the artifacts answer.
+    A multiplication with its addition counts as two operations. ``folder`` is any of the models: all must have the
+    same architecture.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -82,16 +78,16 @@ def count_work(folder: Path, texts: list[str]) -> tuple[float, int]:
 
 
 def measure_peaks(threads: int) -> dict:
-    """The machine's peaks: 1e9 operations per second of square matrix products, by type, and 1e9 bytes per second.
+    """Measures the peaks: 10^9 operations per second of matrix products by type, and 10^9 bytes per second of memory.
 
-    That of bfloat16 is None where the processor has no instructions for it: it would be that of an emulation.
+    The peak of bfloat16 is None where the processor has no instructions for it: it would be that of an emulation.
     """
     import torch
 
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)
     floats = rng.random((SIZE, SIZE), dtype=np.float32)
-    # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see quantize/levels.py).
+    # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see `emotion.utils.levels`).
     weights = rng.integers(-64, 65, size=(SIZE, SIZE), dtype=np.int8)
     activations = rng.integers(0, 256, size=(SIZE, SIZE), dtype=np.uint8)
     products = {
@@ -112,7 +108,7 @@ def measure_peaks(threads: int) -> dict:
 
 
 def torch_product(dtype):
-    """A function that multiplies two matrices of a float type by PyTorch."""
+    """Returns a function that multiplies two random matrices of a float type with PyTorch."""
     import torch
 
     left, right = torch.rand(SIZE, SIZE, dtype=dtype), torch.rand(SIZE, SIZE, dtype=dtype)
@@ -120,18 +116,15 @@ def torch_product(dtype):
 
 
 def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: int):
-    """A function that multiplies two matrices by an operator of ONNX Runtime."""
+    """Returns a function that multiplies two matrices with an operator of ONNX Runtime."""
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper, parser
 
-    node = helper.make_node(operator, ["left", "right"], ["product"])
-    left_info = helper.make_tensor_value_info("left", helper.np_dtype_to_tensor_dtype(left.dtype), left.shape)
-    summed = TensorProto.FLOAT if left.dtype == np.float32 else TensorProto.INT32
-    product_info = helper.make_tensor_value_info("product", summed, [len(left), right.shape[1]])
+    types = ("float", "float") if left.dtype == np.float32 else ("uint8", "int32")
+    graph = f"multiply ({types[0]}[m, k] left) => ({types[1]}[m, n] product) {{ product = {operator}(left, right) }}"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
     # The right matrix is a constant like a layer's weights, so that the session may pack it once.
-    weights = numpy_helper.from_array(right, "right")
-    graph = helper.make_graph([node], "product", [left_info], [product_info], [weights])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model.graph.initializer.append(numpy_helper.from_array(right, "right"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -139,7 +132,7 @@ def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: in
 
 
 def least_seconds(function, runs: int = 8) -> float:
-    """The shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
+    """Returns the shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()

@@ -11,8 +11,8 @@ from scipy import stats
 from emotion.data.metrics import expected_calibration_error, resampled_macro_f1
 
 RESAMPLES = 20_000  # enough for p-values of 1 in 20,000: they stay significant when a dozen tests are corrected
-LEVEL = 0.05  # a p-value below it counts as significant, after the correction
-POWER = 0.8  # the probability with which `minimal_difference` would be found
+LEVEL = 0.05  # a p-value below it is significant, after the correction
+POWER = 0.8  # the probability with which `minimum_detectable_effect` would be found
 # Of macro F1; a smaller change counts as no loss. It is half the uncertainty of one model's score on 2,000 rows, which
 # is about 0.02 on either side (95 %).
 NO_LOSS_MARGIN = 0.01
@@ -22,48 +22,49 @@ def compare_with(reference: np.ndarray, others: dict[str, np.ndarray], labels: n
     """Compares each of several classifiers with the reference, row by row.
 
     Args:
-        reference, others: logits (rows, classes) of the same rows.
+        reference: logits (rows, classes).
+        others: name -> logits of the same rows.
         labels: int array (rows,).
 
     Returns:
         Name -> the result of `compare`, its p-values corrected over all the names (`..._holm`), and its `verdict`.
     """
-    found = {name: compare(reference, logits, labels) for name, logits in others.items()}
+    results = {name: compare(reference, logits, labels) for name, logits in others.items()}
     # Each test is a question of its own, asked once for every name; it is corrected over the names.
     for test in ("p_macro_f1", "p_mcnemar", "p_loss", "p_margin"):
-        corrected = holm([one[test] for one in found.values()])
-        for one, p in zip(found.values(), corrected, strict=True):
-            one[f"{test}_holm"] = p
-    for one in found.values():
-        one["verdict"] = verdict(one)
-    return found
+        corrected = holm([result[test] for result in results.values()])
+        for result, p in zip(results.values(), corrected, strict=True):
+            result[f"{test}_holm"] = p
+    for result in results.values():
+        result["verdict"] = verdict(result)
+    return results
 
 
 def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
-    """The changes from one classifier's logits (rows, classes) to another's, and their p-values.
+    """Returns the changes from one classifier's logits (rows, classes) to another's, and their p-values.
 
     `p_loss` tests the hypothesis "it is worse by the margin or more", `p_margin` the hypothesis "it differs by the
-    margin or more". A small one supports "not worse" and "no loss". `minimal_difference` is the change of macro F1
-    that this number of rows would show with a probability of 80 %, at a level of 5 %, before the correction.
+    margin or more". A small p-value supports "not worse" and "no loss". `minimum_detectable_effect` is the change of
+    macro F1 that this number of rows would show with a probability of 80 %, at a level of 5 %, before the correction.
     """
-    answers, other_answers = before.argmax(axis=-1), after.argmax(axis=-1)
-    right, other_right = answers == labels, other_answers == labels
-    both = {"classes": before.shape[1]}
-    observed = resampled_macro_f1(labels, answers, other_answers, resamples=0, **both)
-    scores = resampled_macro_f1(labels, answers, other_answers, resamples=RESAMPLES, **both)
+    predicted_before, predicted_after = before.argmax(axis=-1), after.argmax(axis=-1)
+    right_before, right_after = predicted_before == labels, predicted_after == labels
+    predicted, classes = (labels, predicted_before, predicted_after), before.shape[1]
+    observed = resampled_macro_f1(*predicted, resamples=0, classes=classes)
+    scores = resampled_macro_f1(*predicted, resamples=RESAMPLES, classes=classes)
     change = scores[1] - scores[0]  # on each resample, the same rows for both: what both find hard cancels out
-    lost, won = int((right & ~other_right).sum()), int((~right & other_right).sum())
-    error = float(change.std(ddof=1))
+    lost, won = int((right_before & ~right_after).sum()), int((~right_before & right_after).sum())
     # Two one-sided tests: the change is within the margin only if it is neither too low nor too high.
     p_loss, p_gain = share(change <= -NO_LOSS_MARGIN), share(change >= NO_LOSS_MARGIN)
+    standard_errors = float(stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER))
     return {
         "change": float(observed[1, 0] - observed[0, 0]),
         "change_ci95": np.percentile(change, [2.5, 97.5]).tolist(),
         "p_macro_f1": min(1.0, 2 * min(share(change <= 0), share(change >= 0))),
         "p_loss": p_loss,
         "p_margin": max(p_loss, p_gain),
-        "minimal_difference": float(stats.norm.isf(LEVEL / 2) + stats.norm.ppf(POWER)) * error,
-        "flips": int((answers != other_answers).sum()),
+        "minimum_detectable_effect": standard_errors * float(change.std(ddof=1)),
+        "flips": int((predicted_before != predicted_after).sum()),
         "lost": lost,
         "won": won,
         # McNemar: without a difference, a row that only one of them answers right is as likely lost as won.
@@ -79,28 +80,26 @@ def share(hits: np.ndarray) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction of p-values, in their order.
-
-    The smallest is multiplied by their number, the next by one less, and so on; none becomes smaller than one before.
-    """
+    """Applies Holm's step-down correction to p-values, and returns them in their order."""
     order = np.argsort(p_values, kind="stable")
-    # The running maximum keeps the order: a p-value that was larger must not count for more after the correction.
+    # The smallest is multiplied by their number, the next by one less, and so on. The running maximum keeps the order:
+    # a p-value that was larger must not count for more after the correction.
     steps = np.maximum.accumulate(np.array(p_values)[order] * np.arange(len(p_values), 0, -1))
     corrected = np.empty(len(p_values))
     corrected[order] = np.minimum(steps, 1)
     return corrected.tolist()
 
 
-def verdict(one: dict) -> str:
-    """The verdict in the table's words. It says "no loss" only where both one-sided tests support it."""
-    if not one["flips"]:
+def verdict(result: dict) -> str:
+    """The verdict on a result with corrected p-values: "no loss" only if both one-sided tests support it."""
+    if not result["flips"]:
         return "same answers"
-    within = one["p_margin_holm"] < LEVEL
-    if one["p_macro_f1_holm"] < LEVEL:  # a difference can be certain and still be too small to matter
-        return f"{'better' if one['change'] > 0 else 'worse'}{', within the margin' if within else ''}"
+    within = result["p_margin_holm"] < LEVEL
+    if result["p_macro_f1_holm"] < LEVEL:  # a difference can be certain and still be too small to matter
+        return f"{'better' if result['change'] > 0 else 'worse'}{', within the margin' if within else ''}"
     if within:
         return "no loss"
-    return "not worse" if one["p_loss_holm"] < LEVEL else "undecided"
+    return "not worse" if result["p_loss_holm"] < LEVEL else "undecided"
 
 
 def mean_interval(values: list[float]) -> list[float] | None:

@@ -66,7 +66,7 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
         rewrite: whether to rewrite the graph at all; without it this is the export that anyone gets.
 
     Returns:
-        `fused` (bool), `first_token` (bool: whether the last layer computes the [CLS] token alone) and
+        `fused` (bool), `cls_only` (bool: whether the last layer computes the [CLS] token alone) and
         `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
 
     Raises:
@@ -85,14 +85,14 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     attempts = [(True, True), (True, False)] if rewrite else []
     for fused, cls_only in [*attempts, (False, False)]:
         try:
-            first_token = _write(model, samples[0], path, fused, cls_only)
+            found = _write(model, samples[0], path, fused, cls_only)
             gap = _largest_gap(model, samples, path)
         except Exception:  # an architecture without this attention, or a pattern that a pass does not know
             if not fused:
                 raise
             continue
         if gap <= TOLERANCE:
-            return {"fused": fused, "first_token": first_token, "largest_logit_gap": gap}
+            return {"fused": fused, "cls_only": found, "largest_logit_gap": gap}
     raise UserError(
         f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
     )

@@ -1,6 +1,6 @@
-"""All that the comparison shows, in one value made from the records: rows of the table, paired tests, seeds.
+"""Everything that the comparison shows, computed from the records: rows of the table, paired tests, means over seeds.
 
-It is written to `results/comparison.json`, so that the pages, the pictures and the report show the very same numbers.
+It is written to `results/comparison.json`, so that the pages, the pictures and the report show the same numbers.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from emotion.data.metrics import softmax
-from emotion.evaluation.peers import COMPILED, TITLES, is_alternative
-from emotion.evaluation.predictions import commits_of, read_predictions, read_seeds, score_again
+from emotion.evaluation.peers import COMPILED, TITLES, is_peer
+from emotion.evaluation.predictions import read_predictions, read_seeds, score_again
 from emotion.evaluation.record import read_records
 from emotion.evaluation.schema import Benchmark, Environment, Record, Seeds, Timed
 from emotion.evaluation.statistics import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
@@ -19,7 +19,7 @@ from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.utils.errors import UserError
 from emotion.utils.processor import TITLES as PROCESSORS
 
-REFERENCE = "baseline-pytorch"  # FP32 as it was trained: what the others must not fall behind
+REFERENCE = "baseline-pytorch"  # FP32 as it was trained
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
 SCORES = ("examples", "macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
@@ -30,7 +30,7 @@ class Family:
     """The results of one encoder.
 
     Attributes:
-        folder: that of the results.
+        folder: the results folder.
         comparison: the result of `build_comparison`.
         benchmarks: class of processors -> the interleaved run on one.
     """
@@ -42,78 +42,83 @@ class Family:
 
 
 def read_family(folder: Path) -> Family:
-    """Reads the records and the runs in a folder of results, and compares them."""
+    """Reads the records and the interleaved runs in a results folder, and compares them."""
     records = read_records(folder)
     benchmarks = read_benchmarks(folder, records)
     return Family(folder, records, build_comparison(records, folder, benchmarks), benchmarks)
 
 
 def read_benchmarks(folder: Path, records: list[Record]) -> dict[str, Benchmark]:
-    """Class of processors, the highest first -> the interleaved run on one, among the results in ``folder``.
+    """Reads the interleaved runs in a results folder, without the models that have been replaced since.
 
-    What was timed of a file that has been replaced since is left out: its record tells another number of bytes.
+    Returns:
+        Class of processors, the highest first -> the run on one.
 
     Raises:
-        UserError: if one is damaged, or was measured on a processor of another class than it is named after.
+        UserError: if a run is damaged, or was measured on a processor of another class than its name says.
     """
     runs = {}
     for name in PROCESSORS:
         path = folder / "benchmark" / f"{name}.json"
         if path.is_file():
-            runs[name] = Benchmark.read(path)
-            runs[name] = runs[name].model_copy(update={"artifacts": drop_replaced(runs[name].artifacts, records)})
-            if (found := runs[name].environment.processor) != name:
+            run = Benchmark.read(path)
+            if run.environment.processor != name:
+                found = run.environment.processor
                 raise UserError(f"{path}: by its instruction sets it was measured on {found}; measure it again")
+            runs[name] = run.model_copy(update={"artifacts": _drop_replaced(run, records)})
     return runs
 
 
-def drop_replaced(artifacts: dict[str, Timed], records: list[Record]) -> dict[str, Timed]:
-    """The artifacts of a run but those that have been made anew since, in the formats that are compiled too."""
+def _drop_replaced(run: Benchmark, records: list[Record]) -> dict[str, Timed]:
+    """The models of a run, without those (compiled or not) whose record has another size: their files are new."""
     sizes = {record.timed_as: record.size.bytes_to_serve for record in records}
     kept = {}
-    for name, timed in artifacts.items():
-        if sizes.get(name.removesuffix(COMPILED), timed.bytes_to_serve) == timed.bytes_to_serve:
+    for name, timed in run.artifacts.items():
+        size = sizes.get(name.removesuffix(COMPILED), timed.bytes_to_serve)
+        # All ratios are against the reference: without it they would mean nothing.
+        if size == timed.bytes_to_serve or name == run.compared_with:
             kept[name] = timed
     return kept
 
 
 def build_comparison(records: list[Record], results: Path, runs: dict[str, Benchmark]) -> dict:
-    """The numbers of all pages; the keys say which. A number that was not measured is None.
+    """Computes the numbers of all pages. A number that was not measured is None.
 
     Args:
-        records: of one dataset's test rows; their order does not matter.
-        results: the folder that they came from, with predictions/ and seeds/.
-        runs: of `read_benchmarks`. Speeds are divided within one of them alone.
+        records: of the test rows of one dataset.
+        results: their folder, with predictions/ and seeds/.
+        runs: the result of `read_benchmarks`. Speeds are divided only within one of them.
 
     Raises:
         UserError: if the records are not of the same rows, or lack the reference, or a summary over seeds is damaged.
     """
-    if len({record.made.dataset_fingerprint for record in records}) != 1:
+    if len({record.provenance.dataset_fingerprint for record in records}) != 1:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
     # The order of every table: the variants by name, the formats of each as a folder lists them.
-    records = sorted(records, key=lambda one: (one.variant, list(WEIGHT_FILES).index(one.format)))
+    records = sorted(records, key=lambda record: (record.variant, list(WEIGHT_FILES).index(record.format)))
     reference = find_reference(records)
-    # A record of another base model is no form of the encoder: the table shows it, pictures and report do not. It is
-    # tested apart, or its presence would change the corrected p-values of all others.
-    encoder = reference.made.base_model
-    guests = [record for record in records if record.made.base_model != encoder]
-    own_tests = compare_records([record for record in records if record not in guests], results)
-    tests = own_tests | compare_records([reference, *guests], results)
-    timed, rows = times_by_artifact(runs), []  # each record takes its own out
+    # A record of another base model is a peer. It is tested apart, or it would change the corrected p-values.
+    own, peers = [], []
     for record in records:
-        row = scored_row(record, timed.pop(record.timed_as, {}), runs, tests)
-        rows.append({"kind": "guest" if record in guests else "record"} | row)
-    for name, one in timed.items():
-        # What was timed and has no record: shown if it is a plain alternative, not if it lacks its record.
-        if is_alternative(format_of(name)):
-            rows.append(alternative_row(name, one, runs))
-    summaries, ensemble = read_seeds(results), None  # read once: each is held against the predictions of its seeds
-    about = describe(records, reference, guests, runs, commits_of(summaries, results))
-    for summary in summaries:
-        if summary.variant == reference.variant:
-            ensemble = score_ensemble(summary, results, about["labels"])
-    comparison = {"about": about, "tests": describe_tests(own_tests), "rows": rows}
-    return rounded(comparison | {"seeds": list_means(summaries, results), "ensemble": ensemble})
+        (own if record.provenance.base_model == reference.provenance.base_model else peers).append(record)
+    own_tests = _compare_records(own, results)
+    tests = own_tests | _compare_records([reference, *peers], results)
+    timed = {}  # model -> class of processors -> its times there
+    for processor, run in runs.items():
+        for name, result in run.artifacts.items():
+            timed.setdefault(name, {})[processor] = result
+    rows = []
+    for record in records:
+        row = _record_row(record, timed.pop(record.timed_as, {}), runs, tests.get(record.name))
+        rows.append({"kind": "peer" if record in peers else "record"} | row)
+    # What was timed and has no record is shown if another library has made it.
+    rows += [_alternative_row(name, result, runs) for name, result in timed.items() if is_peer(format_of(name))]
+    seeds = read_seeds(results)
+    about = _describe(own, peers, reference, runs, [record for _, kept in seeds for record in kept])
+    comparison = {"about": about, "tests": _describe_tests(own_tests), "rows": rows, "seeds": list_means(seeds)}
+    baselines = [summary for summary, _ in seeds if summary.variant == reference.variant]
+    ensemble = score_ensemble(baselines[0], results, about["labels"]) if baselines else None
+    return rounded(comparison | {"ensemble": ensemble})
 
 
 def find_reference(records: list[Record]) -> Record:
@@ -124,25 +129,17 @@ def find_reference(records: list[Record]) -> Record:
     raise UserError(f"no record {REFERENCE}, with which the others are compared; measure it first")
 
 
-def read_means(results: Path) -> list[dict]:
-    """The means over seeds of every form in a folder of results, a line each; empty if none were measured."""
-    return rounded(list_means(read_seeds(results), results))
+def _compare_records(records: list[Record], results: Path) -> dict[str, dict]:
+    """Record -> the result of the paired tests against the reference, one of them; see evaluation/statistics.py."""
+    logits, labels = {}, None
+    for record in records:
+        labels, logits[record.name] = read_predictions(results / "predictions" / f"{record.name}.parquet")
+    return compare_with(logits.pop(REFERENCE), logits, labels)
 
 
-def list_means(summaries: list[Seeds], results: Path) -> list[dict]:
-    """The lines of all summaries over seeds, by variant; ``results`` has the records of the seeds."""
-    rows = []
-    for summary in sorted(summaries, key=lambda one: one.variant):
-        for row in seed_rows(summary):
-            name = f"{row['variant']}-{row['format']}.json"
-            kept = [results / "seeds" / str(seed) / "metrics" / name for seed in row["seeds"]]
-            rows.append(row | {"earlier": any(Record.read(path).earlier for path in kept if path.is_file())})
-    return rows
-
-
-def describe_tests(tests: dict[str, dict]) -> dict:
-    """The settings of the paired tests, and the least and the most that the rows could have shown."""
-    found = [one["minimal_difference"] for one in tests.values() if one["flips"]]  # 0 where no answer differs
+def _describe_tests(tests: dict[str, dict]) -> dict:
+    """The settings of the paired tests, and the smallest and the largest of the minimum detectable effects."""
+    found = [test["minimum_detectable_effect"] for test in tests.values() if test["flips"]]  # else 0
     return {
         "reference": REFERENCE,
         "comparisons": len(tests),
@@ -150,46 +147,36 @@ def describe_tests(tests: dict[str, dict]) -> dict:
         "power": POWER,
         "margin": NO_LOSS_MARGIN,
         "resamples": RESAMPLES,
-        "minimal_difference": [min(found), max(found)] if found else None,
+        "minimum_detectable_effect": [min(found), max(found)] if found else None,
     }
 
 
-def times_by_artifact(runs: dict[str, Benchmark]) -> dict[str, dict[str, Timed]]:
-    """Artifact -> class of processors -> what the run there says of it."""
-    timed = {}
-    for processor, run in runs.items():
-        for name, one in run.artifacts.items():
-            timed.setdefault(name, {})[processor] = one
-    return timed
-
-
-def describe(
-    records: list[Record], reference: Record, guests: list[Record], runs: dict[str, Benchmark], of_seeds: set[str]
+def _describe(
+    own: list[Record], peers: list[Record], reference: Record, runs: dict[str, Benchmark], of_seeds: list[Record]
 ) -> dict:
-    """What was measured on what, for captions.
-
-    Args:
-        guests: those of the records that have another base model.
-        of_seeds: the commits whose code made what the means over seeds are of.
-    """
-    measured = list(runs.values()) or records  # the times that the table shows are those of the interleaved runs
-    made = {record.made.git_commit for record in records if record not in guests} - {None}
+    """What was measured on what, for captions; ``of_seeds`` are the records of all seeds."""
+    measured = list(runs.values()) or own + peers  # the times that the table shows are those of the interleaved runs
     machines = []
-    for one in measured:
-        if (machine := describe_machine(one.environment)) not in machines:
+    for result in measured:
+        if (machine := _describe_machine(result.environment)) not in machines:
             machines.append(machine)
+    commits = {run.git_commit for run in runs.values()} or {record.provenance.git_commit for record in own}
+    weights = reference.size.files.get("model.safetensors")
     return {
         # The same in all records: their rows have the same fingerprint.
-        "dataset": records[0].made.dataset,
-        "examples": records[0].quality.examples,
-        "labels": records[0].quality.labels,
-        "parameters": count_parameters(reference),
-        "base_model": reference.made.base_model,  # None without a recipe.yaml
-        "guests": [guest_of(record) for record in guests],
+        "dataset": reference.provenance.dataset,
+        "examples": reference.quality.examples,
+        "labels": reference.quality.labels,
+        "parameters": weights and weights // 4,  # FP32; the file's header adds a tenth of a percent
+        "base_model": reference.provenance.base_model,  # None without a recipe.yaml
+        "peers": [
+            {"name": peer.name, **peer.provenance.model_dump(include={"base_model", "train_rows", "git_commit"})}
+            for peer in peers
+        ],
         "machines": machines,
-        "dates": sorted({one.date for one in measured}),
-        "commits": sorted({run.git_commit for run in runs.values()} - {None} if runs else made),
-        "made_at": sorted(made | of_seeds),  # the commits whose code made the artifacts
+        "dates": sorted({result.date for result in measured}),
+        "commits": sorted(commits - {None}),
+        "made_at": sorted({record.provenance.git_commit for record in own + of_seeds} - {None}),
         "runs": {
             processor: {"title": PROCESSORS[processor], "compared_with": run.compared_with, "rounds": run.rounds}
             for processor, run in runs.items()
@@ -197,7 +184,7 @@ def describe(
     }
 
 
-def describe_machine(environment: Environment) -> dict:
+def _describe_machine(environment: Environment) -> dict:
     """What a caption says of the processor that something was measured on."""
     return {
         "title": PROCESSORS[environment.processor],
@@ -207,110 +194,99 @@ def describe_machine(environment: Environment) -> dict:
     }
 
 
-def guest_of(record: Record) -> dict:
-    """What a caption must say of a record that does not come from the encoder of the others."""
-    return {"name": record.name, **record.made.model_dump(include={"base_model", "train_rows", "git_commit"})}
-
-
-def count_parameters(reference: Record) -> int | None:
-    """Those of the reference, which are four bytes each in its file; None where that cannot be told."""
-    size = reference.size.files.get("model.safetensors")
-    return size and size // 4  # the file's header adds a tenth of a percent
-
-
-def compare_records(records: list[Record], results: Path) -> dict[str, dict]:
-    """Record -> what the paired tests find against the reference, one of them; see measure/paired_tests.py."""
-    logits, labels = {}, None
-    for record in records:
-        name = record.name
-        labels, logits[name] = read_predictions(results / "predictions" / f"{name}.parquet")
-    return compare_with(logits.pop(REFERENCE), logits, labels)
-
-
-def scored_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmark], tests: dict) -> dict:
-    """A record's line. Its times are those of the interleaved runs, or its own if it is in none.
+def _record_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmark], tests: dict | None) -> dict:
+    """The row of a record, with the times of the interleaved runs, or with its own if it is in none.
 
     Args:
-        timed: class of processors -> the artifact in the run on one, of those that it is in.
-        tests: what `compare_records` returns.
+        timed: class of processors -> the model in the run on one.
     """
-    name, latency, kind = record.name, record.latency_ms, record.environment.processor
-    # Its own were taken alone, so that nothing may be divided by them.
-    own = {"p50_ms": latency.p50, "p95_ms": latency.p95, "texts_per_s": record.throughput_per_s.value}
-    own |= dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))
+    speeds, processor = _speeds_of(timed), record.environment.processor
+    # On a kind of processor without such a run, a few times of their own would make a column of dashes.
+    if not speeds and (processor in runs or not runs):
+        latency = record.latency_ms
+        own = {"p50_ms": latency.p50, "p95_ms": latency.p95, "texts_per_s": record.throughput_per_s.value}
+        # Measured alone, so nothing may be divided by them.
+        speeds = {processor: own | dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))}
     return {
-        "name": name,
+        "name": record.name,
         "variant": record.variant,
         "format": record.format,
         "earlier": record.earlier,
         **{score: getattr(record.quality, score) for score in SCORES},
         "megabytes": record.size.megabytes,
-        "times_smaller": times_smaller(timed, runs),
-        # On a kind of processor without such a run, a few times of their own would make a column of dashes.
-        "speeds": speeds_of(timed) or ({} if runs and kind not in runs else {kind: own}),
-        "tests": tests.get(name),
+        "times_smaller": _times_smaller(timed, runs),
+        "speeds": speeds,
+        "tests": tests,
     }
 
 
-def alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchmark]) -> dict:
-    """A line for what a library makes of the same weights by itself; ``timed`` is that of `scored_row`."""
-    folder, format = name.rsplit(":", 1)
-    title, first = TITLES.get(format, format), next(iter(timed.values()))
-    scored = [one.quality for one in timed.values() if one.quality]  # the same on each, but for a few texts
-    # What a library chooses by itself on a processor: beside FP32 it would pass for that.
-    halved = [PROCESSORS[one] for one in timed if timed[one].precision == "bfloat16"]
+def _alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchmark]) -> dict:
+    """The row of what another library makes of the same weights; ``timed`` as for `_record_row`."""
+    format = format_of(name)
+    title = TITLES.get(format, format)
+    # The same on each processor, but for a few texts.
+    quality = next((result.quality for result in timed.values() if result.quality), {})
+    # A type that a library chooses by itself on a processor: beside FP32 it would pass for that.
+    halved = [PROCESSORS[processor] for processor, result in timed.items() if result.precision == "bfloat16"]
     if halved and "BF16" not in title:
         title += ", in BF16" if len(halved) == len(timed) else f", in BF16 with {' and '.join(halved)}"
     return {
         "kind": "alternative",
         "name": name,
-        "variant": Path(folder).name,
+        "variant": Path(name.rsplit(":", 1)[0]).name,
         "format": title,
         "earlier": False,
-        **{score: getattr(scored[0], score) if scored else None for score in SCORES},
-        "megabytes": first.bytes_to_serve / 1e6,  # a record has them already
-        "times_smaller": times_smaller(timed, runs),
-        "speeds": speeds_of(timed),
+        **{score: quality.get(score) for score in SCORES},
+        "megabytes": next(iter(timed.values())).bytes_to_serve / 1e6,
+        "times_smaller": _times_smaller(timed, runs),
+        "speeds": _speeds_of(timed),
         "tests": None,
     }
 
 
-def times_smaller(timed: dict[str, Timed], runs: dict[str, Benchmark]) -> float | None:
-    """How many times fewer bytes an artifact takes than what it is compared with; None if it is in no run."""
-    if not timed:
-        return None
-    processor, one = next(iter(timed.items()))
-    run = runs[processor]
-    return run.artifacts[run.compared_with].bytes_to_serve / one.bytes_to_serve
+def _times_smaller(timed: dict[str, Timed], runs: dict[str, Benchmark]) -> float | None:
+    """The size of the reference of a run divided by that of the model; None if it is in no run."""
+    for processor, result in timed.items():
+        run = runs[processor]
+        return run.artifacts[run.compared_with].bytes_to_serve / result.bytes_to_serve
+    return None
 
 
-def speeds_of(timed: dict[str, Timed]) -> dict[str, dict]:
-    """Class of processors -> the times of an artifact in the run there, and the ratios to what it is compared with."""
+def _speeds_of(timed: dict[str, Timed]) -> dict[str, dict]:
+    """Class of processors -> the times of a model in the run there, and the ratios to the reference."""
     speeds = {}
-    for processor, one in timed.items():
+    for processor, result in timed.items():
         speeds[processor] = {
-            "p50_ms": one.latency_ms.p50,
-            "p95_ms": one.latency_ms.p95,
-            "texts_per_s": one.throughput_per_s.median,
-            "times_faster_at_batch_1": one.times_faster_at_batch_1,
-            "times_faster_at_batch_32": one.times_faster_at_batch_32,
+            "p50_ms": result.latency_ms.p50,
+            "p95_ms": result.latency_ms.p95,
+            "texts_per_s": result.throughput_per_s.median,
+            "times_faster_at_batch_1": result.times_faster_at_batch_1,
+            "times_faster_at_batch_32": result.times_faster_at_batch_32,
         }
     return speeds
 
 
 def processors_of(rows: list[dict]) -> list[str]:
     """The classes of processors that any of the rows was timed on, the highest first."""
-    return [one for one in PROCESSORS if any(one in row["speeds"] for row in rows)]
+    return [processor for processor in PROCESSORS if any(processor in row["speeds"] for row in rows)]
 
 
-def seed_rows(summary: Seeds) -> list[dict]:
-    """One line per format: means over the seeds, and the change against the FP32 baseline of the same seed."""
+def read_means(results: Path) -> list[dict]:
+    """The means over seeds in a results folder, a row per variant and format; empty if none were measured."""
+    return rounded(list_means(read_seeds(results)))
+
+
+def list_means(seeds: list[tuple[Seeds, list[Record]]]) -> list[dict]:
+    """A row per variant and format: means over the seeds, and the change against the baseline of the same seed.
+
+    Args:
+        seeds: the result of `read_seeds`.
+    """
     rows = []
-    for format, means in summary.formats.items():
-        runs = summary.runs_of(format)  # not every seed has every format, see measure/seeds.py
-        changes = [scores.change for _, scores in runs]
-        rows.append(
-            {
+    for summary, records in seeds:
+        for format, means in summary.formats.items():
+            runs = summary.runs_of(format)  # not every seed has every format
+            row = {
                 "variant": summary.variant,
                 "format": format,
                 "seeds": [seed for seed, _ in runs],
@@ -318,14 +294,15 @@ def seed_rows(summary: Seeds) -> list[dict]:
                 "chosen_seed": summary.chosen_seed,
                 **{name: getattr(means, name) for name in ("macro_f1", "accuracy", "change", "flips")},
                 "conflict_free_macro_f1": sum(scores.conflict_free_macro_f1 for _, scores in runs) / len(runs),
-                "change_ci95": mean_interval(changes) if means.change else None,
+                "change_ci95": mean_interval([scores.change for _, scores in runs]) if means.change else None,
+                "earlier": any(record.earlier for record in records if record.format == format),
             }
-        )
+            rows.append(row)
     return rows
 
 
 def score_ensemble(summary: Seeds, results: Path, names: list[str]) -> dict | None:
-    """Scores of the mean of the probabilities of all seeds' baselines; None if fewer than two have kept their logits.
+    """Scores the mean of the probabilities of all seeds' baselines; None if fewer than two kept their logits.
 
     Raises:
         UserError: if the seeds were not scored on the same rows.
@@ -341,23 +318,23 @@ def score_ensemble(summary: Seeds, results: Path, names: list[str]) -> dict | No
             probabilities.append(softmax(logits))
     if len(seeds) < 2:
         return None
-    # It reads the largest of each row, so that probabilities serve as well as logits.
+    # The largest of each row is what counts, so that probabilities serve as well as logits.
     scores = score_again(labels, np.mean(probabilities, axis=0), names)
     return {"seeds": seeds, "macro_f1": scores["macro_f1"], "accuracy": scores["accuracy"]}
 
 
 def format_of(name: str) -> str:
-    """The format of an artifact, by the name that run_benchmark.py gives it."""
-    return name.rsplit(":", 1)[1]  # a folder's name may hold a colon too
+    """The format of a model, by its name in the results of run_benchmark.py."""
+    return name.rsplit(":", 1)[1]  # a folder's name may contain a colon too
 
 
 def rounded(value):
-    """Models as mappings, and floats to nine digits: the last bits depend on the processor that added them."""
+    """Converts models to mappings, and rounds floats to nine digits: the last bits depend on the processor."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [rounded(one) for one in value]
+        return [rounded(inner) for inner in value]
     # Far more digits than any page shows, and fewer than the 16 that a float64 has.
     return float(f"{value:.9g}") if isinstance(value, float) else value

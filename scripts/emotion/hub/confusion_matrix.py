@@ -1,4 +1,4 @@
-"""Confusion matrices as pictures, in the style that all pictures of this project have."""
+"""The confusion matrix of a record as a picture, and the style of all pictures."""
 
 import contextlib
 from pathlib import Path
@@ -9,59 +9,46 @@ import numpy as np
 import seaborn
 
 from emotion.evaluation.schema import Record
-from emotion.utils.files import whole_file
+from emotion.utils.files import atomic_write
 
-matplotlib.use("Agg")  # draws into files alone; the default looks for a screen
-STYLE = {"style": "ticks", "context": "notebook", "palette": "colorblind"}
+matplotlib.use("Agg")  # draws into files; the default looks for a screen
+PALETTE = "colorblind"
 MOST_NAMED = 30  # classes; of more, nobody could read the names and numbers, and a picture would take gigabytes
 
 
 @contextlib.contextmanager
 def styled():
-    """Within it, figures have this project's style; matplotlib's own settings stay as they were."""
-    with seaborn.axes_style(STYLE["style"]), seaborn.plotting_context(STYLE["context"]):
+    """Gives figures the style of this project; matplotlib's own settings stay as they are."""
+    with seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
         yield
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes the figure as a PNG, and closes it; ``path`` may lack its ending."""
-    with whole_file(path.with_suffix(".png")) as partial:
+    """Writes the figure as a PNG, and closes it; ``path`` may lack its suffix."""
+    with atomic_write(path.with_suffix(".png")) as partial:
         # Without "Software" the bytes do not change with the version of matplotlib alone.
         figure.savefig(partial, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
     plt.close(figure)
 
 
 def plot_confusion_matrix(record: Record, path: Path) -> None:
-    """Counts in the cells, colour by the share of the true class."""
+    """Draws the counts, colored by their share of the true class; for many classes only the colors."""
     quality = record.quality
+    counts = np.array(quality.confusion_matrix)  # (true classes, predicted classes)
+    # Shares, not counts: the rare classes would all be white. At least 1, for a class without a text.
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    look, note = {"annot": counts, "linewidths": 0.5, "xticklabels": quality.labels, "yticklabels": quality.labels}, ""
+    if len(quality.labels) > MOST_NAMED:
+        look, note = {"xticklabels": False, "yticklabels": False}, f", {len(quality.labels)} classes"
+    bar = {"label": "share of the true class", "shrink": 0.8}
     with styled():
         # Inches: the margin with the names, and a cell per class.
         size = 2.2 + 0.75 * min(len(quality.labels), MOST_NAMED)
-        figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the bar of colours
-        draw_confusion(axes, quality.confusion_matrix, quality.labels, cbar=True)
-        axes.set_title(
-            f"{record.name}, {quality.split}: {quality.examples} texts, macro F1 {quality.macro_f1:.3f}",
-            fontsize="medium",
-        )
+        figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the color bar
+        seaborn.heatmap(shares, fmt="d", cmap="Blues", vmin=0, vmax=1, square=True, ax=axes, cbar_kws=bar, **look)
+        axes.set(xlabel=f"predicted{note}", ylabel="true")
+        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=30)
+        title = f"{record.name}, {quality.split}: {quality.examples} texts, macro F1 {quality.macro_f1:.3f}"
+        axes.set_title(title, fontsize="medium")
         save_figure(figure, path)
-
-
-def draw_confusion(axes, counts, labels: list[str], cbar: bool = False, **options) -> None:
-    """Draws one matrix (true classes, predicted classes), coloured by the share of the true class."""
-    counts = np.array(counts)
-    # Shares, not counts: the rare classes would all be white. At least 1, for a class without a text.
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    bar = {"cbar_kws": {"label": "share of the true class", "shrink": 0.8}} if cbar else {}
-    draw_cells(axes, shares, counts, labels, fmt="d", cmap="Blues", vmin=0, vmax=1, cbar=cbar, **bar, **options)
-
-
-def draw_cells(axes, values, numbers, labels: list[str], **options) -> None:
-    """Draws a square heat map, true classes down and predicted ones across; of many classes the colours alone."""
-    look = {"annot": numbers, "linewidths": 0.5, "xticklabels": labels, "yticklabels": labels}
-    what = ""
-    if len(labels) > MOST_NAMED:
-        look, what = {"xticklabels": False, "yticklabels": False}, f", {len(labels)} classes"
-    seaborn.heatmap(values, square=True, ax=axes, **options, **look)
-    axes.set(xlabel=f"predicted{what}", ylabel="true")
-    axes.tick_params(axis="y", rotation=0)
-    axes.tick_params(axis="x", rotation=30)

@@ -1,4 +1,4 @@
-"""Fills the templates: the words and tables of every page stand in files, and Python prepares what they cannot count.
+"""Renders the templates of cards and pages.
 
 A table is a block `{% filter table %}` with a line per row and `¦` between its cells, the head first.
 """
@@ -14,29 +14,23 @@ from emotion.utils.processor import TITLES
 
 @contextlib.contextmanager
 def complete(what: str):
-    """Raises `UserError` where a field is missing, or is null where a number belongs.
-
-    It works as a `with` block around the preparation of ``what``, and as the decorator of a function that renders it.
-    """
+    """Raises `UserError` if a field is missing, or null where a number is needed; a `with` block or a decorator."""
     try:
         yield
-    # What it reads was checked field by field. This is for what only two files, or two fields, tell together:
-    # templates raise the first of these where something is missing, Python the others.
-    except (jinja2.UndefinedError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+    # Files are checked field by field when they are read. This is for fields that only a page reads: templates raise
+    # the first of these if one is missing, Python the others.
+    except (jinja2.UndefinedError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{what} cannot be written: {error}; measure it again") from error
 
 
 def render(template: Path, **fields) -> str:
-    """The text of a template, filled with the fields.
-
-    Args:
-        template: its path; the templates that it includes lie beside it.
+    """Renders a template; the templates that it includes are beside it.
 
     Raises:
-        jinja2.UndefinedError: if the template names a field that is not there; `complete` makes a `UserError` of it.
+        jinja2.UndefinedError: if the template names a missing field; `complete` turns it into a `UserError`.
     """
-    # StrictUndefined: by default a missing field would silently be an empty word. The two `_blocks`: a line that holds
-    # nothing but a tag leaves no line in the page.
+    # StrictUndefined: by default a missing field would silently be empty. The two `_blocks`: a line with nothing but a
+    # tag leaves no line in the page.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         undefined=jinja2.StrictUndefined,
@@ -54,54 +48,55 @@ def render(template: Path, **fields) -> str:
         "mean": plus_minus,
         "p_value": lambda value: "< 0.001" if value < 0.001 else f"{value:.3f}",  # no verdict depends on how far below
         "times": _times,
-        "spread": lambda one, unit="": f"{one.median:.2f}{unit} [{one.min:.2f}, {one.max:.2f}]",  # over the rounds
+        "spread": _spread,
         "table": _table,
     }
     return environment.get_template(template.name).render(**fields)
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown whose columns line up in plain text too; all but the first are right-aligned.
-
-    Args:
-        head: the names of the columns.
-        rows: as many cells each; there may be no row.
-    """
+    """Returns a Markdown table whose columns line up in plain text too; all but the first are right-aligned."""
     lines = [[cell.strip().replace("|", "\\|") for cell in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [f"| {' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])} |" for line in lines]
-    # The colon on the right of a rule is Markdown's mark for a column that is aligned there.
+    # The colon is Markdown's mark for a right-aligned column.
     lines.insert(1, f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:]))
     return "\n".join(lines) + "\n"
 
 
 def _times(ratio) -> str:
-    """' (2.1x)', of a spread its median; a second digit where it is needed to see how much slower or larger."""
+    """' (2.1x)', of a spread its median; a second digit below 1."""
     if not ratio:  # not part of an interleaved run
         return ""
     ratio = ratio["median"] if isinstance(ratio, dict) else ratio
     return f" ({ratio:.1f}x)" if ratio >= 0.95 else f" ({ratio:.2f}x)"
 
 
+def _spread(ratio, unit: str = "") -> str:
+    """'2.10 [2.05, 2.20]': the median, the minimum and the maximum over the rounds."""
+    values = dict(ratio)  # of a pydantic model too
+    return f"{values['median']:.2f}{unit} [{values['min']:.2f}, {values['max']:.2f}]"
+
+
 def _table(text: str) -> str:
-    """The table that a block of a template spells out."""
+    """The Markdown table of a template's block."""
     head, *rows = [line.split("¦") for line in text.splitlines() if line.strip()]
     return markdown_table(head, rows)
 
 
 def number(value: float | None, form: str = ".2f", factor: float = 1) -> str:
-    """The value times the factor, formatted; a dash for None, which stands for a value that was not measured."""
+    """Formats the value times the factor; a dash for None, a value that was not measured."""
     return "-" if value is None else format(factor * value, form)
 
 
-def plus_minus(one, form: str = ".2f", factor: float = 100) -> str:
-    """A mean over seeds and its standard deviation: '89.04 ± 0.66', in points if not said; a single seed has none.
+def plus_minus(mean, form: str = ".2f", factor: float = 100) -> str:
+    """Formats a mean over seeds and its standard deviation: '89.04 ± 0.66', in points by default; one seed has none.
 
     Args:
-        one: a `Deviation`, or a mapping with its fields.
+        mean: a `Mean`, or a mapping with its fields.
     """
-    mean, deviation = dict(one)["mean"], dict(one)["standard_deviation"]
-    text = number(mean, form, factor)
+    values = dict(mean)
+    text, deviation = number(values["mean"], form, factor), values["standard_deviation"]
     return text if deviation is None else f"{text} ± {number(deviation, form.removeprefix('+'), factor)}"
 
 
@@ -114,5 +109,5 @@ def shorten(commit: str | None) -> str:
 
 
 def _without_last_newline(value):
-    """Tables end with a newline of their own; without it a blank line of a template is a blank line of the page."""
+    """Tables end with a newline; without it a blank line of a template is a blank line of the page."""
     return value.rstrip("\n") if isinstance(value, str) else value

@@ -1,8 +1,4 @@
-"""Uploads a folder to the Hub in one commit.
-
-`huggingface_hub` is imported when it is needed, and takes the token from the environment or the login store. Its
-errors become one line that says what to do.
-"""
+"""Pushes a saved model to the Hub in one commit, after it was scored; the token comes from the environment."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +16,7 @@ MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository tha
 class HubArguments:
     """The flags that `--push_to_hub` needs; in a training these are fields of `TrainingArguments`."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Score the saved artifact, then publish it."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Score the saved model, then publish it."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Repository to publish to: user/name."})
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Create the repository as a private one."})
     results_dir: str = field(
@@ -35,8 +31,8 @@ class HubArguments:
                 raise ValueError(f"--push_to_hub: {error}") from error
 
 
-def score_and_publish(folder: Path, hub) -> None:
-    """For `--push_to_hub`: scores every format of a saved artifact in a fresh process, then publishes it.
+def push_to_hub(folder: str | Path, hub) -> None:
+    """For `--push_to_hub`: scores every format of a saved model in a fresh process, then publishes it with its card.
 
     Args:
         hub: `HubArguments`, or the `RecipeTrainingArguments` of a training.
@@ -46,68 +42,68 @@ def score_and_publish(folder: Path, hub) -> None:
     """
     if not (hub.push_to_hub or getattr(hub, "publish", False)):
         return
-    # Processes of their own: the ruler times nothing in one where a training has left its threads and its memory.
-    steps = [("run_evaluation.py", "--format", format) for format in find_formats(folder)]
-    steps.append(("run_publish.py", "--repo_id", hub.hub_model_id, "--private", bool(hub.hub_private_repo)))
-    for name, *words in steps:
-        done = run_script(name, folder, *words, "--results_dir", hub.results_dir)
-        if done.returncode:  # it has said why
+    # In processes of their own: a training leaves threads and memory behind, which would disturb the measurement.
+    commands = [("run_evaluation.py", "--format", format) for format in find_formats(Path(folder))]
+    commands.append(("run_publish.py", "--repo_id", hub.hub_model_id, "--private", bool(hub.hub_private_repo)))
+    for name, *flags in commands:
+        if run_script(name, folder, *flags, "--results_dir", hub.results_dir).returncode:
             raise UserError(f"{folder} is saved but not published; {name} failed")
 
 
 def upload(
     files: dict[str, Path | bytes], repo_id: str, repo_type: str, private: bool, message: str, marker: str
 ) -> str:
-    """Makes a repository hold these files and no others, with one commit, or with none if it holds them already.
+    """Makes a repository hold these files and no others, with one commit, or none if it holds them already.
 
     Args:
         files: name in the repository -> a file, or its bytes.
         repo_type: `model` or `space`.
-        private: whether the repository must be one that only its owner sees.
+        private: whether only the owner may see the repository.
         message: of the commit.
-        marker: the beginning of a name that a repository of this project holds; another's files are not replaced.
+        marker: beginning of a name that a repository of this project holds; another's files are not replaced.
 
     Returns:
-        The commit's address.
+        The address of the commit.
 
     Raises:
         UserError: if the Hub refuses, or still fails at the last attempt, or the repository holds something else.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+    from huggingface_hub import constants
 
-    from emotion.utils.hub_requests import ask_hub, endpoint_answers, one_line
+    from emotion.utils.hub_requests import ask_hub, endpoint_answers
 
     check_can_publish(repo_id)
     if not endpoint_answers():
         raise UserError(f"the Hub ({constants.ENDPOINT}) cannot be reached")
+    return ask_hub(lambda: _commit(files, repo_id, repo_type, private, message, marker), repo_id)
 
-    def attempt() -> str:
-        api = HfApi()
-        api.create_repo(
-            repo_id,
-            repo_type=repo_type,
-            private=private or None,  # None leaves it to the owner's own setting; False would make it public
-            exist_ok=True,
-            space_sdk="static" if repo_type == "space" else None,
-        )
-        info = api.repo_info(repo_id, repo_type=repo_type)
-        # Creating a repository that exists changes nothing, so a public one would stay public.
-        if private and info.private is not True:
-            raise UserError(
-                f"{repo_id} exists and everybody can read it; make it private first, or leave out --private"
-            )
-        present = {file.rfilename for file in info.siblings}
-        if present - MADE_BY_HUB and not any(name.startswith(marker) for name in present):
-            raise UserError(f"{repo_id} holds something else (no {marker} in it); name another repository")
-        # One commit for all: a reader never finds new weights beside an old card. The Hub makes none of no changes.
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        # The Hub writes .gitattributes itself, and large files need it.
-        operations += [CommitOperationDelete(name) for name in sorted(present - files.keys() - {".gitattributes"})]
-        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
-        # The Hub leaves out, without a word, what a .gitignore in the repository names.
-        taken = {file.rfilename for file in api.repo_info(repo_id, repo_type=repo_type).siblings}
-        if absent := files.keys() - taken:
-            raise UserError(f"{repo_id} did not take {', '.join(sorted(absent))}; look for a .gitignore there")
-        return one_line(commit.commit_url)
 
-    return ask_hub(attempt, repo_id)
+def _commit(files: dict, repo_id: str, repo_type: str, private: bool, message: str, marker: str) -> str:
+    """One attempt of `upload`."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    from emotion.utils.hub_requests import one_line
+
+    api = HfApi()
+    api.create_repo(
+        repo_id,
+        repo_type=repo_type,
+        private=private or None,  # None leaves it to the owner's own setting; False would make it public
+        exist_ok=True,
+        space_sdk="static" if repo_type == "space" else None,
+    )
+    info = api.repo_info(repo_id, repo_type=repo_type)
+    if private and info.private is not True:  # it existed before
+        raise UserError(f"{repo_id} exists and everybody can read it; make it private first, or leave out --private")
+    present = {file.rfilename for file in info.siblings}
+    if present - MADE_BY_HUB and not any(name.startswith(marker) for name in present):
+        raise UserError(f"{repo_id} holds something else (no {marker} in it); name another repository")
+    # One commit, so that nobody finds new weights beside an old card.
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(present - files.keys() - {".gitattributes"})]
+    commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
+    # The Hub leaves out what a .gitignore in the repository names.
+    found = {file.rfilename for file in api.repo_info(repo_id, repo_type=repo_type).siblings}
+    if absent := files.keys() - found:
+        raise UserError(f"{repo_id} did not take {', '.join(sorted(absent))}; look for a .gitignore there")
+    return one_line(commit.commit_url)

@@ -1,8 +1,7 @@
-"""The same job on Ray Data: a pool of actors, each with a model and a processor of its own, makes the same shards.
+"""A batch job on Ray Data: a pool of actors, each with a model and a processor of its own, writes the same shards.
 
-A row of the dataset is the number of a shard. Actors read their rows and write their shards themselves, so that all
-machines must see input, model and output under the same paths. A shard that was made by an actor that died meanwhile
-is found by its record.
+A row of the Ray dataset is the number of a shard. Actors read the input and write their shards themselves, so that all
+machines must see input, model and output under the same paths.
 """
 
 import logging
@@ -13,26 +12,26 @@ import ray
 import ray.data
 import ray.exceptions
 
-from emotion.inference.batch_shards import Job, ShardMaker
+from emotion.inference.batch_job import Job, ShardWriter
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 
 
 class ShardActor:
-    """Makes shards in a process of its own, with one thread."""
+    """Writes shards in a process of its own, with one thread."""
 
     def __init__(self, job: Job):
         self._job = job
-        self._maker = ShardMaker(job, EmotionClassifier.from_pretrained(job.folder, job.format, threads=1))
+        self._writer = ShardWriter(job, EmotionClassifier.from_pretrained(job.folder, job.format, threads=1))
 
     def __call__(self, batch: dict) -> dict:
-        """Makes the shard that the batch's one row names, unless it is there, and tells what went wrong."""
+        """Writes the shard that the batch's one row names, unless it is done; returns its number and the error."""
         number = int(batch["shard"][0])
         try:
-            if self._job.find_made(number) is None:
-                self._maker.make(number, progress=lambda rows: None)
-        # Handed back, not raised: Ray would wrap the message in tracebacks of two processes.
+            if self._job.find_done(number) is None:
+                self._writer.write(number, progress=lambda rows: None)
+        # Returned, not raised: Ray would wrap the message in tracebacks of two processes.
         except UserError as error:
             return {"shard": [number], "error": [str(error)]}
         except OSError as error:
@@ -40,49 +39,54 @@ class ShardActor:
         return {"shard": [number], "error": [""]}
 
 
-def make_on_ray(job: Job, missing: list[int], progress: Callable[[int], object]) -> None:
-    """Makes the shards on the cluster that is there, or on this machine.
+def write_on_ray(job: Job, missing: list[int], progress: Callable[[int], object]) -> None:
+    """Writes the shards on the cluster that is there, or on this machine.
+
+    Args:
+        job: the job.
+        missing: the numbers of the shards to write.
+        progress: called with the number of rows of each shard that is done.
 
     Raises:
-        UserError: what an actor could not do, or what Ray itself could not.
+        UserError: if an actor or Ray itself fails.
     """
     waiting = set(missing)
     if waiting:
         _connect()
     while waiting:
-        before = len(waiting)
+        done = 0
         try:
-            for number in _make_once(job, sorted(waiting)):
+            for number in _write_once(job, sorted(waiting)):
                 waiting.remove(number)
                 progress(job.rows_of(number))
-        # Ray starts dead actors anew, but may still fail to fetch what one of them gave back just before. Its shard is
+                done += 1
+        # Ray restarts dead actors, but may still fail to fetch what one of them returned just before. Its shard is
         # there all the same, and those that are not are begun again.
         except ray.exceptions.RayError as error:
-            for number in [number for number in waiting if job.find_made(number)]:
+            for number in [number for number in waiting if job.find_done(number)]:
                 waiting.remove(number)
                 progress(job.rows_of(number))
-            if len(waiting) == before:
-                raise UserError(
-                    f"Ray makes no shard any more ({type(error).__name__}); run the command again"
-                ) from error
+                done += 1
+            if not done:
+                raise UserError(f"Ray writes no shard any more ({type(error).__name__}); run it again") from error
 
 
-def _make_once(job: Job, numbers: list[int]) -> Iterator[int]:
-    """Yields the number of each shard when it is made."""
+def _write_once(job: Job, numbers: list[int]) -> Iterator[int]:
+    """Yields the number of each shard when it is done."""
     # A block per shard: blocks are what Ray hands out, and what it hands out again after a death.
     shards = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
     actors = min(len(numbers), max(1, int(ray.cluster_resources()["CPU"])))
-    made = shards.map_batches(
+    done = shards.map_batches(
         ShardActor,
         batch_size=1,
         fn_constructor_args=[job],
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        # As many actors as processors, and each asks for half of one: so the actors of a dead machine find room on
-        # those that are left.
+        # As many actors as processors, each of which asks for half of one: so the actors of a dead machine find room
+        # on those that are left.
         num_cpus=0.5,
         max_task_retries=5,  # a shard that kills every actor, for want of memory, ends the job
     )
-    for row in made.iter_rows():
+    for row in done.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
         yield row["shard"]

@@ -1,13 +1,17 @@
-"""From strings to labels: opens a model folder or a repository on the Hub, and answers any number of texts.
+"""Classifies texts with a model folder or a repository of the Hub, in any of its formats.
 
-ONNX and OpenVINO files need neither torch nor transformers. Few texts are answered one batch after the other, with all
-threads. Many texts are answered side by side: each thread computes a batch of its own and waits for no other. The
-batches depend on the texts alone, so that the number of threads does not change the answers to many texts.
+ONNX and OpenVINO files need neither torch nor transformers. Few texts are classified one batch after the other, with
+all threads. Many texts are classified side by side: each thread computes a batch of its own. The batches depend on the
+texts alone, so that the number of threads does not change the answers to many texts.
 """
 
+import ctypes
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,76 +19,107 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.metrics import softmax
-from emotion.inference.model_folder import HOW_TO_GET, WEIGHT_FILES, find_formats
+from emotion.inference.model_folder import HOW_TO_GET, SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
-from emotion.utils import processes
-from emotion.utils.checksums import SUMS_FILE, read_sums
-from emotion.utils.errors import UserError
+from emotion.utils.checksums import SUMS_FILE, check_sums, read_sums
+from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.machine import choose_threads
 
-# The formats to look for if none is asked for. A repository's `model.safetensors` is fetched as "pytorch", whichever
-# of the three formats with this file its config.json names.
-# The fastest for one text first, on every kind of processor that results/benchmark has a file of, and with AVX2: there
-# OpenVINO's INT8 takes three times as long as ONNX Runtime's.
+# The formats to look for if none is given, the fastest for one text first. A repository's `model.safetensors` is
+# downloaded as "pytorch", whichever of the three formats with this file its config.json names.
 PREFERRED = ("onnx", "openvino", "pytorch")
 FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
-CHUNK = 2048  # texts that are tokenised together; two chunks are in memory at once, however many texts there are
+CHUNK = 2048  # texts that are tokenized together; two chunks are in memory at once, however many texts there are
+
+# A forked process has a copy of all memory and none of the other threads: a runtime that was opened before the fork
+# waits for threads that are not there, at its next call and when it is destroyed. It is opened again instead.
+forks = 0  # number of forks between the process that imported this module and this one
+opening = threading.Lock()  # held while a runtime is opened again
+
+
+def _after_fork() -> None:
+    global forks, opening
+    forks += 1
+    opening = threading.Lock()  # the old one may be held by a thread that is not here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of a user who wants it: `tokenizers` would wait for its threads
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class EmotionClassifier:
-    """Names the most probable labels of texts; a copy, a pickle or a forked process opens the folder anew.
+    """Classifies texts. A copy, a pickle and a forked process open the folder again; threads may share an instance.
+
+    Args:
+        folder (`Path`): a model folder.
+        format (`str`): one of `WEIGHT_FILES`, which the folder has.
+        threads (`int`): the number of threads to compute with.
+        open_runtime (`Callable`, *optional*): replaces `open_artifact`, with the same arguments.
 
     Attributes:
-        labels: the names of the classes, in the order of the logits.
-        format: the format that was opened.
+        labels (`list[str]`): the names of the classes, in the order of the logits.
+        format (`str`): the format that is open.
+
+    Example:
+
+    ```python
+    >>> from emotion import EmotionClassifier
+    >>> classifier = EmotionClassifier.from_pretrained("weights/qat-int4")
+    >>> classifier.classify(["i miss my old home"])
+    [{'label': 'sadness', 'score': 0.99}]
+    ```
     """
 
     def __init__(self, folder: Path, format: str, threads: int, open_runtime=open_artifact):
-        """Opens one format of a folder; `from_pretrained` also finds the folder and the format.
-
-        ``open_runtime`` is called as `open_artifact` is: a benchmark opens formats that no artifact has.
-        """
         self._folder, self.format, self._threads, self._open_runtime = folder, format, threads, open_runtime
         self._open()
-        self._folder = Path(folder).absolute()  # to open it again, wherever the process stands then
+        self._folder = Path(folder).absolute()  # to open it again, whatever the working folder is then
 
     def _open(self) -> None:
         """Opens the runtime for this process."""
         # OpenMP, with which PyTorch computes, keeps its threads by the thread that calls. That of a fork has threads
         # that are not there; a new one gets new threads.
-        caller = ThreadPoolExecutor(max_workers=1) if processes.forks else None
+        caller = ThreadPoolExecutor(max_workers=1) if forks else None
         open_runtime = partial(self._open_runtime, self._folder, self.format, threads=self._threads)
         self._runtime = caller.submit(open_runtime).result() if caller else open_runtime()
         self.labels = self._runtime.labels
         self._one_by_one = Workers(self._runtime, calls=1, pool=caller)
         self._side_by_side = None  # opened by the first call with many texts
-        self._forks = processes.forks  # last: until then another thread would wait for what is opened here
+        self._forks = forks  # last: until then another thread would wait for what is opened here
 
     def __reduce__(self):
-        """For `pickle` and `copy`: a runtime cannot be copied, and its folder can be opened again."""
+        # For `pickle` and `copy`: a runtime cannot be copied, and its folder can be opened again.
         return type(self), (self._folder, self.format, self._threads, self._open_runtime)
 
     @property
     def runtime(self):
-        """The opened file, one of the classes in classifier.py, which computes a batch with all threads."""
-        if self._forks != processes.forks:
-            with processes.opening:
-                if self._forks != processes.forks:
-                    processes.never_destroy((self._runtime, self._one_by_one, self._side_by_side))
+        """The runtime of this process, one of the classes in runtimes.py."""
+        if self._forks != forks:
+            with opening:
+                if self._forks != forks:
+                    # The old runtime must not be destroyed, even when the interpreter ends.
+                    old = (self._runtime, self._one_by_one, self._side_by_side)
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(old))
                     self._open()
         return self._runtime
 
     @classmethod
     def from_pretrained(
         cls, model: str | Path, format: str | None = None, threads: int | None = None, verify: bool = True
-    ):
-        """Opens a model folder, or a repository of the Hub, of which it fetches one format.
+    ) -> "EmotionClassifier":
+        """Opens a model folder, or a repository of the Hub, of which it downloads one format.
 
         Args:
-            model: the folder, or the repository's id: owner/name.
-            format: one of `WEIGHT_FILES`; if None, ONNX, else OpenVINO, else the first that the folder has.
-            threads: how many to compute with; None takes all processors of this process.
-            verify: whether the files are compared with the folder's SHA256SUMS, where it has one.
+            model (`str` or `Path`): a folder, or a repository id on the Hub: "owner/name".
+            format (`str`, *optional*): "onnx", "openvino", "pytorch", "bf16", "torchao", "nf4" or "adapter"; defaults
+                to ONNX, else OpenVINO, else the first that the folder has.
+            threads (`int`, *optional*): the number of threads to compute with; defaults to `OMP_NUM_THREADS`, at most
+                all processors of this process.
+            verify (`bool`, defaults to `True`): whether the files are compared with the folder's SHA256SUMS, if any.
+
+        Returns:
+            `EmotionClassifier`
 
         Raises:
             UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
@@ -96,51 +131,67 @@ class EmotionClassifier:
 
     @property
     def texts_cut(self) -> int:
-        """How many texts were longer than the model takes and were cut, so far."""
+        """The number of texts so far that were longer than the model takes and were truncated."""
         return self.runtime.encode.texts_cut
 
     def classify(self, texts: Iterable[str], top_k: int | None = 1) -> list:
-        """Names the most probable labels of each text.
+        """Returns the most probable labels of each text.
 
         Args:
-            top_k: how many labels; None gives all.
+            texts (`Iterable[str]`): the texts; each is truncated to the model's maximum length.
+            top_k (`int`, *optional*, defaults to 1): the number of labels per text; `None` for all.
 
         Returns:
-            For each text, in order, ``{"label": str, "score": float}``; for another ``top_k`` than 1 a list of these,
-            most probable first. The scores of all labels sum to 1.
+            `list`: for each text, in order, a dictionary ``{"label": str, "score": float}``, or for another ``top_k``
+            than 1 a list of them, most probable first. A score is the softmax probability of the label.
 
         Raises:
             TypeError: if ``texts`` is a single string.
-            UserError: if one of the texts is no string, ``top_k`` is below 1, or the model gives no finite numbers.
+            UserError: if one of the texts is no string, ``top_k`` is below 1, or the logits are not finite.
         """
         return list(self.classify_stream(texts, top_k))
 
     def classify_stream(self, texts: Iterable[str], top_k: int | None = 1) -> Iterator:
-        """Yields the answers of `classify` one by one, in flat memory, with the same errors.
+        """Yields the results of `classify` one by one, in flat memory.
 
-        It reads up to two chunks of `CHUNK` texts ahead of the answer. Pass the lines of a live stream to `classify`
-        as they come.
+        It reads up to `2 * CHUNK` texts ahead of the result. Pass the lines of a live stream to `classify` as they
+        come.
+
+        Args:
+            texts (`Iterable[str]`): as in `classify`.
+            top_k (`int`, *optional*, defaults to 1): as in `classify`.
+
+        Raises:
+            TypeError, UserError: as `classify` does.
         """
-        refuse_single_text(texts)
+        check_is_batch(texts)
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k {top_k}: it takes 1 or more, or None for all labels")
-        return self._name_all(texts, top_k)
+        return self._label_all(texts, top_k)
 
-    def _name_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
+    def _label_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
         for logits in self._logits_in_chunks(texts):
-            yield from name_labels(logits, self.labels, top_k)
+            yield from to_labels(logits, self.labels, top_k)
 
     def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
-        """Returns float32 logits (texts, labels), in the order of the texts; it raises as `classify` does.
+        """Returns the logits of all texts.
 
-        ``progress`` is called with the number of texts of each batch that is computed.
+        Args:
+            texts (`Iterable[str]`): as in `classify`.
+            progress (`Callable[[int], object]`, *optional*): called with the number of texts of each finished batch.
+
+        Returns:
+            `np.ndarray`: float32 of shape `(texts, labels)`, in the order of the texts.
+
+        Raises:
+            TypeError, UserError: as `classify` does.
         """
-        refuse_single_text(texts)
-        nothing = np.empty((0, len(self.labels)), dtype=np.float32)  # the answer to no texts
-        return np.concatenate([nothing, *self._logits_in_chunks(texts, progress)])
+        check_is_batch(texts)
+        empty = np.empty((0, len(self.labels)), dtype=np.float32)  # the logits of no texts
+        return np.concatenate([empty, *self._logits_in_chunks(texts, progress)])
 
     def _logits_in_chunks(self, texts: Iterable[str], progress=None) -> Iterator[np.ndarray]:
-        """Yields float32 (texts, labels) for one chunk of texts after the other."""
+        """Yields float32 `(texts, labels)` for one chunk of texts after the other."""
         texts, position, started = iter(texts), 0, deque()
         runtime, workers = self.runtime, None
         try:
@@ -149,7 +200,7 @@ class EmotionClassifier:
                 position += len(chunk)
                 # The first chunk decides: a short one is all there is.
                 workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
-                # While the workers compute the chunk before, this thread tokenises the next.
+                # While the workers compute the chunk before, this thread tokenizes the next.
                 started.append(workers.start(runtime.encode(chunk), progress))
                 if len(started) > 1:
                     yield self._collect(started.popleft())
@@ -161,11 +212,11 @@ class EmotionClassifier:
                     future.cancel()
 
     def _collect(self, started: list[tuple[np.ndarray, Future]]) -> np.ndarray:
-        """Waits for batches of `Workers.start`; returns float32 (texts, labels), in the order of the texts."""
+        """Waits for batches of `Workers.start`; returns float32 `(texts, labels)`, in the order of the texts."""
         logits = np.empty((sum(len(rows) for rows, _ in started), len(self.labels)), dtype=np.float32)
         for rows, future in started:
             logits[rows] = future.result()
-        # The largest of a row with a NaN is no answer, yet `argmax` would give one, and JSON has no such number.
+        # `argmax` would return a label for a row with a NaN, and JSON has no such number.
         if not np.isfinite(logits).all():
             raise UserError(
                 f"{self._folder} ({self.format}) gives logits that are not finite: its weights are damaged"
@@ -174,7 +225,7 @@ class EmotionClassifier:
 
     def _open_side_by_side(self) -> "Workers":
         """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
-        with processes.opening:  # two threads may ask at once
+        with opening:  # two threads may ask at once
             if self._side_by_side is None:
                 self._side_by_side = self._one_by_one
                 # PyTorch sets its threads for the whole process, and runs one call at a time.
@@ -185,28 +236,31 @@ class EmotionClassifier:
 
 
 class Workers:
-    """An opened model, and the threads that call it; they end with the process or with this object."""
+    """The threads that call a runtime; they end with the process or with this object.
+
+    Args:
+        runtime: one of the classes in runtimes.py.
+        calls (`int`): the number of calls that it computes side by side.
+        pool (`ThreadPoolExecutor`, *optional*): the threads to call it by.
+    """
 
     def __init__(self, runtime, calls: int, pool: ThreadPoolExecutor | None = None):
-        """Takes a class of classifier.py, how many calls it computes side by side, and the threads to call it by."""
         self._runtime = runtime
         # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
         # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
         self._pool = pool or (ThreadPoolExecutor(max_workers=calls) if calls > 1 else None)
 
     def start(self, token_ids: list[list[int]], progress=None) -> list[tuple[np.ndarray, Future]]:
-        """Starts all batches; returns the numbers of each batch's texts, and its logits to come."""
+        """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
         started = []
         for rows in batches_by_tokens(token_ids):
-            batch = [token_ids[row] for row in rows]
-            future = self._submit(batch)
+            future = self._submit([token_ids[row] for row in rows])
             if progress:
-                future.add_done_callback(partial(_tell, progress, len(rows)))
+                future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
             started.append((rows, future))
         return started
 
     def _submit(self, batch: list[list[int]]) -> Future:
-        """The logits of a batch, to come or, without a pool, computed now."""
         if self._pool:
             return self._pool.submit(self._runtime.logits, batch)
         future = Future()
@@ -214,82 +268,137 @@ class Workers:
         return future
 
 
-def _tell(progress, count: int, _: Future) -> None:
-    progress(count)
-
-
-def choose_format(folder: Path, verify: bool) -> str:
-    """The format to open where none is asked for: the first of `PREFERRED` that the folder has, else its first.
-
-    Raises:
-        UserError: if the folder has lost a preferred one. The next would give slightly other answers.
-    """
-    formats = find_formats(folder)
-    named = read_sums(folder) if verify else None
-    for format in PREFERRED:
-        if format in formats:
-            return format
-        for name in WEIGHT_FILES[format]:
-            if name in (named or {}) and not (folder / name).exists():
-                raise UserError(
-                    f"{folder} has no {name}, which {SUMS_FILE} names; make or fetch the artifact again, or ask for "
-                    f"one of its formats: {', '.join(formats)}"
-                )
-    return next(iter(formats))
-
-
-def name_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
-    """Yields the answer of `EmotionClassifier.classify` for each row of the logits, float (texts, labels)."""
+def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
+    """Yields the result of `EmotionClassifier.classify` for each row of the logits, float `(texts, labels)`."""
     probabilities = softmax(logits)
-    # Stable: of equal scores the first label wins, as `argmax` has it in the evaluation.
+    # Stable: of equal scores the first label wins, as with `argmax` in the evaluation.
     order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
     scores = np.take_along_axis(probabilities, order, axis=-1)
-    for classes, values in zip(order.tolist(), scores.tolist(), strict=True):
+    for indices, values in zip(order.tolist(), scores.tolist(), strict=True):
         answers = []
-        for index, score in zip(classes, values, strict=True):
+        for index, score in zip(indices, values, strict=True):
             answers.append({"label": labels[index], "score": score})
         yield answers[0] if top_k == 1 else answers
 
 
-def refuse_single_text(texts) -> None:
-    """Raises `TypeError` for a string, whose characters would be answered one by one."""
+def check_is_batch(texts) -> None:
+    """Raises `TypeError` for a string, whose characters would be classified one by one."""
     if isinstance(texts, str | bytes):
         raise TypeError("texts must be a list of strings, not a single one; write [text]")
 
 
 def check_texts(texts: list, position: int) -> None:
-    """Raises `UserError` for the first item that cannot be answered; ``position`` is the number of the first item."""
+    """Raises `UserError` for the first item that is no valid string; ``position`` is the index of the first item."""
     for number, text in enumerate(texts, start=position):
-        # None and NaN stand for missing texts in tables; a pair of texts would be taken for one text of two parts.
+        # None and NaN mark missing texts in tables; a pair of texts would be taken for one text of two parts.
         if not isinstance(text, str):
             raise UserError(f"text {number} (counted from 0) is {text!r:.40}, no string; leave it out or convert it")
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half of an emoji, say, cut by another program
+        except UnicodeEncodeError as error:  # half a surrogate pair, cut by another program
             raise UserError(
                 f"text {number} (counted from 0) has half a character at {error.start}; replace it"
             ) from error
 
 
+def choose_format(folder: Path, verify: bool) -> str:
+    """The first of `PREFERRED` that the folder has, else its first format.
+
+    Raises:
+        UserError: if the folder has lost a preferred one. The next would give slightly other answers.
+    """
+    formats = find_formats(folder)
+    sums = (read_sums(folder) if verify else None) or {}
+    for format in PREFERRED:
+        if format in formats:
+            return format
+        for name in WEIGHT_FILES[format]:
+            if name in sums and not (folder / name).exists():
+                raise UserError(
+                    f"{folder} has no {name}, which {SUMS_FILE} names; make or download it again, or ask for one of "
+                    f"its formats: {', '.join(formats)}"
+                )
+    return next(iter(formats))
+
+
 def find_model(name: str, format: str | None, verify: bool = True) -> Path:
-    """The folder of that name, or the downloaded files of the Hub's repository of that name.
+    """The folder of that name, or the downloaded files of the repository of that name.
 
     Args:
-        format: the format to download; the first of `PREFERRED` that the repository has if None.
+        name: a folder, or a repository id on the Hub.
+        format: the format to download; if None, the first of `PREFERRED` that the repository has.
         verify: whether downloaded files are compared with the repository's SHA256SUMS.
 
     Raises:
         UserError: if there is neither, the repository does not have the format, or a downloaded file is damaged.
     """
-    # A word that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
+    # A name that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name)
     if format not in {None, *WEIGHT_FILES}:
         raise UserError(f"no format '{format}'; take one of {', '.join(WEIGHT_FILES)}")
-    # Imported here: a local folder needs no Hub.
-    from emotion.inference.download import fetch
-
     try:
         return fetch(name, [format] if format else [*PREFERRED], verify)
     except UserError as error:
         raise UserError(f"no folder {name}; {error}; {HOW_TO_GET}") from error
+
+
+def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
+    """Downloads the files that one format of a repository needs, or finds them in the cache.
+
+    Args:
+        repo_id: the repository id on the Hub.
+        formats: the formats to look for; the first that the repository has is downloaded.
+        verify: whether the files are compared with the repository's SHA256SUMS, if any.
+        optional: other files to download, if the repository has them.
+
+    Returns:
+        The folder that holds the files.
+
+    Raises:
+        UserError: if the repository has none of the formats, a file differs from its checksum, or the Hub refuses or
+            still fails at the last attempt.
+    """
+    from emotion.utils.hub_requests import ask_hub, endpoint_answers  # a local folder needs no huggingface_hub
+
+    check_repo_id(repo_id)
+    offline = not endpoint_answers()  # then the cache alone is read
+    folder, names = ask_hub(lambda: _download(repo_id, formats, (SUMS_FILE, *optional), offline), repo_id)
+    if verify:
+        try:
+            check_sums(folder, names)
+        except UserError as error:  # the cache would give the same file again
+            raise UserError(f"{error}. To fetch it anew, first run `hf cache rm model/{repo_id}`") from error
+    return folder
+
+
+def _download(repo_id: str, formats: list[str], optional: tuple[str, ...], offline: bool) -> tuple[Path, list[str]]:
+    """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    download = partial(hf_hub_download, repo_id, local_files_only=offline)
+    # Offline, nobody knows whether the repository lacks a file that the cache lacks.
+    absent = EntryNotFoundError if offline else RemoteEntryNotFoundError
+    folder = Path(download(SHARED_FILES[0])).parent
+    # The cache names its folders by commit. All files come from this one, whatever is pushed meanwhile.
+    download = partial(download, revision=folder.name)
+    for name in SHARED_FILES[1:]:
+        download(name)
+    for name in optional:
+        with suppress(absent):  # most repositories have none
+            download(name)
+    for format in formats:
+        for weights in WEIGHT_FILES[format]:
+            # Tried one after the other: a list of files exists on the Hub only, not in the cache.
+            try:
+                download(weights)
+            except absent:
+                continue
+            names = names_to_serve(folder, folder / weights, format)
+            for name in names:
+                download(name)
+            return folder, names
+    if offline:
+        raise LocalEntryNotFoundError(f"no file for {' or '.join(formats)}")
+    raise UserError(f"{repo_id} has no file for {' or '.join(formats)}")

@@ -1,8 +1,7 @@
-"""The label of a text by a language model: of all class names, the one that is the likeliest answer to the prompt.
+"""Classification with a language model: the class name with the highest log-likelihood as the answer to the prompt.
 
-No free text is parsed, so each text has a logit per class, as with a classifier. The logit is the log-likelihood of
-the class name: the sum over its tokens, up to the token that ends the answer. With its end, no name is the beginning
-of another one, so long and short names compare fairly. Softmax over the logits gives the probability of each class,
+The logit of a class is the sum of the log-probabilities of its name's tokens and of the token that ends the answer,
+which keeps a name from being the beginning of another. Softmax over the logits gives the probability of each class,
 given that the answer is one of them.
 """
 
@@ -19,7 +18,7 @@ from emotion.utils.errors import UserError, one_line
 
 
 def open_adapted(folder: Path, adapter: Path) -> PeftModel:
-    """Opens the language model in ``folder`` with the adapter of the other folder, on the processor.
+    """Opens the language model in ``folder`` with the adapter in ``adapter``, on the CPU.
 
     Raises:
         UserError: if one of them cannot be read, or they do not fit each other.
@@ -32,31 +31,30 @@ def open_adapted(folder: Path, adapter: Path) -> PeftModel:
 
 
 def has_chat_template(folder: Path | str) -> bool:
-    """Whether the tokenizer of a folder, or of a Hub id, says how a prompt is written."""
+    """Whether the tokenizer of a folder or Hub id has a chat template."""
     return bool(_open_tokenizer(folder).chat_template)
 
 
 def _open_tokenizer(folder: Path | str):
-    """The tokenizer of a folder, or of a Hub id. Raises `UserError` if it cannot be loaded."""
+    """The tokenizer of a folder or Hub id; raises `UserError` if it cannot be loaded."""
     with one_line(f"{folder}: no tokenizer can be loaded from it"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class PromptEncoder:
-    """Texts to the token ids of their prompts: instruction and text in the model's chat template.
+    """Encodes prompts: the instruction and a text in the model's chat template.
 
-    Attributes:
-        texts_cut: how many texts were cut: none, since a prompt that lacks its end would ask for no answer.
+    Args:
+        folder: the model folder.
+        instruction: defaults to the one in the folder's config.json.
+
+    Raises:
+        UserError: if there is no tokenizer with a chat template, or no instruction.
     """
 
-    texts_cut = 0
+    texts_cut = 0  # as of `TextEncoder`: a prompt without its end would ask for no answer, so none is truncated
 
     def __init__(self, folder: Path, instruction: str | None = None):
-        """Opens the folder's tokenizer; the instruction is that of its config.json if none is given.
-
-        Raises:
-            UserError: if there is no tokenizer with a chat template, or no instruction.
-        """
         self._tokenizer = _open_tokenizer(folder)
         self._instruction = instruction or read_config(folder).get("instruction")
         if not self._instruction or not self._tokenizer.chat_template:
@@ -67,16 +65,16 @@ class PromptEncoder:
         return self._encode([self._render(text) for text in texts])
 
     def answer(self, label: str, whole: bool = False) -> list[int]:
-        """Returns the token ids of a label as the answer, up to the token that ends it.
+        """Returns the token ids of a label as the answer, up to the EOS token.
 
         Args:
-            whole: also return what the template puts behind the end.
+            label: the name of a class.
+            whole: whether to add what the template writes after the EOS token.
 
         Raises:
-            UserError: if the chat template does not write an answer behind the prompt, or does not end it with the
-                tokenizer's end token.
+            UserError: if the chat template does not write the answer after the prompt, or without an EOS token.
         """
-        # Any text will do: what comes before the answer is cut off. Tokenised by itself, as in the training.
+        # Any text will do, since what precedes the answer is removed. Tokenized by itself, as in the training.
         prompt, both = self._render(""), self._render("", label)
         if not both.startswith(prompt):  # templates of models that think first rewrite what precedes an answer
             raise UserError(f"the chat template does not write an answer behind the prompt {prompt[-40:]!r}")
@@ -98,19 +96,21 @@ class PromptEncoder:
 
 
 class AnswerTree:
-    """All answers side by side behind one prompt: a token sees the prompt and what precedes it in its own answer.
+    """All answers side by side after one prompt (tree attention): a token attends to the prompt and to its own answer.
 
-    One pass therefore computes the prompt once, whatever the number of classes.
+    One forward pass therefore computes the prompt once, whatever the number of classes.
+
+    Args:
+        answers: the token ids of each answer, EOS included.
     """
 
     def __init__(self, answers: list[list[int]]):
-        """Takes the token ids of each answer, its end included."""
-        inputs, owners, steps = [], [], []  # of the tokens behind the prompt: no answer's last one predicts anything
-        places, targets, classes = [], [], []  # of the predictions: where, of which token, for which answer
+        inputs, owners, steps = [], [], []  # of the tokens after the prompt; an answer's last one predicts nothing
+        positions, targets, classes = [], [], []  # of the predictions
         for number, answer in enumerate(answers):
             for step, token in enumerate(answer):
-                # Place 0 is the last token of the prompt, which predicts the first token of every answer.
-                places.append(len(inputs) if step else 0)
+                # Position 0 is the last token of the prompt, which predicts the first token of every answer.
+                positions.append(len(inputs) if step else 0)
                 targets.append(token)
                 classes.append(number)
                 if step + 1 < len(answer):
@@ -118,22 +118,22 @@ class AnswerTree:
                     owners.append(number)
                     steps.append(step)
         self._inputs, self._owners, self._steps = map(torch.tensor, (inputs, owners, steps))
-        self._places, self._targets, self._classes = map(torch.tensor, (places, targets, classes))
+        self._positions, self._targets, self._classes = map(torch.tensor, (positions, targets, classes))
         self._count = len(answers)
 
     def log_likelihoods(self, model, prompts: list[list[int]]) -> np.ndarray:
         """The log-likelihood of each answer to each prompt: float32 (prompts, answers).
 
         Args:
-            model: a language model of Transformers, or of PEFT, on the processor.
-            prompts: token ids.
+            model: a language model of Transformers or PEFT, on the CPU.
+            prompts: the token ids of each prompt.
         """
-        ids, positions, sees = self._arrange(prompts)
+        ids, positions, attends = self._arrange(prompts)
         dtype = model.get_input_embeddings().weight.dtype
-        # It is added to the scores of the attention: all implementations take that, and truth values not all.
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+        # An additive mask, since not all attention implementations take a boolean one.
+        mask = torch.zeros(attends.shape, dtype=dtype).masked_fill(~attends, torch.finfo(dtype).min)[:, None]
         with torch.inference_mode():
-            # Only the last token of the prompt and those behind it predict: a vocabulary is large.
+            # Only the last token of the prompt and those after it predict: a vocabulary is large.
             output = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -142,24 +142,24 @@ class AnswerTree:
                 use_cache=False,
             )
             logits = output.logits.float()
-            tokens = logits[:, self._places, self._targets] - logits.logsumexp(dim=-1)[:, self._places]
+            tokens = logits[:, self._positions, self._targets] - logits.logsumexp(dim=-1)[:, self._positions]
             sums = torch.zeros(len(prompts), self._count).index_add(1, self._classes, tokens)
         return sums.numpy()
 
     def _arrange(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids and positions, int64 (prompts, width); which token sees which, bool (prompts, width, width)."""
+        """Token ids and positions, int64 (prompts, width), and the attention mask, bool (prompts, width, width)."""
         longest = max(map(len, prompts))
         width = longest + len(self._inputs)
         ids = torch.zeros((len(prompts), width), dtype=torch.int64)
         positions, filled = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
-            start = longest - len(prompt)  # padded on the left, so that the answers begin at one place
+            start = longest - len(prompt)  # padded on the left, so that the answers begin at the same index
             ids[row, start:longest] = torch.tensor(prompt)
             positions[row, start:longest] = torch.arange(len(prompt))
             positions[row, longest:] = len(prompt) + self._steps
             filled[row, start:] = True
         ids[:, longest:] = self._inputs
-        owners = torch.cat([torch.full((longest,), -1), self._owners])  # -1: the prompt, which all see
-        tree = ((owners == -1) | (owners[:, None] == owners)).tril()  # and no token sees what follows it
-        # Padding sees itself, since a token that sees nothing has no attention.
+        owners = torch.cat([torch.full((longest,), -1), self._owners])  # -1: the prompt, to which all attend
+        tree = ((owners == -1) | (owners[:, None] == owners)).tril()
+        # Padding attends to itself, since softmax over nothing is NaN.
         return ids, positions, tree & filled[:, None] | torch.eye(width, dtype=torch.bool)

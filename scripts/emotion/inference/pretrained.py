@@ -1,4 +1,4 @@
-"""Models as `from_pretrained` opens them: from a base model without a head, or trained."""
+"""Loads classifiers with `from_pretrained`: a base model with a new head, or a fine-tuned model."""
 
 from pathlib import Path
 
@@ -6,44 +6,40 @@ from emotion.inference.model_folder import read_config
 from emotion.utils.checksums import check_sums
 from emotion.utils.errors import UserError, one_line
 
-# Sizes in config.json that are a dimension of some weight; those of BERT and its descendants, and DistilBERT's
+# Sizes in config.json that are a dimension of some weight, of BERT and its descendants, and of DistilBERT
 SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")
+CLASSIFIER = "AutoModelForSequenceClassification"
 LAYERS = ("num_hidden_layers", "n_layers")
-# Weights that a file may hold and a classifier leaves out: older libraries saved the numbers of the positions, and the
-# pooler of an encoder whose head does without.
+# Weights that a file may hold in excess: older libraries saved position ids, and the pooler of an encoder whose head
+# has none.
 UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
-def open_classifier(folder, **options):
-    """`open_model` with `AutoModelForSequenceClassification`."""
-    return open_model("AutoModelForSequenceClassification", folder, **options)
-
-
 def open_model(auto_class: str, folder, **options):
-    """Calls `from_pretrained` of one of Transformers' auto classes, from safetensors and without remote code.
+    """Calls `from_pretrained` of an auto class, from safetensors and without remote code.
 
     Args:
-        auto_class: its name; the class itself would load Transformers where this file is imported.
+        auto_class: its name, so that importing this module does not load Transformers.
         folder: a local folder or a Hub id.
-        options: more options of `from_pretrained`; those on trust cannot be overridden.
+        options: further arguments of `from_pretrained`.
 
     Returns:
-        The model and the loading report, which names the weights that were missing or did not fit.
+        The model and its loading info, which names missing, unexpected and mismatched weights.
 
     Raises:
-        UserError: if the files cannot be read, in one line.
+        UserError: if the files cannot be read.
     """
     import transformers
 
-    # A pickle or a file of Python code from a stranger's repository could run anything on this machine.
+    # A pickle or Python code from a repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    # For a wrong value in config.json, Transformers may raise whatever Python or PyTorch has.
+    # For a wrong value in config.json, Transformers may raise any kind of error.
     with one_line(f"{folder} cannot be opened"):
         return getattr(transformers, auto_class).from_pretrained(folder, **options)
 
 
 def build_config(path: str, labels: list[str], attention_dropout: float | None):
-    """The configuration of a base model as a classifier of these labels.
+    """Loads the configuration of a base model and sets the labels.
 
     Args:
         path: a local folder or a Hub id.
@@ -51,31 +47,31 @@ def build_config(path: str, labels: list[str], attention_dropout: float | None):
         attention_dropout: dropout of the attention weights; None keeps the base model's own.
 
     Raises:
-        UserError: if the model is a trained classifier already, of another number of classes.
+        UserError: if the model is a classifier with another number of classes.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    # A trained head of another size would be thrown away without a word, and a random one trained in its place.
+    # Transformers would replace a head of another size by a random one.
     trained = any("SequenceClassification" in name for name in config.architectures or [])
     if trained and config.num_labels != len(labels):
         raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
     config.num_labels = len(labels)
-    # These two are saved with the model: a client that knows nothing of the dataset answers with names.
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     if attention_dropout is not None:
-        for name in ("attention_probs_dropout_prob", "attention_dropout"):  # BERT's and its descendants', DistilBERT's
+        for name in ("attention_probs_dropout_prob", "attention_dropout"):  # of BERT and of DistilBERT
             if name in vars(config):
                 setattr(config, name, attention_dropout)
     return config
 
 
 def build_classifier(path: str, labels: list[str], attention_dropout: float | None, **options):
-    """The encoder with a fresh classification head, or with its own if it was trained for as many classes.
+    """Loads the encoder with a new classification head, or with its own if that has as many classes.
 
     Args:
-        options: more options of `from_pretrained`, for instance those of `nf4_options`.
+        path, labels, attention_dropout: as in `build_config`.
+        options: further arguments of `from_pretrained`, for instance `quantization_config`.
 
     Returns:
         The model; its float weights are float32.
@@ -84,26 +80,23 @@ def build_classifier(path: str, labels: list[str], attention_dropout: float | No
         UserError: if it cannot be opened, or its encoder has no pretrained weights.
     """
     config = build_config(path, labels, attention_dropout)
-    # In float32 even if the file holds half precision: a small learning rate would vanish in its rounding.
-    model, report = open_classifier(path, config=config, dtype="float32", **options)
+    # Also if the file is in half precision, whose rounding would swallow small updates.
+    model, report = open_model(CLASSIFIER, path, config=config, dtype="float32", **options)
     encoder = f"{model.base_model_prefix}."
-    # Missing weights of the encoder would be random numbers, and only Transformers' own warning would say so. The head
-    # is always missing, and encoders trained without a pooler get a fresh one: both are trained.
-    absent = []
-    for key in sorted(report["missing_keys"]):
-        if key.startswith(encoder) and "pooler" not in key:
-            absent.append(key)
+    # Missing weights would be random: those of head and pooler are trained, those of the encoder should not be.
+    missing = sorted(report["missing_keys"])
+    absent = [key for key in missing if key.startswith(encoder) and "pooler" not in key]
     if absent:
         raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
     return model
 
 
 def load_trained_classifier(folder: Path, verify: bool = True, **options):
-    """Opens a classifier and refuses a folder without a trained head.
+    """Loads a fine-tuned classifier.
 
     Args:
         verify: whether the files are compared with the folder's SHA256SUMS.
-        options: more options of `from_pretrained`.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         UserError: if weights are damaged, missing or unused, do not fit the configuration, or cannot be read.
@@ -112,8 +105,7 @@ def load_trained_classifier(folder: Path, verify: bool = True, **options):
     if verify:
         check_sums(folder, ["config.json", name])
     check_sizes(Path(folder) / name)
-    # Transformers would stop at sizes that do not fit, with a page of text; the line below names the first of them.
-    model, report = open_classifier(folder, ignore_mismatched_sizes=True, **options)
+    model, report = open_model(CLASSIFIER, folder, ignore_mismatched_sizes=True, **options)
     if report["mismatched_keys"]:  # (name, shape in the file, shape by config.json)
         name, found, expected = sorted(report["mismatched_keys"])[0]
         raise UserError(f"{folder}: {name} is {list(found)} in the weights and {list(expected)} by config.json")
@@ -127,34 +119,31 @@ def load_trained_classifier(folder: Path, verify: bool = True, **options):
 
 
 def save_compact(model, folder: Path) -> None:
-    """Saves a model whose weights are stored in smaller types than it computes in, which is float32 unless told.
+    """Saves a model in the types of its weights, which `from_pretrained` opens in float32 by default.
 
-    `from_pretrained` opens the folder in float32, or in the ``dtype`` that it is given. Processors without the
-    instructions for bfloat16 take 4 to 7 times as long in it.
+    bfloat16 takes 4 to 7 times as long on processors without its instructions.
     """
-    # Not in a checkpoint's legacy names (`LayerNorm.gamma`): of a quantized file, Transformers leaves tensors that it
-    # renames in the type in which they are stored, and the norms would not fit the activations.
+    # Not under legacy names (`LayerNorm.gamma`): Transformers does not convert the type of tensors that it renames.
     model.save_pretrained(folder, save_original_format=False)
-    model.config.dtype = "float32"  # Transformers wrote that of the first weight
+    model.config.dtype = "float32"  # not that of the first weight
     model.config.save_pretrained(folder)
 
 
 def check_sizes(weights: Path) -> None:
-    """Raises `UserError` if config.json asks for a far larger model than the weights hold.
+    """Raises `UserError` if config.json asks for a larger model than the weights hold.
 
-    Transformers builds the model before it looks for its weights: a million layers would take all memory first.
+    Transformers builds the model before it reads the weights: a million layers would take all memory.
     """
     config, shapes = read_config(weights.parent), read_shapes(weights)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
     for key in SIZES + LAYERS:
-        # Each layer has several weights, so that their number is more than enough.
         most = len(shapes) if key in LAYERS else largest
         if isinstance(config.get(key), int) and config[key] > most:
             raise UserError(f"{weights.parent}: config.json asks for {key} {config[key]}, and the weights have less")
 
 
 def read_shapes(weights: Path) -> list[list[int]]:
-    """The shapes of all tensors, from the header of a safetensors file; raises `UserError` if it cannot be read."""
+    """Reads the shapes of all tensors of a safetensors file; raises `UserError` if it cannot be read."""
     from safetensors import safe_open
 
     with one_line(f"{weights} cannot be read"), safe_open(weights, framework="pt") as file:

@@ -1,15 +1,12 @@
-"""The variants whose weights are tracked in `weights/`, so that a clone answers at once.
-
-Each of them comes in one form: all forms of all variants would be 600 MB. `make results` makes the others.
-"""
+"""The variants whose weights are tracked in `weights/`, each in one format: all formats would be 600 MB."""
 
 from pathlib import Path
 
 from emotion.inference.model_folder import find_formats, names_to_serve
 from emotion.utils.recipe import RECIPE_FILE
 
-# Variant -> its form. ONNX Runtime's is the fastest for one text, and the browser's; the base that others start from
-# comes in half the bytes of FP32, and QLoRA as it was trained, in 4 bits with the adapter beside it.
+# Variant -> its format. ONNX is the fastest for one text, and the browser's; the baseline comes in half the bytes of
+# FP32, and QLoRA as it was trained, in 4 bits with the adapter beside it.
 RELEASED = {
     "baseline": "bf16",
     "ptq": "onnx",
@@ -19,23 +16,23 @@ RELEASED = {
     "qlora": "nf4",
 }
 RECOMMENDED = "qat-int4"  # the best file of QAT on validation; a seventh of FP32
-# The baseline's file takes the name that `from_pretrained` opens. config.json makes it compute in float32: in bfloat16
-# two labels of 2,000 are others on another processor, and macro F1 moves by 0.2 points with them.
+# The baseline's file gets the name that `from_pretrained` opens. config.json makes it compute in float32: in bfloat16
+# two labels of 2,000 differ on another processor, and macro F1 by 0.2 points.
 RENAMED = {"model.bf16.safetensors": "model.safetensors"}
 OPENED_AS = {"baseline": "pytorch"}
-SCORES_OF_OPENED = "released"  # folder of the results with the record of what is opened in another form
-LICENSE_FILE = "LICENSE"  # of the weights, which have their encoder's: that of the code is another
-BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 150 * 10**6  # what a clone should carry at most
+SCORES_OF_OPENED = "released"  # folder of the results with the record of what is opened in another format
+LICENSE_FILE = "LICENSE"  # of the weights, which have their encoder's, not that of the code
+BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 150 * 10**6  # upper bounds for a clone
 
 
 def names_to_release(folder: Path, variant: str) -> dict[str, str]:
-    """The files of an artifact that are released: name in its folder -> name in the released one; without the licence.
+    """The files of a model folder that are released, without the license: name there -> name in the released folder.
 
     Raises:
-        UserError: if the folder does not have the form that is released of its variant.
+        UserError: if the folder does not have the format that is released of its variant.
     """
     folder, format = Path(folder), RELEASED[variant]
     names = names_to_serve(folder, find_formats(folder)[format], format)
-    for path in sorted((folder / "adapter").glob("adapter_*")):  # of QLoRA, beside the base that it was trained on
+    for path in sorted((folder / "adapter").glob("adapter_*")):  # QLoRA's
         names.append(path.relative_to(folder).as_posix())
     return {name: RENAMED.get(name, name) for name in [*names, RECIPE_FILE]}

@@ -1,10 +1,10 @@
-"""One class per runtime, all with the same three members: `labels`, `encode(texts)` and `logits(token_ids)`.
+"""One class per runtime, all with the same members.
 
-`labels` are the names of the classes, in the order of the logits. `encode` gives the token ids of texts, the same for
-every runtime. `logits` gives float32 (texts, labels).
+- `labels` (`list[str]`): the names of the classes, in the order of the logits.
+- `encode(texts)`: the token ids of each text, the same for every runtime.
+- `logits(token_ids)`: float32 array (texts, labels).
 
-A runtime is imported when one of its files is opened. ONNX Runtime needs neither torch nor transformers, so that the
-first answer comes at once.
+A runtime is imported when one of its files is opened: ONNX Runtime needs neither torch nor transformers.
 """
 
 from pathlib import Path
@@ -17,21 +17,19 @@ from emotion.inference.model_folder import read_labels, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.utils.errors import UserError, one_line
 
-# Tokens of a batch, padding included, where many texts are answered. The values of one layer stay in the processor's
-# cache, and a batch is still large enough that its start costs nothing.
+# Tokens per batch of many texts, padding included: the activations of a layer stay in the processor's cache, and the
+# overhead of a call is still small.
 TOKENS = 512
-
-
-# What a file may take, int64 (texts, longest) each
+# The inputs that a graph may have, int64 (texts, longest) each
 INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
-    """Compares the inputs and outputs of a graph with what `TextEncoder.pad` gives and what an answer needs.
+    """Checks that a graph takes what `TextEncoder.pad` gives, and returns logits.
 
     Args:
-        inputs: name -> type of a number, and number of dimensions.
-        outputs: the same.
+        weights: the file, for the message.
+        inputs, outputs: name -> data type and number of dimensions.
 
     Raises:
         UserError: naming the first input or output that does not fit.
@@ -48,22 +46,30 @@ def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
 
 
 class OnnxClassifier:
-    """Token ids to logits with ONNX Runtime on the CPU; several callers may compute side by side."""
+    """ONNX Runtime on the CPU; several threads may call it side by side.
+
+    Args:
+        folder: the model folder.
+        weights: an ONNX file in it.
+        threads: the number of threads of a call.
+
+    Raises:
+        UserError: if the file cannot be opened.
+    """
 
     def __init__(self, folder: Path, weights: Path, threads: int):
-        """Opens ``weights``, an ONNX file in ``folder``; raises `UserError` if it cannot be opened."""
         import onnxruntime
 
-        onnxruntime.set_default_logger_severity(4)  # its errors come as exceptions, and one line tells them
+        onnxruntime.set_default_logger_severity(4)  # its errors come as exceptions too
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1  # the graph is a chain: there are no two operators to run side by side
         self._weights = weights
         with one_line(f"{weights} cannot be opened by ONNX Runtime"):
             self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
-        inputs, outputs = describe_values(self._session.get_inputs()), self._session.get_outputs()
-        check_graph(weights, inputs, describe_values(outputs))
-        self._inputs = list(inputs)  # not every encoder takes token types: DistilBERT's file has two, BERT's three
+        inputs, outputs = onnx_types(self._session.get_inputs()), self._session.get_outputs()
+        check_graph(weights, inputs, onnx_types(outputs))
+        self._inputs = list(inputs)  # not every encoder takes token types
         (logits,) = [value for value in outputs if value.name == "logits"]
         self.labels = read_labels(folder, weights, width=logits.shape[-1])
         self.encode = TextEncoder(folder, threads)
@@ -75,25 +81,30 @@ class OnnxClassifier:
             return self._session.run(["logits"], {name: arrays[name] for name in self._inputs})[0]
 
 
-def describe_values(values) -> dict[str, tuple[str, int]]:
-    """Name -> type and number of dimensions, of the inputs or outputs of an ONNX file, for `check_graph`."""
+def onnx_types(values) -> dict[str, tuple[str, int]]:
+    """Name -> data type and number of dimensions, of the inputs or outputs of an ONNX session."""
     types = {"tensor(int64)": "int64", "tensor(float)": "float32"}
     return {value.name: (types.get(value.type, value.type), len(value.shape)) for value in values}
 
 
 class OpenVinoClassifier:
-    """Token ids to logits with OpenVINO on the CPU.
+    """OpenVINO on the CPU.
+
+    Args:
+        folder: the model folder.
+        weights: an .xml file in it.
+        threads: the number of threads, which the calls divide among them.
+        calls: the number of calls of `logits` that run side by side; others wait.
+        precision: `f32` or `bf16`, the precision of the operators that are not quantized; OpenVINO's choice if None.
 
     Attributes:
-        float_precision: `f32` or `bf16`, the precision of the operators that are not quantized.
+        float_precision: the precision of the operators that are not quantized.
+
+    Raises:
+        UserError: if the file cannot be opened.
     """
 
     def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1, precision: str | None = None):
-        """Opens ``weights``, an .xml file in ``folder``; raises `UserError` if it cannot be opened.
-
-        ``calls`` of `logits` may run side by side, and divide the threads among them; others wait. OpenVINO chooses
-        the precision of the operators that are not quantized, unless ``precision`` says `f32` or `bf16`.
-        """
         import openvino
 
         core = openvino.Core()
@@ -109,13 +120,13 @@ class OpenVinoClassifier:
             if b"<net" not in start:  # it would try the formats of other libraries
                 raise ValueError("it is no graph in XML")
             graph = core.read_model(weights)
-            inputs = describe_ports(graph.inputs)
-            check_graph(weights, inputs, describe_ports(graph.outputs))
+            inputs = openvino_types(graph.inputs)
+            check_graph(weights, inputs, openvino_types(graph.outputs))
             width = graph.output("logits").get_partial_shape()[1].to_string()  # "?" where it is not fixed
             model = core.compile_model(graph, "CPU")
-        # Its choice depends on the processor, and comes without a word, so that it must be asked and recorded.
+        # OpenVINO's choice depends on the processor, and is recorded.
         self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self._idle = SimpleQueue()  # requests that compute nothing now: a request serves one caller at a time
+        self._idle = SimpleQueue()  # of requests: each serves one caller at a time
         for _ in range(calls):
             self._idle.put(model.create_infer_request())
         self._inputs = list(inputs)
@@ -134,8 +145,8 @@ class OpenVinoClassifier:
             self._idle.put(request)
 
 
-def describe_ports(ports) -> dict[str, tuple[str, int]]:
-    """Name -> type and number of dimensions, of the inputs or outputs of an OpenVINO graph, for `check_graph`."""
+def openvino_types(ports) -> dict[str, tuple[str, int]]:
+    """Name -> data type and number of dimensions, of the inputs or outputs of an OpenVINO graph."""
     described = {}
     for port in ports:
         rank = port.get_partial_shape().rank
@@ -147,20 +158,25 @@ def describe_ports(ports) -> dict[str, tuple[str, int]]:
 
 
 class TorchClassifier:
-    """Token ids to logits with PyTorch, eager, opened as any user would: with `from_pretrained`.
+    """PyTorch, eager, opened with `from_pretrained`.
+
+    Args:
+        folder: the model folder.
+        weights: a safetensors file in it.
+        threads: the number of threads, which is set for the whole process.
+        dtype: as of `from_pretrained`.
 
     Attributes:
         model: the opened model.
     """
 
     def __init__(self, folder: Path, weights: Path, threads: int, dtype: str = "auto"):
-        """Opens ``weights``, a safetensors file in ``folder``; sets the threads of the whole process."""
         import torch
 
         torch.set_num_threads(threads)
         self._weights = weights
-        variant = "bf16" if ".bf16." in weights.name else None  # Transformers' word for the middle of the file's name
-        # `open_artifact` has compared the files with their sums.
+        variant = "bf16" if ".bf16." in weights.name else None  # Transformers' term
+        # `open_artifact` has compared the files with their checksums.
         self.model = load_trained_classifier(folder, verify=False, variant=variant, dtype=dtype).eval()
         self.encode = TextEncoder(folder, threads)
         # Asked of the model itself: Transformers lets a head of another width pass where weights are quantized.
@@ -182,16 +198,21 @@ class TorchClassifier:
 
         arrays = self.encode.pad(token_ids)
         with torch.inference_mode(), one_line(f"{self._weights} cannot answer"):
-            # No token types: every model fills in zeros, which is what they are.
+            # Without token types, which every model sets to zeros
             ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
             return self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()  # NumPy has no bfloat16
 
 
 class GenerativeClassifier(TorchClassifier):
-    """Prompts to the log-likelihoods of the class names as answers, by a language model in 4 bits and its adapter."""
+    """A language model in 4 bits with its adapter: the logits are the log-likelihoods of the class names as answers.
+
+    Args:
+        folder: the folder of the language model.
+        weights: the adapter's safetensors file.
+        threads: the number of threads, which is set for the whole process.
+    """
 
     def __init__(self, folder: Path, weights: Path, threads: int):
-        """Opens the language model in ``folder`` and ``weights``, its adapter; sets the threads of the process."""
         import torch
 
         from emotion.inference.likelihood import AnswerTree, PromptEncoder, open_adapted
@@ -203,31 +224,34 @@ class GenerativeClassifier(TorchClassifier):
         self._answers = AnswerTree([self.encode.answer(label) for label in self.labels])
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
-        """Returns float32 log-likelihoods (texts, labels), which softmax makes probabilities."""
+        """Returns float32 log-likelihoods (texts, labels)."""
         return self._answers.log_likelihoods(self.model, token_ids)
 
 
 class ModelInMemory(TorchClassifier):
-    """A classifier of a model that is not saved yet."""
+    """A model that is not saved yet, with the threads that the process has."""
 
     def __init__(self, model, encoder: TextEncoder):
-        """Takes the model as it is, and the number of threads that the process has."""
         self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
         self._weights = "the model in memory"
 
 
 def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verify: bool = True):
-    """Opens one format of a folder as a classifier.
+    """Opens one format of a model folder.
 
     Args:
+        folder: the model folder.
         format: one of `WEIGHT_FILES`.
-        threads: how many the runtime may compute with.
-        calls: how many calls of `logits` run side by side, each with its share of the threads; PyTorch runs one.
+        threads: the number of threads to compute with.
+        calls: the number of calls of `logits` that run side by side and share the threads; PyTorch runs one.
         verify: whether the files are compared with the folder's SHA256SUMS.
 
+    Returns:
+        An instance of one of the classes above.
+
     Raises:
-        UserError: if the folder does not have this format, a file differs from its sum, it cannot be opened, or its
-            runtime is not installed.
+        UserError: if the folder does not have this format, a file differs from its checksum or cannot be opened, or
+            the runtime is not installed.
     """
     weights = weights_of(folder, format, verify)
     try:
@@ -239,7 +263,7 @@ def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verif
             return GenerativeClassifier(folder, weights, threads=threads)
         dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights have their own
         return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
-    except ModuleNotFoundError as error:  # an environment for answering has ONNX Runtime alone
+    except ModuleNotFoundError as error:  # requirements-inference.txt has ONNX Runtime alone
         raise UserError(
             f"{weights} needs {error.name}, which is not installed; pip install -r requirements.txt"
         ) from error
@@ -254,20 +278,16 @@ def predict(classifier, token_ids: list[list[int]], batch_size: int = 32) -> np.
 
 
 def batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.ndarray]:
-    """The numbers of the texts in batches of similar length, int64 arrays (batch_size,); the last may be smaller.
-
-    A batch is padded to its longest text: sorted by length, little of the work is spent on padding.
-    """
+    """The indices of the texts in batches of similar length, for little padding: int64 arrays (batch_size,)."""
     order = np.argsort(list(map(len, token_ids)), kind="stable")  # stable: the same batches on every machine
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def batches_by_tokens(token_ids: list[list[int]]) -> list[np.ndarray]:
-    """The numbers of the texts in batches of nearly the same length and at most `TOKENS` tokens, int64 arrays.
+    """The indices of the texts in batches of nearly the same length and at most `TOKENS` tokens, int64 arrays.
 
-    Short texts stand in large batches and long ones in small batches. The batches depend on the texts alone: a file
-    with dynamic INT8 takes the range of its activations over the whole batch, so that other batches would give
-    slightly other logits.
+    The batches depend on the texts alone: a file with dynamic INT8 takes the range of its activations over the whole
+    batch, so that other batches would give slightly other logits.
     """
     lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
     order = np.argsort(lengths, kind="stable")

@@ -1,140 +1,249 @@
-"""Quantizing that watches its own loss: each format is scored on validation, and gets a remedy if it loses too much.
+"""Accuracy-aware quantization: each format is scored on validation, and keeps more in float only if it loses too much.
 
-A format goes up a ladder of remedies, the cheapest first, and keeps the first that holds:
+NNCF has this as `nncf.quantize_with_accuracy_control`, Intel Neural Compressor as accuracy-aware tuning. Here a format
+takes the first of these steps that keeps its macro F1:
 
-    plain    as the recipe says
-    split    ONNX Runtime: outlier units of the feed-forward pairs in floats (quantize/outliers.py)
-    rounded  below 8 bits: weights rounded so that the outputs of their layers change least (quantize/gptq.py)
-    float    the layers that harm most in floats as well, 1, 2, 4, then 8 of them, measured one at a time
-
-Neural Compressor and NNCF call this accuracy-aware tuning.
+    plain              as the flags say
+    channel splitting  ONNX Runtime: outlier channels of feed-forward layers in float (outlier_channels.py)
+    ranges by RULE     ONNX Runtime: ranges of activations by another rule (activation_ranges.py)
+    GPTQ               below 8 bits: weights rounded so that the outputs of their layers change least (gptq.py)
+    float              the 1, 2, 4, then 8 most sensitive layers in float
 """
 
+import re
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from emotion.inference.model_folder import files_to_serve
-from emotion.quantization.layers import CalibrationRows, Plan, explain_float, names_in_float
-from emotion.quantization.lowbit import round_by_outputs
+import numpy as np
+
+from emotion.data.metrics import score
+from emotion.inference.model_folder import SHARED_FILES, files_to_serve
+from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
+from emotion.quantization.activation_ranges import RULES, measure_ranges
+from emotion.quantization.int8_onnx import quantize_onnx
+from emotion.quantization.int8_openvino import quantize_openvino
+from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.layers import CalibrationRows, Layers, Plan, explain_float, find_layers, names_in_float
+from emotion.quantization.lowbit import round_by_outputs, write_lowbit_onnx
 from emotion.quantization.outlier_channels import describe_outliers, find_outliers
-from emotion.quantization.scheme import SchemeArguments, copy_shared_files, formats_to_make, plan_again, save_format
-from emotion.quantization.sensitivity import Rows, compare, logits_of, measure_layers
+from emotion.quantization.scheme import Samples, SchemeArguments, formats_to_make, update_plan
 from emotion.utils.arguments import Range
 from emotion.utils.errors import UserError
+from emotion.utils.progress import Bar
 
-FLOAT_UNITS = (1, 2, 4, 8)  # how many of the most harmful units stay in float
-# Texts that show how harmful a unit is, by the shift of the logits: few suffice, and a base-size encoder has 50 units.
-RANKING_TEXTS = 300
+FLOAT_COUNTS = (1, 2, 4, 8)  # of the most sensitive layers
+SENSITIVITY_TEXTS = 300  # the mean shift of the logits needs no more
 
 
 @dataclass
-class WatchedArguments(SchemeArguments):
-    """How a model is quantized, and how much it may lose."""
+class AccuracyAwareArguments(SchemeArguments):
+    """The flags on how a model is quantized, and how much it may lose."""
 
     max_f1_drop: float = field(
         default=0.5,
         metadata={
-            "help": "Points of validation macro F1 that a format may lose without a remedy; below 0 it must gain.",
+            "help": "Points of validation macro F1 that a format may lose without a fallback; below 0 it must gain.",
             "choices": Range(-100, 100),
         },
     )
-    allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no remedy keeps its loss small."})
+    allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no fallback keeps its score."})
 
 
-def save_watched(
-    plan: Plan, folder: Path, rows: CalibrationRows, validation: Rows, arguments: WatchedArguments
+def quantize_with_accuracy_control(
+    plan: Plan, folder: Path, rows: CalibrationRows, validation: Samples, arguments: AccuracyAwareArguments
 ) -> dict:
-    """Writes each format into ``folder`` with the cheapest remedy that keeps macro F1 on validation.
+    """Writes each format into ``folder``, with the first fallback that keeps its macro F1 on validation.
 
     Args:
-        rows: calibrate static ranges, and show the activations in which outliers are found.
+        rows: calibration samples, for static ranges and to find outlier channels.
 
     Returns:
-        For recipe.yaml: `seconds` per format; `remedies`, all attempts per format, of which one was `kept`; and
-        `outliers`, where a format keeps units in floats: the rule, and the units of each layer.
+        For recipe.yaml: `seconds` and `fallbacks` of each format, of which one was `kept`; `kept_in_float`; and
+        `outlier_channels`, where a format keeps channels in float.
 
     Raises:
-        UserError: if no remedy of a format holds and `allow_drop` is false.
+        UserError: if no fallback suffices and `allow_drop` is false.
     """
     copy_shared_files(plan.folder, folder)
     reference = logits_of(plan.folder, "onnx", validation)
-    few = validation.first(RANKING_TEXTS)
-    measured = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
-    told = {"seconds": {}, "remedies": {}}
-    told["kept_in_float"] = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    few = validation.first(SENSITIVITY_TEXTS)
+    sensitivity = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
+    kept_in_float = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    metadata = {"seconds": {}, "fallbacks": {}, "kept_in_float": kept_in_float}
     for format in formats_to_make(arguments):
         attempts, plans = [], []
-        for remedy, changed in _ladder(plan, format, rows, measured, arguments):
-            start = time.monotonic()
-            save_format(changed, folder, format, rows, arguments)
-            seconds = round(time.monotonic() - start, 1)
+        for fallback, changed in _fallbacks(plan, format, rows, sensitivity, arguments):
+            seconds = save_format(changed, folder, format, rows, arguments)
             effect = compare(reference, logits_of(folder, format, validation), validation.labels)
-            size = sum(files_to_serve(folder, format).values())
-            attempts.append({"remedy": remedy, **effect, "bytes_to_serve": size, "seconds": seconds})
+            attempts.append(_report(folder, format, fallback, effect, seconds))
             plans.append(changed)
-            _tell(format, attempts[-1])
             if -100 * effect["macro_f1_change"] <= arguments.max_f1_drop:
                 break
         kept = _choose(format, attempts, arguments)
-        if kept < len(plans) - 1:  # an earlier attempt was better than the last, whose file lies there now
+        if kept < len(plans) - 1:  # the file of the last attempt is there now
             save_format(plans[kept], folder, format, rows, arguments)
-        attempts[kept]["kept"] = True
-        told["remedies"][format], told["seconds"][format] = attempts, attempts[kept]["seconds"]
-        _explain_remedy(told, format, plans[kept])
-    return told
+        metadata["fallbacks"][format], metadata["seconds"][format] = attempts, attempts[kept]["seconds"]
+        for name in names_in_float(plan.model, plans[kept].layers):
+            kept_in_float.setdefault(name, f"most sensitive in {format}")
+        metadata |= describe_outliers(plans[kept].outliers)
+    return metadata
 
 
-def _explain_remedy(told: dict, format: str, plan: Plan) -> None:
-    """Adds to what recipe.yaml tells which layers and units the plan that was kept leaves in float, and why."""
-    for name in names_in_float(plan.model, plan.layers):
-        told["kept_in_float"].setdefault(name, f"harmed {format} most when it was rounded")
-    told |= describe_outliers(plan.outliers)
-
-
-def _tell(format: str, attempt: dict) -> None:
-    """Prints one line per attempt."""
-    print(
-        f"{format}, {attempt['remedy']}: validation macro F1 {100 * attempt['macro_f1_change']:+.2f} points, "
-        f"{attempt['flips']} labels differ, {attempt['bytes_to_serve'] / 1e6:.1f} MB, {attempt['seconds']} s"
-    )
-
-
-def _ladder(plan: Plan, format: str, rows: CalibrationRows, measured, arguments):
-    """Yields the name of each remedy and the plan that has it; what a remedy needs is measured when its turn comes."""
+def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, arguments: AccuracyAwareArguments):
+    """Yields the name of each step and its plan, from the cheapest on; what a step needs is measured in its turn."""
     yield "plain", plan
     if format == "onnx" and (outliers := find_outliers(plan, rows)):
-        plan = plan_again(replace(plan, outliers=outliers), arguments)
-        yield f"split, {sum(map(len, outliers.values()))} units", plan
+        plan = update_plan(replace(plan, outliers=outliers), arguments)
+        if plan.ranges:  # narrower without the outliers
+            plan = replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
+        yield f"channel splitting, {sum(map(len, outliers.values()))} channels", plan
+    if format == "onnx" and plan.ranges:
+        for rule in RULES:
+            if rule != arguments.activation_quantization:
+                yield f"ranges by {rule}", replace(plan, ranges=measure_ranges(plan, rows, rule))
     if arguments.bits < 8:
-        yield "rounded by outputs", round_by_outputs(plan, rows)
-    if arguments.allow_drop:  # measuring every layer takes minutes, and the result would be saved in any case
+        yield "GPTQ", round_by_outputs(plan, rows)
+    if arguments.allow_drop:  # the result is saved in any case, and measuring every layer takes minutes
         return
-    # A unit is what one product holds: query, key and value together.
-    units = sorted(measured(), key=lambda one: -one["mean_logit_shift"])
-    for count in FLOAT_UNITS:
-        names = [name for one in units[:count] for name in one["names"]]
-        kept = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
-        yield f"float, {count} units", plan_again(plan, kept)
+    ranked = sorted(sensitivity(), key=lambda row: -row["mean_logit_shift"])
+    for count in FLOAT_COUNTS:
+        names = [name for row in ranked[:count] for name in row["names"]]
+        changed = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
+        yield f"float, {count} layers", update_plan(plan, changed)
 
 
-def _choose(format: str, attempts: list[dict], arguments) -> int:
-    """The number of the attempt to keep: the last if it holds, else the best one, if the user wants it all the same.
+def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float) -> dict:
+    """Prints an attempt and returns it for recipe.yaml."""
+    size = sum(files_to_serve(folder, format).values())
+    print(
+        f"{format}, {fallback}: validation macro F1 {100 * effect['macro_f1_change']:+.2f} points, "
+        f"{effect['flips']} labels differ, {size / 1e6:.1f} MB, {seconds} s"
+    )
+    return {"fallback": fallback, **effect, "bytes_to_serve": size, "seconds": seconds}
+
+
+def _choose(format: str, attempts: list[dict], arguments: AccuracyAwareArguments) -> int:
+    """Marks the last attempt as kept if it suffices, else the best one if `allow_drop` is set; returns its index.
 
     Raises:
-        UserError: if none holds and `allow_drop` is false.
+        UserError: if none suffices and `allow_drop` is false.
     """
-    if -100 * attempts[-1]["macro_f1_change"] <= arguments.max_f1_drop:
-        return len(attempts) - 1
-    # Where macro F1 does not tell two attempts apart, the logits do.
-    best = max(attempts, key=lambda one: (one["macro_f1_change"], -one["mean_logit_shift"]))
-    loss = -100 * best["macro_f1_change"]
-    message = f"{format} at {arguments.bits} bits loses {loss:.2f} points of validation macro F1 at best"
-    if not arguments.allow_drop:
-        raise UserError(
-            f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
-            "run_qat.py, allow more with --max_f1_drop, or save it all the same with --allow_drop true"
-        )
-    print(f"{message}; saved all the same, as --allow_drop asks")
+    best = attempts[-1]
+    if -100 * best["macro_f1_change"] > arguments.max_f1_drop:
+        best = max(attempts, key=lambda attempt: (attempt["macro_f1_change"], -attempt["mean_logit_shift"]))
+        drop = -100 * best["macro_f1_change"]
+        message = f"{format} at {arguments.bits} bits loses {drop:.2f} points of validation macro F1 at best"
+        if not arguments.allow_drop:
+            raise UserError(
+                f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
+                "run_qat.py, raise --max_f1_drop, or set --allow_drop true"
+            )
+        print(f"{message}; saved, since --allow_drop is set")
+    best["kept"] = True
     return attempts.index(best)
+
+
+def copy_shared_files(source: Path, folder: Path) -> None:
+    """Copies the files that all formats need; torchao replaces config.json by its own."""
+    for name in SHARED_FILES:
+        shutil.copy(source / name, folder / name)
+
+
+def save_format(plan: Plan, folder: Path, format: str, rows: CalibrationRows, arguments: SchemeArguments) -> float:
+    """Quantizes the model of the plan and writes it into ``folder`` in one format.
+
+    Returns:
+        The seconds that it took.
+    """
+    start = time.monotonic()
+    onnx_file = folder / "onnx" / "model_quantized.onnx"  # the name that transformers.js looks for
+    if format == "torchao":
+        quantize_torchao(plan, folder)
+    elif format == "openvino":
+        quantize_openvino(plan, folder / "openvino", rows, arguments.reduce_range, arguments.smooth_quant)
+    elif plan.scales:
+        write_lowbit_onnx(plan, onnx_file)
+    else:
+        quantize_onnx(plan, onnx_file, arguments.reduce_range)
+    return round(time.monotonic() - start, 1)
+
+
+def logits_of(folder: Path, format: str, samples: Samples) -> np.ndarray:
+    """Returns the logits of a saved model, float32 (rows, classes)."""
+    classifier = open_artifact(folder, format, threads=samples.threads)
+    return predict(classifier, classifier.encode(samples.texts))
+
+
+def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
+    """Compares quantized with float logits: mean shift of a logit, predicted labels that differ, change of macro F1.
+
+    Args:
+        before: logits (rows, classes) in FP32.
+        after: the same, quantized.
+        labels: int (rows,).
+    """
+    change = score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"]
+    return {
+        "mean_logit_shift": float(np.abs(after - before).mean()),
+        "flips": int((after.argmax(axis=-1) != before.argmax(axis=-1)).sum()),
+        "macro_f1_change": change,
+    }
+
+
+def measure_layers(baseline: Path, samples: Samples, kinds: bool = True) -> list[dict]:
+    """Measures the sensitivity of each layer, and of each kind of layer, by quantizing it alone in ONNX Runtime.
+
+    Args:
+        kinds: whether whole kinds of layers are measured too.
+
+    Returns:
+        A row for each: `kind`, `layer` (None for a whole kind), `names` of the modules, and the result of `compare`.
+    """
+    model = load_trained_classifier(baseline)
+    layers = find_layers(model)
+    before, rows = logits_of(baseline, "onnx", samples), []
+    groups = {key: names for key, names in group_layers(layers).items() if kinds or key[1] is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        for (kind, layer), names in Bar(groups.items(), desc="layer by layer"):
+            part = Layers(
+                linear=[name for name in names if name in layers.linear],
+                embeddings=[name for name in names if name in layers.embeddings],
+            )
+            quantize_onnx(Plan(baseline, model, part), path)  # dynamic ranges: the layer alone is measured
+            classifier = OnnxClassifier(baseline, path, threads=samples.threads)
+            after = predict(classifier, classifier.encode(samples.texts))
+            rows.append({"kind": kind, "layer": layer, "names": names} | compare(before, after, samples.labels))
+    return rows
+
+
+def group_layers(layers: Layers) -> dict[tuple[str, str | None], list[str]]:
+    """Groups modules that are quantized together.
+
+    Returns:
+        (Kind, layer) -> names of modules. The layer is the number of the encoder's layer, 'embeddings', or None for
+        all layers of a kind.
+    """
+    groups = {}
+    for name in layers.embeddings:
+        groups[name.rpartition(".")[2], "embeddings"] = [name]
+    kinds = {}
+    for name in layers.linear:
+        # "bert.encoder.layer.3.attention.self.query" -> "3" and "attention.self.query"
+        number, part = re.search(r"\.(\d+)\.(.*)", name).groups()
+        # Query, key and value are one product in the file: "attention.self". Other architectures have parts without
+        # a dot.
+        kind = part.rpartition(".")[0] or part
+        groups.setdefault((kind, number), []).append(name)
+        kinds.setdefault(kind, [])
+    for (kind, _), names in groups.items():
+        if kind in kinds:
+            kinds[kind] += names
+    for kind, names in kinds.items():
+        groups[kind, None] = names
+    return groups

@@ -8,7 +8,7 @@ from emotion.inference.model_folder import weights_of
 from emotion.quantization.activation_ranges import fix_ranges
 from emotion.quantization.layers import Plan
 from emotion.quantization.outlier_channels import split_channels
-from emotion.utils.quiet import quiet_logging
+from emotion.utils.command import quiet_logging
 
 
 def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:

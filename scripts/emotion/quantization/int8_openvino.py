@@ -9,7 +9,7 @@ from emotion.export.graph_passes import unpack_attention
 from emotion.inference.model_folder import weights_of
 from emotion.quantization.int8_onnx import load_float_graph
 from emotion.quantization.layers import CalibrationRows, Plan, names_in_float
-from emotion.utils.quiet import quiet_logging
+from emotion.utils.command import quiet_logging
 
 
 def quantize_openvino(

@@ -43,7 +43,7 @@ def describe_outliers(outliers: dict[str, list[int]]) -> dict:
     if not outliers:
         return {}
     rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
-    return {"outliers": {"rule": rule, "units": outliers}}
+    return {"outlier_channels": {"rule": rule, "channels": outliers}}
 
 
 def find_outliers(plan: Plan, rows: CalibrationRows) -> dict[str, list[int]]:

@@ -1,54 +1,58 @@
-"""The scheme of a quantization, which PTQ and QAT share: its arguments, their check, the plan, the files it makes."""
+"""The quantization scheme of PTQ and QAT: its flags and their checks, the plan of a model, and its samples."""
 
-import shutil
-import time
+import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
 from emotion.data.dataset import Task, get_split, stratified_sample
 from emotion.data.tokenization import TextEncoder
-from emotion.inference.download import fetch
-from emotion.inference.emotion_classifier import find_model
-from emotion.inference.model_folder import SHARED_FILES, describe_made, find_formats, quantized_by, weights_of
+from emotion.export.onnx_export import export_onnx
+from emotion.inference.emotion_classifier import fetch, find_model
+from emotion.inference.model_folder import artifact_metadata, find_formats, quantized_by, weights_of
+from emotion.inference.pretrained import load_trained_classifier
 from emotion.quantization.activation_ranges import RULES, measure_ranges
-from emotion.quantization.int8_onnx import cls_only_layers, quantize_onnx
-from emotion.quantization.int8_openvino import quantize_openvino
-from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.int8_onnx import cls_only_layers
 from emotion.quantization.layers import CalibrationRows, Plan, explain_float, find_layers
-from emotion.quantization.lowbit import check_group_size, choose_scales, write_lowbit_onnx
+from emotion.quantization.lowbit import check_group_size, choose_scales
 from emotion.quantization.outlier_channels import find_outliers, weight_without_outliers
 from emotion.utils.arguments import COUNT, Range
+from emotion.utils.base_model import BaseModel
 from emotion.utils.errors import UserError
+from emotion.utils.files import scratch_folder
 from emotion.utils.levels import BITS
+from emotion.utils.machine import choose_threads
 from emotion.utils.progress import Bar
-from emotion.utils.recipe import RECIPE_FILE, Recipe
+from emotion.utils.recipe import RECIPE_FILE, Recipe, read_recipe_of
 
 FORMATS = ("torchao", "onnx", "openvino")
+CONTROL = "-float"  # ends the name of a float fine-tuning control
 
 
 @dataclass
 class SchemeArguments:
-    """How a model is quantized: the flags of run_ptq.py and run_qat.py alike."""
+    """The flags of run_ptq.py and run_qat.py on how a model is quantized."""
 
     # The weights
     bits: int = field(
         default=8, metadata={"help": "Bits of a weight: 8, 4 or 2. Activations always have 8.", "choices": BITS}
     )
     group_size: int = field(
-        default=32,
-        metadata={"help": "Below 8 bits: how many weights of a row share a multiplier.", "choices": Range(8)},
+        default=32, metadata={"help": "Below 8 bits: weights of a row that share a scale.", "choices": Range(8)}
     )
     formats: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Formats to make, of {', '.join(FORMATS)}; all that can hold the bits if not given.",
+            "help": f"Which of {', '.join(FORMATS)} to make; by default all that can hold the bits.",
             "choices": FORMATS,
         },
     )
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
     )
-    # Each runtime's own choices: how activations are rounded, and what keeps the sums right
     activation_quantization: str = field(
         default="minmax",
         metadata={
@@ -58,11 +62,10 @@ class SchemeArguments:
     )
     split_outliers: bool = field(
         default=False,
-        metadata={"help": "ONNX: outlier units of feed-forward pairs stay in floats; PTQ does so itself if needed."},
+        metadata={"help": "ONNX: keep outlier channels of feed-forward layers in float; PTQ does so if needed."},
     )
     reduce_range: bool = field(
-        default=True,
-        metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, for right sums on every processor."},
+        default=True, metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, so that no processor overflows."}
     )
     smooth_quant: bool = field(
         default=True,
@@ -71,92 +74,154 @@ class SchemeArguments:
     num_calibration_samples: int = field(
         default=300,
         metadata={
-            "help": "Rows of train, drawn class by class, that calibrate static activation ranges.",
+            "help": "Samples of train, drawn class by class, that calibrate static activation ranges.",
             "choices": COUNT,
         },
     )
 
 
-def check_scheme(arguments: SchemeArguments) -> Path:
-    """The folder of the model to quantize; of a Hub id, that of its downloaded files.
+def check_scheme(arguments: SchemeArguments) -> tuple[BaseModel, dict]:
+    """Checks the flags and the model to quantize, before anything is loaded.
 
-    Nothing is loaded for that, so a command fails at once and not after minutes.
+    Returns:
+        The model, whose `path` is its (downloaded) folder and whose `name` is that of its own base model; and the
+        content of its recipe.yaml, empty if another program made it.
 
     Raises:
-        UserError: for a wrong argument, or a model that cannot be quantized.
+        UserError: for a flag that does not fit, or a model that cannot be quantized.
     """
-    formats = arguments.formats
-    # None stands for all that can hold the bits. An empty list, in a recipe, would make an artifact without weights.
-    if formats == []:
+    name, formats = arguments.model_name_or_path, arguments.formats
+    if formats == []:  # a recipe can hold an empty list
         raise UserError(f"--formats: it takes some of {', '.join(FORMATS)}")
     for format in formats or ():
         if format not in formats_of(arguments.bits):
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
-    baseline = find_model(arguments.model_name_or_path, "pytorch")
-    if baseline != Path(arguments.model_name_or_path):  # of the Hub: what made it tells its base model and its dataset
-        fetch(arguments.model_name_or_path, ["pytorch"], optional=(RECIPE_FILE,))
-    find_formats(baseline)  # raises if this is no model folder
-    # Quantizing integers again would round twice; what makes an artifact small starts from the float weights.
-    if quantizer := quantized_by(baseline):
-        raise UserError(f"{baseline} is quantized already (by {quantizer}); name the folder it was made from")
-    weights_of(baseline, "pytorch")  # raises if the folder has none
-    return baseline
-
-
-# Ends the name of a variant that was trained on without rounding, to compare QAT with; measure/seeds.py reads it back.
-CONTROL = "-float"
+    folder = find_model(name, "pytorch")
+    is_local = folder == Path(name)
+    if not is_local:
+        fetch(name, ["pytorch"], optional=(RECIPE_FILE,))  # which names its base model and its dataset
+    find_formats(folder)  # raises if this is no model folder
+    if quantizer := quantized_by(folder):
+        raise UserError(f"{folder} is quantized already (by {quantizer}); name the float model it was made from")
+    weights_of(folder, "pytorch")  # raises if the folder has none
+    metadata = read_recipe_of(folder)
+    provenance = metadata.get("provenance", {})
+    base = BaseModel(
+        name=provenance.get("base_model", folder.name if is_local else name),
+        path=str(folder),
+        source=provenance.get("base_model_source", "folder" if is_local else "hub"),
+    )
+    return base, metadata
 
 
 def name_variant(method: str, bits: int) -> str:
-    """The name of a variant in records and folders: 'ptq' for INT8, 'ptq-int4' with fewer bits."""
+    """Returns the name of a variant in records and folders: 'ptq' for INT8, 'ptq-int4' with fewer bits."""
     return method if bits == 8 else f"{method}-int{bits}"
 
 
 def formats_of(bits: int) -> tuple[str, ...]:
-    """The formats that can hold weights of so many bits."""
-    # Below 8 bits only the file of lowbit.py packs the weights; the other formats would give each a byte of its own.
+    """Returns the formats that can hold weights of so many bits; only ONNX (lowbit.py) packs fewer than 8."""
     return FORMATS if bits == 8 else ("onnx",)
 
 
 def formats_to_make(arguments: SchemeArguments) -> list[str] | tuple[str, ...]:
-    """The formats asked for; all that can hold the bits if none was named."""
+    """Returns the formats asked for; by default all that can hold the bits."""
     return arguments.formats or formats_of(arguments.bits)
 
 
 def runtime_to_train_for(arguments: SchemeArguments) -> str:
-    """ONNX Runtime, if a file is made for it, since it rounds coarsest; torchao otherwise."""
+    """Returns ONNX Runtime, which rounds coarsest, if a file is made for it; torchao otherwise."""
     return "onnx" if "onnx" in formats_to_make(arguments) else "torchao"
 
 
-def make_plan(folder: Path, model, arguments: SchemeArguments, rows: CalibrationRows | None = None) -> Plan:
-    """Chooses the layers of a fine-tuned model that are quantized, and below 8 bits the scales of each.
+@dataclass(frozen=True)
+class Samples:
+    """Samples to score a model on.
+
+    Attributes:
+        labels: int (rows,).
+        threads: to compute with.
+    """
+
+    texts: list[str]
+    labels: np.ndarray
+    threads: int
+
+    def first(self, count: int | None) -> "Samples":
+        """Returns the first ``count`` samples; all for None."""
+        return replace(self, texts=self.texts[:count], labels=self.labels[:count])
+
+
+def load_samples(
+    task: Task, folder: Path, count: int, seed: int, threads: int | None = None
+) -> tuple[CalibrationRows, Samples]:
+    """Draws the calibration samples from train, stratified by class, and takes all of validation.
 
     Args:
-        folder: where the model is saved, with its FP32 file for ONNX Runtime.
-        model: the same model, opened in PyTorch.
-        rows: needed with `split_outliers`: they show the outlier units.
+        folder: of the model, whose tokenizer is used.
+        count: of calibration samples.
+        threads: to score with; all that may be used by default.
 
     Raises:
-        UserError: if `modules_to_not_convert` fits no layer, or the group size does not divide a layer's rows.
+        UserError: if train has fewer rows.
+    """
+    rows, encoder = stratified_sample(get_split(task, "train"), count, seed), TextEncoder(folder)
+    validation = get_split(task, "validation")
+    samples = Samples(list(validation["text"]), np.asarray(validation["label"]), threads or choose_threads(None))
+    return CalibrationRows(encoder, encoder(list(rows["text"]))), samples
+
+
+@contextlib.contextmanager
+def with_onnx_export(folder: str | Path):
+    """Yields a fine-tuned folder, or a temporary copy with the FP32 file for ONNX Runtime that the folder lacks."""
+    if "onnx" in find_formats(folder):
+        yield Path(folder)
+        return
+    print(f"{folder} has no FP32 file for ONNX Runtime; one is made for this run")
+    with scratch_folder() as temporary:
+        copy = Path(temporary) / Path(folder).name
+        model = load_trained_classifier(folder, dtype=torch.float32)
+        model.save_pretrained(copy)
+        save_float_onnx(model, copy, AutoTokenizer.from_pretrained(folder))
+        yield copy
+
+
+def save_float_onnx(model, folder: Path, tokenizer) -> None:
+    """Saves a model in FP32 for ONNX Runtime, with its tokenizer and configuration."""
+    tokenizer.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+    export_onnx(model, tokenizer, folder / "onnx" / "model.onnx")
+
+
+def make_plan(folder: Path, model, arguments: SchemeArguments, rows: CalibrationRows | None = None) -> Plan:
+    """Chooses the layers of a fine-tuned model to quantize, and below 8 bits their scales.
+
+    Args:
+        folder: of the model, with its FP32 file for ONNX Runtime.
+        model: the same model in PyTorch.
+        rows: calibration samples, for the ranges of activations and to find outlier channels.
+
+    Raises:
+        UserError: if `modules_to_not_convert` fits no layer, or the group size does not divide the width of a layer.
     """
     plan = Plan(Path(folder), model, find_layers(model, arguments.modules_to_not_convert))
-    if "onnx" in formats_to_make(arguments):  # no other format needs these
+    if "onnx" in formats_to_make(arguments):
         plan = replace(plan, cls_only=cls_only_layers(plan))
         if arguments.split_outliers:
             plan = replace(plan, outliers=find_outliers(plan, rows))
         if arguments.activation_quantization in RULES:
             plan = replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
-    return plan_again(plan, arguments)
+    return update_plan(plan, arguments)
 
 
-def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
-    """Chooses layers and scales anew for a plan whose outliers, or the arguments, have changed."""
+def update_plan(plan: Plan, arguments: SchemeArguments) -> Plan:
+    """Chooses layers and scales for a plan whose outlier channels have changed, or for other arguments."""
     layers = find_layers(plan.model, arguments.modules_to_not_convert)
     plan = replace(plan, layers=layers, scales={}, compensated={})
-    if arguments.bits == 8:  # each runtime chooses its own scales
+    if arguments.bits == 8:  # the libraries choose the scales
         return plan
     names = [*layers.linear, *layers.embeddings]
-    for name in names:  # all of them before the first is rounded, which takes a while
+    for name in names:  # before the slow loop below
         check_group_size(name, plan.model.get_submodule(name).weight.shape[1], arguments.group_size)
     scales = {}
     for name in Bar(names, desc="scales"):
@@ -164,72 +229,19 @@ def plan_again(plan: Plan, arguments: SchemeArguments) -> Plan:
     return replace(plan, scales=scales)
 
 
-def describe_quantized(method: str, recipe: Recipe, made_by: dict, plan: Plan, arguments: SchemeArguments) -> dict:
-    """The content of a quantized artifact's recipe.yaml: its own recipe, and the recipe of its baseline.
+def quantized_metadata(method: str, recipe: Recipe, baseline: dict, plan: Plan, arguments: SchemeArguments) -> dict:
+    """Returns the content of recipe.yaml of a quantized model, which includes the recipe of its baseline.
 
     Args:
         method: 'ptq' or 'qat'.
-        made_by: recipe.yaml of the baseline; empty if another program trained it.
+        baseline: recipe.yaml of the model that is quantized; empty if another program trained it.
     """
-    # The seed is the baseline's: comparisons over seeds pair an artifact with its baseline by it. The recipe holds the
-    # other seed, which draws the calibration rows.
-    # The baseline's own recipe goes into the new one, so that no reader needs the baseline's folder.
-    variant, origin = name_variant(method, arguments.bits), made_by.get("made", {})
-    made = describe_made(variant, recipe, made_by.get("seed"), origin, made_by.get("training"))
-    # Of a Hub id the name stays; that of a folder tells nothing on another machine.
-    if Path(made["recipe"].get("model_name_or_path", ".")).exists():
-        made["recipe"].pop("model_name_or_path", None)
-    made["recipe"]["baseline"] = made_by.get("recipe", {})
-    return made | {"kept_in_float": explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)}
-
-
-def draw_calibration_rows(task: Task, encoder: TextEncoder, count: int, seed: int) -> CalibrationRows:
-    """A seeded sample of train, drawn class by class, as token ids.
-
-    Raises:
-        UserError: if train has fewer rows than that.
-    """
-    rows = stratified_sample(get_split(task, "train"), count, seed)
-    return CalibrationRows(encoder, encoder(list(rows["text"])))
-
-
-def save_formats(plan: Plan, folder: Path, rows: CalibrationRows, arguments: SchemeArguments) -> dict[str, float]:
-    """Writes the model of the plan into ``folder``, in each format asked for, with the files that all formats share.
-
-    Returns:
-        Format -> the seconds that it took.
-    """
-    seconds = {}
-    copy_shared_files(plan.folder, folder)
-    # Each format starts from the float weights of the plan; none reads what another has written.
-    for format in formats_to_make(arguments):
-        start = time.monotonic()
-        save_format(plan, folder, format, rows, arguments)
-        seconds[format] = round(time.monotonic() - start, 1)
-        Bar.write(f"{format}: {seconds[format]:.1f} s")  # the study has a bar around this
-    return seconds
-
-
-def copy_shared_files(source: Path, folder: Path) -> None:
-    """Copies the files that all formats need; torchao then writes a config.json of its own in place of the copy."""
-    for name in SHARED_FILES:
-        shutil.copy(source / name, folder / name)
-
-
-def save_format(plan: Plan, folder: Path, format: str, rows: CalibrationRows, arguments: SchemeArguments) -> None:
-    """Writes the model of the plan into ``folder`` in one format, in the place of an earlier one of that format."""
-    if format == "torchao":
-        quantize_torchao(plan, folder)
-    elif format == "onnx":
-        # The name that transformers.js looks for.
-        _save_onnx(plan, folder / "onnx" / "model_quantized.onnx", arguments)
-    else:
-        quantize_openvino(plan, folder / "openvino", rows, arguments.reduce_range, arguments.smooth_quant)
-
-
-def _save_onnx(plan: Plan, path: Path, arguments: SchemeArguments) -> None:
-    """Writes the ONNX file: packed below 8 bits, else in INT8 with dynamic or static activation ranges."""
-    if plan.scales:
-        write_lowbit_onnx(plan, path)
-    else:
-        quantize_onnx(plan, path, arguments.reduce_range)
+    # The baseline's seed: comparisons over seeds pair a model with its baseline by it.
+    variant, seed = name_variant(method, arguments.bits), baseline.get("seed")
+    metadata = artifact_metadata(variant, recipe, seed, baseline.get("provenance", {}), baseline.get("training"))
+    # A Hub id stays; a local path means nothing on another machine.
+    if Path(metadata["recipe"].get("model_name_or_path", ".")).exists():
+        metadata["recipe"].pop("model_name_or_path", None)
+    metadata["recipe"]["baseline"] = baseline.get("recipe", {})
+    kept_in_float = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    return metadata | {"kept_in_float": kept_in_float}

@@ -1,6 +1,6 @@
-"""LLaMA Factory, which trains language models, from this side: its dataset, its process, its tokens, its versions.
+"""LLaMA Factory as a process: the dataset that it reads, its training, and a check of its tokens.
 
-It pins older libraries than this project, so it runs in an environment of its own and nothing of it is imported.
+It pins older libraries than this project, so that it runs in an environment of its own.
 """
 
 import importlib.metadata
@@ -23,12 +23,12 @@ from emotion.utils.recipe import Recipe
 ENVIRONMENT = ROOT / ".venv-llama-factory"
 CLI = ENVIRONMENT / "bin" / "llamafactory-cli"
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
-IGNORED = -100  # label of a token that the loss does not count
+IGNORED = -100  # label of a token that the loss ignores
 CUTOFF = 2048  # tokens of a row, where a recipe names no cutoff_len
 
 
 def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Path) -> None:
-    """Writes the rows in LLaMA Factory's alpaca format, and `dataset_info.json`, which names their files.
+    """Writes the rows in the alpaca format, and `dataset_info.json`, which names their files.
 
     Args:
         splits: name of a split -> its rows, with `text` and `label`.
@@ -45,96 +45,99 @@ def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Pat
 
 
 def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> None:
-    """Starts LLaMA Factory and prints what it says; if it fails, ends this process with the same status.
+    """Runs `llamafactory-cli train` and prints its output; if it fails, ends this process with the same status.
 
     Args:
-        on_first_loss: called once, at the first loss, when all rows are tokenised; its error ends the training.
+        work: folder of dataset, tokens and checkpoints.
+        on_first_loss: called at the first loss, when all rows are tokenized; its error ends the training.
 
     Raises:
-        UserError: if the training that it shall resume was another one, or something has killed LLaMA Factory.
+        UserError: if the checkpoint belongs to another training, or LLaMA Factory was killed.
     """
-    places = {
+    values = recipe.values | {
         "model_name_or_path": base.path if base.source == "hub" else str(Path(base.path).resolve()),
         "dataset_dir": str(work / "data"),
         "tokenized_path": str(work / "tokens"),
         "output_dir": str(work / "training"),
     }
-    values = recipe.values | places
     values["resume_from_checkpoint"] = prepare_training(values, work)
-    # With the flags in it: as words of a command line, LLaMA Factory would take `no` for false.
+    # A file, since LLaMA Factory takes the word `no` of a command line for false.
     write_text(work / "train.yaml", yaml.safe_dump(values, sort_keys=False))
-    # Unbuffered: into a pipe, its lines would come many at once, and the first loss long after it was reached.
-    # Verbosity: every file that it reads would get a line.
-    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
-    if not hub_is_reachable():
-        environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
-    process = subprocess.Popen(
-        [CLI, "train", work / "train.yaml"],
-        cwd=ROOT,  # what the recipe's paths start from
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",  # a byte that is no text shall not end hours of training
-    )
+    process = _start(work / "train.yaml")
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
             if on_first_loss and "'loss'" in line:
                 on_first_loss()
                 on_first_loss = None
-    except BaseException:  # of the check, or Ctrl+C: nobody waits for the training any more
+    except BaseException:  # of the check, or Ctrl+C
         process.terminate()
-        process.wait()  # the caller lets go of the folder, in which it may still be writing
+        process.wait()  # before the caller releases the output lock
         raise
     if process.wait() < 0:
         raise UserError(f"LLaMA Factory was ended by signal {-process.returncode}; is the memory enough?")
-    if process.returncode:  # it has said why
+    if process.returncode:
         sys.exit(process.returncode)
 
 
+def _start(config: Path) -> subprocess.Popen:
+    # Unbuffered: into a pipe, lines would come many at once, and the first loss late.
+    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
+    if not hub_is_reachable():
+        environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
+    return subprocess.Popen(
+        [CLI, "train", config],
+        cwd=ROOT,  # the recipe's paths are relative to it
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+
+
 def prepare_training(values: dict, work: Path) -> str | None:
-    """Removes what an earlier training has left, or finds the checkpoint that this one goes on from.
+    """Finds the checkpoint to resume from; without one, removes what an earlier training has left.
 
     Args:
-        values: what LLaMA Factory will read; `resume_from_checkpoint` may be `last`, as in the other scripts.
+        values: the flags of LLaMA Factory; `resume_from_checkpoint` is a path, or True for the last checkpoint.
 
     Returns:
-        The folder of the last checkpoint; None to start at the beginning.
+        The folder of the checkpoint; None to start from the beginning.
 
     Raises:
-        UserError: if the earlier training had another recipe or other rows.
+        UserError: if the checkpoint belongs to another recipe or to other rows.
     """
     shutil.rmtree(work / "tokens", ignore_errors=True)  # it would train on these and not on the dataset
-    wanted = values.pop("resume_from_checkpoint", None)
-    if wanted not in (None, False, "last"):
-        raise UserError(f"--resume_from_checkpoint {wanted}: it takes 'last'")
-    training, started = work / "training", work / "started.json"
+    resume, training, run_file = values.pop("resume_from_checkpoint", None), work / "training", work / "started.json"
     rows = {path.name: sha256(path) for path in sorted((work / "data").iterdir())}
-    now = {"values": values, "sha256_of_rows": rows}
-    checkpoint = get_last_checkpoint(training) if wanted and training.is_dir() else None
-    if checkpoint and read_json(started) != now:
+    run = {"values": values, "sha256_of_rows": rows}
+    if resume and resume is not True and Path(resume).resolve().parent != training.resolve():
+        raise UserError(f"--resume_from_checkpoint {resume}: name one in {relative(training)}, or true for the last")
+    checkpoint = get_last_checkpoint(training) if resume and training.is_dir() else None
+    checkpoint = resume if checkpoint and resume is not True else checkpoint
+    if checkpoint and read_json(run_file) != run:
         raise UserError(
-            f"{relative(training)} is of another recipe or of other rows; repeat that command, or leave out "
-            "--resume_from_checkpoint to begin anew"
+            f"{relative(training)} belongs to another recipe or to other rows; repeat that command, or leave out "
+            "--resume_from_checkpoint"
         )
-    if wanted and not checkpoint:
+    if resume and not checkpoint:
         print(f"nothing to resume in {relative(training)}; starting from the beginning")
     if not checkpoint:
-        shutil.rmtree(training, ignore_errors=True)  # LLaMA Factory would go on from its checkpoint by itself
-        write_json(started, now)
+        shutil.rmtree(training, ignore_errors=True)  # LLaMA Factory would resume from it by itself
+        write_json(run_file, run)
     return checkpoint
 
 
 def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe: Recipe, tokens: Path) -> None:
-    """Compares every row as LLaMA Factory has tokenised it with what the scorer will make of the same row.
+    """Checks that LLaMA Factory trains on the very tokens that the evaluation will see.
 
     Raises:
-        UserError: naming the split with other rows, or the first row that differs in its tokens or in those that the
-            loss counts.
+        UserError: naming the split with other rows, or the first row that differs in its tokens or labels.
     """
-    trained, answers = load_from_disk(str(tokens)), [encoder.answer(label, whole=True) for label in labels]
+    trained = load_from_disk(str(tokens))
+    answers = [encoder.answer(label, whole=True) for label in labels]
     for split, rows in splits.items():
         if split not in trained or len(trained[split]) != len(rows):
             found = len(trained[split]) if split in trained else 0
@@ -164,7 +167,7 @@ def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe
 
 
 def trained_with() -> dict[str, str]:
-    """Name -> version of the packages that decide the training, as they are installed in its environment."""
+    """Returns the versions of the packages in LLaMA Factory's environment."""
     folders = map(str, ENVIRONMENT.glob("lib/python*/site-packages"))
-    found = {one.name: one.version for one in importlib.metadata.distributions(path=list(folders))}
-    return {name: found[name] for name in PACKAGES}
+    versions = {package.name: package.version for package in importlib.metadata.distributions(path=list(folders))}
+    return {name: versions[name] for name in PACKAGES}

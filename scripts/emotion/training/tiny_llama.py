@@ -1,7 +1,4 @@
-"""A tiny Llama with random weights, which shows that a command works where no real language model can be had.
-
-Its scores say nothing of generative models. So its name says what it is, and no record of it enters `results/`.
-"""
+"""A tiny Llama with random weights, to try the command without a Hub; no record of it enters `results/`."""
 
 from pathlib import Path
 
@@ -17,7 +14,7 @@ END, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # of Qwe
 
 
 def build_tiny_llama(texts: list[str], folder: Path) -> BaseModel:
-    """Writes the model into ``folder``, with a tokenizer that is trained on the texts."""
+    """Saves the model in ``folder``, with a tokenizer that is trained on the texts."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(folder)
@@ -27,7 +24,7 @@ def build_tiny_llama(texts: list[str], folder: Path) -> BaseModel:
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,  # fewer than queries, as in the models that it stands for
+        num_key_value_heads=2,  # grouped-query attention
         max_position_embeddings=512,
         initializer_range=0.1,
         tie_word_embeddings=True,
@@ -40,14 +37,14 @@ def build_tiny_llama(texts: list[str], folder: Path) -> BaseModel:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of the kind that language models have: byte-level BPE, learnt from the texts."""
+    """Trains a byte-level BPE tokenizer on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[END, TURN, END_OF_TURN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: no text has an unknown character
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

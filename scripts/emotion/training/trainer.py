@@ -1,6 +1,5 @@
-"""The parts around the `Trainer` that every training shares: arguments, its place, patches, and a summary."""
+"""The `Trainer`, its arguments and its data, as every training of this project uses them."""
 
-import contextlib
 import os
 import sys
 import time
@@ -9,34 +8,48 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from datasets import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from emotion.data.dataset import Task, fingerprint, load_task
 from emotion.data.metrics import four_digits, score
-from emotion.inference.model_folder import inputs_of, own_place
-from emotion.training.checkpoints import CHECKPOINTS, GoodCheckpoints, checkpoints_of, diverged, drop_checkpoints
+from emotion.data.tokenization import load_training_rows
+from emotion.inference.model_folder import ROWS_FIELD, artifact_metadata, data_provenance, quantized_by
+from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
+from emotion.utils.base_model import BaseModel, find_base_model
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, check_replaceable
+from emotion.utils.files import ROOT
 from emotion.utils.hub_requests import check_can_publish
-from emotion.utils.machine import count_processors, has_bf16, keep_freed_memory, peak_memory_mb, reset_peak_memory
-from emotion.utils.processes import integer_setting
+from emotion.utils.machine import (
+    count_processors,
+    has_bf16,
+    integer_setting,
+    keep_freed_memory,
+    peak_memory_mb,
+    reset_peak_memory,
+)
 from emotion.utils.progress import Bar
-from emotion.utils.recipe import Recipe
+from emotion.utils.recipe import Recipe, comparable
 
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` that fit themselves to the machine: no GPU means CPU, no bfloat16 means FP32.
-
-    Checkpoints go to ``checkpoints/`` beside the artifact, so that the artifact holds only the files that answering
-    needs.
+    """`TrainingArguments` with the defaults of this project, which fit themselves to the machine.
 
     Attributes:
-        artifact: the folder to save into; `output_dir` is that of the checkpoints.
+        publish: whether to push the finished model; `push_to_hub` is off, since the Trainer would push checkpoints.
     """
 
-    # The recipe that all trainings share. Optimization:
+    # Optimization
     per_device_train_batch_size: int = 32
     learning_rate: float = 5e-5
     num_train_epochs: float = 3.0
@@ -44,13 +57,13 @@ class RecipeTrainingArguments(TrainingArguments):
     warmup_steps: float = 0.06  # as a share of all steps
     weight_decay: float = 0.01
     seed: int = 42
-    # Speed:
-    bf16: bool = True  # FP32 if the processor has no bfloat16
+    # Speed
+    bf16: bool = True  # float32 where the device has no bfloat16
     optim: OptimizerNames | str = "adamw_torch_fused"
     train_sampling_strategy: str = "group_by_length"  # less padding
     per_device_eval_batch_size: int = 64
-    dataloader_pin_memory: bool = False  # helps transfers to a GPU only
-    # The checkpoint with the best macro F1 on validation is kept:
+    dataloader_pin_memory: bool = False
+    # The checkpoint with the best macro F1 on validation is kept
     eval_strategy: IntervalStrategy | str = "epoch"
     save_strategy: SaveStrategy | str = "epoch"
     load_best_model_at_end: bool = True
@@ -58,10 +71,9 @@ class RecipeTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = True
     save_total_limit: int | None = 2
     logging_strategy: IntervalStrategy | str = "epoch"
-    disable_tqdm: bool | None = False  # a bar is shown
-    # Every trained parameter gets a gradient here. To look for others in each step would only take time.
+    disable_tqdm: bool | None = False
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Several processes look for parameters that got no gradient."}
+        default=False, metadata={"help": "Several processes look for parameters without a gradient."}
     )
 
     results_dir: str = field(
@@ -76,107 +88,197 @@ class RecipeTrainingArguments(TrainingArguments):
                 check_can_publish(self.hub_model_id)
             except UserError as error:  # now, not after an hour of training
                 raise ValueError(f"--push_to_hub: {error}") from error
-        # The Trainer would push checkpoints, and a card without these scores.
-        self.publish, self.push_to_hub = self.push_to_hub, False
+        resume = str(self.resume_from_checkpoint)
+        if resume.lower() not in ("none", "true", "false") and not Path(resume).is_dir():
+            raise ValueError(f"--resume_from_checkpoint: no folder {resume}; name a checkpoint, or true for the last")
         if not self.output_dir:
             raise ValueError("name the folder to save into, with --output_dir or in the config")
-        self.artifact = Path(self.output_dir)
-        self.output_dir = str(checkpoints_of(self.artifact))
+        self.publish, self.push_to_hub = self.push_to_hub, False
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
         if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
             torch.set_num_threads(max(1, count_processors() // (integer_setting("LOCAL_WORLD_SIZE") or 1)))
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / self.artifact.name))
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / Path(self.output_dir).name))
         super().__post_init__()
 
 
-@contextlib.contextmanager
-def training_place(training: RecipeTrainingArguments, arguments, recipe: Recipe):
-    """As `own_place`, for a training: its checkpoints must be its own too.
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training reads.
+
+    Attributes:
+        base: the model to start from.
+        task: the dataset with all its splits.
+        rows: the rows of train to learn from, with `text` and `label`.
+        tokenizer: that of the base model.
+        train: the same rows as `input_ids` and `label`.
+        validation: the rows of validation in this form.
+    """
+
+    base: BaseModel
+    task: Task
+    rows: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    validation: Dataset
+
+    @property
+    def provenance(self) -> dict:
+        """The source of base model and data."""
+        return data_provenance(self.base, self.task, self.rows)
+
+
+def load_training_data(arguments, seed: int, base: BaseModel | None = None, task: Task | None = None) -> TrainingData:
+    """Finds the base model, and loads and tokenizes the dataset.
 
     Args:
-        arguments: the other flags of the command.
+        arguments: `TaskArguments`; `RowsArguments` suffice where base and task are given.
+        seed: of the draw of `max_train_samples`.
+
+    Raises:
+        UserError: if one of them cannot be loaded, or the base model is quantized.
     """
-    with own_place(training.artifact, arguments, recipe):
-        check_replaceable(training.output_dir, CHECKPOINTS, inputs_of(arguments, recipe))
-        yield
+    base = base or find_base_model(arguments.model_name_or_path)
+    if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
+        raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
+    task = task or load_task(arguments.dataset_name, arguments.dataset_config_name)
+    print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
+    return TrainingData(base, task, *load_training_rows(task, base, arguments, seed=seed))
 
 
-class FiniteTrainer(Trainer):
-    """The `Trainer` that ends at the step in which the loss is no longer finite, and takes no step after the last."""
+class ClassificationTrainer(Trainer):
+    """The `Trainer` that resumes only from a complete checkpoint, stops when it diverges, and is fast on a CPU.
 
-    def _run_epoch(self, *words, **options) -> None:
-        # Resumed at its last step, as after a kill while the artifact was written, the Trainer counts its steps only
-        # after it has taken one more. Where training ends inside an epoch, that one would change the weights.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*words, **options)
+    Args:
+        recipe: what the run was asked to do.
+        data: what it reads.
+        callbacks: further callbacks.
+        options: the other arguments of `Trainer`.
+    """
 
-    def training_step(self, model, inputs, *words, **options):
-        """One step; raises `UserError`, naming the last good checkpoint, if its loss is not finite."""
-        loss = super().training_step(model, inputs, *words, **options)
-        # A loss of NaN would train on to the end, and every later checkpoint would be worthless.
+    def __init__(self, recipe: Recipe, data: TrainingData, callbacks: list | tuple = (), **options):
+        self.checkpoints = CheckpointCallback()
+        super().__init__(callbacks=[ProgressLines, self.checkpoints, *callbacks], **options)
+        self.recipe, self.data = recipe, data
+        self.seconds, self.cpu_seconds = 0.0, 0.0  # of `train`; the latter is summed over all threads
+        for callback in (ProgressCallback, PrinterCallback):  # `ProgressLines` takes their place
+            self.remove_callback(callback)
+        # BERT takes any keyword, so the Trainer believes that it divides its loss by the labels of all processes, and
+        # multiplies the loss by the number of processes in return. BERT does not divide.
+        self.model_accepts_loss_kwargs = False
+        # The Trainer loads a checkpoint by the names of the modules, while save_pretrained writes legacy names of
+        # LayerNorm by default: the best checkpoint would lose every LayerNorm without an error.
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options):
+        """Trains as `Trainer.train` does; afterwards the model has the weights of the best checkpoint.
+
+        Args:
+            resume_from_checkpoint: path of a checkpoint, or true for the last complete one.
+
+        Raises:
+            UserError: if that checkpoint belongs to another recipe or to other rows, or the training diverges.
+        """
+        run = comparable(self.recipe.values)
+        run |= {ROWS_FIELD: fingerprint(self.data.rows), "processes": str(self.args.world_size)}
+        checkpoint = self.checkpoints.resumed_from = find_checkpoint(self, resume_from_checkpoint, run)
+        attention = self.model.config._attn_implementation
+        if self.args.use_cpu:  # for a few dozen tokens, the backward pass of fused attention takes a third of a step
+            self.model.set_attn_implementation("eager")
+        keep_freed_memory()
+        reset_peak_memory()
+        start, cpu_start = time.monotonic(), time.process_time()
+        output = super().train(resume_from_checkpoint=checkpoint, **options)
+        self.seconds, self.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+        self.model.set_attn_implementation(attention)  # the saved config.json names the default
+        return output
+
+    def training_step(self, model, inputs, *args, **options):
+        """Takes one step; raises `UserError`, naming the last complete checkpoint, if its loss is not finite."""
+        loss = super().training_step(model, inputs, *args, **options)
         if not torch.isfinite(loss):
             raise diverged(f"the loss is {loss}", self.args, self.state.global_step + 1)
         return loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Gets the batches of one step; none after the last step."""
+        # Resumed at its last step inside an epoch, the Trainer would take one more before it counts.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def summarize(self) -> dict:
+        """Returns the entry of recipe.yaml on the training: validation scores of the saved weights, time, memory.
+
+        Raises:
+            UserError: if the best checkpoint is gone, whose weights the model should have.
+        """
+        best_checkpoint = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and not (best_checkpoint and Path(best_checkpoint).is_dir()):
+            raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train again without resuming")
+        step = self.state.best_global_step if self.args.load_best_model_at_end else self.state.global_step
+        logs = [log for log in self.state.log_history if "eval_macro_f1" in log and log["step"] == step]
+        saved = logs[-1] if logs else {}
+        if saved.get("eval_predicted_classes") == 1:
+            print("WARNING: the model predicts a single class on validation; lower --learning_rate", file=sys.stderr)
+        print(f"validation macro F1 of the saved weights: {four_digits(saved.get('eval_macro_f1'))}")
+        return {
+            "validation_macro_f1": saved.get("eval_macro_f1"),
+            "validation_accuracy": saved.get("eval_accuracy"),
+            "validation_loss": saved.get("eval_loss"),
+            "validation_rows": saved.get("eval_rows"),
+            "predicted_classes": saved.get("eval_predicted_classes"),
+            "best_epoch": saved.get("epoch"),
+            "steps": self.state.global_step,
+            "seconds": round(self.seconds, 1),  # from the checkpoint on, if it was resumed
+            "cpu_seconds": round(self.cpu_seconds, 1),
+            "resumed": self.checkpoints.resumed_from is not None,
+            "precision": "bf16" if self.args.bf16 else "fp32",
+            "processes": self.args.world_size,
+            "threads": torch.get_num_threads(),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+
+    def metadata(self, variant: str, **more) -> dict:
+        """Returns the content of recipe.yaml; ``more`` fields are added to the training's."""
+        training = self.summarize() | more
+        return artifact_metadata(variant, self.recipe, self.args.seed, self.data.provenance, training)
+
 
 def compute_metrics(prediction) -> dict:
-    """Scores of the evaluation split, for the `Trainer`, which puts ``eval_`` before each name.
+    """Scores the predictions of the Trainer's evaluation.
 
     Args:
-        prediction: the Trainer's `EvalPrediction`; ``predictions`` are float logits (rows, classes).
+        prediction: `EvalPrediction`, whose ``predictions`` are float logits of shape (rows, classes).
     """
     scores = score(prediction.predictions, prediction.label_ids)
     predicted = len(set(prediction.predictions.argmax(axis=-1)))
     return {
         "macro_f1": scores["macro_f1"],
         "accuracy": scores["accuracy"],
-        "predicted_classes": predicted,  # 1 tells a training that has collapsed, whatever its accuracy
-        "rows": len(prediction.label_ids),  # of all processes together
+        "predicted_classes": predicted,  # 1 if the training has collapsed
+        "rows": len(prediction.label_ids),
     }
 
 
-def freeze(model, beginnings: list[str]) -> int:
-    """Keeps the parameters whose names begin with one of ``beginnings`` from being trained, in place.
-
-    Returns:
-        How many numbers these parameters hold.
-
-    Raises:
-        UserError: if a beginning fits no parameter.
-    """
-    parameters = dict(model.named_parameters())
-    for beginning in beginnings:
-        if not any(name.startswith(beginning) for name in parameters):
-            names = sorted({".".join(name.split(".")[:2]) for name in parameters})  # two levels say enough
-            raise UserError(f"--freeze {beginning}: no parameter's name begins so; they begin with {', '.join(names)}")
-    frozen = 0
-    for name, parameter in parameters.items():
-        if name.startswith(tuple(beginnings)):
-            parameter.requires_grad_(False)
-            frozen += parameter.numel()
-    return frozen
-
-
 class ProgressLines(TrainerCallback):
-    """One bar for the whole training, and one short line per evaluation; the Trainer's own prints dictionaries."""
+    """Shows a progress bar for the training, and prints a line per evaluation."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Shows the bar, unless the recipe wants none; of several processes the first one does."""
+        """Shows the bar, in the main process and unless `disable_tqdm` is set."""
         hidden = args.disable_tqdm or not state.is_world_process_zero
         self.bar = Bar(
             total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", disable=hidden
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Moves the bar on."""
+        """Advances the bar."""
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Writes the scores above the bar; losses between evaluations go to the log alone."""
+        """Prints the scores of an evaluation above the bar."""
         if state.is_world_process_zero and "eval_macro_f1" in logs:
             Bar.write(
                 f"epoch {logs['epoch']:.2f}  validation macro F1 {logs['eval_macro_f1']:.4f}  "
@@ -184,91 +286,5 @@ class ProgressLines(TrainerCallback):
             )
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Takes the bar away."""
+        """Removes the bar."""
         self.bar.close()
-
-
-@dataclass
-class Clock:
-    """The time that a training took, both in seconds."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0  # of the processor, summed over all threads
-
-
-@contextlib.contextmanager
-def patched(trainer: Trainer):
-    """Makes the changes to `Trainer`, model and C library that training needs, each with its reason; times the block.
-
-    With them training is faster, and checkpoints are loaded back whole.
-
-    Yields:
-        A `Clock` that holds the time after the block.
-    """
-    model, on_cpu = trainer.model, trainer.args.use_cpu
-    for callback in (ProgressCallback, PrinterCallback):  # the one with a bar, and the one without
-        trainer.remove_callback(callback)
-    for callback in (ProgressLines, GoodCheckpoints):
-        trainer.add_callback(callback)
-    # The Trainer loads a checkpoint back by the names of the modules, while save_pretrained writes LayerNorm's legacy
-    # names by default: the best checkpoint, or the one to resume from, would lose every LayerNorm without a word.
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-    # BERT takes any keyword, so the Trainer believes that it divides its loss by the labels of all processes, and
-    # multiplies the loss by the number of processes in return. BERT does not divide.
-    trainer.model_accepts_loss_kwargs = False
-    # At a few dozen tokens the backward pass of the fused attention takes a third of a step on a CPU.
-    attention = model.config._attn_implementation
-    if on_cpu:
-        model.set_attn_implementation("eager")
-    # glibc would give the large gradients' pages back to the system after every step, and fetch them anew.
-    keep_freed_memory()
-    reset_peak_memory()
-    # The clock starts after all preparation, and stops before the model is put back as it was.
-    clock, start, cpu_start = Clock(), time.monotonic(), time.process_time()
-    yield clock
-    clock.seconds, clock.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
-    model.set_attn_implementation(attention)  # the saved config.json names none but the usual one
-
-
-def summarize_training(trainer: Trainer, clock: Clock, resumed: bool) -> dict:
-    """The part of the artifact's recipe.yaml on its training: validation scores of the saved weights, time, memory.
-
-    Args:
-        resumed: whether the training went on from a checkpoint; then the seconds count from there on.
-
-    Raises:
-        UserError: if the best checkpoint, whose weights `trainer.model` should hold by now, is gone.
-    """
-    arguments, best_checkpoint = trainer.args, trainer.state.best_model_checkpoint
-    if arguments.load_best_model_at_end and not (best_checkpoint and Path(best_checkpoint).is_dir()):
-        raise UserError(f"the best checkpoint, {best_checkpoint}, is gone; train afresh without resuming")
-    # Of the weights that are saved: those of the best evaluation, or of the last step if it was evaluated.
-    step = trainer.state.best_global_step if arguments.load_best_model_at_end else trainer.state.global_step
-    logs = [log for log in trainer.state.log_history if "eval_macro_f1" in log and log["step"] == step]
-    saved = logs[-1] if logs else {}
-    if saved.get("eval_predicted_classes") == 1:
-        print(
-            "WARNING: this model gives every validation text the same class; lower the learning rate", file=sys.stderr
-        )
-    return {
-        "validation_macro_f1": saved.get("eval_macro_f1"),
-        "validation_accuracy": saved.get("eval_accuracy"),
-        "validation_loss": saved.get("eval_loss"),
-        "validation_rows": saved.get("eval_rows"),
-        "predicted_classes": saved.get("eval_predicted_classes"),
-        "best_epoch": saved.get("epoch"),
-        "steps": trainer.state.global_step,
-        "seconds": round(clock.seconds, 1),
-        "cpu_seconds": round(clock.cpu_seconds, 1),  # not stretched by what else the machine did
-        "resumed": resumed,
-        "precision": "bf16" if arguments.bf16 else "fp32",
-        "processes": arguments.world_size,
-        "threads": torch.get_num_threads(),
-        "peak_memory_mb": peak_memory_mb(),
-    }
-
-
-def finish(training: RecipeTrainingArguments, summary: dict) -> None:
-    """Ends a run whose artifact is saved: removes its checkpoints, and prints its score."""
-    drop_checkpoints(training)
-    print(f"saved {training.artifact}: validation macro F1 {four_digits(summary['validation_macro_f1'])}")

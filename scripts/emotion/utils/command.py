@@ -1,20 +1,27 @@
-"""The boundary of every command: keeps the libraries quiet, and turns an error into one clear line."""
+"""The entry point of every command: quiets the libraries, and prints an error as one line."""
 
+import contextlib
 import errno
+import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from emotion.utils.errors import UserError, mask_token, raised_by
-from emotion.utils.processes import is_main_process
-from emotion.utils.quiet import quiet_libraries
+from emotion.utils.machine import is_main_process
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Libraries that check what flags ask for when they come to use it, with errors that are written for their users.
+# The libraries' own words for a full disk, since their exceptions have no `errno`: those of safetensors, of torch.save
+# (the second one where the disk fills up while a file is open) and of OpenVINO
+DISK_FULL_MESSAGES = ("I/O error", "PytorchStreamWriter", "unexpected pos", "iostream error")
+# Libraries that check what flags ask for when they come to use it, with errors that are written for their users
 CHECKING = {"transformers", "accelerate", "peft", "datasets", "huggingface_hub"}
-LONGEST = 2000  # characters of an error: a value of a megabyte must not bury what is said of it
+MAX_MESSAGE = 2000  # characters of an error: a value of a megabyte must not bury what is said of it
+# Loggers that report every layer, operator or process
+NOISY = ("torch.onnx", "onnxscript", "torch.distributed.elastic")
 
 
 def run(main) -> None:
@@ -29,7 +36,7 @@ def run(main) -> None:
         # Python flushes standard output once more as it ends, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, Exception) as error:
-        message = _explain(error)
+        message = _message_of(error)
         if progress := sys.modules.get("emotion.utils.progress"):  # of a command that has shown a bar
             progress.close_bars()
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
@@ -40,7 +47,7 @@ def run(main) -> None:
 
 
 def _prepare_streams() -> None:
-    """Makes every character printable, and gives the streams that the caller has closed to nobody."""
+    """Makes every character printable, and replaces the streams that the caller has closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # a file that is opened next would take its number, and be written into
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open to the end)
@@ -51,32 +58,59 @@ def _prepare_streams() -> None:
 def shorten(message: str) -> str:
     """A message as one line, without its middle if it is very long."""
     line = " ".join(message.split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
 
 
-def _explain(error: BaseException) -> str | None:
-    """A message that says what the user can do about an error; None if only a developer can mend it."""
+def _message_of(error: BaseException) -> str | None:
+    """What the user can do about an error; None if it is a bug."""
+    text = str(error)
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, KeyboardInterrupt):
-        return str(error) or "interrupted; a training goes on where it stopped with --resume_from_checkpoint last"
+        return text or "interrupted; a training goes on where it stopped with --resume_from_checkpoint true"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        name = f" {error.filename}" if error.filename else ""
-        return f"cannot write{name}: {error.strerror}; free some space or choose another folder"
+        return f"cannot write {error.filename or 'the output'}: {error.strerror}; free some space or name another"
     if isinstance(error, OSError) and error.strerror:  # it is missing, a folder, not ours to read, ...
         return f"{error.filename or 'input or output'}: {error.strerror}; choose another file or folder"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return "the memory is not enough; take smaller batches, shorter texts or a smaller model"
     if isinstance(error, ModuleNotFoundError) and error.name.split(".")[0] != "emotion":
-        return f"{error}; pip install -r requirements.txt installs it"
+        return f"{text}; pip install -r requirements.txt installs it"
     if isinstance(error, ValueError | ImportError | NotImplementedError) and raised_by(error) in CHECKING:
-        return f"{error} ({TRACEBACK_VARIABLE}=1 shows where)"
-    # The libraries have exceptions of their own for a full disk; only their text tells.
-    if type(error).__name__ == "SafetensorError" and "I/O error" in str(error):
-        return f"cannot write the weights: {error}; free some space or choose another folder"
-    # torch.save, in which the second one is what a disk gives that fills up while a file is open
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)):
-        return "cannot write a checkpoint: the disk is full or a limit was reached; free some space"
-    if isinstance(error, RuntimeError) and "iostream error" in str(error):  # OpenVINO
-        return "cannot write the weights: the disk is full or a limit was reached; free some space"
+        return f"{text} ({TRACEBACK_VARIABLE}=1 shows where)"
+    is_of_writing = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    if is_of_writing and any(part in text for part in DISK_FULL_MESSAGES):
+        return f"cannot write the weights: the disk is full or a limit was reached; free some space ({shorten(text)})"
     return None
+
+
+@contextlib.contextmanager
+def quiet_logging():
+    """Silences all logging below errors for a block: quantizers report each layer, which is counted afterwards."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quiet_libraries() -> None:
+    """Sets the libraries' own switches for fewer messages, whether they are loaded already or not."""
+    # As defaults: a user who has set one of these keeps the choice.
+    for prefix, library in (("TRANSFORMERS", "transformers"), ("HF_HUB", "huggingface_hub"), ("DATASETS", "datasets")):
+        if os.environ.setdefault(f"{prefix}_VERBOSITY", "error") == "error":
+            logging.getLogger(library).setLevel(logging.ERROR)
+    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(variable, "1")
+    for library in ("huggingface_hub.utils", "datasets"):
+        if library in sys.modules:
+            sys.modules[library].disable_progress_bars()
+    # Xet, through which the Hub gives large files, is silent for minutes where it fails; plain HTTP gives them too.
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"] == "1"
+    if "PYTHONWARNINGS" in os.environ:  # someone who sets it wants to see the libraries' warnings
+        return
+    warnings.filterwarnings("ignore")
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)

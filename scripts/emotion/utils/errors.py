@@ -1,17 +1,22 @@
-"""The error that a user can mend, which `emotion.utils.command` prints as one line, and whose code raised another."""
+"""The error that a user can fix, and checks of names that come from a file or a command line."""
 
 import contextlib
+import re
 import sys
+from pathlib import PureWindowsPath
 
 LONGEST_REASON = 300  # characters; some libraries put a page into their message
+PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a repository's name
+# A folder's own name may become a variant's, so that letters of any language and blanks are allowed.
+FILE_NAME = r"\w[\w .+=-]*"
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the file, flag or row, and says what to do."""
+    """An error that the user can fix, printed as one line: it names the file, flag or row, and says what to do."""
 
 
 def raised_by(error: BaseException) -> str:
-    """The name of the package in whose code an error was raised: 'transformers', 'json', 'emotion', ..."""
+    """The package in whose code an error was raised: 'transformers', 'json', 'emotion', ..."""
     trace = error.__traceback__
     while trace.tb_next:
         trace = trace.tb_next
@@ -27,7 +32,7 @@ def mask_token(text: str) -> str:
 
 @contextlib.contextmanager
 def one_line(fault: str):
-    """Makes one `UserError` of whatever a library raises in the block; ``fault`` begins its message."""
+    """Turns whatever a library raises in the block into a `UserError` that begins with ``fault``."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -37,18 +42,49 @@ def one_line(fault: str):
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library's error says, in one line."""
+    """The message of a library's error, in one line."""
     if isinstance(error, OSError) and error.strerror:  # without the file, which the caller names
         return error.strerror
     kind, lines = type(error).__name__, []
     for line in map(str.strip, str(error).splitlines()):
-        # OpenVINO begins with the places in its own source files; the reason stands below them.
+        # OpenVINO begins with the positions in its own source files; the reason is below them.
         if line and not line.startswith(("Exception from ", "Check '")):
             lines.append(line)
     if not lines:
         return kind
-    # What another library found, and where PyYAML stood, is told in the second line.
+    # The second line says what another library found, or where PyYAML was.
     reason = " ".join(lines[:2]) if lines[0].endswith(":") or lines[0].startswith("while ") else lines[0]
     # Python's own errors name an object and no fault: "'model_type'" alone would say nothing.
-    named = isinstance(error, LookupError | AttributeError | TypeError)
-    return (f"{kind}: {reason}" if named else reason)[:LONGEST_REASON]
+    is_bare = isinstance(error, LookupError | AttributeError | TypeError)
+    return (f"{kind}: {reason}" if is_bare else reason)[:LONGEST_REASON]
+
+
+def check_name(name, where) -> None:
+    """Raises `UserError` unless a variant or a format can be part of a file's name: no path, and one line.
+
+    Args:
+        name: the value to check, of any type.
+        where: the file that it comes from.
+    """
+    if not isinstance(name, str) or not re.fullmatch(FILE_NAME, name):
+        raise UserError(f"{where}: {name!r} is no name for a file; it takes letters, digits, blanks and '_.+=-'")
+
+
+def check_line(name, where) -> None:
+    """Raises `UserError` unless the name of a model or of a dataset is one line without markup, or None."""
+    if name is not None and (not isinstance(name, str) or not name.isprintable() or set(name) & set('<>`|"')):
+        raise UserError(f"{where}: {name!r} is no name of a model or a dataset; it takes one line without markup")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises `UserError` unless a string is 'name' or 'owner/name' in the letters that the Hub takes."""
+    # The Hub's own check lets a line break at the end pass.
+    if not re.fullmatch(f"({PART}/)?{PART}", repo_id):
+        raise UserError(f"{repo_id!r} is no name for a repository; it takes owner/name")
+
+
+def check_inside(name, where) -> None:
+    """Raises `UserError` unless a name in a file leads to a file inside the model folder, on every system."""
+    path = PureWindowsPath(name)  # a name with a drive or backslashes leads elsewhere on Windows alone
+    if path.anchor or ".." in path.parts or not path.parts:
+        raise UserError(f"{where}: {name!r} leads out of the model folder")

@@ -1,10 +1,9 @@
-"""Files and folders that are whole or not there: written under a temporary name, then renamed.
+"""Atomic writes, locks on what is written, and checked reading of JSON and YAML.
 
-A rename inside one folder happens at once or not at all, so that a killed program leaves the old file or the new one.
-
-While a place is written, one process holds the lock `.<name>.lock` beside it, and makes what is new in
-`.<name>.partial`. The system frees the lock of a process that has died; whoever holds it next clears what that one
-left. A folder that stands there is replaced only if this project has made it and all that it holds.
+What is new is made in `.<name>.partial` beside its target, under the lock `.<name>.lock`, and then renamed: a rename
+inside one folder happens at once or not at all, so that a killed program leaves the old file or the new one. The
+system frees the lock of a process that has died, and the next process to lock the target removes what that one left.
+A folder is replaced only if this project has made it and all that it holds.
 """
 
 import contextlib
@@ -15,15 +14,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, reason_of
 
-WAIT_S = 600  # for the process that writes a file; longer only where it has died and its system frees no locks
-ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository: <root>/scripts/emotion/common/
+ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository
+LOCK_TIMEOUT_S = 600  # to wait for another process; reached only where it has died and the disk frees no locks
+MAX_BYTES = 4_000_000  # of a settings file; the config.json of a model has some thousand
+MAX_RESULT_BYTES = 100_000_000  # of a file of results
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FolderKind:
     Attributes:
         name: what messages call it, with its article.
         is_ours: whether the content of a folder shows that this project has made it.
-        entries: fits the name of each file and folder that it may hold, from its root on.
+        entries: matches the name of each file and folder that it may hold, relative to its root.
     """
 
     name: str
@@ -42,16 +43,15 @@ class FolderKind:
 
 
 def relative(path: Path) -> str:
-    """The name of a path for records: from the repository's root if it lies there, else its last part alone."""
+    """The path relative to the repository if it lies there, else its last part alone, for published records."""
     path = Path(path).resolve()
-    # Records are published: the folders above may hold the user's name, and no reader needs them.
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def without_path(value):
-    """A recipe's value with each absolute path replaced by its last part; a mapping is searched through."""
+    """A recipe's value with each absolute path replaced by its last part; a mapping is searched recursively."""
     if isinstance(value, dict):
-        return {key: without_path(one) for key, one in value.items()}
+        return {key: without_path(inner) for key, inner in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
@@ -59,29 +59,28 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with Path(path).open("rb", buffering=0) as file:
-        while piece := file.read(1 << 20):  # a model need not fit into memory
-            digest.update(piece)
+        while chunk := file.read(1 << 20):  # a model need not fit into memory
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one step, so that a reader never sees half of it."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Writes a text file atomically."""
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file of bytes in one step, as `write_text` does with text."""
-    with whole_file(path) as partial:
+    """Writes a file atomically."""
+    with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 
 def write_json(path: Path, value) -> None:
-    """Writes indented JSON.
+    """Writes indented JSON atomically.
 
     Raises:
         UserError: as `check_result` does.
-        ValueError: if a number is not finite. JSON has no such number, and other programs could not read the file.
+        ValueError: if a number is not finite, which other programs could not read.
     """
     check_result(path, value)
     # Texts and labels stay readable (no \u escapes). One space: more would mostly indent the numbers of matrices.
@@ -89,50 +88,48 @@ def write_json(path: Path, value) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, wait: bool = True):
-    """Yields a temporary path beside ``path``; it becomes ``path`` when the block succeeds, and is removed if not.
+def atomic_write(path: Path):
+    """Yields a temporary path, which replaces ``path`` if the block succeeds and is removed if not.
 
-    Two processes may write the same file: the second waits for the first. A link stays one: its target is written.
-
-    Args:
-        wait: as in `taken`.
+    If ``path`` is a link, the file that it leads to is replaced. A process that writes the same file is waited for.
 
     Raises:
         UserError: if ``path`` is no file, or its folder cannot be written.
     """
     check_is_file(path)
-    with taken(path, wait) as place:  # which removes what an error leaves
-        yield _partial(place)  # beside it, since a rename to another disk would be a copy
-        _partial(place).replace(place)
+    with output_lock(path, wait=True) as target:  # which removes what an error leaves
+        yield _partial(target)
+        _partial(target).replace(target)
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, kind: FolderKind | None = None):
-    """Yields an empty temporary folder; it takes the place ``folder`` when the block succeeds.
+def atomic_folder(folder: Path, kind: FolderKind | None = None):
+    """Yields an empty temporary folder, which replaces ``folder`` if the block succeeds.
 
-    What stands there stays untouched until then. If the place is a link, the folder that it leads to is replaced.
+    If ``folder`` is a link, the folder that it leads to is replaced.
 
     Args:
-        kind: the kind of folder that is replaced; None to take an empty place only.
+        folder: the folder to write.
+        kind: the kind of folder that may be replaced; None if only an empty one may.
 
     Raises:
-        UserError: as `check_replaceable` and `taken` do.
+        UserError: as `check_replaceable` and `output_lock` do.
     """
     check_replaceable(folder, kind)
-    with taken(folder) as place:
-        new, old = _partial(place) / "new", _partial(place) / "old"
+    with output_lock(folder) as target:
+        new, old = _partial(target) / "new", _partial(target) / "old"
         new.mkdir(parents=True)  # with the permissions of any new folder; a temporary one would be the owner's alone
         yield new
         for path in new.rglob("*"):  # safetensors writes files that only their owner can read
             if path.is_file():
                 path.chmod(0o644)
         check_replaceable(folder, kind)  # again: the user may have put a file there meanwhile
-        # A folder that is not empty cannot be renamed over. The old one steps aside; `taken` brings it back if the
-        # second rename fails, now or, if this process is killed between the two, in the next run.
-        if place.exists():
-            place.rename(old)
-        new.rename(place)
-        _clear(place)
+        # A folder that is not empty cannot be renamed over. The old one steps aside; `output_lock` brings it back if
+        # the second rename fails, now or, if this process is killed between the two, in the next run.
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        _clear(target)
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory:
@@ -141,103 +138,104 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder that this project has made; a process killed meanwhile leaves no half of it in its place."""
-    with taken(folder) as place:
-        _partial(place).mkdir()
-        place.rename(_partial(place) / "discarded")
+    """Removes a folder atomically."""
+    with output_lock(folder) as target:
+        _partial(target).mkdir()
+        target.rename(_partial(target) / "discarded")
 
 
 @contextlib.contextmanager
-def taken(path: Path, wait: bool = False):
-    """Holds the place of a file or folder while the block runs; the process that holds it may do so again inside.
+def output_lock(path: Path, wait: bool = False):
+    """Locks a file or folder for writing while the block runs; the process that has the lock may take it again.
 
     Args:
-        wait: whether to wait for a process that holds it, up to `WAIT_S`.
+        path: the file or folder, which need not exist.
+        wait: whether to wait for another process that has the lock, up to `LOCK_TIMEOUT_S`.
 
     Yields:
-        The place itself: where ``path`` leads to if it is a link.
+        The file or folder itself: where ``path`` leads to if it is a link.
 
     Raises:
-        UserError: if another process holds it, or nothing can be written there.
+        UserError: if another process has the lock, or nothing can be written there.
     """
-    from filelock import FileLock, SoftFileLock, Timeout  # imported here: a program that only answers writes nothing
+    from filelock import FileLock, SoftFileLock, Timeout  # not installed where texts are only classified
 
-    place = _target(path)
-    # One lock object per place: a second one of the same process would wait for the first.
-    lock = FileLock(place.with_name(f".{place.name}.lock"), is_singleton=True)
-    inside = lock.is_locked  # this process holds it already
+    target = _target(path)
+    # One lock object per target: a second one of the same process would wait for the first.
+    lock = FileLock(target.with_name(f".{target.name}.lock"), is_singleton=True)
+    is_outermost = not lock.is_locked
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=WAIT_S if wait else 0)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_TIMEOUT_S if wait else 0)
     except Timeout as error:
         # On a disk without locks the file itself is one, which a process that was killed on another machine leaves.
         left = f", or remove {lock.lock_file} if none does" if isinstance(lock, SoftFileLock) else ""
-        raise UserError(
-            f"another process is writing {path}{left}; wait until it ends, or name another place"
-        ) from error
+        raise UserError(f"another process is writing {path}{left}; wait until it ends, or name another") from error
     except OSError as error:
-        raise UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder") from error
+        raise _cannot_write(path, error) from error
     try:
-        if not inside:
-            _clear(place)  # what a process that was killed has left
-        yield place
+        if is_outermost:
+            _clear(target)  # what a process that was killed has left
+        yield target
     finally:
-        if not inside:
-            _clear(place)
-            # Removed while it is held: one who waits for a file that is gone looks for the new one. Windows removes no
-            # open file; there `filelock` does it, after the release.
+        if is_outermost:
+            _clear(target)
+            # Removed before the release: a process that waits for a file that is gone looks for the new one. Windows
+            # removes no open file; there `filelock` does it, after the release.
             with contextlib.suppress(PermissionError):
                 Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 def check_replaceable(folder: Path, kind: FolderKind | None, inputs: Iterable[Path] = ()) -> None:
-    """Raises `UserError` if a folder cannot be written without destroying what is the user's.
-
-    Commands call this first, so that the error comes before the training and not after it.
+    """Checks that a folder can be written without destroying what is the user's. Commands call this before any work.
 
     Args:
-        kind: the kind of folder that may be replaced; None for an empty place only.
-        inputs: files and folders that the run reads. The folder must not be one, nor hold one, nor lie in one.
+        folder: the folder to write.
+        kind: the kind of folder that may be replaced; None if only an empty one may.
+        inputs: files and folders that the run reads, which the folder must not be, hold or lie in.
+
+    Raises:
+        UserError: naming what would be destroyed, or if nothing can be written there.
     """
-    place = _target(folder)
-    if place.exists() and not place.is_dir():
-        raise UserError(f"{folder} is a {_what_is(place)}; name a folder")
-    if os.path.ismount(place) or Path.cwd().is_relative_to(place):  # neither can be renamed, or not without harm
+    target = _target(folder)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{folder} is a {_type_of(target)}; name a folder")
+    if os.path.ismount(target) or Path.cwd().is_relative_to(target):  # neither can be renamed, or not without harm
         raise UserError(f"{folder} is a mount point, or holds the folder you are in; name a folder below it")
-    for one in inputs:
-        read = Path(one).resolve()
-        if read.is_relative_to(place) or (read.is_dir() and place.is_relative_to(read)):
-            raise UserError(f"{folder}: this run reads {one}, which must stay as it is; name another folder")
-    # An empty folder is free to take: users make one first, and so do the programs that run this one.
-    if place.is_dir() and any(place.iterdir()):
-        if not (kind and kind.is_ours(place)):
+    for name in inputs:
+        read = Path(name).resolve()
+        if read.is_relative_to(target) or (read.is_dir() and target.is_relative_to(read)):
+            raise UserError(f"{folder}: this run reads {name}, which must stay as it is; name another folder")
+    # An empty folder is free: users make one first, and so do the programs that run this one.
+    if target.is_dir() and any(target.iterdir()):
+        if not (kind and kind.is_ours(target)):
             what = kind.name if kind else "an empty folder"
             raise UserError(f"{folder} holds something else (it is not {what} of this project); name another folder")
-        if strangers := list(islice(_strangers(place, kind), 3)):  # three say enough
+        if foreign := list(islice(_foreign_entries(target, kind), 3)):  # three say enough
             raise UserError(
-                f"{folder} holds {', '.join(strangers)}, which {kind.name} does not; move that away, or name another "
-                "folder"
+                f"{folder} holds {', '.join(foreign)}, which {kind.name} does not; move that away, or name another"
             )
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=place.parent).cleanup()  # permissions alone do not tell: a disk can be full
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=target.parent).cleanup()  # permissions alone do not tell: a disk can be full
     except OSError as error:
-        raise UserError(f"cannot write in {Path(folder).parent}: {error.strerror}; choose another folder") from error
+        raise _cannot_write(folder, error) from error
 
 
 def check_is_file(path: Path) -> None:
     """Raises `UserError` if something that is no file stands where a file is to be written."""
-    place = _target(path)
-    if place.exists() and not place.is_file():
-        raise UserError(f"{path} is a {_what_is(place)}; name a file")
+    target = _target(path)
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path} is a {_type_of(target)}; name a file")
 
 
 def check_result(path: Path, fields: Iterable[str]) -> None:
     """Raises `UserError` if a file of results would replace something else than an earlier one.
 
     Args:
-        fields: of the new file. An earlier one, of another version too, has one of them.
+        path: the file to write.
+        fields: the keys of the new file. An earlier one, of another version too, has one of them.
     """
     check_is_file(path)
     if not Path(path).is_file() or not Path(path).stat().st_size:
@@ -250,21 +248,23 @@ def check_result(path: Path, fields: Iterable[str]) -> None:
         raise UserError(f"{path} holds something else than results of this command; move it away, or name another")
 
 
-def _strangers(folder: Path, kind: FolderKind) -> Iterator[str]:
-    """The entries of a folder that none of its kind has. A link is one, wherever it leads; a device is one."""
+def _foreign_entries(folder: Path, kind: FolderKind):
+    """Yields the entries of a folder that none of its kind has; links and devices are such."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        plain = not path.is_symlink() and (path.is_dir() or path.is_file())
-        if not plain or not kind.entries.fullmatch(name):
+        is_plain = not path.is_symlink() and (path.is_dir() or path.is_file())
+        if not is_plain or not kind.entries.fullmatch(name):
             yield name
 
 
-def _what_is(path: Path) -> str:
+def _type_of(path: Path) -> str:
     if path.is_dir() or path.is_file():
         return "folder" if path.is_dir() else "file"
-    if path.is_fifo() or path.is_socket():
-        return "pipe" if path.is_fifo() else "socket"
-    return "device"
+    return "pipe or socket" if path.is_fifo() or path.is_socket() else "device"
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder")
 
 
 def _target(path: Path) -> Path:
@@ -272,19 +272,19 @@ def _target(path: Path) -> Path:
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
-        raise UserError(f"{path} is a link that leads in a circle; name another place") from error
+        raise UserError(f"{path} is a link that leads in a circle; name another") from error
 
 
-def _partial(place: Path) -> Path:
-    """Where what is new is made. One fixed name: only who holds the lock of the place may use it."""
-    return place.with_name(f".{place.name}.partial")
+def _partial(target: Path) -> Path:
+    """Where what is new is made. One fixed name: only the process that has the lock may use it."""
+    return target.with_name(f".{target.name}.partial")
 
 
-def _clear(place: Path) -> None:
+def _clear(target: Path) -> None:
     """Brings back what a killed process had put aside, and removes what it had begun."""
-    partial = _partial(place)
-    if (partial / "old").exists() and not place.exists():
-        (partial / "old").rename(place)
+    partial = _partial(target)
+    if (partial / "old").exists() and not target.exists():
+        (partial / "old").rename(target)
     if partial.is_dir():
         shutil.rmtree(partial, ignore_errors=True)  # a failure hurts nobody: the next run tries again
     else:
@@ -292,28 +292,70 @@ def _clear(place: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a file of results.
+    """Reads a JSON object with finite numbers.
 
     Raises:
-        UserError: if the file is missing, is not JSON, or holds no object; it names the file.
+        UserError: naming the file, if it is missing, is not JSON, or holds no object.
     """
+    return read_fields(path, json.loads, {}, max_bytes=MAX_RESULT_BYTES)
+
+
+def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_bytes: int = MAX_BYTES) -> dict:
+    """Reads a settings file that others may have written or damaged, and checks the types that the caller relies on.
+
+    Args:
+        path: a JSON or YAML file.
+        parse: from the file's text to its value.
+        types: key -> the type, or types, of its value, or such a mapping for a mapping inside. A key that the file may
+            leave out ends with "?". The file may have more keys.
+        max_bytes: the largest file that is read.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, and no UTF-8 holds it
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ValueError(f"it has {size:,} bytes, and {max_bytes:,} at most can be right")
+        values = parse(path.read_text(encoding="utf-8"))
+        _check_is_json(values, size)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    # The first is the parent of JSON's and UTF-8's errors; lists in lists a thousand times deep raise the second.
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object but {type(value).__name__}")
-    return value
+    except Exception as error:  # not text, not JSON, nested too deeply: each parser has errors of its own
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
+    _check_types(values, types, str(path))
+    return values
 
 
-def _finite(word: str) -> float:
-    """A number of a JSON file; raises `ValueError` for NaN, Infinity and 1e999, which JSON does not have."""
-    number = float(word)
-    if not math.isfinite(number):
-        raise ValueError(f"{word} is no number")
-    return number
+def _check_is_json(value, size: int) -> None:
+    """Raises `ValueError` unless a value can be written as JSON, and a file of this size can hold it."""
+    values = [value]
+    for count, inner in enumerate(values):  # the list grows while it is read
+        if count > size:  # YAML has aliases, by which a few lines can stand for millions of values
+            raise ValueError("it repeats its parts by aliases, more than its size")
+        if isinstance(inner, dict):
+            values += [*inner.keys(), *inner.values()]
+            if not all(isinstance(key, str) for key in inner):
+                raise ValueError("it has a key that is no string")
+        elif isinstance(inner, list):
+            values += inner
+        elif isinstance(inner, str):
+            inner.encode()  # half a surrogate pair is valid JSON, and no UTF-8 holds it
+        elif not isinstance(inner, int | float | None) or (isinstance(inner, float) and not math.isfinite(inner)):
+            raise ValueError(f"it holds {inner!r:.40}, which JSON does not have")
+
+
+def _check_types(values, types: dict, where: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} must hold a JSON object, or a mapping, and holds {values!r:.40}")
+    for name, expected in types.items():
+        key = name.removesuffix("?")
+        if key not in values:
+            if key == name:
+                raise UserError(f"{where} has no '{key}'")
+        elif isinstance(expected, dict):
+            _check_types(values[key], expected, f"{where}: '{key}'")
+        # Python counts True as a number, and no field that is read as one can mean it.
+        elif not isinstance(values[key], expected) or isinstance(values[key], bool):
+            raise UserError(f"{where}: '{key}' cannot be {values[key]!r:.40}")

@@ -1,8 +1,8 @@
-"""Requests to the Hub: each wait has an end, what may pass is tried again, and an error becomes one line.
+"""Requests to the Hub: every wait is bounded, transient errors are retried, and an error becomes one line.
 
-`huggingface_hub` retries, resumes and compares lengths. Left to this module: most requests to its API have no timeout,
-it waits as long as a server asks, follows redirects without end, and names files in its cache after headers. Both its
-HTTP libraries, `httpx` in version 1 and `httpx2` in version 2, have clients with the hooks that are used here.
+`huggingface_hub` retries, resumes and compares lengths. What it lacks is added by hooks of its HTTP client, which
+`httpx` (version 1) and `httpx2` (version 2) both have: timeouts of API requests, bounds on waits and redirects, and
+checks of the headers after which it names files in its cache.
 """
 
 import contextlib
@@ -18,19 +18,18 @@ from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
-from emotion.utils.errors import LONGEST_REASON, UserError, mask_token, raised_by
-from emotion.utils.names import check_repo_id
+from emotion.utils.errors import LONGEST_REASON, UserError, check_repo_id, mask_token, raised_by
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
-LONGEST_WAIT_S = 120  # between two attempts, whatever the Hub asks for
-TIMEOUT_S = 60  # for each step of a request that huggingface_hub sets none for
-MOST_TRIES = 5  # of one request in an attempt: 15 s of a Hub that answers 500
-LOWEST_RATE, GRACE_S = 1000, 30  # bytes a second that a body must come with on average, after so many seconds
-LARGEST_ANSWER = 100_000_000  # bytes, of what is no file of an announced length; answers are read into memory
+MAX_WAIT_S = 120  # between two attempts, whatever the Hub asks for
+TIMEOUT_S = 60  # for each step of a request for which huggingface_hub sets none
+MAX_TRIES = 5  # of one request in an attempt: 15 s of a Hub that answers 500
+MIN_RATE, GRACE_S = 1000, 30  # bytes a second that a body must have on average, after so many seconds
+MAX_ANSWER = 100_000_000  # bytes, of what is no file of an announced length; answers are read into memory
 
 
 class UselessAnswerError(Exception):
-    """What huggingface_hub would repeat or read without end; no class that it would catch."""
+    """What huggingface_hub would retry or read without end; no class that it would catch."""
 
 
 def endpoint_answers() -> bool:
@@ -43,31 +42,35 @@ def endpoint_answers() -> bool:
 
 
 def ask_hub(attempt, repo_id: str):
-    """Calls ``attempt``, which asks the Hub for a repository; calls it again while that can help.
+    """Calls ``attempt``, which sends requests about a repository; retries transient errors.
+
+    Args:
+        attempt: a function without arguments.
+        repo_id: the repository id, for the message.
 
     Returns:
         The result of ``attempt``.
 
     Raises:
-        UserError: for an error that will stay, at once; for one that may pass, after the last attempt.
+        UserError: for a permanent error at once, for a transient one after the last attempt.
     """
     requests, waits_s = Requests(), iter(WAITS_S)
     while True:
         try:
             with requests.bounded():
                 return attempt()
-        except UserError:  # in the user's words already
+        except UserError:
             raise
         except Exception as error:
-            passing, reason, asked_s = summarize(error, repo_id)
-            if reason is None:  # not the Hub's: an error of this program, whose traceback is needed
+            transient, message, asked_s = classify_error(error, repo_id)
+            if message is None:  # a bug, whose traceback is needed
                 raise
-            wait_s = next(waits_s, None) if passing and not requests.exhausted else None
+            wait_s = next(waits_s, None) if transient and not requests.exhausted else None
             if wait_s is None:
-                raise UserError(reason) from error
-        wait_s = max(wait_s, min(asked_s, LONGEST_WAIT_S))
-        asks = f", though it asks for {asked_s:.0f} s" if asked_s > LONGEST_WAIT_S else ""
-        requests.report(f"{reason}; trying again in {wait_s:.0f} s{asks}")
+                raise UserError(message) from error
+        wait_s = max(wait_s, min(asked_s, MAX_WAIT_S))
+        asks = f", though it asks for {asked_s:.0f} s" if asked_s > MAX_WAIT_S else ""
+        requests.report(f"{message}; trying again in {wait_s:.0f} s{asks}")
         time.sleep(wait_s)
 
 
@@ -75,18 +78,18 @@ class Requests:
     """Bounds the requests of one call of `ask_hub`.
 
     Attributes:
-        exhausted: whether huggingface_hub has repeated a request `MOST_TRIES` times.
+        exhausted: whether huggingface_hub has sent a request `MAX_TRIES` times.
     """
 
     def __init__(self):
         self.exhausted = False
         self._reported = False
         self._status = "none"  # of the last answer
-        self._tries = Counter()  # request -> how often it was asked without an answer of use
+        self._tries = Counter()  # request -> how often it was sent without a useful answer
 
     @contextlib.contextmanager
     def bounded(self):
-        """While the block runs, the client of huggingface_hub calls the methods below."""
+        """While the block runs, the HTTP client of huggingface_hub calls the methods below."""
         hooks = get_session().event_hooks
         self._tries.clear()
         hooks["request"].append(self._before)
@@ -98,18 +101,18 @@ class Requests:
             hooks["response"].remove(self._after)
 
     def report(self, line: str) -> None:
-        """Tells the user that a request is repeated."""
+        """Prints that a request is retried."""
         self._reported = True
         print(line, file=sys.stderr)
 
     def _before(self, request) -> None:
-        """Sets timeouts; raises `UselessAnswerError` where repeating a request would go on for too long."""
+        """Sets timeouts; raises `UselessAnswerError` at the last try."""
         tries = self._tries[_key(request)]
         self._tries[_key(request)] += 1
         where = f"{request.method} {request.url.host}{request.url.path}, last status {self._status}"
-        self.exhausted |= tries >= MOST_TRIES
+        self.exhausted |= tries >= MAX_TRIES
         if self.exhausted:
-            raise UselessAnswerError(f"{where}, {MOST_TRIES} times")
+            raise UselessAnswerError(f"{where}, {MAX_TRIES} times")
         if tries and not self._reported:
             self.report(mask_token(f"no useful answer of the Hub to {where}; trying again"))
         most_s = constants.HF_HUB_ETAG_TIMEOUT if request.method == "HEAD" else TIMEOUT_S
@@ -117,16 +120,16 @@ class Requests:
         request.extensions["timeout"] = {step: min(time_s or most_s, most_s) for step, time_s in timeouts.items()}
 
     def _after(self, response) -> None:
-        """Looks at an answer's headers, before its body is read.
+        """Checks an answer's headers, before its body is read.
 
         Raises:
-            FileMetadataError: for headers that cannot be true; huggingface_hub then takes the file from its cache.
+            FileMetadataError: for invalid headers; huggingface_hub then takes the file from its cache.
             HfHubHTTPError: if the Hub asks for a pause, which huggingface_hub would not heed, or take in silence.
         """
         self._status = response.status_code
         if requested_pause(response):
             hf_raise_for_status(response)
-        # Of what huggingface_hub takes as the last answer: errors and redirections have ETags of their own.
+        # Of what huggingface_hub takes as the last answer: errors and relative redirects have ETags of their own.
         if response.is_success or response.headers.get("Location", "").startswith(("http", "//")):
             del self._tries[_key(response.request)]
             if response.request.method == "HEAD":
@@ -140,36 +143,36 @@ def _key(request) -> tuple:
 
 def check_cache_headers(response) -> None:
     """Raises `FileMetadataError` if a header would name a file outside of the cache, or of another commit."""
-    asked = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
+    commit = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
     etag = r'(W/)?"?\w[\w.-]*"?'
-    forms = {"X-Repo-Commit": asked[1] if asked else "[0-9a-f]{40}", "X-Linked-ETag": etag, "ETag": etag}
-    for name, form in forms.items():
+    patterns = {"X-Repo-Commit": commit[1] if commit else "[0-9a-f]{40}", "X-Linked-ETag": etag, "ETag": etag}
+    for name, pattern in patterns.items():
         value = response.headers.get(name)
-        if value is not None and not re.fullmatch(form, value):  # huggingface_hub itself asks for those that it needs
+        if value is not None and not re.fullmatch(pattern, value):  # huggingface_hub itself requires those it needs
             raise FileMetadataError(f"{name} cannot be '{value}'")
 
 
 def bound_body(response):
     """A replacement of ``response.iter_raw``, which raises where a body comes too slowly or without end."""
     read, start = response.iter_raw, time.monotonic()
-    # The client itself holds a body to the length that was announced.
+    # The client itself compares a body with the length that was announced.
     is_file = "/api/" not in response.request.url.path and "Content-Length" in response.headers
 
     def iter_raw(chunk_size: int | None = None):
         size = 0
         for chunk in read(chunk_size):
             size += len(chunk)
-            if not is_file and size > LARGEST_ANSWER:
-                raise UselessAnswerError(f"an answer is larger than {LARGEST_ANSWER:,} bytes")
-            if time.monotonic() - start > GRACE_S + size / LOWEST_RATE:
-                raise UselessAnswerError(f"fewer than {LOWEST_RATE:,} bytes a second")
+            if not is_file and size > MAX_ANSWER:
+                raise UselessAnswerError(f"an answer is larger than {MAX_ANSWER:,} bytes")
+            if time.monotonic() - start > GRACE_S + size / MIN_RATE:
+                raise UselessAnswerError(f"fewer than {MIN_RATE:,} bytes a second")
             yield chunk
 
     return iter_raw
 
 
 def requested_pause(response) -> float:
-    """The seconds that a refusal asks to wait, by Retry-After or the Hub's own header; 0 if it names none."""
+    """The seconds to wait by Retry-After or the Hub's own header, if the status is 429 or 503; else 0."""
     if response.status_code not in {429, 503}:
         return 0
     value = response.headers.get("Retry-After", "")
@@ -182,64 +185,61 @@ def requested_pause(response) -> float:
         return float(limit.reset_in_seconds) if limit else 0
 
 
-def summarize(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
+def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
     """What an error of a request to the Hub means.
 
     Returns:
-        Whether it may pass by itself; its meaning in one line, None for an error of this program; the seconds that the
-        Hub asks to wait.
+        Whether it is transient; its message in one line, None for a bug; the seconds that the Hub asks to wait.
     """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    for one in chain:  # the cause of others, where the library looked into its cache, or failed to read a refusal
-        if response := getattr(one, "response", None):
-            return *summarize_status(one, response.status_code, repo_id), requested_pause(response)
-    ours = UselessAnswerError | FileMetadataError | LocalEntryNotFoundError
-    if raised_by(error) == "emotion" and not isinstance(error, ours):
-        return False, None, 0
+    for link in chain:  # the cause of others, where the library looked into its cache, or failed to read a refusal
+        if response := getattr(link, "response", None):
+            return *classify_status(link, response.status_code, repo_id), requested_pause(response)
     if isinstance(error, LocalEntryNotFoundError):
-        if not error.__cause__:  # the cache alone was asked
+        if not error.__cause__:  # the cache alone was read
             why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
             return False, f"{repo_id} is not whole in the cache, and {why}", 0
         error = error.__cause__
+    elif raised_by(error) == "emotion" and not isinstance(error, UselessAnswerError | FileMetadataError):
+        return False, None, 0
     elif isinstance(error, OSError) and error.errno:
-        place = f"downloads go to {constants.HF_HUB_CACHE}, and HF_HOME names another place"
-        return False, one_line(f"{error.filename or 'the disk'}: {error.strerror}; {place}"), 0
+        hint = f"downloads go to {constants.HF_HUB_CACHE}, and HF_HOME names another place"
+        return False, one_line(f"{error.filename or 'the disk'}: {error.strerror}; {hint}"), 0
     name = type(error).__name__
-    # Nothing listens there, or the library refuses what it was given or was told.
-    passing = name != "ConnectError" and not isinstance(error, ValueError)
-    return passing, one_line(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
+    # Nothing listens there, or the library rejects its arguments.
+    transient = name != "ConnectError" and not isinstance(error, ValueError)
+    return transient, one_line(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
 
 
-def summarize_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[bool, str]:
-    """Whether a refusal of the Hub may pass by itself, and its meaning in one line."""
+def classify_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[bool, str]:
+    """Whether a refusal of the Hub is transient, and its message in one line."""
     message = getattr(error, "server_message", None)
     detail = f" ({message})" if message else ""
-    # 401 stands for a missing repository too: the Hub does not tell a stranger which private ones there are.
-    reasons = {
+    # 401 means a missing repository too: the Hub does not tell a stranger which private ones there are.
+    messages = {
         401: f"the Hub does not know this token, or {repo_id} is not there; run `hf auth login` again",
         403: f"this token may not do that with {repo_id}{detail}; take one that may",
         404: f"no repository {repo_id} on the Hub, or no file of that name in it",
         413: f"a file is too large for {repo_id} (status 413){detail}",
         507: f"{repo_id} has no space left (status 507){detail}; free some",
     }
-    passing = status not in reasons and (status in {408, 429} or status >= 500)
-    other = (
-        f"the Hub is busy or failing (status {status})" if passing else f"the Hub refuses (status {status}){detail}"
-    )
-    return passing, one_line(reasons.get(status, other))
+    transient = status not in messages and (status in {408, 429} or status >= 500)
+    if transient:
+        return True, f"the Hub is busy or failing (status {status})"
+    return False, one_line(messages.get(status, f"the Hub refuses (status {status}){detail}"))
 
 
 def one_line(text: str) -> str:
-    """A text for the terminal: in one line of bounded length, without control characters, without the token."""
+    """A text in one line of bounded length, without control characters and without the token."""
     text = mask_token(text)[: 10 * LONGEST_REASON]
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
 
 
 def check_can_publish(repo_id: str | None) -> None:
-    """Raises `UserError` for the mistakes that show without asking the Hub: no name or a wrong one, no token."""
+    """Raises `UserError` if a repository cannot be written: no name or an invalid one, or no token."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

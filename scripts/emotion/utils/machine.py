@@ -1,4 +1,4 @@
-"""The machine: threads, memory, instruction sets, package versions, the commit, and other scripts as processes."""
+"""The machine: threads, memory, instruction sets, package versions, the commit, and processes."""
 
 import contextlib
 import ctypes
@@ -15,32 +15,32 @@ from pathlib import Path, PurePosixPath
 from emotion.utils.arguments import Range
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
-from emotion.utils.processes import integer_setting
 
 SCRIPTS = ROOT / "scripts"  # in the clone, wherever the command is started
 # Packages whose version a result may depend on, by their names on PyPI; each record lists them.
 PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "evaluate",
-    "accelerate",
-    "tokenizers",
-    "numpy",
-    "scikit-learn",
-    "onnx",
-    "onnxruntime",
-    "torchao",
-    "optimum-intel",
-    "openvino",
-    "nncf",
-    "peft",
-    "bitsandbytes",
-)
+    "torch transformers datasets evaluate accelerate tokenizers numpy scikit-learn onnx onnxruntime torchao "
+    "optimum-intel openvino nncf peft bitsandbytes"
+).split()
+
+
+def integer_setting(name: str) -> int | None:
+    """An environment variable as an integer, the first of a list with commas; None if it is not one."""
+    try:
+        return int(os.environ[name].split(",")[0])
+    except (KeyError, ValueError):
+        return None
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and saves for all that were launched with it; True without a launcher."""
+    # A cluster may set RANK and WORLD_SIZE for each of its machines. LOCAL_RANK comes from a launcher alone.
+    launched = integer_setting("LOCAL_RANK") is not None and (integer_setting("WORLD_SIZE") or 1) > 1
+    return not launched or (integer_setting("RANK") or 0) <= 0
 
 
 def count_processors(root: Path = Path("/")) -> int:
-    """The processors that this process may use: those of `taskset` and the like, within the quota of its container.
+    """The number of processors that this process may use, by its affinity and the CPU quota of its container.
 
     Args:
         root: the folder that holds `proc` and `sys`.
@@ -52,7 +52,7 @@ def count_processors(root: Path = Path("/")) -> int:
 
 
 def read_cpu_quota(root: Path) -> float:
-    """How many processors' time the control groups (cgroup v1 or v2) grant; infinite where none limits it."""
+    """The CPU quota of the control groups (cgroup v1 or v2), in processors; infinite where none limits it."""
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -63,11 +63,10 @@ def read_cpu_quota(root: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):  # v2 names none
             continue
         for hierarchy in {controllers, controllers and "cpu"}:  # v1 mounts "cpu,cpuacct", "cpu", or both
-            # Each group above limits it too. Inside a container the group's name may be that of the machine, of which
+            # Each parent group limits it too. Inside a container the group's name may be that of the machine, of which
             # only the root is to be seen.
-            for one in (PurePosixPath(name), *PurePosixPath(name).parents):
-                folder = root / "sys/fs/cgroup" / hierarchy / one.relative_to("/")
-                quota = min(quota, _quota_of(folder))
+            for path in (PurePosixPath(name), *PurePosixPath(name).parents):
+                quota = min(quota, _quota_of(root / "sys/fs/cgroup" / hierarchy / path.relative_to("/")))
     return quota
 
 
@@ -83,18 +82,19 @@ def _quota_of(folder: Path) -> float:
     return math.inf
 
 
-# More threads than processors only wait for each other, and each takes memory; some more are taken for comparisons.
+# More threads than processors only wait for each other, and each takes memory; some more are allowed to compare.
 THREADS = Range(1, max(64, 8 * count_processors()))
 
 
 def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
-    """The number of threads asked for; else that of `OMP_NUM_THREADS`, at most all processors that may be used.
+    """``threads`` if given, else `OMP_NUM_THREADS`, at most `count_processors`.
 
     Args:
+        threads: the number asked for.
         root: as in `count_processors`.
 
     Raises:
-        UserError: if fewer than one is asked for, or many more than there are processors.
+        UserError: if ``threads`` is below one, or many more than there are processors.
     """
     if threads is not None and threads not in THREADS:
         raise UserError(f"threads {threads}: it takes {THREADS}")
@@ -105,8 +105,8 @@ def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
 
 
 def has_bf16(use_cpu: bool) -> bool:
-    """Whether the device that will train multiplies in bfloat16; where it does not, bfloat16 is emulated and slow."""
-    import torch  # here as below, since answering a text imports this file and must not wait for torch
+    """Whether the device multiplies in bfloat16; where it does not, bfloat16 is emulated and slow."""
+    import torch  # here as below, since classifying a text imports this file and must not wait for torch
 
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -116,7 +116,7 @@ def has_bf16(use_cpu: bool) -> bool:
 
 
 def describe_environment(threads: int, device: str = "cpu") -> dict:
-    """The environment of a measurement, for its record: processor, instruction sets, threads, Python, packages."""
+    """The environment of a measurement: processor, instruction sets, threads, device, Python and packages."""
     import torch
 
     capabilities = torch.cpu.get_capabilities()
@@ -134,7 +134,7 @@ def describe_environment(threads: int, device: str = "cpu") -> dict:
 
 
 def describe_run(threads: int) -> dict:
-    """The fields that every study's results begin with: the date, the commit and the environment."""
+    """The date, the commit and the environment, for the results of a study."""
     return {
         "date": datetime.date.today().isoformat(),
         "git_commit": git_commit(),
@@ -169,31 +169,31 @@ def code_url() -> str | None:
     return f"https://github.com/{found[1]}" if found else None
 
 
-def _git(*words: str) -> str:
-    """What a git command prints, run in the repository of this code."""
-    command = ["git", "-C", str(ROOT), *words]
+def _git(*args: str) -> str:
+    """The output of a git command, run in the repository of this code."""
+    command = ["git", "-C", str(ROOT), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run_script(name: str, *words, **options) -> subprocess.CompletedProcess:
+def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
     """Runs a command of this project in a fresh process, with the same Python.
 
     Args:
         name: its file in scripts/.
-        words: its flags and their values, of any type.
-        options: passed on to `subprocess.run`, except ``check=True``: then a failure ends this process with the same
-            status, and without a word of its own, since the command has said why.
+        args: its flags and their values, of any type.
+        options: passed to `subprocess.run`, except ``check=True``: then a failure ends this process with the same
+            status, and without a message of its own, since the command has printed one.
     """
     check = options.pop("check", False)
     # sys.executable: `python` alone may be another one than that of the virtual environment.
-    done = subprocess.run([sys.executable, str(SCRIPTS / name), *map(str, words)], **options)
+    done = subprocess.run([sys.executable, str(SCRIPTS / name), *map(str, args)], **options)
     if check and done.returncode:
         sys.exit(done.returncode)
     return done
 
 
 def reset_peak_memory() -> None:
-    """Lets `peak_memory_mb` count from here on, where the system can; elsewhere it counts from the process's start."""
+    """Resets `peak_memory_mb` where the system can; elsewhere it counts from the start of the process."""
     import torch
 
     if torch.cuda.is_available():
@@ -204,10 +204,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_mb() -> int | None:
-    """The most memory that was in use at once, in megabytes (1e6 bytes): the GPU's, or the process's on a CPU.
-
-    None on Windows, whose Python does not count it.
-    """
+    """The peak memory in megabytes (1e6 bytes): the GPU's, or the process's on a CPU; None on Windows."""
     import torch
 
     if torch.cuda.is_available():
@@ -221,7 +218,7 @@ def peak_memory_mb() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to reuse large buffers instead of returning them to the system after every step.
+    """Makes glibc reuse large buffers instead of returning them to the system after every step.
 
     The gradient of the word embeddings alone is 47 MB for MiniLM. Fetching its pages anew took a quarter of a step.
     """

@@ -1,4 +1,4 @@
-"""The kind of processor, by the instructions that decide how fast a model is: times are kept apart by it."""
+"""The class of the processor, by the instruction sets that decide how fast a model is."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emotion.utils.errors import UserError
 
-# Class of processors, the highest first -> the instruction set that makes a processor one, by PyTorch's name
+# Class of processors, the highest first -> the instruction set that defines it, by PyTorch's name
 CLASSES = {
     "amx": "amx_int8",
     "avx512_vnni": "avx512_vnni",
@@ -52,7 +52,7 @@ def class_of(instruction_sets: Iterable[str]) -> str | None:
 
 
 def find_processor_class() -> str:
-    """The class of this processor, for the name of what is measured on it.
+    """The class of this processor.
 
     Raises:
         UserError: if some of its instructions are hidden from the libraries, or it is older than all classes.
@@ -65,11 +65,11 @@ def find_processor_class() -> str:
     seen, listed = class_of(instruction_sets_of_libraries()), instruction_sets_of_kernel()
     if listed is not None and class_of(listed) != seen:
         raise UserError(
-            f"the libraries see {seen or 'an older processor'}, and {CPUINFO} tells of {class_of(listed) or 'one'}: "
+            f"the libraries see {seen or 'an older processor'}, and {CPUINFO} lists {class_of(listed) or 'one'}: "
             "instructions are hidden, and no processor has these times"
         )
     if seen is None:
-        raise UserError(f"this processor has none of {', '.join(CLASSES.values())}: its times have no place")
+        raise UserError(f"this processor has none of {', '.join(CLASSES.values())}: its times are not recorded")
     return seen
 
 
@@ -79,14 +79,14 @@ def is_arm() -> bool:
 
 
 def instruction_sets_of_libraries() -> list[str]:
-    """What PyTorch finds, by asking the processor as the other libraries do."""
-    import torch  # here: who only renders pages does not wait for it
+    """The instruction sets that PyTorch detects, as the other libraries do."""
+    import torch  # here: rendering pages does not need it
 
     return [name for name, has in torch.cpu.get_capabilities().items() if has is True]
 
 
 def instruction_sets_of_kernel() -> list[str] | None:
-    """What Linux lists; None on another system."""
+    """The instruction sets that Linux lists; None on another system."""
     if CPUINFO.is_file():
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, flags = line.partition(":")

@@ -1,0 +1,375 @@
+"""A batch job: an output folder with a manifest, and shards that hold rows with their answers.
+
+A shard's bytes depend on its rows, the model and the flags alone, not on the process that writes it or on the shards
+written before. The next rows are read while these are classified. The manifest holds all that decides the output: a
+second call with the same arguments resumes the job, and one with others is refused.
+"""
+
+import contextlib
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.csv
+import pyarrow.parquet
+
+from emotion.data.metrics import softmax
+from emotion.inference.batch_reader import HUB_PREFIX, RowReader, Source
+from emotion.inference.emotion_classifier import EmotionClassifier
+from emotion.inference.model_folder import files_to_serve
+from emotion.utils.errors import UserError, one_line
+from emotion.utils.files import atomic_write, output_lock, read_json, relative, sha256, write_json
+
+PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely idle between two pieces
+PIECE_BYTES = 16 << 20  # of text: pieces of long texts have fewer rows, so that memory stays flat
+# The status of a row's text, of which the first that applies is written
+STATUSES = ("null", "empty", "cut", "replaced", "ok")
+DONE = ".done"  # folder of the records of finished shards; readers of tables skip names that begin so
+MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The columns of a row's answer.
+
+    Attributes:
+        top_k: labels per row.
+        probabilities: whether there is a column for the probability of each label.
+        prefix: begins the names of all columns.
+    """
+
+    top_k: int
+    probabilities: bool
+    prefix: str
+
+    def schema(self, labels: list[str]) -> pa.Schema:
+        """The columns, for a model with these labels."""
+        fields = []
+        for rank in range(1, min(self.top_k, len(labels)) + 1):
+            number = "" if rank == 1 else f"_{rank}"
+            fields += [(f"label{number}", pa.string()), (f"score{number}", pa.float32())]
+        if self.probabilities:
+            fields += [(f"probability_{label}", pa.float32()) for label in labels]
+        fields.append(("status", pa.string()))
+        return pa.schema([(self.prefix + name, type) for name, type in fields])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process that writes shards must know.
+
+    Attributes:
+        source: the input.
+        text_column: the column to classify.
+        folder: the model folder.
+        format: the format that is opened.
+        answers: the columns of an answer.
+        schema: the columns of a shard: those of the input that are kept, then those of `answers`.
+        output: the folder of the shards.
+        output_format: parquet, csv or jsonl.
+        shard_rows: rows of a shard; the last one may have fewer.
+    """
+
+    source: Source
+    text_column: str
+    folder: Path
+    format: str
+    answers: Answers
+    schema: pa.Schema
+    output: Path
+    output_format: str
+    shard_rows: int
+
+    @property
+    def shards(self) -> range:
+        """The numbers of all shards."""
+        return range(-(-self.source.rows // self.shard_rows))
+
+    def path(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.output / f"part-{number:05d}.{self.output_format}"
+
+    def record(self, number: int) -> Path:
+        """The file that records that a shard is done: its rows, counts and checksum."""
+        return self.output / DONE / f"part-{number:05d}.json"
+
+    def find_done(self, number: int) -> dict | None:
+        """The record of a finished shard; None for one that is still to be written."""
+        path, record = self.path(number), self.record(number)
+        if not (path.is_file() and record.is_file()):
+            return None
+        done = read_json(record)
+        # A shard that was cut or written over after it was done is written again.
+        return done if path.stat().st_size == done["bytes"] else None
+
+    def rows_of(self, number: int) -> int:
+        """How many rows a shard has."""
+        return min(self.shard_rows, self.source.rows - number * self.shard_rows)
+
+
+class ShardWriter:
+    """Writes the shards of a job one after the other, in one process.
+
+    Args:
+        job: the job.
+        classifier: its opened model.
+    """
+
+    def __init__(self, job: Job, classifier: EmotionClassifier):
+        self._job, self._classifier, self._reader = job, classifier, RowReader(job.source)
+
+    def write(self, number: int, progress: Callable[[int], object]) -> None:
+        """Writes a shard and its record; ``progress`` is called with the number of rows of each piece."""
+        job, counts, start = self._job, Counter(), number * self._job.shard_rows
+        batches = self._reader.read(start, start + job.rows_of(number))
+        with _name_in_errors(job.path(number)), atomic_write(job.path(number)) as partial:
+            with _open_table(partial, job.output_format, job.schema) as write:
+                for piece in _prefetch(pieces(batches, job.text_column)):
+                    write(self._answer(piece, counts))
+                    progress(len(piece))
+            record = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
+            record["sha256"] = sha256(partial)
+        # After the rename: a shard without a record is written again.
+        write_json(job.record(number), record)
+
+    def _answer(self, piece: pa.Table, counts: Counter) -> pa.Table:
+        """The rows of the shard's file; adds to the counts of `STATUSES`."""
+        texts = piece.column(self._job.text_column).to_pylist()
+        status = np.array([STATUSES.index(_status(text)) for text in texts])
+        full = np.flatnonzero(status >= STATUSES.index("cut"))
+        answered = [texts[row] for row in full]
+        encode = self._classifier.runtime.encode
+        before = encode.texts_cut
+        logits = self._classifier.logits(answered)
+        status[full[find_cut(encode, answered, encode.texts_cut - before)]] = STATUSES.index("cut")
+        counts.update(STATUSES[index] for index in status)
+        new = self._columns(logits, full, len(piece)) + [pa.array(STATUSES).take(pa.array(status))]
+        kept = self._job.schema.names[: -len(new)]
+        return pa.table([*(piece.column(name) for name in kept), *new], schema=self._job.schema)
+
+    def _columns(self, logits: np.ndarray, full: np.ndarray, rows: int) -> list[pa.Array]:
+        """Labels, scores and probabilities of the rows with a text; null in all others.
+
+        Args:
+            logits: float32 (texts, labels).
+            full: the rows of the texts, int64 (texts,).
+        """
+        answers, labels = self._job.answers, self._classifier.labels
+        probabilities = np.zeros((rows, len(labels)), dtype=np.float32)
+        probabilities[full] = softmax(logits)
+        without = np.ones(rows, dtype=bool)
+        without[full] = False
+        # Stable, as in `EmotionClassifier`: of equal scores the first label wins.
+        order = np.argsort(-probabilities, axis=-1, kind="stable")
+        columns = []
+        for rank in range(min(answers.top_k, len(labels))):
+            best = order[:, rank]
+            columns.append(pa.array(labels).take(pa.array(best, mask=without)))
+            columns.append(pa.array(probabilities[np.arange(rows), best], mask=without))
+        if answers.probabilities:
+            columns += [pa.array(column, mask=without) for column in probabilities.T.copy()]
+        return columns
+
+
+def plan_columns(source: Source, keep_columns: list[str] | None, answers: pa.Schema) -> pa.Schema:
+    """The columns of a shard: those of the input that are kept, then those of the answers.
+
+    Raises:
+        UserError: if both have a column of the same name.
+    """
+    kept = [field for field in source.schema if keep_columns is None or field.name in keep_columns]
+    if both := {field.name for field in kept} & set(answers.names):
+        raise UserError(
+            f"the input has a column {min(both)} as well; leave it out with --keep_columns, "
+            "or give the new columns another name with --prefix predicted_"
+        )
+    return pa.schema([*kept, *answers])
+
+
+def pieces(batches: Iterator[pa.RecordBatch], text_column: str) -> Iterator[pa.Table]:
+    """Yields tables of at most `PIECE_ROWS` rows and `PIECE_BYTES` of text, but of one row at least.
+
+    Where a piece ends depends on the rows alone and not on how they were read, since the classifier's batches do.
+    """
+    parts, rows, size = [], 0, 0
+    for batch in batches:
+        lengths = pa.compute.binary_length(batch.column(text_column)).fill_null(0).to_numpy(zero_copy_only=False)
+        start = 0
+        while start < len(batch):
+            sizes = size + np.cumsum(lengths[start : start + PIECE_ROWS - rows], dtype=np.int64)
+            fitting = int(np.searchsorted(sizes, PIECE_BYTES, side="right"))
+            count = fitting if rows else max(fitting, 1)
+            if count:
+                parts.append(batch.slice(start, count))
+                rows, size, start = rows + count, sizes[count - 1], start + count
+            if rows == PIECE_ROWS or start < len(batch):
+                yield pa.Table.from_batches(parts)
+                parts, rows, size = [], 0, 0
+    if parts:
+        yield pa.Table.from_batches(parts)
+
+
+def _status(text: str | None) -> str:
+    """One of `STATUSES`, as far as it is known before the text is tokenized."""
+    if text is None:
+        return "null"
+    if not text.strip():
+        return "empty"
+    return "replaced" if "\ufffd" in text else "ok"
+
+
+def find_cut(encode, texts: list[str], count: int) -> list[int]:
+    """The indices of the ``count`` texts that were cut: the encoder only counts them."""
+    found = []
+    for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):  # most likely the longest ones
+        if len(found) == count:
+            break
+        before = encode.texts_cut
+        encode([texts[row]])
+        if encode.texts_cut > before:
+            found.append(row)
+    return found
+
+
+@contextlib.contextmanager
+def _name_in_errors(path: Path):
+    """Adds the file's name to pyarrow's errors of a full disk, which have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def _open_table(path: Path, format: str, schema: pa.Schema):
+    """Yields a function that appends a table to the file."""
+    if format == "parquet":
+        with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+            yield writer.write_table
+    elif format == "csv":
+        with one_line("--output_format csv"):  # which has no lists
+            writer = pa.csv.CSVWriter(path, schema)
+        with writer:
+            yield writer.write_table
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            yield lambda table: file.writelines(_lines_of_json(table))
+
+
+def _lines_of_json(table: pa.Table) -> Iterator[str]:
+    for row in table.to_pylist():
+        line = json.dumps(row, ensure_ascii=False, default=str)  # dates and decimals as strings
+        if "NaN" in line or "Infinity" in line:  # which JSON does not have
+            line = json.dumps(json.loads(line, parse_constant=lambda name: None), ensure_ascii=False)
+        yield line + "\n"
+
+
+def _prefetch(items: Iterator) -> Iterator:
+    """Yields the items; another thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, items, None)
+            yield item
+
+
+@contextlib.contextmanager
+def lock_job(output: Path):
+    """Creates the output folder if there is none, and locks it for this process.
+
+    Raises:
+        UserError: if it holds something else, or another process is writing into it.
+    """
+    with output_lock(output) as folder:
+        folder.mkdir(exist_ok=True)
+        # A killed process may have left the beginning of a manifest.
+        foreign = [path.name for path in folder.iterdir() if not path.name.startswith(f".{MANIFEST}")]
+        if foreign and not (folder / MANIFEST).is_file():
+            raise UserError(f"{output} holds something else (no {MANIFEST} in it); name another folder")
+        yield
+
+
+def manifest_of(job: Job) -> dict:
+    """All that decides the bytes of the output: input, model, flags and versions; no date and no local path."""
+    names = [file.path for file in job.source.files]
+    common = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 (URIs of the Hub are no paths)
+    files = []
+    for file in job.source.files:
+        is_on_hub = file.path.startswith(HUB_PREFIX)  # such a URI holds the commit, and no local folder
+        path = file.path if is_on_hub else Path(file.path).relative_to(common).as_posix()
+        files.append(asdict(file) | {"path": path})
+    served = files_to_serve(job.folder, job.format)
+    packages = ("pyarrow", "numpy", "tokenizers", RUNTIMES.get(job.format, "torch"))
+    return {
+        "input": {"kind": job.source.kind, "rows": job.source.rows, "files": files},
+        "model": {"format": job.format, "sha256": {name: sha256(job.folder / name) for name in served}},
+        "flags": {
+            "text_column": job.text_column,
+            **asdict(job.answers),
+            "output_format": job.output_format,
+            "shard_rows": job.shard_rows,
+        },
+        "columns": {field.name: str(field.type) for field in job.schema},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def begin_job(job: Job, manifest: dict) -> None:
+    """Writes the manifest, or compares it with the one that is there.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    path = job.output / MANIFEST
+    if not path.is_file():
+        write_json(path, {"model_name": relative(job.folder), **manifest, "complete": False})
+        return
+    before = read_json(path)
+    for key, value in manifest.items():
+        if difference := _difference(key, before.get(key), value):
+            raise UserError(f"{job.output} holds the output of another job: {difference}; name another folder")
+
+
+def _difference(name: str, before, now) -> str | None:
+    """Describes the first difference of two JSON values; None if they are equal."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            if difference := _difference(f"{name}.{key}", before.get(key), now.get(key)):
+                return difference
+        return None
+    return None if before == now else f"{name} was {before!r:.80}, and is {now!r:.80}"
+
+
+def finish_job(job: Job, manifest: dict) -> dict:
+    """Completes the manifest of a job whose shards are all there; returns the counts of rows and statuses.
+
+    Raises:
+        UserError: if one of the shards is missing.
+    """
+    counts, shards = {"rows": job.source.rows, **dict.fromkeys(STATUSES, 0)}, []
+    for number in job.shards:
+        record = job.find_done(number)
+        if record is None:
+            raise UserError(f"{job.path(number)} is missing; run the command again")
+        for status in STATUSES:
+            counts[status] += record.get(status, 0)
+        shards.append({"path": job.path(number).name, **record})
+    # The name of the first call stays: a copy of the model is the same model.
+    name = read_json(job.output / MANIFEST)["model_name"]
+    complete = {"model_name": name, **manifest, "output": counts, "shards": shards, "complete": True}
+    write_json(job.output / MANIFEST, complete)
+    return counts
