@@ -24,7 +24,6 @@ from emotion.utils.errors import UserError
 
 FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
 TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both compute in FP32
-IR_VERSION = 9  # of the file: the newest that ONNX Runtime 1.17 opens, and the one of operator set 20
 # (texts, tokens). The first shape is traced; the others show that the file froze neither number.
 SAMPLE_SHAPES = ((2, 7), (1, 12), (3, 5))
 
@@ -133,7 +132,6 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, cls_
     # for those who download the file.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
-    program.model.ir_version = IR_VERSION
     program.save(path, external_data=False)
     return _rewrite(model, path, cls_only) if fused else False
 

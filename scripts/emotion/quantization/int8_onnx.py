@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from emotion.export.graph_passes import cls_only_products, merge_products, name_nodes, write_sums
-from emotion.export.onnx_export import IR_VERSION
 from emotion.inference.model_folder import weights_of
 from emotion.quantization.activation_ranges import fix_ranges
 from emotion.quantization.layers import Plan
@@ -42,7 +41,6 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     write_sums(graph, "Sub")
     if plan.ranges:
         fix_ranges(graph, plan.ranges)
-    graph.model.ir_version = IR_VERSION
     graph.save_model_to_file(str(path))
 
 

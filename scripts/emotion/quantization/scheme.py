@@ -54,10 +54,10 @@ class SchemeArguments:
         default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
     )
     activation_quantization: str = field(
-        default="minmax",
+        default="dynamic",
         metadata={
-            "help": "ONNX activation ranges: fixed by a rule, or dynamic, which makes answers depend on the batch.",
-            "choices": (*RULES, "dynamic"),
+            "help": "ONNX activation ranges: dynamic, or fixed by a rule, so that answers do not depend on the batch.",
+            "choices": ("dynamic", *RULES),
         },
     )
     split_outliers: bool = field(
