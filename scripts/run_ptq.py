@@ -2,7 +2,7 @@
 
 The model folder holds the same layers in 8 bits for Transformers (`model.safetensors`, torchao), for ONNX Runtime and
 transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`, NNCF): made by `quantize_torchao`,
-`quantize_onnx` and `quantize_openvino` in emotion/quantization/int8_*.py. The test split is not read.
+`quantize_onnx` and `quantize_openvino` in emotion/quantization/int8.py. The test split is not read.
 
     python scripts/run_ptq.py --model_name_or_path weights/baseline
     python scripts/run_ptq.py configs/minilm/ptq-int4.yaml --model_name_or_path weights/baseline --formats onnx

@@ -19,10 +19,9 @@ from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import ModelInMemory, OnnxClassifier, open_artifact, predict
 from emotion.quantization.accuracy_aware import save_format
 from emotion.quantization.fake_quantizers import prepare, to_integers
-from emotion.quantization.gptq import multiply_inputs
-from emotion.quantization.int8_onnx import name_nodes, quantize_onnx
+from emotion.quantization.int8 import name_nodes, quantize_onnx
 from emotion.quantization.layers import CalibrationRows
-from emotion.quantization.lowbit import round_by_outputs, round_matrix
+from emotion.quantization.lowbit import apply_gptq, multiply_inputs, round_matrix
 from emotion.quantization.outlier_channels import find_outliers, find_pairs, split_channels, weight_without_outliers
 from emotion.quantization.scheme import SchemeArguments, make_plan
 from emotion.utils.errors import UserError
@@ -186,7 +185,7 @@ def test_what_loses_too_much_is_not_saved(artifact, tmp_path):
 def test_rounding_by_outputs_keeps_them_and_leaves_outlier_units_alone(spoiled, plan_and_rows):
     _, rows = plan_and_rows
     plan = make_plan(spoiled, load_trained_classifier(spoiled), SchemeArguments(bits=2, split_outliers=True), rows)
-    better = round_by_outputs(plan, rows)
+    better = apply_gptq(plan, rows)
     products = multiply_inputs(plan.model, plan.layers.linear, rows)
     for name in plan.layers.linear:
         weight, units = weight_without_outliers(plan, name), plan.outliers.get(name, [])

@@ -50,7 +50,7 @@ from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization import accuracy_aware
 from emotion.quantization.activation_ranges import RULES
-from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.int8 import quantize_torchao
 from emotion.quantization.layers import Plan, find_layers
 from emotion.utils import command
 from emotion.utils.arguments import resolve_config

@@ -21,7 +21,7 @@ from emotion.inference.model_folder import files_to_serve, find_formats, weights
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.fake_quantizers import LowBitGroups, convert, prepare, round_all, switch, to_integers
-from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.int8 import quantize_torchao
 from emotion.quantization.layers import Layers, Plan, find_layers
 from emotion.quantization.lowbit import choose_scales, pack, round_matrix
 from emotion.quantization.qat import FakeQuantizeCallback

@@ -10,7 +10,7 @@ from emotion.data.tokenization import TextEncoder
 from emotion.inference.model_folder import files_to_serve, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import open_artifact, predict
-from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.int8 import quantize_torchao
 from emotion.quantization.layers import Plan, find_layers
 
 

@@ -6,7 +6,7 @@ takes the first of these steps that keeps its macro F1:
     plain              as the flags say
     channel splitting  ONNX Runtime: outlier channels of feed-forward layers in float (outlier_channels.py)
     ranges by RULE     ONNX Runtime: ranges of activations by another rule (activation_ranges.py)
-    GPTQ               below 8 bits: weights rounded so that the outputs of their layers change least (gptq.py)
+    GPTQ               below 8 bits: weights rounded so that the outputs of their layers change least (lowbit.py)
     float              the 1, 2, 4, then 8 most sensitive layers in float
 """
 
@@ -25,12 +25,10 @@ from emotion.inference.model_folder import SHARED_FILES, files_to_serve
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
 from emotion.quantization.activation_ranges import RULES, measure_ranges
-from emotion.quantization.int8_onnx import quantize_onnx
-from emotion.quantization.int8_openvino import quantize_openvino
-from emotion.quantization.int8_torchao import quantize_torchao
-from emotion.quantization.layers import CalibrationRows, Layers, Plan, explain_float, find_layers, names_in_float
-from emotion.quantization.lowbit import round_by_outputs, write_lowbit_onnx
-from emotion.quantization.outlier_channels import describe_outliers, find_outliers
+from emotion.quantization.int8 import quantize_onnx, quantize_openvino, quantize_torchao
+from emotion.quantization.layers import CalibrationRows, Layers, Plan, find_layers, float_reasons, names_in_float
+from emotion.quantization.lowbit import apply_gptq, write_lowbit_onnx
+from emotion.quantization.outlier_channels import find_outliers, outlier_metadata
 from emotion.quantization.scheme import Samples, SchemeArguments, formats_to_make, update_plan
 from emotion.utils.arguments import Range
 from emotion.utils.errors import UserError
@@ -73,7 +71,7 @@ def quantize_with_accuracy_control(
     reference = logits_of(plan.folder, "onnx", validation)
     few = validation.first(SENSITIVITY_TEXTS)
     sensitivity = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
-    kept_in_float = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    kept_in_float = float_reasons(plan.model, plan.layers, arguments.modules_to_not_convert)
     metadata = {"seconds": {}, "fallbacks": {}, "kept_in_float": kept_in_float}
     for format in formats_to_make(arguments):
         attempts, plans = [], []
@@ -90,7 +88,7 @@ def quantize_with_accuracy_control(
         metadata["fallbacks"][format], metadata["seconds"][format] = attempts, attempts[kept]["seconds"]
         for name in names_in_float(plan.model, plans[kept].layers):
             kept_in_float.setdefault(name, f"most sensitive in {format}")
-        metadata |= describe_outliers(plans[kept].outliers)
+        metadata |= outlier_metadata(plans[kept].outliers)
     return metadata
 
 
@@ -107,7 +105,7 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
             if rule != arguments.activation_quantization:
                 yield f"ranges by {rule}", replace(plan, ranges=measure_ranges(plan, rows, rule))
     if arguments.bits < 8:
-        yield "GPTQ", round_by_outputs(plan, rows)
+        yield "GPTQ", apply_gptq(plan, rows)
     if arguments.allow_drop:  # the result is saved in any case, and measuring every layer takes minutes
         return
     ranked = sorted(sensitivity(), key=lambda row: -row["mean_logit_shift"])

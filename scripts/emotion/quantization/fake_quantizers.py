@@ -1,15 +1,14 @@
-"""Quantization-aware training in torchao's three moves: prepare, train, convert.
+"""Fake quantizers for quantization-aware training in torchao's three steps: prepare, train, convert.
 
-Preparing gives each layer a fake quantizer for its activations and one for its weights. They round as the shipped
-file does. The layer then multiplies the whole numbers that come out: in floats, which hold them exactly, so that the
-sums are those of the integers to the last digit. The slope of rounding is zero almost everywhere, so the gradient
+Each layer gets a fake quantizer for its activations and one for its weights, which round as the saved file does. The
+layer then multiplies integers, in floats that hold them exactly, so that the sums are those of the integers to the
+last digit. The slope of rounding is zero almost everywhere, so the gradient
 passes straight through (Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
 for Conditional Computation", 2013).
 
-ONNX Runtime rounds activations by one range for all tokens that the file computes (behind the last attention those
-are the first ones of the texts), with the outlier units of outliers.py in floats; the file for Transformers leaves
-all of them in float. torchao's own fake quantizers have neither of these nor the levels of lowbit.py, and they
-multiply values that are scaled back already. Hence those below.
+The file for ONNX Runtime rounds activations by one range for all tokens that it computes ([CLS] tokens alone behind
+the last attention) and keeps outlier channels in float; the file for Transformers keeps all activations in float.
+torchao's own fake quantizers have neither of these nor the levels of lowbit.py, and they multiply dequantized values.
 """
 
 import copy
@@ -22,7 +21,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
 from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
-from emotion.quantization.int8_torchao import TABLE_DTYPE
+from emotion.quantization.int8 import TABLE_DTYPE
 from emotion.quantization.layers import Plan
 from emotion.quantization.lowbit import Scales, integers_of
 from emotion.quantization.outlier_channels import find_pairs
@@ -248,51 +247,51 @@ class IntegerProduct(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Split:
-    """The outlier units of a layer, which it computes in floats beside its integers; see outliers.py.
+class ChannelSplit:
+    """The outlier channels of a layer, which it computes in floats beside its integers; see outlier_channels.py.
 
     Attributes:
-        units: their numbers; none in most layers.
+        channels: their numbers; none in most layers.
         axis: 0 if they are outputs, as in the first product of a pair; 1 if they are inputs, as in the second.
     """
 
-    units: list[int]
+    channels: list[int]
     axis: int = 0
 
-    def without_units(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight (rows, columns) with zeros in the place of the units."""
-        if not self.units:
+    def without_channels(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (rows, columns) with zeros in the place of the channels."""
+        if not self.channels:
             return weight
-        return weight.index_fill(self.axis, torch.tensor(self.units, device=weight.device), 0)
+        return weight.index_fill(self.axis, torch.tensor(self.channels, device=weight.device), 0)
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
-        """The units' part of the weight: (units, columns) or (rows, units)."""
-        return weight[self.units] if self.axis == 0 else weight[:, self.units]
+        """The channels' part of the weight: (channels, columns) or (rows, channels)."""
+        return weight[self.channels] if self.axis == 0 else weight[:, self.channels]
 
     def multiply(self, values: torch.Tensor, part: torch.Tensor, product) -> torch.Tensor:
         """The layer's output for ``values`` (..., columns).
 
         Args:
             part: of `take`.
-            product: computes all but the units from such values, with weights of `without_units`.
+            product: computes all but the channels from such values, with weights of `without_channels`.
         """
-        if not self.units:
+        if not self.channels:
             return product(values)
         if self.axis == 0:
-            found, units = product(values), torch.tensor(self.units, device=values.device)
-            return found.index_add(-1, units, functional.linear(values, part).to(found.dtype))
-        # The units would widen the range of all the others, so they are taken out before it is measured.
-        rest = values.index_fill(-1, torch.tensor(self.units, device=values.device), 0)
-        return product(rest) + functional.linear(values[..., self.units], part)
+            found, channels = product(values), torch.tensor(self.channels, device=values.device)
+            return found.index_add(-1, channels, functional.linear(values, part).to(found.dtype))
+        # The channels would widen the range of all the others, so they are taken out before it is measured.
+        rest = values.index_fill(-1, torch.tensor(self.channels, device=values.device), 0)
+        return product(rest) + functional.linear(values[..., self.channels], part)
 
 
-def splits_of(plan: Plan) -> dict[str, Split]:
-    """Name of a layer -> its `Split`, for the layers of the plan that have outlier units."""
+def channel_splits(plan: Plan) -> dict[str, ChannelSplit]:
+    """Name of a layer -> its `ChannelSplit`, for the layers of the plan that have outlier channels."""
     if not plan.outliers:
         return {}
     splits, pairs = {}, find_pairs(plan.model, plan.layers.linear)
-    for second, units in plan.outliers.items():
-        splits[second], splits[pairs[second]] = Split(units, axis=1), Split(units, axis=0)
+    for second, channels in plan.outliers.items():
+        splits[second], splits[pairs[second]] = ChannelSplit(channels, axis=1), ChannelSplit(channels, axis=0)
     return splits
 
 
@@ -304,7 +303,7 @@ class RoundedLinear(FakeQuantizedLinear):
         if not self.weight_fake_quantizer.enabled:
             return functional.linear(values, self.weight, self.bias)
         rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
-        weight = self.split.without_units(self.weight)
+        weight = self.split.without_channels(self.weight)
         clip = getattr(self.activation_fake_quantizer, "clip", lambda rest: rest)
         return self.split.multiply(
             values,
@@ -336,18 +335,18 @@ class IntegerLinear(torch.nn.Module):
     def __init__(self, layer: RoundedLinear):
         super().__init__()
         self.split, weight = layer.split, layer.weight.detach()
-        integers, row = layer.weight_fake_quantizer.round(self.split.without_units(weight))
+        integers, row = layer.weight_fake_quantizer.round(self.split.without_channels(weight))
         self.weight, self.row, self.bias = integers.to(torch.int8), row.flatten(), layer.bias
         self.sums = self.weight.sum(dim=1, dtype=torch.int32)  # of each row: the output where every activation is 1
-        self.units = self.split.take(weight)
+        self.channels = self.split.take(weight)
         self.round = layer.activation_fake_quantizer.round
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Returns float32 (..., rows) for ``values`` (..., columns)."""
-        return self.split.multiply(values, self.units, self.multiply)
+        return self.split.multiply(values, self.channels, self.multiply)
 
     def multiply(self, values: torch.Tensor) -> torch.Tensor:
-        """The same without the outlier units."""
+        """The same without the outlier channels."""
         integers, scale = self.round(values)
         # uint8 holds no negative integers. All are shifted up by the lowest, and the shift's share of the sums, the
         # same for every text, is taken off after the product: (x - lowest) w = x w - lowest w.
@@ -359,13 +358,13 @@ class IntegerLinear(torch.nn.Module):
 
 
 def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> None:
-    """Makes the layers of the plan's model fake-quantized, in place, with the plan's scales and outlier units.
+    """Makes the layers of the plan's model fake-quantized, in place, with the plan's scales and outlier channels.
 
     Args:
         runtime: whose rounding is trained for: 'onnx' or 'torchao'; below 8 bits it is always 'onnx'.
-        reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see levels.py.
+        reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see utils/levels.py.
     """
-    model, scales, splits, onnx = plan.model, plan.scales, splits_of(plan), runtime == "onnx"
+    model, scales, splits, onnx = plan.model, plan.scales, channel_splits(plan), runtime == "onnx"
     linear, embeddings = set(plan.layers.linear), set(plan.layers.embeddings)
     # torchao asks for these when it swaps the layers, and gives each one quantizers of its own, which are replaced
     # below. From then on the configurations compute nothing; torchao's conversion still looks at them.
@@ -380,7 +379,7 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
         # torchao has no way to name another class for its layer. Giving the finished layer a subclass changes its
         # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
-            part.__class__, part.split = RoundedLinear, splits.get(name, Split([]))
+            part.__class__, part.split = RoundedLinear, splits.get(name, ChannelSplit([]))
             part.activation_fake_quantizer = _quantizer_of_activations(plan, name, activations, onnx)
             part.weight_fake_quantizer = (
                 LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)

@@ -30,7 +30,7 @@ class Plan:
         folder: where it is saved, with its FP32 file for ONNX Runtime.
         model: the same, opened in PyTorch.
         scales: below 8 bits, the `Scales` of each layer; at 8 bits each runtime chooses its own.
-        compensated: below 8 bits, weights that gptq.py has moved, to be rounded in place of the model's own.
+        compensated: below 8 bits, weights that lowbit.py has moved, to be rounded in place of the model's own.
         outliers: for ONNX Runtime, the second layer of a feed-forward pair -> its outlier channels, which stay in
             float; see outlier_channels.py.
         cls_only: the linear layers that see the [CLS] token alone in that file; see graph_passes.py.
@@ -131,7 +131,7 @@ def names_in_float(model, layers: Layers) -> list[str]:
     return found
 
 
-def explain_float(model, layers: Layers, modules_to_not_convert: list[str]) -> dict[str, str]:
+def float_reasons(model, layers: Layers, modules_to_not_convert: list[str]) -> dict[str, str]:
     """Each layer that stays in float, and why."""
     reasons = {}
     for name in names_in_float(model, layers):

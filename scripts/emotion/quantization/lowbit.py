@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emotion.quantization.gptq import compensate, multiply_inputs
-from emotion.quantization.int8_onnx import quantize_onnx
-from emotion.quantization.layers import CalibrationRows, Layers, Plan
+from emotion.quantization.int8 import quantize_onnx
+from emotion.quantization.layers import CalibrationRows, Layers, Plan, watch_inputs
 from emotion.quantization.outlier_channels import weight_without_outliers
 from emotion.utils.errors import UserError
 from emotion.utils.levels import LARGEST_SAFE_WEIGHT, LEVELS
@@ -35,6 +34,10 @@ LARGEST_MULTIPLIER = 16  # multipliers from 1 to 16 are stored less one, as 0 to
 CLIPPING = torch.linspace(0.4, 1.1, 15)
 SMALL_TABLE = 1024  # rows: positions, not words
 ROWS_AT_ONCE = 1024  # a part of a matrix that stays in the processor's cache while all of `CLIPPING` is tried
+# Columns whose errors are passed on to all later ones together, as in section 3 of the paper. Column by column, all
+# later weights would be read and written each time.
+COLUMNS_AT_ONCE = 128
+DAMPING = 0.01  # share of the inputs' mean square that is added, so that the matrix of their products has an inverse
 
 
 @dataclass(frozen=True)
@@ -128,20 +131,91 @@ def round_matrix(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
     return integers_of(weight, scales).mul_(scales.row)
 
 
-def round_by_outputs(plan: Plan, rows: CalibrationRows) -> Plan:
-    """The plan with linear layers that are rounded so that their outputs change least for the rows; see gptq.py.
+def apply_gptq(plan: Plan, rows: CalibrationRows) -> Plan:
+    """The plan with linear layers rounded by GPTQ, so that their outputs change least for the rows.
 
     Scales, size and speed stay as they are.
     """
     products, compensated = multiply_inputs(plan.model, plan.layers.linear, rows), {}
-    for name in Bar(plan.layers.linear, desc="rounding by outputs"):
+    for name in Bar(plan.layers.linear, desc="GPTQ"):
         scales = plan.scales[name]
         levels, step = torch.tensor(LEVELS[scales.bits], dtype=torch.float32), scales.step.squeeze(-1)
-        # Outlier units are no inputs of the integers: their large activations must not guide the rounding.
-        units = plan.outliers.get(name, [])
-        products[name][units], products[name][:, units] = 0, 0
+        # Outlier channels are no inputs of the integers: their large activations must not guide the rounding.
+        channels = plan.outliers.get(name, [])
+        products[name][channels], products[name][:, channels] = 0, 0
         compensated[name] = compensate(weight_without_outliers(plan, name), products[name], step, levels)
     return replace(plan, compensated=compensated)
+
+
+def multiply_inputs(model, names: list[str], rows: CalibrationRows) -> dict[str, torch.Tensor]:
+    """The products of each layer's inputs with each other, summed over all word pieces of the rows.
+
+    Args:
+        model: the float model.
+        names: the linear layers.
+
+    Returns:
+        Name of a layer -> float32 (width, width), symmetric.
+    """
+    products = {}
+    for name in names:
+        width = model.get_submodule(name).in_features
+        products[name] = torch.zeros(width, width, device=model.device)
+
+    def see(name, inputs):
+        products[name].addmm_(inputs.T, inputs)
+
+    watch_inputs(model, names, rows, see)
+    return products
+
+
+def compensate(weight: torch.Tensor, products: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor):
+    """GPTQ, column by column: columns still to be rounded make up for the errors of those before them in their row.
+
+    Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
+
+    Args:
+        weight: float32 (rows, columns).
+        products: of the layer's inputs with each other, float32 (columns, columns).
+        scales: float32 (rows, groups).
+        levels: float32, ascending.
+
+    Returns:
+        A matrix whose nearest levels change the layer's outputs least, for the inputs shown: float32 (rows, columns).
+
+    Raises:
+        torch.linalg.LinAlgError: if the products are not positive definite, for instance when they are not finite.
+    """
+    weight, products = weight.clone(), products.clone()
+    # Inputs that never vary, or vary together, would make the matrix singular: each gets some variance of its own.
+    products.diagonal().add_(DAMPING * products.diagonal().mean())
+    # The upper Cholesky factor of the inverse. Its row i holds what the paper recomputes after each column: how far
+    # the columns after i must move, for an error in column i, once all before i are fixed.
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(products)), upper=True)
+    steps = steps_of(scales, weight.shape[1])
+    for start in range(0, weight.shape[1], COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, weight.shape[1])
+        errors = torch.empty(len(weight), end - start, device=weight.device)
+        for column in range(start, end):
+            wanted, step = weight[:, column], steps[:, column]  # for all rows: they do not depend on each other
+            error = (wanted - levels[nearest_codes(wanted, step, levels)] * step) / inverse[column, column]
+            errors[:, column - start] = error
+            # The columns still to come take over the error, each by what its inputs have in common with this one's.
+            weight[:, column + 1 : end] -= error[:, None] * inverse[column, column + 1 : end]
+        weight[:, end:] -= errors @ inverse[start:end, end:]
+    return weight
+
+
+def steps_of(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """The scale of each weight, float32 (rows, columns), from one per group, (rows, groups)."""
+    # A group of zeros has the scale 0: the smallest positive number avoids 0 / 0.
+    return scales.clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(columns // scales.shape[1], dim=1)
+
+
+def nearest_codes(weight: torch.Tensor, steps: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The number of the level nearest to each weight, int64, in the shape of ``weight`` and ``steps``."""
+    middles = (levels[1:] + levels[:-1]) / 2  # between two of these, one level is the nearest
+    return torch.bucketize(weight / steps, middles)
 
 
 def codes_of(weight: torch.Tensor, scales: Scales) -> np.ndarray:
@@ -207,7 +281,7 @@ class Packer:
     A byte has 256 values. A table of 256 rows therefore lists the levels of every byte, and one look-up (`Gather`)
     does the shifting, the masking and the step from codes to levels.
 
-    Names are read elsewhere: `measure/inspection.py` finds packed matrices by ``<name>/codes0`` and
+    Names are read elsewhere: `evaluation/inspection.py` finds packed matrices by ``<name>/codes0`` and
     ``<name>/multipliers``, and passes over nodes named ``<name>/unpack...``.
 
     Args:

@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from emotion.inference.pretrained import build_config, load_trained_classifier
-from emotion.quantization.gptq import compensate, multiply_inputs, nearest_codes, steps_of
 from emotion.quantization.layers import CalibrationRows, find_layers
+from emotion.quantization.lowbit import compensate, multiply_inputs, nearest_codes, steps_of
 from emotion.utils.errors import UserError
 
 BLOCK = 64  # weights that share a scale
@@ -70,7 +70,7 @@ def open_in_float32(folder: Path):
 
 
 def round_to_nf4(folder: Path, rows: CalibrationRows, config: BitsAndBytesConfig):
-    """Loads a float model in NF4, with codes chosen by GPTQ to keep the outputs of each layer (see gptq.py).
+    """Loads a float model in NF4, with codes chosen by GPTQ to keep the outputs of each layer (see lowbit.py).
 
     An adapter changes most weights by less than half a step: rounding to the nearest level would undo much of it.
     The scales are those of bitsandbytes.

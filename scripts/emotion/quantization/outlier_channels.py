@@ -1,8 +1,8 @@
-"""Outlier units: hidden units of a feed-forward pair whose activations are many times larger than all others.
+"""Outlier channels: channels between a feed-forward pair whose activations are many times larger than all others.
 
 ONNX Runtime's dynamic INT8 has one range for all inputs of a product. A few large channels leave every other one a
 handful of its 256 levels, which ruins base-size encoders (Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication
-for Transformers at Scale", NeurIPS 2022). A feed-forward pair can be split exactly: its outlier units U get a thin
+for Transformers at Scale", NeurIPS 2022). A feed-forward pair can be split exactly: its outlier channels U get a thin
 product of their own in floats, before and after the activation function f. The rest keeps INT8, with a narrow range:
 
     W2 f(W1 x + b1) + b2  =  W2' f(W1' x + b1') + W2u f(W1u x + b1u) + b2
@@ -19,7 +19,7 @@ from emotion.quantization.layers import CalibrationRows, Plan, find_stack, watch
 from emotion.utils.levels import BRANCH
 
 THRESHOLD = 2.0  # times the 99th percentile of a layer's channel maxima: chosen on validation
-LARGEST_COUNT = 16  # units per layer; with more they would be no outliers, and their product no longer thin
+LARGEST_COUNT = 16  # channels per layer; with more they would be no outliers, and their product no longer thin
 TEXTS = 256  # of train, which show the activations
 
 
@@ -38,8 +38,8 @@ def find_pairs(model, linear: list[str]) -> dict[str, str]:
     return pairs
 
 
-def describe_outliers(outliers: dict[str, list[int]]) -> dict:
-    """The entry of recipe.yaml about the units that stay in floats, and the rule that chose them; empty for none."""
+def outlier_metadata(outliers: dict[str, list[int]]) -> dict:
+    """The entry of recipe.yaml on the channels that stay in float, and the rule that chose them; empty for none."""
     if not outliers:
         return {}
     rule = f"largest activation above {THRESHOLD:g} x the layer's 99th percentile, at most {LARGEST_COUNT}"
@@ -47,18 +47,18 @@ def describe_outliers(outliers: dict[str, list[int]]) -> dict:
 
 
 def find_outliers(plan: Plan, rows: CalibrationRows) -> dict[str, list[int]]:
-    """The second product of a pair -> its outlier units, ascending; a pair without any is left out.
+    """The second product of a pair -> its outlier channels, ascending; a pair without any is left out.
 
-    A unit is an outlier if the largest activation that the rows show of it exceeds `THRESHOLD` times the 99th
-    percentile of these maxima over the units of its layer.
+    A channel is an outlier if the largest activation that the rows show of it exceeds `THRESHOLD` times the 99th
+    percentile of these maxima over the channels of its layer.
     """
     outliers = {}
     for name, maxima in largest_inputs(plan, list(find_pairs(plan.model, plan.layers.linear)), rows).items():
         limit = THRESHOLD * maxima.quantile(0.99)
         largest = maxima.argsort(descending=True)[:LARGEST_COUNT]
-        units = sorted(int(unit) for unit in largest if maxima[unit] > limit)
-        if units:
-            outliers[name] = units
+        channels = sorted(int(channel) for channel in largest if maxima[channel] > limit)
+        if channels:
+            outliers[name] = channels
     return outliers
 
 
@@ -75,47 +75,47 @@ def largest_inputs(plan: Plan, names: list[str], rows: CalibrationRows) -> dict[
 
 
 def weight_without_outliers(plan: Plan, name: str) -> torch.Tensor:
-    """A layer's weight, float32 (rows, columns), with zeros where its outlier units are."""
+    """A layer's weight, float32 (rows, columns), with zeros where its outlier channels are."""
     if name in plan.compensated:
         return plan.compensated[name]
     weight = plan.model.get_submodule(name).weight.detach()
     if not plan.outliers:
         return weight
     pairs = find_pairs(plan.model, plan.layers.linear)
-    for second, units in plan.outliers.items():
+    for second, channels in plan.outliers.items():
         if name == second:
             weight = weight.clone()
-            weight[:, units] = 0
+            weight[:, channels] = 0
         elif name == pairs[second]:
             weight = weight.clone()
-            weight[units] = 0
+            weight[channels] = 0
     return weight
 
 
 def split_channels(graph, plan: Plan) -> None:
-    """Gives the outlier units of the plan a branch of their own in an FP32 ONNX graph, in place.
+    """Gives the outlier channels of the plan a branch of their own in an FP32 ONNX graph, in place.
 
     Args:
         graph: the GraphProto, with its nodes named after their modules; see `name_nodes`.
     """
     pairs, nodes = find_pairs(plan.model, plan.layers.linear), {node.name: node for node in graph.node}
-    for name, units in plan.outliers.items():
-        _split_pair(graph, nodes[pairs[name]], nodes[name], units)
+    for name, channels in plan.outliers.items():
+        _split_pair(graph, nodes[pairs[name]], nodes[name], channels)
 
 
-def _split_pair(graph, first, second, units: list[int]) -> None:
-    """Copies all from the first product of a pair to the second for the units alone, and adds the result."""
+def _split_pair(graph, first, second, channels: list[int]) -> None:
+    """Copies all from the first product of a pair to the second for the channels alone, and adds the result."""
     from onnx import helper, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     width = tensors[second.input[1]].dims[0]  # ONNX multiplies with the transposed weight: (columns, rows)
 
     def take(name: str, axis: int) -> str:
-        """The units' part of a constant, as a new constant; in the old one they become zeros."""
+        """The channels' part of a constant, as a new constant; in the old one they become zeros."""
         array = numpy_helper.to_array(tensors[name]).copy()
-        part = numpy_helper.from_array(np.ascontiguousarray(np.take(array, units, axis=axis)), f"{name}{BRANCH}")
+        part = numpy_helper.from_array(np.ascontiguousarray(np.take(array, channels, axis=axis)), f"{name}{BRANCH}")
         graph.initializer.append(part)
-        array[(slice(None),) * axis + (units,)] = 0
+        array[(slice(None),) * axis + (channels,)] = 0
         tensors[name].CopyFrom(numpy_helper.from_array(array, name))
         return part.name
 

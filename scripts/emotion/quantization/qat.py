@@ -13,9 +13,9 @@ from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import ModelInMemory, open_artifact, predict
 from emotion.quantization.accuracy_aware import copy_shared_files, save_format
 from emotion.quantization.fake_quantizers import convert, follow_ranges, prepare, switch, to_integers
-from emotion.quantization.int8_torchao import quantize_torchao
+from emotion.quantization.int8 import quantize_torchao
 from emotion.quantization.layers import CalibrationRows, Plan
-from emotion.quantization.outlier_channels import describe_outliers
+from emotion.quantization.outlier_channels import outlier_metadata
 from emotion.quantization.scheme import (
     Samples,
     SchemeArguments,
@@ -111,7 +111,7 @@ def save_converted(
     for format in find_formats(folder):
         reopened = open_artifact(folder, format, threads=torch.get_num_threads())
         logits[f"{format}, reopened"] = predict(reopened, token_ids)
-    return {"seconds": seconds, "forms": score_stages(logits, validation.labels)} | describe_outliers(plan.outliers)
+    return {"seconds": seconds, "forms": score_stages(logits, validation.labels)} | outlier_metadata(plan.outliers)
 
 
 def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:

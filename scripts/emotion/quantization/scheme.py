@@ -15,8 +15,8 @@ from emotion.inference.emotion_classifier import fetch, find_model
 from emotion.inference.model_folder import artifact_metadata, find_formats, quantized_by, weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.quantization.activation_ranges import RULES, measure_ranges
-from emotion.quantization.int8_onnx import cls_only_layers
-from emotion.quantization.layers import CalibrationRows, Plan, explain_float, find_layers
+from emotion.quantization.int8 import cls_only_layers
+from emotion.quantization.layers import CalibrationRows, Plan, find_layers, float_reasons
 from emotion.quantization.lowbit import check_group_size, choose_scales
 from emotion.quantization.outlier_channels import find_outliers, weight_without_outliers
 from emotion.utils.arguments import COUNT, Range
@@ -243,5 +243,5 @@ def quantized_metadata(method: str, recipe: Recipe, baseline: dict, plan: Plan, 
     if Path(metadata["recipe"].get("model_name_or_path", ".")).exists():
         metadata["recipe"].pop("model_name_or_path", None)
     metadata["recipe"]["baseline"] = baseline.get("recipe", {})
-    kept_in_float = explain_float(plan.model, plan.layers, arguments.modules_to_not_convert)
+    kept_in_float = float_reasons(plan.model, plan.layers, arguments.modules_to_not_convert)
     return metadata | {"kept_in_float": kept_in_float}

@@ -1,0 +1,161 @@
+"""INT8 for each runtime: torchao for Transformers, ONNX Runtime (also for transformers.js), and NNCF for OpenVINO."""
+
+import io
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+from emotion.export.graph_passes import cls_only_products, merge_products, name_nodes, unpack_attention, write_sums
+from emotion.inference.model_folder import weights_of
+from emotion.inference.pretrained import load_trained_classifier, save_compact
+from emotion.quantization.activation_ranges import fix_ranges
+from emotion.quantization.layers import CalibrationRows, Plan, names_in_float
+from emotion.quantization.outlier_channels import split_channels
+from emotion.utils.command import quiet_logging
+
+# How the file holds the embedding tables: floats of 8 bits. Transformers widens them to float32 when it opens the
+# file, and a text looks its rows up in a plain table. torchao's own INT8 tables are restored whole for each look-up,
+# all 30,522 rows of BERT's vocabulary: a text took seven times as long as in FP32.
+TABLE_DTYPE = torch.float8_e4m3fn
+
+
+def quantize_torchao(plan: Plan, folder: Path) -> torch.nn.Module:
+    """Writes `model.safetensors`, with INT8 linear layers and float8 embedding tables, and `config.json`.
+
+    Activations stay in float: an eager product of integers pays on no processor, and without VNNI it takes 8 to 25
+    times as long as one of floats.
+
+    Returns:
+        The quantized model as `from_pretrained` opens it: its tables are float32, with the values of the file.
+    """
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    # Without the settings of torch.compile, which would be those of every model of the process that opens the file.
+    linear = Int8WeightOnlyConfig(set_inductor_config=False)
+    # Keys that name a module would quantize its bias too; these name weights.
+    config = TorchAoConfig(FqnToConfig({f"{name}.weight": linear for name in plan.layers.linear}))
+    # It must be quantized while it is loaded: a model quantized in place cannot be saved.
+    model = load_trained_classifier(plan.folder, quantization_config=config, dtype=torch.float32)
+    _save_torchao(model, folder, [model.get_submodule(name) for name in plan.layers.embeddings])
+    return model
+
+
+def _save_torchao(model, folder: Path, tables: list[torch.nn.Embedding]) -> None:
+    """Saves the model with its tables in `TABLE_DTYPE`; the model keeps them in float32, rounded."""
+    for table in tables:
+        table.weight.data = table.weight.data.to(TABLE_DTYPE)
+    save_compact(model, folder)
+    for table in tables:
+        table.weight.data = table.weight.data.float()
+
+
+def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
+    """Writes one INT8 file for ONNX Runtime, with the plan's ranges of activations.
+
+    A plan without ranges gives a file with dynamic ones, which ONNX Runtime measures anew for every batch.
+
+    Args:
+        reduce_range: whether weights have 7 bits; see utils/levels.py.
+    """
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    graph = load_float_graph(weights_of(plan.folder, "onnx")).model
+    chosen = {*plan.layers.linear, *plan.layers.embeddings}
+    nodes = [name for name in name_nodes(graph.graph, plan.model) if set(name.split()) <= chosen]
+    split_channels(graph.graph, plan)  # finds the pairs by the names of the nodes
+    with quiet_logging():
+        quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=["MatMul", "Attention", "Gather"],
+            nodes_to_quantize=nodes,
+            per_channel=True,
+            reduce_range=reduce_range,
+        )
+    graph = OnnxModel(onnx.load(path))
+    merge_products(graph)
+    write_sums(graph, "Sub")
+    if plan.ranges:
+        fix_ranges(graph, plan.ranges)
+    graph.save_model_to_file(str(path))
+
+
+def load_float_graph(path: Path):
+    """The FP32 file as ONNX Runtime's `OnnxModel`, with each linear layer's weight as the module has it."""
+    import onnx
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    graph = OnnxModel(onnx.load(path))
+    write_sums(graph, "Add")
+    return graph
+
+
+def cls_only_layers(plan: Plan) -> list[str]:
+    """The linear layers that see the [CLS] token alone in the FP32 file of the plan: those of the last layer."""
+    import onnx
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    # A file that computes the [CLS] token alone is the exporter's, which has named its nodes after the layers.
+    graph = OnnxModel(onnx.load(weights_of(plan.folder, "onnx")))
+    return [name for node in cls_only_products(graph) for name in node.name.split()]
+
+
+def quantize_openvino(
+    plan: Plan, folder: Path, rows: CalibrationRows, reduce_range: bool = True, smooth_quant: bool = False
+) -> None:
+    """Writes `openvino_model.xml` and `.bin`.
+
+    Args:
+        reduce_range: weights of 7 bits; see utils/levels.py.
+        smooth_quant: move outliers of the activations into the weights (Xiao et al., "SmoothQuant", ICML 2023).
+    """
+    import nncf
+    from datasets import Dataset
+    from optimum.intel import OVConfig, OVModelForSequenceClassification, OVQuantizationConfig, OVQuantizer
+
+    nncf.set_log_level(logging.ERROR)
+    kept = [f"{re.escape(name)}(/.*)?" for name in names_in_float(plan.model, plan.layers)]
+    config = OVQuantizationConfig(
+        sym=True,
+        overflow_fix="enable" if reduce_range else "disable",
+        # NNCF's strength for transformers; -1 turns it off.
+        smooth_quant_alpha=0.95 if smooth_quant else -1,
+        num_samples=len(rows.token_ids),
+        # A pattern may fit nothing: OpenVINO folds token types, which are all zero, into a constant.
+        ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False),
+    )
+    with quiet_logging():
+        exported = OVModelForSequenceClassification(convert_to_openvino(plan), config=plan.model.config, compile=False)
+        taken = {port.get_any_name() for port in exported.model.inputs}
+        batches = []
+        for ids in rows.token_ids:
+            arrays = rows.encoder.pad([ids])  # each row at its own length: padding would widen the ranges
+            batches.append({name: array[0] for name, array in arrays.items() if name in taken})
+        OVQuantizer(exported).quantize(
+            calibration_dataset=Dataset.from_list(batches), ov_config=OVConfig(quantization_config=config)
+        )
+        exported.save_pretrained(folder)
+
+
+def convert_to_openvino(plan: Plan):
+    """The FP32 file of the plan as OpenVINO's model, with its rewrites and with operators named after the layers.
+
+    OpenVINO's own export multiplies query, key and value one by one, and all tokens in the last layer.
+    """
+    import openvino
+
+    graph = load_float_graph(weights_of(plan.folder, "onnx"))
+    unpack_attention(graph)
+    (last,) = [node for node in graph.nodes() if "logits" in node.output]
+    model = openvino.convert_model(io.BytesIO(graph.model.SerializeToString()))
+    # An operator that writes an output of the model bears the output's name.
+    for operator in model.get_ops():
+        if operator.get_friendly_name() == "logits":
+            operator.set_friendly_name(last.name)
+    return model
