@@ -137,13 +137,6 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
 
-def discard(folder: Path) -> None:
-    """Removes a folder atomically."""
-    with output_lock(folder) as target:
-        _partial(target).mkdir()
-        target.rename(_partial(target) / "discarded")
-
-
 @contextlib.contextmanager
 def output_lock(path: Path, wait: bool = False):
     """Locks a file or folder for writing while the block runs; the process that has the lock may take it again.
