@@ -245,9 +245,9 @@ def test_a_place_belongs_to_one_process(tmp_path):
         pass
     process.communicate("\n")
     replace(tmp_path / "out")
-    with output_lock(tmp_path / "out"), output_lock(tmp_path / "out"):  # the same process may come in again
-        replace(tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with output_lock(tmp_path / "new"), output_lock(tmp_path / "new"):  # the same process may come in again
+        replace(tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
 
 
 def flags_of(command, artifact, encoder, colors, out) -> list[str]:
