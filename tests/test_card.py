@@ -188,7 +188,7 @@ def test_the_other_variants_are_linked(records):
     lines = dict(re.findall(r"\| (.+) \| [\w ]+ \| ([\d.]+ \| [\d.]+ ± [\d.]+) \|", text.split("## Results")[0]))
     names = []
     for name in RELEASED:
-        link = f"[{name}](https://huggingface.co/me/mood-{name})" if name != "ptq" else "**ptq** (this one)"
+        link = f"[{name}](https://huggingface.co/me/mood-{name})" if name != "ptq" else "**ptq** (this model)"
         names.append(link + (", recommended" if name == RECOMMENDED else ""))
     assert list(lines) == names and "[code](https://github.com/me/code)" in text
     assert "| [qlora](https://huggingface.co/me/mood-qlora) | bitsandbytes NF4 | " in text  # as it is released
