@@ -94,7 +94,7 @@ class QloraTrainingArguments(RecipeTrainingArguments):
     """The training of an adapter."""
 
     output_dir: str = field(default="weights/qlora", metadata={"help": "Folder in which the model is saved."})
-    learning_rate: float = 1e-3  # chosen on validation: results/qlora_sweep.md
+    learning_rate: float = 1e-3  # chosen on validation: results/qlora.md
     warmup_steps: float = 0.1
 
 
