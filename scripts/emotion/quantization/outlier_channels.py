@@ -132,23 +132,29 @@ def _split_pair(graph, first, second, channels: list[int]) -> None:
                 copied.input[index] = f"{source}{BRANCH}"
         copied.output[0] = f"{node.output[0]}{BRANCH}"
         branch.append(copied)
-    weight = take(second.input[1], axis=0)
     result = f"{second.output[0]}{BRANCH}"
-    branch.append(helper.make_node("MatMul", [branch[-1].output[0], weight], [result]))
-    residual = _residual_sum(graph, second)
-    if residual is not None:
-        # Added to the states that skip the pair, so that product, bias and sum stay side by side for other rewrites.
-        node, index = residual
-        branch.append(helper.make_node("Add", [node.input[index], result], [f"{result}/sum"]))
-        node.input[index] = branch[-1].output[0]
-    else:
-        whole, second.output[0] = second.output[0], f"{second.output[0]}/rest"
-        branch.append(helper.make_node("Add", [second.output[0], result], [whole]))
+    branch.append(helper.make_node("MatMul", [branch[-1].output[0], take(second.input[1], axis=0)], [result]))
+    branch.append(_sum_with(graph, second, result))
     # A graph lists its nodes in the order in which they run: the branch joins right behind the second product.
-    place = list(graph.node).index(second) + 1
+    position = list(graph.node).index(second) + 1
     for offset, node in enumerate(branch):
         node.name = f"{second.name}{BRANCH}{offset}"
-        graph.node.insert(place + offset, node)
+        graph.node.insert(position + offset, node)
+
+
+def _sum_with(graph, second, result: str):
+    """The node that adds the result of the branch, wherever that leaves other rewrites possible."""
+    from onnx import helper
+
+    residual = _residual_sum(graph, second)
+    if residual is None:
+        whole, second.output[0] = second.output[0], f"{second.output[0]}/rest"
+        return helper.make_node("Add", [second.output[0], result], [whole])
+    # Added to the states that skip the pair, so that product, bias and sum stay side by side.
+    node, index = residual
+    added = helper.make_node("Add", [node.input[index], result], [f"{result}/sum"])
+    node.input[index] = added.output[0]
+    return added
 
 
 def _residual_sum(graph, product):
