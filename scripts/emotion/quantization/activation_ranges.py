@@ -68,7 +68,7 @@ def _least_error(counts: np.ndarray, lowest: float, highest: float) -> tuple[flo
     best, least = (lowest, highest), np.inf
     for low in SHARES * lowest if lowest < 0 else [0.0]:
         for high in SHARES * highest if highest > 0 else [0.0]:
-            scale, zero = scale_of(low, high)
+            scale, zero = (number.item() for number in scale_of(*torch.tensor([low, high], dtype=torch.float32)))
             rounded = (np.clip(np.round(centers / scale) + zero, 0, 255) - zero) * scale
             error = float((counts * (rounded - centers) ** 2).sum())
             if error < least:
@@ -83,12 +83,19 @@ def _without_tails(counts: np.ndarray, lowest: float, highest: float) -> tuple[f
     return min(0.0, float(low)), max(0.0, float(high))
 
 
-def scale_of(lowest: float, highest: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of the 256 integers of a range that holds 0, as `DynamicQuantizeLinear` computes them."""
-    scale = (np.float32(highest) - np.float32(lowest)) / np.float32(255)
-    if scale == 0:
-        return np.float32(1), np.uint8(0)
-    return scale, np.uint8(np.clip(np.round(-np.float32(lowest) / scale), 0, 255))
+def scale_of(lowest: torch.Tensor, highest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of the 256 integers of a range, as `DynamicQuantizeLinear` computes them.
+
+    Args:
+        lowest, highest: float32, one number each; the range is widened to hold 0, as ONNX wants it.
+
+    Returns:
+        The value of the integer 1, and the integer that stands for 0, from 0 to 255: float32, one number each.
+    """
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    scale = (highest - lowest) / 255
+    scale = torch.where(scale == 0, 1.0, scale)  # all values are 0
+    return scale, (-lowest / scale).round()
 
 
 def fix_ranges(graph, ranges: dict[str, tuple[float, float]]) -> None:
@@ -121,10 +128,11 @@ def _layers_of(node) -> list[str]:
 
 def _quantize(graph, states: str, span: tuple[float, float]) -> tuple[str, str, str]:
     """Rounds a tensor by a range, once for all that read it; returns the names of integers, scale and zero point."""
-    scale, zero = scale_of(*span)
-    names = [f"{states}/{kind}/{scale.tobytes().hex()}" for kind in ("quantized", "scale", "zero_point")]
+    scale, zero = (number.numpy() for number in scale_of(*torch.tensor(span, dtype=torch.float32)))
+    key = f"{scale.tobytes().hex()}-{int(zero)}"  # two ranges of one tensor may share their scale alone
+    names = [f"{states}/{kind}/{key}" for kind in ("quantized", "scale", "zero_point")]
     if graph.get_initializer(names[1]) is None:
-        graph.add_initializer(numpy_helper.from_array(np.array(scale), names[1]))
-        graph.add_initializer(numpy_helper.from_array(np.array(zero), names[2]))
+        graph.add_initializer(numpy_helper.from_array(scale, names[1]))
+        graph.add_initializer(numpy_helper.from_array(zero.astype(np.uint8), names[2]))
         graph.add_node(helper.make_node("QuantizeLinear", [states, *names[1:]], [names[0]], name=names[0]))
-    return names[0], names[1], names[2]
+    return tuple(names)

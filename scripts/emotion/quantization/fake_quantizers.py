@@ -21,6 +21,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
 from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
+from emotion.quantization.activation_ranges import scale_of
 from emotion.quantization.int8 import TABLE_DTYPE
 from emotion.quantization.layers import Plan
 from emotion.quantization.lowbit import Scales, integers_of
@@ -31,8 +32,8 @@ EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 # Smallest and largest integer of a weight in each runtime's file
 FULL_SPAN = (-128, 127)  # torchao's
 ONNX_SPAN = (-127, 127)
-MOMENTUM = 0.01  # of a moving range: the weight of a batch, that of PyTorch's MovingAverageMinMaxObserver
 REDUCED_SPAN = (-LARGEST_SAFE_WEIGHT, LARGEST_SAFE_WEIGHT)  # ONNX Runtime's at 7 bits: no processor's sums overflow
+MOMENTUM = 0.01  # of a moving range: the weight of a batch, that of PyTorch's MovingAverageMinMaxObserver
 
 
 def round_rows(
@@ -82,10 +83,7 @@ def round_in_range(
         (the value of the integer 1): float32, one number.
     """
     values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
-    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
-    scale = (highest - lowest) / 255
-    scale = torch.where(scale == 0, 1.0, scale)  # all values are 0
-    zero = (-lowest / scale).round()
+    scale, zero = scale_of(lowest, highest)
     return (values / scale).round_().add_(zero).clamp_(0, 255).sub_(zero), scale
 
 
