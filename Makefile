@@ -32,7 +32,7 @@ BENCHMARK := --rounds 6 --batches 4 --texts_end_to_end 256 --cold_starts 3
 endif
 ENCODER_FLAGS := --config_dir configs/$(ENCODER) --weights_dir $(W) --results_dir $(R)
 FORMATS := $(addprefix baseline:,pytorch bf16 onnx) $(addprefix ptq:,torchao onnx openvino) $(addprefix qat:,torchao onnx openvino) \
-	$(addsuffix :onnx,ptq-int4 qat-int4 ptq-int2 qat-int2 qlora) qlora:nf4
+	$(addsuffix :onnx,ptq-dynamic ptq-int4 qat-int4 ptq-int2 qat-int2 qlora) qlora:nf4
 PEER_FORMATS := ptq:torchao-compiled $(addprefix baseline:,pytorch-compiled bf16-compiled pytorch-dynamic onnx-plain onnx-dynamic \
 	openvino-plain ctranslate2)
 # $(call score,folder,variant:format ...,flags): each format in a process of its own
@@ -77,7 +77,7 @@ ifeq ($(ENCODER),smollm2)
 	$(call score,weights,llama-qlora:adapter)
 else
 	$(RUN) tools/train_seeds.py baseline --seeds $(BASELINES) $(ENCODER_FLAGS)
-	for variant in qlora ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
+	for variant in qlora ptq ptq-dynamic qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) tools/train_seeds.py $$variant --seeds $(SEEDS) $(ENCODER_FLAGS) || exit 1; done
 	$(RUN) studies/ptq_study.py $(SEEDS:%=$(W)/seeds/baseline-%) $(PTQ_STUDY) --results_dir $(R)
 	$(RUN) studies/bits_study.py 8 4 2 --seeds $(SEEDS) $(ENCODER_FLAGS)

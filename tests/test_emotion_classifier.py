@@ -66,7 +66,6 @@ def test_many_texts_are_answered_as_one_by_one(classifier):
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_the_number_of_threads_changes_nothing(format, quantized):
-    """In dynamic INT8 too, where the range of the activations is that of the batch."""
     logits = []
     for threads in (1, 2, 3, 3):
         logits.append(EmotionClassifier.from_pretrained(quantized, format, threads).logits(MANY))

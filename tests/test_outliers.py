@@ -52,7 +52,8 @@ def spoiled(artifact, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan_and_rows(spoiled):
-    plan = make_plan(spoiled, load_trained_classifier(spoiled), SchemeArguments())
+    dynamic = SchemeArguments(activation_quantization="dynamic")
+    plan = make_plan(spoiled, load_trained_classifier(spoiled), dynamic)
     encoder = TextEncoder(spoiled)
     return plan, CalibrationRows(encoder, encoder(TEXTS))
 

@@ -89,7 +89,7 @@ def test_what_is_quantized_is_counted_in_the_file(format, quantized, artifact):
     assert scheme["embeddings"] == tables[format]
     assert (
         scheme["activations"]
-        == {"torchao": "float32", "onnx": "int8 dynamic per-tensor", "openvino": "int8 static per-tensor"}[format]
+        == {"torchao": "float32", "onnx": "int8 static per-tensor", "openvino": "int8 static per-tensor"}[format]
     )
     assert set(scheme["kept_in_float"]) == {"bert.pooler.dense", "classifier", "bert.embeddings.token_type_embeddings"}
     for of_baseline in find_formats(artifact):
@@ -201,7 +201,9 @@ def test_static_ranges(rule, artifact, tmp_path):
     run_ptq.main(ptq_flags(artifact, tmp_path / "static", **flags))
     scheme = scheme_of(tmp_path / "static", "onnx")
     assert scheme["activations"] == "int8 static per-tensor" and scheme["quantized_layers"] == 12
-    operators = [node.op_type for node in onnx.load(tmp_path / "static" / "onnx" / "model_quantized.onnx").graph.node]
+    file = onnx.load(tmp_path / "static" / "onnx" / "model_quantized.onnx")
+    assert file.ir_version == 9  # which ONNX Runtime 1.17 opens
+    operators = [node.op_type for node in file.graph.node]
     assert "DynamicQuantizeLinear" not in operators and "QuantizeLinear" in operators
     expected, found = (open_artifact(folder, "onnx", threads=1) for folder in (artifact, tmp_path / "static"))
     texts = build_rows(90)["text"]
@@ -302,18 +304,18 @@ def test_a_disk_that_fills_leaves_the_old_artifact(quantized, artifact, tmp_path
 
 @pytest.mark.processes
 def test_the_study_chooses_by_its_rule(artifact, tmp_path, monkeypatch, capsys):
-    few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, dynamic, 8-bit weights")
+    few = ("torchao", "ONNX Runtime, dynamic", "ONNX Runtime, minmax", "ONNX Runtime, minmax, 8-bit weights")
     monkeypatch.setattr(ptq_study, "CANDIDATES", {name: ptq_study.CANDIDATES[name] for name in few})
     ptq_study.main([str(artifact), "--work_dir", "work", "--results_dir", "results", "--rounds", "2"])
     study, sensitivity = (read_json(tmp_path / "results" / f"ptq_{name}.json") for name in ("study", "sensitivity"))
-    assert set(study["candidates"]) == {*few, "ONNX Runtime, dynamic, worst layer in float"}
+    assert set(study["candidates"]) == {*few, "ONNX Runtime, minmax, worst layer in float"}
     assert study["candidates"]["torchao"]["scheme"]["quantized_layers"] == 12
     kinds = {(row["kind"], row["layer"]) for row in sensitivity["layers"]}
     assert {("word_embeddings", "embeddings"), ("attention.self", "0"), ("intermediate", None)} <= kinds
     (packed,) = [row for row in sensitivity["layers"] if (row["kind"], row["layer"]) == ("attention.self", "1")]
     assert len(packed["names"]) == 3 and packed["mean_logit_shift"] > 0
     worst = max(sensitivity["layers"], key=lambda row: row["mean_logit_shift"] * (row["layer"] is not None))
-    kept = study["candidates"]["ONNX Runtime, dynamic, worst layer in float"]
+    kept = study["candidates"]["ONNX Runtime, minmax, worst layer in float"]
     assert kept["changes"]["modules_to_not_convert"] == worst["names"]
     assert kept["scheme"]["quantized_layers"] == 12 - len([name for name in worst["names"] if "layer" in name])
     results = tmp_path / "results"

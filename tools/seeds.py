@@ -1,7 +1,6 @@
 """Trains and scores a variant with several seeds, and summarizes the scores."""
 
 import importlib
-import re
 import statistics
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def make(artifact: Path, variant: str, seed: int, weights: Path, configs: Path) 
         SystemExit: if the script fails.
     """
     config = variant.removesuffix("-float")  # the float fine-tuning control has the config of its variant
-    method = re.sub(r"-int\d$", "", config)
+    method = config.partition("-")[0]  # of qat-int4, ptq-dynamic
     script = SCRIPTS / f"run_{method}.py"
     if not script.is_file():
         raise UserError(f"variant {variant}: no {script.name}")

@@ -285,8 +285,8 @@ class Record(ResultsFile):
 
     @property
     def earlier(self) -> bool:
-        """Whether it measures an earlier file: the activations of torchao's file were integers too."""
-        return self.format == "torchao" and self.scheme.activations != "float32"
+        """Whether it measures an earlier file, whose activations had dynamic ranges without anyone asking for them."""
+        return "int8 dynamic" in self.scheme.activations and not self.variant.endswith("-dynamic")
 
     @property
     def timed_as(self) -> str:

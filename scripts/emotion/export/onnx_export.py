@@ -23,6 +23,7 @@ from emotion.export.graph_passes import (
 from emotion.utils.errors import UserError
 
 FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
+IR_VERSION = 9  # the newest that ONNX Runtime 1.17 opens
 TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both compute in FP32
 # (texts, tokens). The first shape is traced; the others show that the file froze neither number.
 SAMPLE_SHAPES = ((2, 7), (1, 12), (3, 5))
@@ -132,6 +133,7 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, cls_
     # for those who download the file.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
+    program.model.ir_version = IR_VERSION
     program.save(path, external_data=False)
     return _rewrite(model, path, cls_only) if fused else False
 

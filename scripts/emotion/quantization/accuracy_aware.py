@@ -8,8 +8,12 @@ takes the first of these steps that keeps its macro F1:
     ranges by RULE     ONNX Runtime: ranges of activations by another rule (activation_ranges.py)
     GPTQ               below 8 bits: weights rounded so that the outputs of their layers change least (lowbit.py)
     float              the 1, 2, 4, then 8 most sensitive layers in float
+
+The drop against FP32 on the same texts is an estimate. Its one-sided 95 % bound comes from a paired bootstrap, and
+decides between *within* `max_f1_drop` and *cannot tell*; a drop that exceeds the limit itself is *beyond* it.
 """
 
+import math
 import re
 import shutil
 import tempfile
@@ -20,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emotion.data.metrics import score
+from emotion.data.metrics import resampled_macro_f1, score
 from emotion.inference.model_folder import SHARED_FILES, files_to_serve
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
@@ -36,6 +40,8 @@ from emotion.utils.progress import Bar
 
 FLOAT_COUNTS = (1, 2, 4, 8)  # of the most sensitive layers
 SENSITIVITY_TEXTS = 300  # the mean shift of the logits needs no more
+RESAMPLES = 2000  # of the paired bootstrap
+WITHIN, BEYOND, UNDECIDED = "within", "beyond", "cannot tell"
 
 
 @dataclass
@@ -50,6 +56,9 @@ class AccuracyAwareArguments(SchemeArguments):
         },
     )
     allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no fallback keeps its score."})
+    strict: bool = field(
+        default=False, metadata={"help": "Refuse a format, too, where the texts are too few to tell what it loses."}
+    )
 
 
 def quantize_with_accuracy_control(
@@ -78,9 +87,9 @@ def quantize_with_accuracy_control(
         for fallback, changed in _fallbacks(plan, format, rows, sensitivity, arguments):
             seconds = save_format(changed, folder, format, rows, arguments)
             effect = compare(reference, logits_of(folder, format, validation), validation.labels)
-            attempts.append(_report(folder, format, fallback, effect, seconds))
+            attempts.append(_report(folder, format, fallback, effect, seconds, arguments.max_f1_drop))
             plans.append(changed)
-            if -100 * effect["macro_f1_change"] <= arguments.max_f1_drop:
+            if is_good_enough(attempts[-1], arguments):
                 break
         kept = _choose(format, attempts, arguments)
         if kept < len(plans) - 1:  # the file of the last attempt is there now
@@ -115,14 +124,35 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
         yield f"float, {count} layers", update_plan(plan, changed)
 
 
-def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float) -> dict:
+def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, max_drop: float) -> dict:
     """Prints an attempt and returns it for recipe.yaml."""
     size = sum(files_to_serve(folder, format).values())
+    drop, bound = -100 * effect["macro_f1_change"], -100 * effect["macro_f1_change_bound"]
+    verdict = judge(drop, bound, max_drop)
     print(
-        f"{format}, {fallback}: validation macro F1 {100 * effect['macro_f1_change']:+.2f} points, "
-        f"{effect['flips']} labels differ, {size / 1e6:.1f} MB, {seconds} s"
+        f"{format}, {fallback}: validation macro F1 {-drop:+.2f} points (95 % bound {-bound:+.2f}), "
+        f"{effect['flips']} of {effect['rows']} labels differ, {size / 1e6:.1f} MB, {seconds} s"
     )
-    return {"fallback": fallback, **effect, "bytes_to_serve": size, "seconds": seconds}
+    if verdict == UNDECIDED:
+        # The gap between drop and bound shrinks with the square root of the number of texts.
+        needed = math.ceil(effect["rows"] * ((bound - drop) / max(max_drop - drop, 0.01)) ** 2)
+        print(
+            f"{format}: {effect['rows']} texts cannot tell whether it loses more than {max_drop:g} points: it may lose "
+            f"{bound:.2f}; about {needed:,} texts would tell"
+        )
+    return {"fallback": fallback, **effect, "verdict": verdict, "bytes_to_serve": size, "seconds": seconds}
+
+
+def judge(drop: float, bound: float, max_drop: float) -> str:
+    """Whether a drop of macro F1, in points, is `WITHIN` or `BEYOND` the limit, or its bound leaves it `UNDECIDED`."""
+    if drop > max_drop:
+        return BEYOND
+    return WITHIN if bound <= max_drop else UNDECIDED
+
+
+def is_good_enough(attempt: dict, arguments: AccuracyAwareArguments) -> bool:
+    """Whether an attempt is kept without trying the next fallback."""
+    return attempt["verdict"] == WITHIN or (attempt["verdict"] == UNDECIDED and not arguments.strict)
 
 
 def _choose(format: str, attempts: list[dict], arguments: AccuracyAwareArguments) -> int:
@@ -132,10 +162,12 @@ def _choose(format: str, attempts: list[dict], arguments: AccuracyAwareArguments
         UserError: if none suffices and `allow_drop` is false.
     """
     best = attempts[-1]
-    if -100 * best["macro_f1_change"] > arguments.max_f1_drop:
+    if not is_good_enough(best, arguments):
         best = max(attempts, key=lambda attempt: (attempt["macro_f1_change"], -attempt["mean_logit_shift"]))
-        drop = -100 * best["macro_f1_change"]
+        drop, bound = -100 * best["macro_f1_change"], -100 * best["macro_f1_change_bound"]
         message = f"{format} at {arguments.bits} bits loses {drop:.2f} points of validation macro F1 at best"
+        if best["verdict"] == UNDECIDED:
+            message += f", and may lose {bound:.2f}"
         if not arguments.allow_drop:
             raise UserError(
                 f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
@@ -178,18 +210,25 @@ def logits_of(folder: Path, format: str, samples: Samples) -> np.ndarray:
 
 
 def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
-    """Compares quantized with float logits: mean shift of a logit, predicted labels that differ, change of macro F1.
+    """Compares quantized with float logits on the same rows.
 
     Args:
         before: logits (rows, classes) in FP32.
         after: the same, quantized.
         labels: int (rows,).
+
+    Returns:
+        `mean_logit_shift`; `flips`, the predicted labels that differ, of `rows`; `macro_f1_change`, and
+        `macro_f1_change_bound`, below which the change lies with a probability of 5 %.
     """
-    change = score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"]
+    predictions = before.argmax(axis=-1), after.argmax(axis=-1)
+    drawn = resampled_macro_f1(labels, *predictions, classes=before.shape[1], resamples=RESAMPLES)
     return {
         "mean_logit_shift": float(np.abs(after - before).mean()),
-        "flips": int((after.argmax(axis=-1) != before.argmax(axis=-1)).sum()),
-        "macro_f1_change": change,
+        "flips": int((predictions[0] != predictions[1]).sum()),
+        "rows": len(labels),
+        "macro_f1_change": score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"],
+        "macro_f1_change_bound": float(np.percentile(drawn[1] - drawn[0], 5)),
     }
 
 

@@ -1,7 +1,7 @@
 """Fixed ranges of activations, so that a text gets the same answer alone and in any batch.
 
 ONNX Runtime's dynamic INT8 takes one range for all tokens of a batch, so the answer to a text depends on its
-neighbors. Here each product has a constant range instead. PTQ measures it on calibration texts; QAT follows it by a
+neighbors. Each product has a constant range instead. PTQ measures it on calibration texts; QAT follows it by a
 moving average (see fake_quantizers.py). In the file, `QuantizeLinear` with a constant scale and zero point takes the
 place of the search for the range.
 """

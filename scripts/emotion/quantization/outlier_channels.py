@@ -1,6 +1,6 @@
 """Outlier channels: channels between a feed-forward pair whose activations are many times larger than all others.
 
-ONNX Runtime's dynamic INT8 has one range for all inputs of a product. A few large channels leave every other one a
+ONNX Runtime's INT8 has one range for all inputs of a product. A few large channels leave every other one a
 handful of its 256 levels, which ruins base-size encoders (Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication
 for Transformers at Scale", NeurIPS 2022). A feed-forward pair can be split exactly: its outlier channels U get a thin
 product of their own in floats, before and after the activation function f. The rest keeps INT8, with a narrow range:

@@ -29,6 +29,7 @@ from emotion.utils.progress import Bar
 from emotion.utils.recipe import RECIPE_FILE, Recipe, read_recipe_of
 
 FORMATS = ("torchao", "onnx", "openvino")
+DYNAMIC = "dynamic"  # activation ranges that ONNX Runtime measures anew for every batch
 CONTROL = "-float"  # ends the name of a float fine-tuning control
 
 
@@ -54,10 +55,10 @@ class SchemeArguments:
         default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
     )
     activation_quantization: str = field(
-        default="dynamic",
+        default="minmax",
         metadata={
-            "help": "ONNX activation ranges: dynamic, or fixed by a rule, so that answers do not depend on the batch.",
-            "choices": ("dynamic", *RULES),
+            "help": "ONNX activation ranges: fixed by a rule, or dynamic, with which answers depend on the batch.",
+            "choices": (*RULES, DYNAMIC),
         },
     )
     split_outliers: bool = field(
@@ -114,9 +115,10 @@ def check_scheme(arguments: SchemeArguments) -> tuple[BaseModel, dict]:
     return base, metadata
 
 
-def name_variant(method: str, bits: int) -> str:
-    """Returns the name of a variant in records and folders: 'ptq' for INT8, 'ptq-int4' with fewer bits."""
-    return method if bits == 8 else f"{method}-int{bits}"
+def name_variant(method: str, bits: int, ranges: str = "") -> str:
+    """Returns the name of a variant in records and folders: 'ptq' for INT8, 'ptq-int4', 'ptq-dynamic'."""
+    name = method if bits == 8 else f"{method}-int{bits}"
+    return f"{name}-{DYNAMIC}" if ranges == DYNAMIC else name
 
 
 def formats_of(bits: int) -> tuple[str, ...]:
@@ -209,7 +211,7 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
         plan = replace(plan, cls_only=cls_only_layers(plan))
         if arguments.split_outliers:
             plan = replace(plan, outliers=find_outliers(plan, rows))
-        if arguments.activation_quantization in RULES:
+        if arguments.activation_quantization != DYNAMIC:
             plan = replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
     return update_plan(plan, arguments)
 
@@ -237,7 +239,7 @@ def quantized_metadata(method: str, recipe: Recipe, baseline: dict, plan: Plan, 
         baseline: recipe.yaml of the model that is quantized; empty if another program trained it.
     """
     # The baseline's seed: comparisons over seeds pair a model with its baseline by it.
-    variant, seed = name_variant(method, arguments.bits), baseline.get("seed")
+    variant, seed = name_variant(method, arguments.bits, arguments.activation_quantization), baseline.get("seed")
     metadata = artifact_metadata(variant, recipe, seed, baseline.get("provenance", {}), baseline.get("training"))
     # A Hub id stays; a local path means nothing on another machine.
     if Path(metadata["recipe"].get("model_name_or_path", ".")).exists():
