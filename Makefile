@@ -39,17 +39,17 @@ PEER_FORMATS := ptq:torchao-compiled $(addprefix baseline:,pytorch-compiled bf16
 score = for one in $(2); do $(RUN) scripts/run_evaluation.py $(1)/$${one%:*} --format $${one\#\#*:} $(3) || exit 1; done
 debian = command -v $(1) > /dev/null || { sudo=$$(command -v sudo || true); $$sudo apt-get update -qq; \
 	$$sudo apt-get install -qq -y --no-install-recommends $(2); }
-SHORT := --max_train_samples 6400 --num_train_epochs 1
+SHORT := --num_train_epochs 1 --eval_strategy no --load_best_model_at_end false --max_train_samples
 
 .PHONY: help run test test-all check format verify fuzz results benchmark report release demo notebook
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
 run: $(VENV)/.ready  ## A short run into build/run: fine-tune, quantize, evaluate (5 to 10 minutes)
-	$(RUN) scripts/run_baseline.py configs/minilm/baseline.yaml $(SHORT) --output_dir build/run/baseline
+	$(RUN) scripts/run_baseline.py configs/minilm/baseline.yaml $(SHORT) 4000 --output_dir build/run/baseline
 	$(RUN) scripts/run_ptq.py --model_name_or_path build/run/baseline --output_dir build/run/ptq --num_calibration_samples 100 --max_f1_drop 2
-	$(RUN) scripts/run_qat.py --model_name_or_path build/run/baseline --output_dir build/run/qat --formats onnx --max_train_samples 1600
-	$(RUN) scripts/run_qlora.py configs/minilm/qlora.yaml $(SHORT) --per_device_train_batch_size 16 --output_dir build/run/qlora
-	@$(call score,build/run,$(filter-out %-int4:onnx %-int2:onnx qat:torchao qat:openvino qlora:nf4,$(FORMATS)),--max_eval_samples 500 \
+	$(RUN) scripts/run_qat.py --model_name_or_path build/run/baseline --output_dir build/run/qat --formats onnx $(SHORT) 480
+	$(RUN) scripts/run_qlora.py configs/minilm/qlora.yaml $(SHORT) 4000 --per_device_train_batch_size 16 --output_dir build/run/qlora
+	@$(call score,build/run,$(filter-out %-int4:onnx %-int2:onnx %-dynamic:onnx qat:torchao qat:openvino qlora:nf4,$(FORMATS)),--max_eval_samples 500 \
 		--latency_runs 200 --results_dir build/run/results)
 	$(RUN) tools/render_report.py --results_dir build/run/results --print_only
 	$(RUN) scripts/predict.py --model build/run/ptq "i feel so happy that you came" "i miss my old home"
