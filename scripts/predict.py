@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from emotion.inference.released import RECOMMENDED
+from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import COUNT, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError

@@ -24,13 +24,12 @@ from emotion.inference.batch_job import (
 )
 from emotion.inference.batch_reader import find_files, survey
 from emotion.inference.emotion_classifier import EmotionClassifier, find_model
-from emotion.inference.released import RECOMMENDED
+from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import COUNT, parse_args
-from emotion.utils.command import run
+from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.machine import THREADS
-from emotion.utils.progress import Bar
 
 
 @dataclass

@@ -21,13 +21,11 @@ from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenan
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
 from emotion.utils.arguments import COUNT, Range, parse_args
-from emotion.utils.base_model import RANDOM
-from emotion.utils.command import run
+from emotion.utils.base_model import RANDOM, read_recipe_of
+from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError, check_name
 from emotion.utils.files import ROOT, check_result, relative, sha256
 from emotion.utils.machine import THREADS, choose_threads, describe_environment, has_bf16
-from emotion.utils.progress import Bar
-from emotion.utils.recipe import read_recipe_of
 
 # Sentences of our own, three per emotion of the default dataset; a card shows those with the clearest answers.
 EXAMPLES = {

@@ -21,18 +21,16 @@ from huggingface_hub import get_token
 from emotion.evaluation.record import read_records
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import read_benchmarks, read_means
-from emotion.hub.confusion_matrix import plot_confusion_matrix
 from emotion.hub.model_card import order, render_card
+from emotion.hub.render import plot_confusion_matrix
 from emotion.hub.upload import upload
-from emotion.inference.model_folder import find_formats
-from emotion.inference.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
+from emotion.inference.model_folder import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED, find_formats
 from emotion.utils.arguments import parse_args
-from emotion.utils.checksums import SUMS_FILE, check_sums, format_sums, has_files
+from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError, check_repo_id
-from emotion.utils.files import ROOT, sha256, without_path
+from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_files, sha256, without_path
 from emotion.utils.machine import code_url
-from emotion.utils.recipe import RECIPE_FILE, read_recipe_of
 
 PAGE = "index.html"  # a folder with it is a Space
 PAGE_FILES = (PAGE, "README.md")

@@ -12,7 +12,7 @@ from emotion.inference.model_folder import weights_of
 from emotion.inference.pretrained import load_trained_classifier
 from emotion.quantization.int8 import cls_only_layers, load_float_graph, quantize_onnx
 from emotion.quantization.layers import Plan, find_layers
-from emotion.utils.recipe import read_recipe_of
+from emotion.utils.base_model import read_recipe_of
 
 
 def opened(path, folder):

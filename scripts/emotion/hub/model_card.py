@@ -9,13 +9,12 @@ from typing import NamedTuple
 from emotion.data.dataset import DEFAULT_DATASET
 from emotion.evaluation.schema import Benchmark, Example, Provenance, Record
 from emotion.hub.render import complete, render
-from emotion.inference.model_folder import WEIGHT_FILES
-from emotion.inference.released import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RECOMMENDED, RELEASED, WEIGHT_FILES
+from emotion.utils.arguments import PLACES
 from emotion.utils.base_model import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.processor import TITLES as PROCESSORS
-from emotion.utils.recipe import PLACES
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 BASELINE = "baseline"

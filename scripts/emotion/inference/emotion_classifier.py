@@ -1,8 +1,7 @@
 """Classifies texts with a model folder or a repository of the Hub, in any of its formats.
 
 ONNX and OpenVINO files need neither torch nor transformers. Few texts are classified one batch after the other, with
-all threads. Many texts are classified side by side: each thread computes a batch of its own. The batches depend on the
-texts alone, so that the number of threads does not change the answers to many texts.
+all threads, and of many each thread computes a batch of its own. The batches depend on the texts alone.
 """
 
 import ctypes
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,8 @@ import numpy as np
 from emotion.data.metrics import softmax
 from emotion.inference.model_folder import HOW_TO_GET, SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
-from emotion.utils.checksums import SUMS_FILE, check_sums, read_sums
 from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.files import SUMS_FILE, check_sums, read_sums
 from emotion.utils.machine import choose_threads
 
 # The formats to look for if none is given, the fastest for one text first. A repository's `model.safetensors` is
@@ -118,9 +117,6 @@ class EmotionClassifier:
                 all processors of this process.
             verify (`bool`, defaults to `True`): whether the files are compared with the folder's SHA256SUMS, if any.
 
-        Returns:
-            `EmotionClassifier`
-
         Raises:
             UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
         """
@@ -152,26 +148,16 @@ class EmotionClassifier:
         return list(self.classify_stream(texts, top_k))
 
     def classify_stream(self, texts: Iterable[str], top_k: int | None = 1) -> Iterator:
-        """Yields the results of `classify` one by one, in flat memory.
+        """Yields the results of `classify`, with the same arguments and errors, one by one and in flat memory.
 
         It reads up to `2 * CHUNK` texts ahead of the result. Pass the lines of a live stream to `classify` as they
         come.
-
-        Args:
-            texts (`Iterable[str]`): as in `classify`.
-            top_k (`int`, *optional*, defaults to 1): as in `classify`.
-
-        Raises:
-            TypeError, UserError: as `classify` does.
         """
         check_is_batch(texts)
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k {top_k}: it takes 1 or more, or None for all labels")
-        return self._label_all(texts, top_k)
-
-    def _label_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
-        for logits in self._logits_in_chunks(texts):
-            yield from to_labels(logits, self.labels, top_k)
+        chunks = self._logits_in_chunks(texts)
+        return chain.from_iterable(to_labels(logits, self.labels, top_k) for logits in chunks)
 
     def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Returns the logits of all texts.
@@ -236,13 +222,7 @@ class EmotionClassifier:
 
 
 class Workers:
-    """The threads that call a runtime; they end with the process or with this object.
-
-    Args:
-        runtime: one of the classes in runtimes.py.
-        calls (`int`): the number of calls that it computes side by side.
-        pool (`ThreadPoolExecutor`, *optional*): the threads to call it by.
-    """
+    """The threads that call a runtime, ``calls`` side by side; they end with the process or with this object."""
 
     def __init__(self, runtime, calls: int, pool: ThreadPoolExecutor | None = None):
         self._runtime = runtime
@@ -254,18 +234,16 @@ class Workers:
         """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
         started = []
         for rows in batches_by_tokens(token_ids):
-            future = self._submit([token_ids[row] for row in rows])
+            batch = [token_ids[row] for row in rows]
+            if self._pool:
+                future = self._pool.submit(self._runtime.logits, batch)
+            else:
+                future = Future()
+                future.set_result(self._runtime.logits(batch))
             if progress:
                 future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
             started.append((rows, future))
         return started
-
-    def _submit(self, batch: list[list[int]]) -> Future:
-        if self._pool:
-            return self._pool.submit(self._runtime.logits, batch)
-        future = Future()
-        future.set_result(self._runtime.logits(batch))
-        return future
 
 
 def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
@@ -274,10 +252,8 @@ def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Itera
     # Stable: of equal scores the first label wins, as with `argmax` in the evaluation.
     order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
     scores = np.take_along_axis(probabilities, order, axis=-1)
-    for indices, values in zip(order.tolist(), scores.tolist(), strict=True):
-        answers = []
-        for index, score in zip(indices, values, strict=True):
-            answers.append({"label": labels[index], "score": score})
+    for row in zip(order.tolist(), scores.tolist(), strict=True):
+        answers = [{"label": labels[index], "score": score} for index, score in zip(*row, strict=True)]
         yield answers[0] if top_k == 1 else answers
 
 
@@ -296,9 +272,8 @@ def check_texts(texts: list, position: int) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, cut by another program
-            raise UserError(
-                f"text {number} (counted from 0) has half a character at {error.start}; replace it"
-            ) from error
+            where = f"text {number} (counted from 0)"
+            raise UserError(f"{where} has half a character at {error.start}; replace it") from error
 
 
 def choose_format(folder: Path, verify: bool) -> str:
@@ -312,12 +287,9 @@ def choose_format(folder: Path, verify: bool) -> str:
     for format in PREFERRED:
         if format in formats:
             return format
-        for name in WEIGHT_FILES[format]:
-            if name in sums and not (folder / name).exists():
-                raise UserError(
-                    f"{folder} has no {name}, which {SUMS_FILE} names; make or download it again, or ask for one of "
-                    f"its formats: {', '.join(formats)}"
-                )
+        if lost := [name for name in WEIGHT_FILES[format] if name in sums and not (folder / name).exists()]:
+            others = f"ask for one of its formats: {', '.join(formats)}"
+            raise UserError(f"{folder} has no {lost[0]}, which {SUMS_FILE} names; download it again, or {others}")
     return next(iter(formats))
 
 
@@ -327,7 +299,7 @@ def find_model(name: str, format: str | None, verify: bool = True) -> Path:
     Args:
         name: a folder, or a repository id on the Hub.
         format: the format to download; if None, the first of `PREFERRED` that the repository has.
-        verify: whether downloaded files are compared with the repository's SHA256SUMS.
+        verify: as of `fetch`.
 
     Raises:
         UserError: if there is neither, the repository does not have the format, or a downloaded file is damaged.
@@ -344,16 +316,13 @@ def find_model(name: str, format: str | None, verify: bool = True) -> Path:
 
 
 def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
-    """Downloads the files that one format of a repository needs, or finds them in the cache.
+    """Downloads the files that one format of a repository needs, or finds them in the cache; returns their folder.
 
     Args:
         repo_id: the repository id on the Hub.
         formats: the formats to look for; the first that the repository has is downloaded.
         verify: whether the files are compared with the repository's SHA256SUMS, if any.
         optional: other files to download, if the repository has them.
-
-    Returns:
-        The folder that holds the files.
 
     Raises:
         UserError: if the repository has none of the formats, a file differs from its checksum, or the Hub refuses or

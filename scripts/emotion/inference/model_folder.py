@@ -1,7 +1,7 @@
 """A model folder, which `from_pretrained` opens, with the same model for other runtimes beside it.
 
-This module finds the formats that a folder holds and the files that each format needs, and writes a new folder
-atomically with its provenance.
+This module finds the formats that a folder holds and the files that each needs, writes a new folder with its
+provenance, and names what is released.
 """
 
 import contextlib
@@ -10,20 +10,21 @@ import re
 from pathlib import Path
 
 from emotion.data.dataset import Task, fingerprint
-from emotion.utils.base_model import BaseModel
-from emotion.utils.checksums import check_sums, write_sums
+from emotion.utils.arguments import PLACES, Recipe
+from emotion.utils.base_model import RECIPE_FILE, BaseModel
 from emotion.utils.errors import UserError
 from emotion.utils.files import (
     FolderKind,
     atomic_folder,
     check_replaceable,
+    check_sums,
     output_lock,
     read_fields,
     read_json,
+    write_sums,
     write_text,
 )
 from emotion.utils.machine import git_commit, is_main_process, package_versions
-from emotion.utils.recipe import PLACES, RECIPE_FILE, Recipe
 
 # What every format needs beside its weights
 SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -40,16 +41,37 @@ WEIGHT_FILES = {
 }
 # The fields of config.json that are read here
 CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant_method": str}, "vocab_size?": int}
-# `quant_method` in config.json -> formats of `model.safetensors`; None for float weights
+# `quant_method` in config.json -> formats of `model.safetensors`; None for float weights. A language model classifies
+# only with its adapter.
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
+FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
 # Ends each message about a missing model
 HOW_TO_GET = (
     "take one that the repository holds (weights/qat-int4; others in README.md), "
     "train one with python scripts/run_baseline.py (a short run: make run), "
     "or fetch one with hf download user/name --local-dir FOLDER"
 )
-# A language model classifies only with its adapter.
-FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
+
+# The integers of a quantized weight: its bits, and below 8 the levels. Odd ones spend none on zero, which would leave
+# one side with fewer.
+BITS = (8, 4, 2)
+LEVELS = {2: range(-3, 4, 2), 4: range(-8, 8)}
+# The seven-bit limit: a processor without VNNI adds two products with an 8-bit activation in 16 bits, where weights of
+# the full range overflow (2 x 255 x 127 > 2^15) and these do not (2 x 255 x 64 < 2^15).
+LARGEST_SAFE_WEIGHT = 64
+BRANCH = "/outliers"  # part of the names of the nodes of an ONNX file that compute outlier channels in float
+
+# Released variant -> its format: all formats would be 600 MB. ONNX is the fastest for one text, and the browser's; the
+# baseline comes in half the bytes of FP32, and QLoRA as it was trained, in 4 bits with the adapter beside it.
+RELEASED = {"baseline": "bf16", "ptq": "onnx", "qat": "onnx", "qat-int4": "onnx", "qat-int2": "onnx", "qlora": "nf4"}
+RECOMMENDED = "qat-int4"  # the best file of QAT on validation; a seventh of FP32
+# The baseline's file gets the name that `from_pretrained` opens. config.json makes it compute in float32: in bfloat16
+# two labels of 2,000 differ on another processor, and macro F1 by 0.2 points.
+RENAMED = {"model.bf16.safetensors": "model.safetensors"}
+OPENED_AS = {"baseline": "pytorch"}
+SCORES_OF_OPENED = "released"  # folder of the results with the record of what is opened in another format
+LICENSE_FILE = "LICENSE"  # of the weights, which have their encoder's, not that of the code
+BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 150 * 10**6  # upper bounds for a clone
 
 METADATA_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "provenance", "training", "versions"}
 RUN_FILE = "training_run.json"  # beside the checkpoints of a training: its recipe, its rows and its processes
@@ -61,16 +83,12 @@ def _is_ours(folder: Path) -> bool:
     """Whether a folder holds a model of this project, or the checkpoints of a training that was interrupted."""
     import yaml
 
-    try:
+    with contextlib.suppress(UserError):
         if ROWS_FIELD in read_json(folder / RUN_FILE):
             return True
-    except UserError:
-        pass
-    try:
-        metadata = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(metadata, dict) and metadata.keys() >= METADATA_FIELDS
+    with contextlib.suppress(UserError):
+        return read_fields(folder / RECIPE_FILE, yaml.safe_load, {}).keys() >= METADATA_FIELDS
+    return False
 
 
 # Without README.md: no command writes one, so that it belongs to the user.
@@ -94,10 +112,7 @@ ARTIFACT = FolderKind(
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
-    """Finds the formats that a folder holds.
-
-    Returns:
-        Format -> its weights file.
+    """Finds the formats that a folder holds: format -> its weights file.
 
     Raises:
         UserError: if there is no such folder, or it is no model folder, or it holds none of the formats.
@@ -108,16 +123,14 @@ def find_formats(folder: Path) -> dict[str, Path]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
     of_root = FORMATS_OF_ROOT.get(quantized_by(folder), ())
-    if is_language_model(folder):
+    if any(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or []):
         of_root = FORMATS_OF_LANGUAGE_MODEL
     of_any_root = sum(FORMATS_OF_ROOT.values(), FORMATS_OF_LANGUAGE_MODEL)
     found = {}
     for format, names in WEIGHT_FILES.items():
-        if format in of_any_root and format not in of_root:
-            continue
-        for name in names:
-            if format not in found and (folder / name).is_file():
-                found[format] = folder / name
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if files and (format in of_root or format not in of_any_root):
+            found[format] = files[0]
     if not found:
         raise UserError(f"{folder} has none of the formats {', '.join(WEIGHT_FILES)}")
     return found
@@ -128,21 +141,13 @@ def quantized_by(folder: Path) -> str | None:
     return read_config(folder).get("quantization_config", {}).get("quant_method")
 
 
-def is_language_model(folder: Path) -> bool:
-    """Whether config.json names a causal language model."""
-    return any(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or [])
-
-
 def read_config(folder: Path) -> dict:
     """Reads config.json; raises `UserError` if it is missing or malformed."""
     return read_fields(Path(folder) / "config.json", json.loads, CONFIG_KINDS)
 
 
 def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
-    """Returns the weights file of one format, after its files were compared with SHA256SUMS.
-
-    Args:
-        verify: False skips that comparison.
+    """Returns the weights file of one format; with ``verify`` its files are compared with SHA256SUMS first.
 
     Raises:
         UserError: if the folder has no such format, or a file differs from its checksum.
@@ -158,11 +163,7 @@ def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
 
 
 def files_to_serve(folder: Path, format: str) -> dict[str, int]:
-    """Lists the files that inference in this format needs: name -> size in bytes.
-
-    Raises:
-        UserError: if the folder has no such format.
-    """
+    """The files that inference in this format needs: name -> bytes; raises `UserError` as `weights_of` does."""
     folder = Path(folder)
     names = names_to_serve(folder, weights_of(folder, format, verify=False), format)
     return {name: (folder / name).stat().st_size for name in names}
@@ -170,8 +171,24 @@ def files_to_serve(folder: Path, format: str) -> dict[str, int]:
 
 def names_to_serve(folder: Path, weights: Path, format: str) -> list[str]:
     """Lists the names of all files that a format needs, relative to the folder."""
-    beside = [path.relative_to(folder).as_posix() for path in [weights, *files_beside(weights, format)]]
-    return [*SHARED_FILES, *beside]
+    names = [*SHARED_FILES, weights.relative_to(folder).as_posix()]
+    if format == "openvino":  # the graph is in .xml and the weights in .bin; optimum-intel reads config.json
+        names += ["openvino/openvino_model.bin", "openvino/config.json"]
+    if format == "adapter":  # on the language model
+        names += ["adapter/adapter_config.json", "model.safetensors", "chat_template.jinja"]
+    return names
+
+
+def names_to_release(folder: Path, variant: str) -> dict[str, str]:
+    """The files of a model folder that are released, without the license: name there -> name in the released folder.
+
+    Raises:
+        UserError: if the folder does not have the format that is released of its variant.
+    """
+    folder, format = Path(folder), RELEASED[variant]
+    names = names_to_serve(folder, find_formats(folder)[format], format)
+    names += [f"adapter/{path.name}" for path in sorted((folder / "adapter").glob("adapter_*"))]  # QLoRA's
+    return {name: RENAMED.get(name, name) for name in [*names, RECIPE_FILE]}
 
 
 def adapter_bytes(folder: Path) -> int | None:
@@ -180,23 +197,9 @@ def adapter_bytes(folder: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def files_beside(weights: Path, format: str) -> list[Path]:
-    """Lists the further files that a weights file needs."""
-    # OpenVINO keeps the graph in .xml and the weights in .bin; optimum-intel reads config.json.
-    if format == "openvino":
-        return [weights.with_suffix(".bin"), weights.with_name("config.json")]
-    if format == "adapter":  # on the language model one folder above
-        root = weights.parent.parent
-        return [weights.with_name("adapter_config.json"), root / "model.safetensors", root / "chat_template.jinja"]
-    return []
-
-
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, arguments, recipe: Recipe):
-    """Holds the output lock of a model folder while the block runs, so that no other process writes there.
-
-    Args:
-        arguments: the flags of the command.
+    """Holds the output lock of a model folder while a command with these ``arguments`` runs.
 
     Raises:
         UserError: before any work, if saving there would destroy something or another process holds the lock.
@@ -216,8 +219,7 @@ def new_artifact(folder: Path, metadata: dict):
 
     Args:
         folder: the model folder. An older model there stays untouched until the new one is complete.
-        metadata: the content of recipe.yaml, of `artifact_metadata`. It is written last, so that the block may add
-            to it.
+        metadata: of `artifact_metadata`, for recipe.yaml. It is written last, so that the block may add to it.
 
     Raises:
         UserError: if the folder cannot be written, or holds something else than a model folder.
@@ -232,11 +234,7 @@ def new_artifact(folder: Path, metadata: dict):
 
 
 def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
-    """Reads the label names of a model folder, in the order of its logits.
-
-    Args:
-        weights: the file that was opened, for the message.
-        width: the number of logits per text.
+    """Reads the label names of a model folder, in the order of the ``width`` logits that the file ``weights`` gives.
 
     Raises:
         UserError: if config.json has another number of labels, or ambiguous ones.

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from emotion.inference.model_folder import read_config
-from emotion.utils.checksums import check_sums
 from emotion.utils.errors import UserError, one_line
+from emotion.utils.files import check_sums
 
 # Sizes in config.json that are a dimension of some weight, of BERT and its descendants, and of DistilBERT
 SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")
@@ -16,10 +16,9 @@ UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def open_model(auto_class: str, folder, **options):
-    """Calls `from_pretrained` of an auto class, from safetensors and without remote code.
+    """Calls `from_pretrained` of an auto class, by its name, from safetensors and without remote code.
 
     Args:
-        auto_class: its name, so that importing this module does not load Transformers.
         folder: a local folder or a Hub id.
         options: further arguments of `from_pretrained`.
 
@@ -29,7 +28,7 @@ def open_model(auto_class: str, folder, **options):
     Raises:
         UserError: if the files cannot be read.
     """
-    import transformers
+    import transformers  # here: ONNX files do not need it
 
     # A pickle or Python code from a repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
@@ -39,16 +38,7 @@ def open_model(auto_class: str, folder, **options):
 
 
 def build_config(path: str, labels: list[str], attention_dropout: float | None):
-    """Loads the configuration of a base model and sets the labels.
-
-    Args:
-        path: a local folder or a Hub id.
-        labels: the names of the classes, in the order of the logits.
-        attention_dropout: dropout of the attention weights; None keeps the base model's own.
-
-    Raises:
-        UserError: if the model is a classifier with another number of classes.
-    """
+    """The configuration of a base model with these labels; arguments and errors as of `build_classifier`."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -70,33 +60,30 @@ def build_classifier(path: str, labels: list[str], attention_dropout: float | No
     """Loads the encoder with a new classification head, or with its own if that has as many classes.
 
     Args:
-        path, labels, attention_dropout: as in `build_config`.
+        path: a local folder or a Hub id.
+        labels: the names of the classes, in the order of the logits.
+        attention_dropout: dropout of the attention weights; None keeps the base model's own.
         options: further arguments of `from_pretrained`, for instance `quantization_config`.
 
     Returns:
         The model; its float weights are float32.
 
     Raises:
-        UserError: if it cannot be opened, or its encoder has no pretrained weights.
+        UserError: if it cannot be opened, its encoder has no pretrained weights, or it has another number of classes.
     """
     config = build_config(path, labels, attention_dropout)
     # Also if the file is in half precision, whose rounding would swallow small updates.
     model, report = open_model(CLASSIFIER, path, config=config, dtype="float32", **options)
     encoder = f"{model.base_model_prefix}."
     # Missing weights would be random: those of head and pooler are trained, those of the encoder should not be.
-    missing = sorted(report["missing_keys"])
-    absent = [key for key in missing if key.startswith(encoder) and "pooler" not in key]
+    absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
     if absent:
         raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
     return model
 
 
 def load_trained_classifier(folder: Path, verify: bool = True, **options):
-    """Loads a fine-tuned classifier.
-
-    Args:
-        verify: whether the files are compared with the folder's SHA256SUMS.
-        options: further arguments of `from_pretrained`.
+    """Loads a fine-tuned classifier, after its files were compared with SHA256SUMS unless ``verify`` is False.
 
     Raises:
         UserError: if weights are damaged, missing or unused, do not fit the configuration, or cannot be read.
@@ -130,21 +117,17 @@ def save_compact(model, folder: Path) -> None:
 
 
 def check_sizes(weights: Path) -> None:
-    """Raises `UserError` if config.json asks for a larger model than the weights hold.
+    """Raises `UserError` if config.json asks for a larger model than a safetensors file holds, or that is damaged.
 
     Transformers builds the model before it reads the weights: a million layers would take all memory.
     """
-    config, shapes = read_config(weights.parent), read_shapes(weights)
+    from safetensors import safe_open
+
+    with one_line(f"{weights} cannot be read"), safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+    config = read_config(weights.parent)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
     for key in SIZES + LAYERS:
         most = len(shapes) if key in LAYERS else largest
         if isinstance(config.get(key), int) and config[key] > most:
             raise UserError(f"{weights.parent}: config.json asks for {key} {config[key]}, and the weights have less")
-
-
-def read_shapes(weights: Path) -> list[list[int]]:
-    """Reads the shapes of all tensors of a safetensors file; raises `UserError` if it cannot be read."""
-    from safetensors import safe_open
-
-    with one_line(f"{weights} cannot be read"), safe_open(weights, framework="pt") as file:
-        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)

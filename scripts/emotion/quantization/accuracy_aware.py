@@ -31,8 +31,8 @@ from emotion.quantization.lowbit import apply_gptq, write_lowbit_onnx
 from emotion.quantization.outlier_channels import find_outliers, outlier_metadata
 from emotion.quantization.scheme import Samples, SchemeArguments, formats_to_make, update_plan
 from emotion.utils.arguments import Range
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
-from emotion.utils.progress import Bar
 
 FLOAT_COUNTS = (1, 2, 4, 8)  # of the most sensitive layers
 SENSITIVITY_TEXTS = 300  # the mean shift of the logits needs no more

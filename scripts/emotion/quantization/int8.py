@@ -58,7 +58,7 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     A plan without ranges gives a file with dynamic ones, which ONNX Runtime measures anew for every batch.
 
     Args:
-        reduce_range: whether weights have 7 bits; see utils/levels.py.
+        reduce_range: whether weights have 7 bits; see `LARGEST_SAFE_WEIGHT`.
     """
     import onnx
     from onnxruntime.quantization import quantize_dynamic
@@ -112,7 +112,7 @@ def quantize_openvino(
     """Writes `openvino_model.xml` and `.bin`.
 
     Args:
-        reduce_range: weights of 7 bits; see utils/levels.py.
+        reduce_range: weights of 7 bits; see `LARGEST_SAFE_WEIGHT`.
         smooth_quant: move outliers of the activations into the weights (Xiao et al., "SmoothQuant", ICML 2023).
     """
     import nncf

@@ -42,8 +42,7 @@ def is_main_process() -> bool:
 def count_processors(root: Path = Path("/")) -> int:
     """The number of processors that this process may use, by its affinity and the CPU quota of its container.
 
-    Args:
-        root: the folder that holds `proc` and `sys`.
+    ``root`` holds `proc` and `sys`.
     """
     # macOS and Windows do not tell which processors a process may use.
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -87,18 +86,14 @@ THREADS = Range(1, max(64, 8 * count_processors()))
 
 
 def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
-    """``threads`` if given, else `OMP_NUM_THREADS`, at most `count_processors`.
-
-    Args:
-        threads: the number asked for.
-        root: as in `count_processors`.
+    """``threads`` if given, else `OMP_NUM_THREADS`, at most ``count_processors(root)``.
 
     Raises:
         UserError: if ``threads`` is below one, or many more than there are processors.
     """
-    if threads is not None and threads not in THREADS:
-        raise UserError(f"threads {threads}: it takes {THREADS}")
-    if threads:
+    if threads is not None:
+        if threads not in THREADS:
+            raise UserError(f"threads {threads}: it takes {THREADS}")
         return threads
     processors, wanted = count_processors(root), integer_setting("OMP_NUM_THREADS")
     return min(processors, wanted) if wanted and wanted > 0 else processors
@@ -149,30 +144,27 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the working tree, marked '-dirty' if its code or recipes differ; None outside a repository."""
-    try:
-        # Only files that decide a result: a results file that was just written makes no commit dirty.
-        places = ("scripts", "configs", "metrics", "requirements.txt", "requirements-inference.txt")
-        changed = _git("status", "--porcelain", "--", *places)
-        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no repository
-        return None
+    # Only files that decide a result: a results file that was just written makes no commit dirty.
+    places = ("scripts", "configs", "metrics", "requirements.txt", "requirements-inference.txt")
+    commit = _git("rev-parse", "HEAD")
+    return commit and commit + ("-dirty" if _git("status", "--porcelain", "--", *places) else "")
 
 
 def code_url() -> str | None:
     """The page of the GitHub repository that this working tree was cloned from; None for any other origin."""
-    try:
-        origin = _git("remote", "get-url", "origin")
-    except (OSError, subprocess.CalledProcessError):
-        return None
     # Nothing but owner and name is taken: the rest may be a machine of this user's, or hold a password.
+    origin = _git("remote", "get-url", "origin") or ""
     found = re.search(r"(?:^|[/@.])github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$", origin)
     return f"https://github.com/{found[1]}" if found else None
 
 
-def _git(*args: str) -> str:
-    """The output of a git command, run in the repository of this code."""
-    command = ["git", "-C", str(ROOT), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def _git(*args: str) -> str | None:
+    """The output of a git command in the repository of this code; None without git, or outside a repository."""
+    try:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
@@ -181,8 +173,8 @@ def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
     Args:
         name: its file in scripts/.
         args: its flags and their values, of any type.
-        options: passed to `subprocess.run`, except ``check=True``: then a failure ends this process with the same
-            status, and without a message of its own, since the command has printed one.
+        options: of `subprocess.run`; but with ``check=True`` a failure ends this process with the same status, and
+            without a message of its own, since the command has printed one.
     """
     check = options.pop("check", False)
     # sys.executable: `python` alone may be another one than that of the virtual environment.

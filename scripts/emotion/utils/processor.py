@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,11 +40,7 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux's
 
 
 def class_of(instruction_sets: Iterable[str]) -> str | None:
-    """The highest class whose instructions are among these; None for an older processor.
-
-    Args:
-        instruction_sets: their names, as PyTorch or Linux writes them.
-    """
+    """The highest class whose instructions are among these, in PyTorch's or Linux's names; None for an older one."""
     found = {name.replace("_", "") for name in instruction_sets}  # Linux writes avx512bw, PyTorch avx512_bw
     for name, needed in CLASSES.items():
         if needed.replace("_", "") in found:
@@ -87,9 +84,7 @@ def instruction_sets_of_libraries() -> list[str]:
 
 def instruction_sets_of_kernel() -> list[str] | None:
     """The instruction sets that Linux lists; None on another system."""
-    if CPUINFO.is_file():
-        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, flags = line.partition(":")
-            if name.strip() == "flags":
-                return flags.split()
-    return None
+    if not CPUINFO.is_file():
+        return None
+    flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return flags and flags[1].split()
