@@ -3,8 +3,8 @@
 Parquet is read by pyarrow; CSV and JSON lines by Python's own readers, which refuse what pyarrow guesses at: a quote
 that is never closed, an integer of more than 64 bits, endless nesting.
 
-`survey` reads all files once and counts their rows. That takes a hundredth of the time of classifying them, finds a
-file that cannot be read before the work begins, and lets every process of a cluster find the file that a row is in.
+`survey` reads all files once and counts their rows, in a hundredth of the time of classifying them. So a file that
+cannot be read is found before the work begins, and every process of a cluster finds the file that a row is in.
 """
 
 import csv
@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,17 +56,11 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of all files, one file after the other.
+    """The rows of all files, one file after the other."""
 
-    Attributes:
-        kind: how the files are read, one of the values of `KINDS`.
-        files: the files, in order.
-        schema: the columns that are read from each file.
-    """
-
-    kind: str
+    kind: str  # how the files are read, one of the values of `KINDS`
     files: tuple[InputFile, ...]
-    schema: pa.Schema
+    schema: pa.Schema  # the columns that are read from each file
 
     @property
     def rows(self) -> int:
@@ -85,9 +80,8 @@ def find_files(inputs: list[str], config: str | None, split: str) -> tuple[str, 
     """The kind of the input, and its files in order.
 
     Args:
-        inputs: files, folders, patterns, or one dataset id on the Hub.
-        config: the configuration of the dataset on the Hub.
-        split: the split of the dataset on the Hub.
+        inputs: files, folders, patterns, or a dataset id on the Hub.
+        config, split: the configuration and the split of a dataset on the Hub.
 
     Raises:
         UserError: if there is no such file, or the files are not all of one kind.
@@ -114,16 +108,12 @@ def _expand(name: str) -> list[str]:
         if kind_of(name) is None:
             raise UserError(f"{name}: unknown extension; known are {', '.join(KINDS)}, also compressed")
         return [name]
-    if path.is_dir():
-        found = []
-        for file in path.rglob("*"):
-            # Names that begin so are marks and unfinished files of programs, this one's own among them.
-            is_hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-            if file.is_file() and kind_of(file.name) and not is_hidden:
-                found.append(str(file))
-        return sorted(found)
     found = glob.glob(name, recursive=True)  # noqa: PTH207 (that of Path takes no pattern from the root)
-    return sorted(file for file in found if Path(file).is_file() and kind_of(file))
+    if path.is_dir():
+        # Names that begin so are marks and unfinished files of programs, this one's own among them.
+        hidden = re.compile(r"(^|/)[._]")
+        found = [str(file) for file in path.rglob("*") if not hidden.search(file.relative_to(path).as_posix())]
+    return sorted(file for file in found if kind_of(file) and Path(file).is_file())
 
 
 def _files_on_hub(name: str, config: str | None, split: str) -> list[str]:
@@ -157,8 +147,7 @@ def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str
     """Reads all files once: counts their rows, hashes them, and finds the columns that all of them have.
 
     Args:
-        kind: how the files are read.
-        names: the files, in order.
+        kind, names: of `find_files`.
         text_column: the column to classify.
         keep_columns: the columns to read beside it; None for all.
 
