@@ -135,12 +135,7 @@ def main(argv=None) -> None:
 
 
 def check_arguments(arguments: EvaluationArguments, recipe: dict, path: Path) -> None:
-    """Raises `UserError` if the flags do not fit together, or the record cannot be written or published.
-
-    Args:
-        recipe: the model's recipe.yaml.
-        path: the file of the record.
-    """
+    """Raises `UserError` if the flags do not fit together, or the record ``path`` cannot be written or published."""
     if arguments.latency_runs and arguments.latency_runs < 200:
         raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")
     results = Path(arguments.results_dir)

@@ -35,7 +35,8 @@ from emotion.utils.machine import code_url
 PAGE = "index.html"  # a folder with it is a Space
 PAGE_FILES = (PAGE, "README.md")
 SCORES = "results/metrics/"  # folder of the records in a model's repository
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
+OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", LICENSE_FILE)
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # the format of the Hub's tokens
 PAGE_MODEL = "MODEL_ID"  # the placeholder in the page for the beginning of its repositories' names
 
@@ -84,9 +85,8 @@ def main(argv=None) -> None:
     if arguments.dry_run:  # needs no token and no network
         print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {arguments.repo_id}")
         return
-    repo_type = "space" if is_page else "model"
+    repo_type, marker = ("space", PAGE) if is_page else ("model", SCORES)
     message = f"Publish {folder.resolve().name}"
-    marker = PAGE if is_page else SCORES
     print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message, marker)}")
 
 
@@ -106,12 +106,9 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"{size:>12,}  {name}")
         total += size
-    left_out = []
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files:
-            left_out.append(name)
-    print(f"{total:>12,}  bytes in {len(files)} files; left out: {', '.join(sorted(left_out)) or 'nothing'}")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    left_out = ", ".join(sorted(present - files.keys())) or "nothing"
+    print(f"{total:>12,}  bytes in {len(files)} files; left out: {left_out}")
 
 
 def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Path | bytes]:
@@ -128,15 +125,10 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     scored = find_scored(folder, order(records + apart, variant))
     files = {}
     for record in scored:
-        for name in record.sha256:
-            files[name] = folder / name
+        files |= {name: folder / name for name in record.sha256}
         name = f"{record.name}.json"
         files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
-    for path in sorted((folder / "adapter").glob("adapter_*")):
-        if path.name in ADAPTER_FILES:  # not PEFT's own card, nor somebody's notes
-            files[f"adapter/{path.name}"] = path
-    if (folder / LICENSE_FILE).is_file():
-        files[LICENSE_FILE] = folder / LICENSE_FILE
+    files |= {name: folder / name for name in OPTIONAL_FILES if (folder / name).is_file()}
     if recipe:
         # Without the local paths of the folders that it read
         files[RECIPE_FILE] = yaml.safe_dump(without_path(recipe), sort_keys=False, allow_unicode=True).encode()
@@ -145,28 +137,17 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     runs, seeds = read_benchmarks(results, records), read_means(results)
     card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
-    files[f"results/confusion_matrices/{scored[0].name}.png"] = draw_picture(scored[0])
-    for path in files.values():
-        if isinstance(path, Path) and not path.is_file():
-            raise UserError(f"no file {path}; measure {folder} again with run_evaluation.py")
-    files[SUMS_FILE] = sum_up(files)
-    return files
-
-
-def sum_up(files: dict[str, Path | bytes]) -> bytes:
-    """Returns the content of SHA256SUMS over all files of the repository."""
+    with tempfile.TemporaryDirectory() as pictures:
+        path = Path(pictures) / f"{scored[0].name}.png"
+        plot_confusion_matrix(scored[0], path)
+        files[f"results/confusion_matrices/{path.name}"] = path.read_bytes()
     sums = {}
     for name, content in files.items():
+        if isinstance(content, Path) and not content.is_file():
+            raise UserError(f"no file {content}; measure {folder} again with run_evaluation.py")
         sums[name] = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-    return format_sums(sums).encode()
-
-
-def draw_picture(record: Record) -> bytes:
-    """Returns the card's confusion matrix, as a PNG."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "matrix.png"
-        plot_confusion_matrix(record, path)
-        return path.read_bytes()
+    files[SUMS_FILE] = format_sums(sums).encode()
+    return files
 
 
 def find_scored(folder: Path, records: list[Record]) -> list[Record]:
@@ -179,19 +160,13 @@ def find_scored(folder: Path, records: list[Record]) -> list[Record]:
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()
         if not any(name in record.sha256 for record in scored):
-            raise UserError(
-                f"{weights} was not scored as it is now; run "
-                f"python scripts/run_evaluation.py {folder} --format {format}"
-            )
+            command = f"python scripts/run_evaluation.py {folder} --format {format}"
+            raise UserError(f"{weights} was not scored as it is now; run {command}")
     return scored
 
 
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
-    """Returns the files of the demo page, which loads ``model_id`` and the repositories of the other variants.
-
-    Raises:
-        UserError: if ``model_id`` is not named after a variant, or a file does not have the placeholder.
-    """
+    """Returns the files of the demo page, which loads ``model_id`` and the repositories of the other variants."""
     named = re.fullmatch(rf"(.+/.+)-({'|'.join(RELEASED)})", model_id)
     if not named:  # the names of the other repositories would be unknown
         raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")
