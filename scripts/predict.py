@@ -30,11 +30,7 @@ LINE = 1 << 20  # bytes of a line that are read: hundreds of pages
 
 
 def main(argv=None) -> None:
-    """Classifies all sentences that the command line names.
-
-    Raises:
-        UserError: if a flag, the file or the model is wrong, or, at the end, if some texts were empty.
-    """
+    """Classifies all sentences that the command line names; raises `UserError` at the end if some were empty."""
     arguments = parse_arguments(argv)
     batches = read_batches(arguments)  # before the model loads, so that a missing file is named at once
 
@@ -82,11 +78,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def read_batches(arguments):
-    """An iterator over lists of texts; from a file or a stream, of the lines that are there already.
-
-    Raises:
-        UserError: if the file does not exist.
-    """
+    """An iterator over lists of texts; from a file or a stream, of the lines that are there already."""
     if arguments.texts:
         # Python keeps bytes that are not UTF-8 as surrogates.
         return iter([[decode(os.fsencode(text)) for text in arguments.texts]])

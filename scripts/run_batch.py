@@ -76,11 +76,7 @@ class BatchArguments:
 
 
 def main(argv=None) -> None:
-    """Writes all shards that the output folder lacks, then completes its manifest.
-
-    Raises:
-        UserError: if a flag, the model or the input is wrong, or the folder holds something else.
-    """
+    """Writes all shards that the output folder lacks, then completes its manifest."""
     (args,) = parse_args((BatchArguments,), positional="paths", argv=argv)
     *inputs, output = args.paths
     kind, names = find_files(inputs, args.dataset_config, args.split)

@@ -149,11 +149,7 @@ def check_arguments(arguments: EvaluationArguments, recipe: dict, path: Path) ->
 
 
 def predict(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:
-    """Computes the logits of each row, float32 (rows, classes).
-
-    Raises:
-        UserError: if the model has other labels than the dataset.
-    """
+    """Computes the logits of each row, float32 (rows, classes); raises `UserError` if the dataset has other labels."""
     # Their order too: the index of a logit is its class.
     if classifier.labels != task.labels:
         raise UserError(

@@ -112,11 +112,7 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
 
 
 def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """Collects the files of a model's repository: name there -> an existing file, or its content.
-
-    Raises:
-        UserError: if a format was not scored as it is now, or a file is missing.
-    """
+    """Collects the files of a model's repository, all as they were scored: name there -> a file, or its content."""
     recipe, records = read_recipe_of(folder), read_records(results)
     variant = recipe.get("variant", folder.resolve().name)
     # The released baseline is opened in another format than it was scored in; that record is in a folder of its own.
@@ -151,11 +147,7 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
 
 
 def find_scored(folder: Path, records: list[Record]) -> list[Record]:
-    """Returns the records, in their order, whose checksums are those of the files in the folder.
-
-    Raises:
-        UserError: if a format has no such record; it names the command that measures it.
-    """
+    """Returns the records of the files as they are now; raises `UserError` for a format without one."""
     scored = [record for record in records if record.sha256 and has_files(folder, record.sha256)]
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()

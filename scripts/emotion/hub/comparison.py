@@ -267,11 +267,7 @@ def list_means(seeds: list[tuple[Seeds, list[Record]]]) -> list[dict]:
 
 
 def score_ensemble(summary: Seeds, results: Path, names: list[str]) -> dict | None:
-    """Scores the mean of the probabilities of all seeds' baselines; None if fewer than two kept their logits.
-
-    Raises:
-        UserError: if the seeds were not scored on the same rows.
-    """
+    """Scores the mean of the probabilities of all seeds' baselines; None if fewer than two kept their logits."""
     seeds, probabilities, labels = [], [], None
     for run in summary.runs:
         path = results / "seeds" / str(run.seed) / "predictions" / f"{REFERENCE}.parquet"

@@ -227,11 +227,7 @@ class RowReader:
         self._position, self._stream, self._rest = 0, None, None
 
     def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-        """Yields the rows from ``start`` to before ``stop``, in batches of any size.
-
-        Raises:
-            UserError: if a file cannot be read any more, or has another number of rows than in the survey.
-        """
+        """Yields the rows from ``start`` to before ``stop``, in batches; raises `UserError` for a changed file."""
         current, file = (bisect_right(self._ends, row) for row in (self._position, start))
         # Only Parquet knows where a row is in its file. In others reading on is shorter than from the file's start.
         can_skip = current == file and self._position < start and self._source.kind != "parquet"

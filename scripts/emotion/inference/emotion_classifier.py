@@ -277,11 +277,7 @@ def check_texts(texts: list, position: int) -> None:
 
 
 def choose_format(folder: Path, verify: bool) -> str:
-    """The first of `PREFERRED` that the folder has, else its first format.
-
-    Raises:
-        UserError: if the folder has lost a preferred one. The next would give slightly other answers.
-    """
+    """The first of `PREFERRED` that the folder has, else its first format; raises `UserError` for one that is lost."""
     formats = find_formats(folder)
     sums = (read_sums(folder) if verify else None) or {}
     for format in PREFERRED:

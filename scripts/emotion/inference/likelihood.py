@@ -38,11 +38,7 @@ def _open_tokenizer(folder: Path | str):
 
 
 class PromptEncoder:
-    """Encodes prompts: the instruction, by default that of config.json, and a text in the model's chat template.
-
-    Raises:
-        UserError: if there is no tokenizer with a chat template, or no instruction.
-    """
+    """Encodes prompts: the instruction, by default that of config.json, and a text in the model's chat template."""
 
     texts_cut = 0  # as of `TextEncoder`: a prompt without its end would ask for no answer, so none is truncated
 
@@ -57,11 +53,7 @@ class PromptEncoder:
         return self._encode([self._render(text) for text in texts])
 
     def answer(self, label: str, whole: bool = False) -> list[int]:
-        """Returns the token ids of a label as the answer, up to the EOS token, or ``whole``, as the template ends it.
-
-        Raises:
-            UserError: if the chat template does not write the answer after the prompt, or without an EOS token.
-        """
+        """Returns the token ids of a label as the answer, up to EOS, or ``whole``, as the template ends it."""
         # Any text will do, since what precedes the answer is removed. Tokenized by itself, as in the training.
         prompt, both = self._render(""), self._render("", label)
         if not both.startswith(prompt):  # templates of models that think first rewrite what precedes an answer

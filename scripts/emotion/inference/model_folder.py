@@ -112,11 +112,7 @@ ARTIFACT = FolderKind(
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
-    """Finds the formats that a folder holds: format -> its weights file.
-
-    Raises:
-        UserError: if there is no such folder, or it is no model folder, or it holds none of the formats.
-    """
+    """Finds the formats of a folder: format -> its weights file; raises `UserError` if it has none or is no model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; {HOW_TO_GET}")
@@ -147,11 +143,7 @@ def read_config(folder: Path) -> dict:
 
 
 def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
-    """Returns the weights file of one format; with ``verify`` its files are compared with SHA256SUMS first.
-
-    Raises:
-        UserError: if the folder has no such format, or a file differs from its checksum.
-    """
+    """Returns the weights file of one format, and checks its files unless ``verify`` is False; raises `UserError`."""
     folder, formats = Path(folder), find_formats(folder)
     if format not in formats:
         raise UserError(f"{folder} has no format '{format}'; it has {', '.join(formats)}")
@@ -180,11 +172,7 @@ def names_to_serve(folder: Path, weights: Path, format: str) -> list[str]:
 
 
 def names_to_release(folder: Path, variant: str) -> dict[str, str]:
-    """The files of a model folder that are released, without the license: name there -> name in the released folder.
-
-    Raises:
-        UserError: if the folder does not have the format that is released of its variant.
-    """
+    """The released files of a model folder, but for the license: name there -> name in the released folder."""
     folder, format = Path(folder), RELEASED[variant]
     names = names_to_serve(folder, find_formats(folder)[format], format)
     names += [f"adapter/{path.name}" for path in sorted((folder / "adapter").glob("adapter_*"))]  # QLoRA's
@@ -199,11 +187,7 @@ def adapter_bytes(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, arguments, recipe: Recipe):
-    """Holds the output lock of a model folder while a command with these ``arguments`` runs.
-
-    Raises:
-        UserError: before any work, if saving there would destroy something or another process holds the lock.
-    """
+    """Holds the output lock of a model folder; raises `UserError` if saving there would destroy something."""
     if not is_main_process():  # of several that train together, the main one saves
         yield
         return
@@ -234,11 +218,7 @@ def new_artifact(folder: Path, metadata: dict):
 
 
 def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
-    """Reads the label names of a model folder, in the order of the ``width`` logits that the file ``weights`` gives.
-
-    Raises:
-        UserError: if config.json has another number of labels, or ambiguous ones.
-    """
+    """Reads the labels, in the order of the ``width`` logits of ``weights``; raises `UserError` for a wrong one."""
     config = Path(folder) / "config.json"
     names = read_config(folder).get("id2label") or {}
     if width != len(names):

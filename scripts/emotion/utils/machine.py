@@ -86,11 +86,7 @@ THREADS = Range(1, max(64, 8 * count_processors()))
 
 
 def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
-    """``threads`` if given, else `OMP_NUM_THREADS`, at most ``count_processors(root)``.
-
-    Raises:
-        UserError: if ``threads`` is below one, or many more than there are processors.
-    """
+    """``threads`` if given and allowed, else `OMP_NUM_THREADS`, at most ``count_processors(root)``."""
     if threads is not None:
         if threads not in THREADS:
             raise UserError(f"threads {threads}: it takes {THREADS}")

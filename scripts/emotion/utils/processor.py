@@ -49,11 +49,7 @@ def class_of(instruction_sets: Iterable[str]) -> str | None:
 
 
 def find_processor_class() -> str:
-    """The class of this processor.
-
-    Raises:
-        UserError: if some of its instructions are hidden from the libraries, or it is older than all classes.
-    """
+    """The class of this processor; raises `UserError` if instructions are hidden, or it is older than all classes."""
     for name in HIDING:
         if os.environ.get(name):
             raise UserError(f"{name} is set and hides instructions: no processor has these times; unset it")
