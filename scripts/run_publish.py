@@ -66,28 +66,28 @@ class PublishArguments:
 
 def main(argv=None) -> None:
     """Lists the files, and uploads them unless it is a dry run."""
-    (arguments,) = parse_args((PublishArguments,), positional="artifact", argv=argv)
-    check_repo_id(arguments.repo_id)
-    if arguments.model_id is not None:
-        check_repo_id(arguments.model_id)
-    folder = Path(arguments.artifact)
+    (args,) = parse_args((PublishArguments,), positional="artifact", argv=argv)
+    check_repo_id(args.repo_id)
+    if args.model_id is not None:
+        check_repo_id(args.model_id)
+    folder = Path(args.artifact)
     is_page = (folder / PAGE).is_file()
     if is_page:
-        if not arguments.model_id:  # no default: somebody else may own that name
+        if not args.model_id:  # no default: somebody else may own that name
             raise UserError(f"name a repository that the page loads with --model_id user/name-{RECOMMENDED}")
-        files = collect_page(folder, arguments.model_id)
+        files = collect_page(folder, args.model_id)
     else:
-        if not arguments.skip_checksum:
+        if not args.skip_checksum:
             check_sums(folder)
-        files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
+        files = collect_artifact(folder, Path(args.results_dir), args.repo_id)
     refuse_tokens(files)
     list_files(files, folder)
-    if arguments.dry_run:  # needs no token and no network
-        print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {arguments.repo_id}")
+    if args.dry_run:  # needs no token and no network
+        print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {args.repo_id}")
         return
     repo_type, marker = ("space", PAGE) if is_page else ("model", SCORES)
     message = f"Publish {folder.resolve().name}"
-    print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message, marker)}")
+    print(f"published: {upload(files, args.repo_id, repo_type, args.private, message, marker)}")
 
 
 def refuse_tokens(files: dict[str, Path | bytes]) -> None:
