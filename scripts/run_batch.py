@@ -31,32 +31,25 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.machine import THREADS
 
+INPUT = "files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), folders, patterns, or a Hub dataset"
+
 
 @dataclass
 class BatchArguments:
     """What to classify, with which model, and what to write."""
 
     paths: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "INPUT ... OUTPUT: files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), "
-            "folders, patterns, or a dataset of the Hub; OUTPUT is the folder of the shards."
-        },
+        default_factory=list, metadata={"help": f"INPUT ... OUTPUT: {INPUT}; then the folder of the shards."}
     )
     text_column: str = field(default="text", metadata={"help": "Column to classify; plain lines have one, text."})
-    keep_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of the input that the output keeps; all if not given."}
-    )
+    keep_columns: list[str] | None = field(default=None, metadata={"help": "Columns to keep; all if not given."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of a dataset of the Hub."})
     model: str = field(
         default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Model folder, or user/name on the Hub."}
     )
     format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
-    top_k: int = field(
-        default=1,
-        metadata={"help": "Labels per row: columns label, label_2, ..., each with a score.", "choices": COUNT},
-    )
+    top_k: int = field(default=1, metadata={"help": "Labels per row, each with a score.", "choices": COUNT})
     probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
     prefix: str = field(default="", metadata={"help": "Begins the names of the new columns."})
     output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})

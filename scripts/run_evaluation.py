@@ -58,26 +58,17 @@ class EvaluationArguments:
     format: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default."}
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset, Hub id or folder; the one that it was trained on by default."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset; that of the training by default."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     split: str = field(default="test", metadata={"help": "Split."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Score only the first rows of the split.", "choices": COUNT}
-    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Score the first rows.", "choices": COUNT})
     threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
+    # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
     latency_runs: int = field(
-        # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
         default=500,
-        metadata={
-            "help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput.",
-            "choices": Range(0),
-        },
+        metadata={"help": "Counted runs at batch 1, at least 200; 0 measures no speed.", "choices": Range(0)},
     )
-    skip_checksum: bool = field(
-        default=False, metadata={"help": "Open files that differ from the folder's SHA256SUMS."}
-    )
+    skip_checksum: bool = field(default=False, metadata={"help": "Open files that differ from SHA256SUMS."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 

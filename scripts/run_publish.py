@@ -49,19 +49,12 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "Repository: user/name."})
     private: bool = field(default=False, metadata={"help": "Create a private repository."})
     dry_run: bool = field(default=False, metadata={"help": "List the files and the card; upload nothing."})
-    skip_checksum: bool = field(
-        default=False, metadata={"help": "Upload files that differ from the folder's SHA256SUMS."}
-    )
+    skip_checksum: bool = field(default=False, metadata={"help": "Upload files that differ from SHA256SUMS."})
+    # The page loads the other variants from repositories with the same naming.
     model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": f"For the demo page: a variant's repository, such as user/bert-emotion-{RECOMMENDED}; the page "
-            "loads the other variants from repositories with the same naming."
-        },
+        default=None, metadata={"help": f"For the demo page: a variant's repository, as user/name-{RECOMMENDED}."}
     )
-    results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "Folder with the records of the model and the baseline."}
-    )
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder with the records."})
 
 
 def main(argv=None) -> None:
