@@ -18,8 +18,13 @@ from emotion.data.dataset import Task, load_task_of
 from emotion.data.metrics import VALIDATION_NOISE, score
 from emotion.evaluation.benchmark import Protocol, interleave
 from emotion.evaluation.inspection import describe_scheme
-from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT, files_to_serve, new_artifact, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import (
+    LARGEST_SAFE_WEIGHT,
+    files_to_serve,
+    load_trained_classifier,
+    new_artifact,
+    weights_of,
+)
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.accuracy_aware import compare, copy_shared_files, logits_of, measure_layers, save_format
 from emotion.quantization.activation_ranges import RULES

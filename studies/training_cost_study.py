@@ -22,7 +22,7 @@ import run_qlora
 from emotion.data.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.evaluation.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
-from emotion.inference.pretrained import build_classifier
+from emotion.inference.model_folder import build_classifier
 from emotion.quantization.fake_quantizers import prepare
 from emotion.quantization.layers import Plan, find_layers, find_stack
 from emotion.quantization.scheme import SchemeArguments, update_plan

@@ -17,8 +17,7 @@ import run_ptq
 import run_qat
 from conftest import ENCODERS, as_flags, build_rows, ptq_flags, qat_flags, read_json
 from emotion.evaluation.inspection import describe_scheme
-from emotion.inference.model_folder import LEVELS, files_to_serve, find_formats, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import LEVELS, files_to_serve, find_formats, load_trained_classifier, weights_of
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.fake_quantizers import LowBitGroups, convert, prepare, round_all, switch, to_integers
 from emotion.quantization.int8 import quantize_torchao

@@ -19,7 +19,7 @@ from emotion.evaluation.schema import Bits, Measurement, Record, read_study
 from emotion.hub.comparison import REFERENCE, Family, processors_of
 from emotion.hub.model_card import order, variants_with_card
 from emotion.hub.render import PALETTE, complete, plot_confusion_matrix, save_figure, styled
-from emotion.utils.processor import TITLES
+from emotion.utils.machine import PROCESSORS as TITLES
 from report.pages import families_of
 
 MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}

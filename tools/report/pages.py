@@ -8,7 +8,7 @@ from emotion.evaluation.schema import Benchmark, read_study
 from emotion.hub.comparison import Family, processors_of
 from emotion.hub.render import complete, render
 from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT
-from emotion.utils.processor import TITLES
+from emotion.utils.machine import PROCESSORS as TITLES
 from report import TEMPLATES
 
 # Page -> the studies that it shows, of both encoders as far as they were measured

@@ -85,7 +85,7 @@ def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
     from transformers import AutoTokenizer
 
     from emotion.export.onnx_export import export_onnx
-    from emotion.inference.pretrained import load_trained_classifier
+    from emotion.inference.model_folder import load_trained_classifier
     from emotion.utils.command import quiet_logging
 
     path = target / "model.onnx"

@@ -17,7 +17,7 @@ from emotion.evaluation.schema import Benchmark, Record, Seeds, Timed
 from emotion.evaluation.statistics import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.utils.errors import UserError
-from emotion.utils.processor import TITLES as PROCESSORS
+from emotion.utils.machine import PROCESSORS
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others

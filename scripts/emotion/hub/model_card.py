@@ -17,7 +17,7 @@ from emotion.utils.arguments import PLACES
 from emotion.utils.base_model import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 from emotion.utils.errors import REPO_ID, UserError
 from emotion.utils.files import ROOT
-from emotion.utils.processor import TITLES as PROCESSORS
+from emotion.utils.machine import PROCESSORS
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 BASELINE = "baseline"

@@ -15,7 +15,7 @@ import seaborn
 from emotion.evaluation.schema import Record
 from emotion.utils.errors import UserError
 from emotion.utils.files import atomic_write
-from emotion.utils.processor import TITLES
+from emotion.utils.machine import PROCESSORS
 
 matplotlib.use("Agg")  # draws into files; the default looks for a screen
 PALETTE = "colorblind"
@@ -53,7 +53,7 @@ def render(template: Path, **fields) -> str:
     )
     environment.filters |= {
         "short": shorten,
-        "processor": TITLES.get,  # of a class of processors
+        "processor": PROCESSORS.get,  # of a class of processors
         "number": number,
         "percent": lambda value, form=".2f": number(value, form, 100),
         "mean": plus_minus,

@@ -12,8 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from emotion.inference.model_folder import read_config
-from emotion.inference.pretrained import open_model
+from emotion.inference.model_folder import open_model, read_config
 from emotion.utils.errors import UserError, one_line
 
 

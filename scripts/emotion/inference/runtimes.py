@@ -16,8 +16,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from emotion.data.tokenization import TextEncoder
-from emotion.inference.model_folder import read_labels, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, read_labels, weights_of
 from emotion.utils.errors import UserError, one_line
 
 # Tokens per batch of many texts, padding included: the activations of a layer stay in the processor's cache, and the

@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.metrics import score
-from emotion.inference.model_folder import SHARED_FILES, files_to_serve
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import SHARED_FILES, files_to_serve, load_trained_classifier
 from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
 from emotion.quantization.activation_ranges import RULES, measure_ranges
 from emotion.quantization.int8 import quantize_onnx, quantize_openvino, quantize_torchao

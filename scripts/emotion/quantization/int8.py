@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from emotion.export.graph_passes import cls_only_products, merge_products, name_nodes, unpack_attention, write_sums
-from emotion.inference.model_folder import weights_of
-from emotion.inference.pretrained import load_trained_classifier, save_compact
+from emotion.inference.model_folder import load_trained_classifier, save_compact, weights_of
 from emotion.quantization.activation_ranges import fix_ranges
 from emotion.quantization.layers import CalibrationRows, Plan, names_in_float
 from emotion.quantization.outlier_channels import split_channels

@@ -12,8 +12,14 @@ from emotion.data.dataset import Task, get_split, stratified_sample
 from emotion.data.tokenization import TextEncoder
 from emotion.export.onnx_export import export_onnx
 from emotion.inference.emotion_classifier import fetch, find_model
-from emotion.inference.model_folder import BITS, artifact_metadata, find_formats, quantized_by, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import (
+    BITS,
+    artifact_metadata,
+    find_formats,
+    load_trained_classifier,
+    quantized_by,
+    weights_of,
+)
 from emotion.quantization.activation_ranges import RULES, measure_ranges
 from emotion.quantization.int8 import cls_only_layers
 from emotion.quantization.layers import CalibrationRows, Plan, find_layers, float_reasons

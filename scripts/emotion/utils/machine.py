@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from emotion.utils.arguments import Range
@@ -22,6 +23,28 @@ PACKAGES = (
     "torch transformers datasets evaluate accelerate tokenizers numpy scikit-learn onnx onnxruntime torchao "
     "optimum-intel openvino nncf peft bitsandbytes"
 ).split()
+ARM = "arm64"
+# Classes of processors, the highest first, by the instruction sets that decide how fast a model is -> their titles
+PROCESSORS = {
+    "amx": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    ARM: "ARM64",
+}
+# Settings of PyTorch, oneDNN, MKL, CTranslate2, OpenBLAS and NumPy that make them compute without some instructions
+HIDING = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "CT2_FORCE_CPU_ISA",
+    "OPENBLAS_CORETYPE",
+    "NPY_DISABLE_CPU_FEATURES",
+)
+CPUINFO = Path("/proc/cpuinfo")  # Linux's
 
 
 def integer_setting(name: str) -> int | None:
@@ -97,26 +120,68 @@ def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
 
 def has_bf16(use_cpu: bool) -> bool:
     """Whether the device multiplies in bfloat16; where it does not, bfloat16 is emulated and slow."""
-    import torch  # here as below, since classifying a text imports this file and must not wait for torch
+    import torch  # here, as everywhere in this file: classifying a text must not wait for torch
 
     if not use_cpu:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     # PyTorch lists many instruction sets; these are the bfloat16 products of x86 and ARM.
-    names = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
-    return any(torch.cpu.get_capabilities().get(name) is True for name in names)
+    return bool({"avx512_bf16", "amx_bf16", "arm_bf16", "bf16"} & {*instruction_sets_of_libraries()})
+
+
+def class_of(instruction_sets: Iterable[str]) -> str | None:
+    """The highest class whose instructions are among these, in PyTorch's or Linux's names; None for an older one."""
+    found = {name.replace("_", "") for name in instruction_sets}  # Linux writes avx512bw, PyTorch avx512_bw
+    needed = {"amx": "amxint8", "avx512": "avx512bw"}  # all others are named as their class
+    return next((name for name in PROCESSORS if needed.get(name, name.replace("_", "")) in found), None)
+
+
+def find_processor_class() -> str:
+    """The class of this processor; raises `UserError` if instructions are hidden, or it is older than all classes."""
+    for name in HIDING:
+        if os.environ.get(name):
+            raise UserError(f"{name} is set and hides instructions: no processor has these times; unset it")
+    if is_arm():
+        return ARM
+    seen, listed = class_of(instruction_sets_of_libraries()), instruction_sets_of_kernel()
+    if listed is not None and class_of(listed) != seen:
+        raise UserError(
+            f"the libraries see {seen or 'an older processor'}, and {CPUINFO} lists {class_of(listed) or 'one'}: "
+            "instructions are hidden, and no processor has these times"
+        )
+    if seen is None:
+        raise UserError(f"this processor is in none of {', '.join(PROCESSORS)}: its times are not recorded")
+    return seen
+
+
+def is_arm() -> bool:
+    """Whether this is a 64-bit ARM processor."""
+    return platform.machine().lower() in ("arm64", "aarch64")
+
+
+def instruction_sets_of_libraries() -> list[str]:
+    """The instruction sets that PyTorch detects, as the other libraries do."""
+    import torch
+
+    return [name for name, has in torch.cpu.get_capabilities().items() if has is True]
+
+
+def instruction_sets_of_kernel() -> list[str] | None:
+    """The instruction sets that Linux lists; None on another system."""
+    if not CPUINFO.is_file():
+        return None
+    flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return flags and flags[1].split()
 
 
 def describe_environment(threads: int, device: str = "cpu") -> dict:
     """The environment of a measurement: processor, instruction sets, threads, device, Python and packages."""
     import torch
 
-    capabilities = torch.cpu.get_capabilities()
     # Of a long list, the instruction sets that decide how fast matrices are multiplied, by the beginnings of names.
     vector = ("avx", "amx", "sve", "neon", "asimd", "i8mm", "dotprod", "bf16")
-    instruction_sets = [name for name, has in capabilities.items() if has is True and name.startswith(vector)]
     return {
-        "cpu": capabilities.get("cpu_name") or platform.processor() or platform.machine(),
-        "instruction_sets": sorted(instruction_sets),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
+        "instruction_sets": sorted(name for name in instruction_sets_of_libraries() if name.startswith(vector)),
         "threads": threads,
         "device": device,
         "python": platform.python_version(),
