@@ -126,9 +126,7 @@ def answer(classifier, texts: list[str], args) -> int:
         if not text.strip():
             lines.append(json.dumps({"text": text, "error": "empty text"}) if args.json else "(empty)")
             continue
-        classes = next(answers)
-        if args.top_k == 1:
-            classes = [classes]
+        classes = [next(answers)] if args.top_k == 1 else next(answers)
         for label in classes:
             label["score"] = round(label["score"], 6)
         if args.json:

@@ -45,11 +45,7 @@ def read_family(folder: Path) -> Family:
 def read_benchmarks(folder: Path, records: list[Record]) -> dict[str, Benchmark]:
     """Reads the interleaved runs in a results folder, without the models that have been replaced since.
 
-    Returns:
-        Class of processors, the highest first -> the run on one.
-
-    Raises:
-        UserError: if a run is damaged, or was measured on a processor of another class than its name says.
+    Returns class of processors, the highest first -> the run on one; raises `UserError` if one is damaged.
     """
     runs = {}
     for name in PROCESSORS:
@@ -75,15 +71,10 @@ def _drop_replaced(run: Benchmark, records: list[Record]) -> dict[str, Timed]:
 
 
 def build_comparison(records: list[Record], results: Path, runs: dict[str, Benchmark]) -> dict:
-    """Computes the numbers of all pages. A number that was not measured is None.
+    """Computes the numbers of all pages from the records and their folder. One that was not measured is None.
 
-    Args:
-        records: of the test rows of one dataset.
-        results: their folder, with predictions/ and seeds/.
-        runs: of `read_benchmarks`. Speeds are divided only within one of them.
-
-    Raises:
-        UserError: if the records are not of the same rows, or lack the reference, or a summary over seeds is damaged.
+    Speeds are divided only within one of the ``runs``, of `read_benchmarks`. Raises `UserError` if the records are not
+    of the same rows, or lack the reference, or a summary over seeds is damaged.
     """
     if len({record.provenance.dataset_fingerprint for record in records}) != 1:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
@@ -184,11 +175,7 @@ def _describe(
 
 
 def _record_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmark], tests: dict | None) -> dict:
-    """The row of a record, with the times of the interleaved runs, or with its own if it is in none.
-
-    Args:
-        timed: class of processors -> the model in the run on one.
-    """
+    """The row of a record, with the times of the interleaved runs (by class), or with its own if it is in none."""
     row = {"name": record.name, "variant": record.variant, "format": record.format, "earlier": record.earlier}
     row |= {score: getattr(record.quality, score) for score in SCORES} | {"megabytes": record.size.megabytes}
     row |= _times_of(timed, runs) | {"tests": tests}

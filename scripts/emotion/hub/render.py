@@ -34,11 +34,7 @@ def complete(what: str):
 
 
 def render(template: Path, **fields) -> str:
-    """Renders a template; the templates that it includes are beside it.
-
-    Raises:
-        jinja2.UndefinedError: if the template names a missing field; `complete` turns it into a `UserError`.
-    """
+    """Renders a template, with those beside it; a missing field raises `UndefinedError`, see `complete`."""
     # StrictUndefined: by default a missing field would silently be empty. The two `_blocks`: a line with nothing but a
     # tag leaves no line in the page.
     environment = jinja2.Environment(
@@ -101,11 +97,7 @@ def number(value: float | None, form: str = ".2f", factor: float = 1) -> str:
 
 
 def plus_minus(mean, form: str = ".2f", factor: float = 100) -> str:
-    """Formats a mean over seeds and its standard deviation: '89.04 ± 0.66', in points by default; one seed has none.
-
-    Args:
-        mean: a `Mean`, or a mapping with its fields.
-    """
+    """Formats a `Mean`, or its fields: '89.04 ± 0.66', in points by default; one seed has no deviation."""
     values = dict(mean)
     text, deviation = number(values["mean"], form, factor), values["standard_deviation"]
     return text if deviation is None else f"{text} ± {number(deviation, form.removeprefix('+'), factor)}"

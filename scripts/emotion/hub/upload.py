@@ -36,8 +36,7 @@ class HubArguments:
 def push_to_hub(folder: str | Path, hub) -> None:
     """For `--push_to_hub`: scores every format of a saved model in a fresh process, then publishes it with its card.
 
-    ``hub`` is `HubArguments`, or the `RecipeTrainingArguments` of a training. Raises `UserError` if a process failed,
-    which has printed why.
+    ``hub`` is `HubArguments`, or a training's arguments. Raises `UserError` if a process failed, which has said why.
     """
     if not (hub.push_to_hub or getattr(hub, "publish", False)):
         return
@@ -65,7 +64,7 @@ def upload(
         The address of the commit.
 
     Raises:
-        UserError: if the Hub refuses, or still fails at the last attempt, or the repository holds something else.
+        UserError: if the Hub refuses or fails, or the repository holds something else.
     """
     check_can_publish(repo_id)
     if not endpoint_answers():

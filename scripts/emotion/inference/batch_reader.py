@@ -245,30 +245,24 @@ class RowReader:
 
     def _batches(self, first: int, start: int) -> Iterator[pa.RecordBatch]:
         """Yields all rows from row ``start`` of file ``first`` on."""
+        kind, schema = self._source.kind, self._source.schema
         for file in self._source.files[first:]:
-            rows = start
-            for batch in read_file(file.path, self._source.kind, self._source.schema, start):
-                rows += len(batch)
-                if rows <= file.rows:
-                    yield batch
+            rows = skip = start
+            with one_line(f"{file.path} cannot be read"):
+                path = local_path(file.path)
+                if kind == "parquet":
+                    batches, skip = _read_parquet(path, schema, start)
+                else:
+                    batches = _read_text(path, kind, schema)
+                for batch in batches:
+                    part = batch.slice(min(skip, len(batch)))
+                    skip -= len(batch) - len(part)
+                    rows += len(part)
+                    if part and rows <= file.rows:
+                        yield part
             if rows != file.rows:
                 raise UserError(f"{file.path} had {file.rows} rows when they were counted and has {rows} now")
             start = 0
-
-
-def read_file(name: str, kind: str, schema: pa.Schema, start: int = 0) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a file from row ``start`` on, with these columns and types."""
-    with one_line(f"{name} cannot be read"):
-        path = local_path(name)
-        if kind == "parquet":
-            batches, start = _read_parquet(path, schema, start)
-        else:
-            batches = _read_text(path, kind, schema)
-        for batch in batches:
-            skipped = min(start, len(batch))
-            start -= skipped
-            if skipped < len(batch):
-                yield batch.slice(skipped)
 
 
 def _read_text(path: Path, kind: str, schema: pa.Schema | None) -> Iterator[pa.RecordBatch]:

@@ -50,11 +50,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class EmotionClassifier:
     """Classifies texts. A copy, a pickle and a forked process open the folder again; threads may share an instance.
 
-    Args:
-        folder (`Path`): a model folder.
-        format (`str`): one of `WEIGHT_FILES`, which the folder has.
-        threads (`int`): the number of threads to compute with.
-        open_runtime (`Callable`, *optional*): replaces `open_artifact`, with the same arguments.
+    Open it with `from_pretrained`; ``open_runtime`` replaces `open_artifact`, with the same arguments.
 
     Attributes:
         labels (`list[str]`): the names of the classes, in the order of the logits.
@@ -113,8 +109,7 @@ class EmotionClassifier:
             model (`str` or `Path`): a folder, or a repository id on the Hub: "owner/name".
             format (`str`, *optional*): "onnx", "openvino", "pytorch", "bf16", "torchao", "nf4" or "adapter"; defaults
                 to ONNX, else OpenVINO, else the first that the folder has.
-            threads (`int`, *optional*): the number of threads to compute with; defaults to `OMP_NUM_THREADS`, at most
-                all processors of this process.
+            threads (`int`, *optional*): defaults to `OMP_NUM_THREADS`, at most all processors of this process.
             verify (`bool`, defaults to `True`): whether the files are compared with the folder's SHA256SUMS, if any.
 
         Raises:
@@ -290,15 +285,9 @@ def choose_format(folder: Path, verify: bool) -> str:
 
 
 def find_model(name: str, format: str | None, verify: bool = True) -> Path:
-    """The folder of that name, or the downloaded files of the repository of that name.
+    """The folder of that name, or the downloaded files of the repository of that name; raises `UserError` as `fetch`.
 
-    Args:
-        name: a folder, or a repository id on the Hub.
-        format: the format to download; if None, the first of `PREFERRED` that the repository has.
-        verify: as of `fetch`.
-
-    Raises:
-        UserError: if there is neither, the repository does not have the format, or a downloaded file is damaged.
+    ``format`` is the one to download; if None, the first of `PREFERRED` that the repository has.
     """
     # A name that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -321,8 +310,7 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple
         optional: other files to download, if the repository has them.
 
     Raises:
-        UserError: if the repository has none of the formats, a file differs from its checksum, or the Hub refuses or
-            still fails at the last attempt.
+        UserError: if the repository has none of the formats, a file is damaged, or the Hub refuses or fails.
     """
     from emotion.utils.hub_requests import ask_hub, endpoint_answers  # a local folder needs no huggingface_hub
 

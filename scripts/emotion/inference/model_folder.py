@@ -194,17 +194,10 @@ def adapter_bytes(folder: Path) -> int | None:
 
 
 def open_model(auto_class: str, folder, **options):
-    """Calls `from_pretrained` of an auto class, by its name, from safetensors and without remote code.
-
-    Args:
-        folder: a local folder or a Hub id.
-        options: further arguments of `from_pretrained`.
+    """Calls `from_pretrained` of an auto class, by its name, with a local folder or a Hub id and further ``options``.
 
     Returns:
         The model and its loading info, which names missing, unexpected and mismatched weights.
-
-    Raises:
-        UserError: if the files cannot be read.
     """
     import transformers  # here: ONNX files do not need it
 
@@ -235,16 +228,13 @@ def build_config(path: str, labels: list[str], attention_dropout: float | None):
 
 
 def build_classifier(path: str, labels: list[str], attention_dropout: float | None, **options):
-    """Loads the encoder with a new classification head, or with its own if that has as many classes.
+    """Loads the encoder, in float32, with a new classification head, or with its own if that has as many classes.
 
     Args:
         path: a local folder or a Hub id.
         labels: the names of the classes, in the order of the logits.
         attention_dropout: dropout of the attention weights; None keeps the base model's own.
         options: further arguments of `from_pretrained`, for instance `quantization_config`.
-
-    Returns:
-        The model; its float weights are float32.
 
     Raises:
         UserError: if it cannot be opened, its encoder has no pretrained weights, or it has another number of classes.
@@ -261,10 +251,9 @@ def build_classifier(path: str, labels: list[str], attention_dropout: float | No
 
 
 def load_trained_classifier(folder: Path, verify: bool = True, **options):
-    """Loads a fine-tuned classifier, after its files were compared with SHA256SUMS unless ``verify`` is False.
+    """Loads a fine-tuned classifier; raises `UserError` if weights are damaged, missing or unused, or do not fit.
 
-    Raises:
-        UserError: if weights are damaged, missing or unused, do not fit the configuration, or cannot be read.
+    Its files are compared with SHA256SUMS unless ``verify`` is False.
     """
     name = f"model.{options['variant']}.safetensors" if options.get("variant") else "model.safetensors"
     if verify:
@@ -327,12 +316,8 @@ def lock_output_dir(folder: Path, arguments, recipe: Recipe):
 def new_artifact(folder: Path, metadata: dict):
     """Yields a temporary folder; if the block succeeds, it replaces ``folder`` and its checkpoints atomically.
 
-    Args:
-        folder: the model folder. An older model there stays untouched until the new one is complete.
-        metadata: of `artifact_metadata`, for recipe.yaml. It is written last, so that the block may add to it.
-
-    Raises:
-        UserError: if the folder cannot be written, or holds something else than a model folder.
+    ``metadata``, of `artifact_metadata`, is written to recipe.yaml last, so that the block may add to it. Raises
+    `UserError` if the folder cannot be written, or holds something else than a model folder.
     """
     import yaml
 

@@ -76,13 +76,9 @@ def onnx_types(values) -> dict[str, tuple[str, int]]:
 
 
 class OpenVinoClassifier:
-    """OpenVINO on the CPU.
+    """OpenVINO on the CPU: ``calls`` of `logits` run side by side and divide the threads; others wait.
 
-    Args:
-        folder, weights: the model folder, and an .xml file in it.
-        threads: the number of threads, which the calls divide among them.
-        calls: the number of calls of `logits` that run side by side; others wait.
-        precision: of the operators that are not quantized, `f32` or `bf16`; OpenVINO's choice if None.
+    ``precision``, of the operators that are not quantized, is `f32` or `bf16`; OpenVINO's choice if None.
     """
 
     def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1, precision: str | None = None):
@@ -204,15 +200,13 @@ def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verif
     """Opens one format of a model folder.
 
     Args:
-        folder: the model folder.
-        format: one of `WEIGHT_FILES`.
+        folder, format: the model folder, and one of `WEIGHT_FILES`.
         threads: the number of threads to compute with.
         calls: the number of calls of `logits` that run side by side and share the threads; PyTorch runs one.
         verify: whether the files are compared with the folder's SHA256SUMS.
 
     Raises:
-        UserError: if the folder does not have this format, a file differs from its checksum or cannot be opened, or
-            the runtime is not installed.
+        UserError: if the format, a file or the runtime is missing, or a file is damaged.
     """
     weights = weights_of(folder, format, verify)
     try:
@@ -245,8 +239,7 @@ def batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.nd
 def batches_by_tokens(token_ids: list[list[int]]) -> list[np.ndarray]:
     """The indices of the texts in batches of nearly the same length and at most `TOKENS` tokens, int64 arrays.
 
-    The batches depend on the texts alone: a file with dynamic INT8 takes the range of its activations over the whole
-    batch, so that other batches would give slightly other logits.
+    They depend on the texts alone: dynamic INT8 takes the range of its activations over the whole batch.
     """
     lengths, batches = [len(ids) for ids in token_ids], []
     for row in np.argsort(lengths, kind="stable"):

@@ -6,7 +6,6 @@ against the range or the choices in the metadata of its field.
 
 import argparse
 import difflib
-import hashlib
 import inspect
 import json
 import math
@@ -18,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from emotion.utils.errors import UserError, raised_by
-from emotion.utils.files import ROOT
+from emotion.utils.files import ROOT, sha256
 
 UNBOUNDED = 10**9  # the largest number a flag takes: the libraries cannot hold every integer that Python can
 MAX_CONFIG_BYTES = 100_000
@@ -84,21 +83,15 @@ PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id",
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run was asked to do.
+    """What a run was asked to do."""
 
-    Attributes:
-        path: the config that was read; None for none.
-        values: flag -> value: all flags of this project that have one, and those of libraries that differ from their
-            defaults.
-    """
-
-    path: Path | None
-    values: dict
+    path: Path | None  # the config that was read
+    values: dict  # all flags of this project that have a value, and those of libraries that differ from their defaults
 
     @property
     def sha256(self) -> str | None:
         """SHA-256 of the config's bytes, in hexadecimal: flags of the command line and defaults are not in it."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path else None
+        return sha256(self.path) if self.path else None
 
 
 def comparable(values: dict) -> dict[str, str]:
@@ -129,17 +122,9 @@ def parse_args(classes, positional: str, argv=None) -> tuple:
 
 
 def parse_args_and_config(classes, argv=None, default: Path | None = None) -> tuple:
-    """Parses ``[config.yaml] [--flag value ...]`` into dataclasses; a flag overrides the config.
+    """Parses ``[config.yaml] [--flag value ...]`` into dataclasses, as `parse_args`; a flag overrides the config.
 
-    Args:
-        classes, argv: as for `parse_args`.
-        default: the config to read when the command line names none.
-
-    Returns:
-        One instance of each class, then the `Recipe`.
-
-    Raises:
-        UserError: naming the key or the flag that is unknown, or whose value does not fit.
+    Returns one instance of each class, then the `Recipe`. Without a config on the command line, ``default`` is read.
     """
     parser, namespace, recipe = _resolve(classes, argv, default)
     return (*_into_dataclasses(parser, namespace), recipe)
@@ -174,9 +159,8 @@ def _resolve(classes, argv, default: Path | None) -> tuple:
 def parse_with_other_flags(classes, default: Path, argv=None) -> tuple:
     """As `parse_args_and_config`, where the config and all flags but those of the classes are another program's.
 
-    Returns:
-        One instance of each class; the other program's `Recipe`, with its flags; and the flags of this program that
-        differ from their defaults, name -> value.
+    Returns one instance of each class; the other program's `Recipe`, with its flags; and the flags of this program that
+    differ from their defaults, name -> value.
     """
     path, flags = _split_config(argv, default)
     values = read_config(path)

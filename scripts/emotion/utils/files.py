@@ -97,11 +97,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 
 def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Compares files of a folder with its SHA256SUMS; a folder without one passes.
-
-    Args:
-        folder: the model folder.
-        names: relative to the folder; None takes all files that SHA256SUMS names.
+    """Compares files of a folder, by default all that it names, with its SHA256SUMS; a folder without one passes.
 
     Raises:
         UserError: naming the first file that is missing, that SHA256SUMS does not name, or that differs from it.

@@ -63,10 +63,7 @@ def is_main_process() -> bool:
 
 
 def count_processors(root: Path = Path("/")) -> int:
-    """The number of processors that this process may use, by its affinity and the CPU quota of its container.
-
-    ``root`` holds `proc` and `sys`.
-    """
+    """The number of processors that this process may use; ``root`` holds `proc` and `sys`."""
     # macOS and Windows do not tell which processors a process may use.
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Of 1.5 processors one: a second thread would be stopped for half of the time, in the middle of an answer.
@@ -229,13 +226,10 @@ def _git(*args: str) -> str | None:
 
 
 def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
-    """Runs a command of this project in a fresh process, with the same Python.
+    """Runs a command, by its file in scripts/, in a fresh process of the same Python, with ``args`` of any type.
 
-    Args:
-        name: its file in scripts/.
-        args: its flags and their values, of any type.
-        options: of `subprocess.run`; but with ``check=True`` a failure ends this process with the same status, and
-            without a message of its own, since the command has printed one.
+    ``options`` are those of `subprocess.run`. With ``check=True`` a failure ends this process with the same status and
+    no message of its own, since the command has printed one.
     """
     check = options.pop("check", False)
     # sys.executable: `python` alone may be another one than that of the virtual environment.
