@@ -19,7 +19,6 @@ from emotion.inference.batch_job import (
     begin_job,
     finish_job,
     lock_job,
-    manifest_of,
     plan_columns,
 )
 from emotion.inference.batch_reader import find_files, survey
@@ -90,8 +89,7 @@ def main(argv=None) -> None:
             output_format=args.output_format,
             shard_rows=args.shard_rows,
         )
-        manifest = manifest_of(job)
-        begin_job(job, manifest)
+        manifest = begin_job(job)
         try:
             write_shards(job, classifier, args.engine)
         except KeyboardInterrupt:

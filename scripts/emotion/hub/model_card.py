@@ -73,17 +73,13 @@ def render_card(
     seeds: list[dict] | None = None,
     code: str | None = None,
 ) -> str:
-    """Renders a card.
+    """Renders a card; raises `UserError` if a record lacks a field, or the records cannot be compared.
 
     Args:
         records: of the variant, of the baseline that it is compared with, and of the variants that it links to.
         root: path from the card to the folder with `results/`; empty on the Hub.
-        runs: the interleaved runs, as `read_benchmarks` returns them; None if there are none.
-        seeds: the field `seeds` of comparison.json; None if no means over seeds were measured.
-        code: address of the code's repository; None if it is not known.
-
-    Raises:
-        UserError: if a record lacks a field, or the records cannot be compared.
+        runs, seeds: of `read_benchmarks` and `read_means`, if there are any.
+        code: address of the code's repository, if it is known.
     """
     own, baseline = order(records, variant), order(records, BASELINE)
     _check_comparable(own, baseline, variant)
@@ -269,11 +265,9 @@ def _list_family(records: list[Record], variant: str, repo_id: str, seeds: list[
 
 
 def _collect_times(records: list[Record], runs: dict[str, Benchmark]) -> dict:
-    """The times of the records, a row per class of processors; those of a record in no run were measured alone.
+    """The `times` of the records, a row per class of processors, and the `interleaved` runs that they are of.
 
-    Returns:
-        `times`: the rows, with the `speedup` over the fastest FP32 model of the same run, None if measured alone.
-        `interleaved`: title of a class of processors -> the run on it, if any of the records is in it.
+    `speedup` is over the fastest FP32 model of the same run; None for a record in no run, which was measured alone.
     """
     times, interleaved = [], {}
     for record in records:

@@ -279,18 +279,19 @@ def manifest_of(job: Job) -> dict:
     }
 
 
-def begin_job(job: Job, manifest: dict) -> None:
-    """Writes the manifest, or compares it with the one that is there; raises `UserError` with the first difference."""
-    path = job.output / MANIFEST
+def begin_job(job: Job) -> dict:
+    """Writes the manifest, or raises `UserError` with the first difference to the one that is there; returns it."""
+    path, manifest = job.output / MANIFEST, manifest_of(job)
     if not path.is_file():
         write_json(path, {"model_name": relative(job.folder), **manifest, "complete": False})
-        return
+        return manifest
     before, now = _flatten(read_json(path)), _flatten(manifest)
     names = [name for name in dict.fromkeys([*now, *before]) if name.split(".")[0] in manifest]
     for name in names:
         if before.get(name) != now.get(name):
             difference = f"{name} was {before.get(name)!r:.80}, and is {now.get(name)!r:.80}"
             raise UserError(f"{job.output} holds the output of another job: {difference}; name another folder")
+    return manifest
 
 
 def _flatten(value, name: str = "") -> dict:

@@ -40,12 +40,9 @@ class ShardActor:
 
 
 def write_on_ray(job: Job, missing: list[int], progress: Callable[[int], object]) -> None:
-    """Writes the shards ``missing`` on the cluster that is there, or on this machine.
+    """Writes the shards ``missing`` on the cluster that is there, or on this machine; raises `UserError` if Ray fails.
 
     ``progress`` is called with the number of rows of each shard that is done.
-
-    Raises:
-        UserError: if an actor or Ray itself fails.
     """
     waiting = set(missing)
 

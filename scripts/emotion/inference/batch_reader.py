@@ -77,14 +77,9 @@ def kind_of(name: str) -> str | None:
 
 
 def find_files(inputs: list[str], config: str | None, split: str) -> tuple[str, list[str]]:
-    """The kind of the input, and its files in order.
+    """The kind of the input, and its files in order; raises `UserError` if there are none, or of several kinds.
 
-    Args:
-        inputs: files, folders, patterns, or a dataset id on the Hub.
-        config, split: the configuration and the split of a dataset on the Hub.
-
-    Raises:
-        UserError: if there is no such file, or the files are not all of one kind.
+    ``inputs`` are files, folders, patterns, or a dataset id on the Hub with its ``config`` and ``split``.
     """
     names = []
     for name in inputs:
@@ -146,13 +141,8 @@ def local_path(name: str) -> Path:
 def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str] | None) -> Source:
     """Reads all files once: counts their rows, hashes them, and finds the columns that all of them have.
 
-    Args:
-        kind, names: of `find_files`.
-        text_column: the column to classify.
-        keep_columns: the columns to read beside it; None for all.
-
-    Raises:
-        UserError: naming the file that cannot be read, that lacks a column, or whose column has another type.
+    ``keep_columns`` are read beside the text's, all of them if None. Raises `UserError` with the file that cannot be
+    read, that lacks a column, or whose column has another type.
     """
     files, schema = [], None
     wanted = [text_column] if keep_columns is None else [text_column, *keep_columns]

@@ -159,7 +159,7 @@ def _resolve(classes, argv, default: Path | None) -> tuple:
 def parse_with_other_flags(classes, default: Path, argv=None) -> tuple:
     """As `parse_args_and_config`, where the config and all flags but those of the classes are another program's.
 
-    Returns one instance of each class; the other program's `Recipe`, with its flags; and the flags of this program that
+    Returns one instance of each class; the other program's `Recipe`, with its flags; and this program's flags that
     differ from their defaults, name -> value.
     """
     path, flags = _split_config(argv, default)

@@ -121,10 +121,7 @@ def _key(request) -> tuple:
 
 
 def check_cache_headers(response) -> None:
-    """Raises `FileMetadataError` if a header would name a file outside of the cache, or of another commit.
-
-    huggingface_hub then takes the file from its cache.
-    """
+    """Raises `FileMetadataError`, so that the cache is read, if a header would name a file outside of it."""
     commit = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
     etag = r'(W/)?"?\w[\w.-]*"?'
     patterns = {"X-Repo-Commit": commit[1] if commit else "[0-9a-f]{40}", "X-Linked-ETag": etag, "ETag": etag}
@@ -168,11 +165,7 @@ def requested_pause(response) -> float:
 
 
 def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
-    """What an error of a request to the Hub means.
-
-    Returns:
-        Whether it is transient; its message in one line, None for a bug; the seconds that the Hub asks to wait.
-    """
+    """Whether an error is transient; its message in one line, None for a bug; the seconds to wait."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)

@@ -265,10 +265,7 @@ def peak_memory_mb() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc reuse large buffers instead of returning them to the system after every step.
-
-    The gradient of the word embeddings alone is 47 MB for MiniLM. Fetching its pages anew took a quarter of a step.
-    """
+    """Makes glibc reuse large buffers; fetching their pages anew took a quarter of a training step of MiniLM."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc_trim(0)  # gives back what loading the model has left over, before nothing is given back any more
