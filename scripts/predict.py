@@ -44,9 +44,7 @@ def main(argv=None) -> None:
     classifier = EmotionClassifier.from_pretrained(
         args.model, args.format, args.threads, verify=not args.skip_checksum
     )
-    empty = 0
-    for texts in batches:
-        empty += answer(classifier, texts, args)
+    empty = sum(answer(classifier, texts, args) for texts in batches)
     if classifier.texts_cut:
         print(f"{classifier.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
     if empty:  # an error only now, since the other texts have their answers
@@ -74,7 +72,7 @@ def read_batches(args):
     """An iterator over lists of texts; from a file or a stream, of the lines that are there already."""
     if args.texts:
         # Python keeps bytes that are not UTF-8 as surrogates.
-        return iter([[decode(os.fsencode(text)) for text in args.texts]])
+        return iter([[os.fsencode(text).decode(errors="replace") for text in args.texts]])
     if not args.file:
         if not sys.stdin:
             raise UserError("standard input is closed; give sentences or --file")
@@ -105,14 +103,9 @@ def read_lines(descriptor: int):
         rest = bytearray(lines.pop())
         ended += len(lines)
         for start in range(0, len(lines), BATCH):
-            yield [decode(line) for line in lines[start : start + BATCH]]
+            yield [line.decode(errors="replace") for line in lines[start : start + BATCH]]
     if rest:  # a last line without a line end
-        yield [decode(bytes(rest[:LINE]))]
-
-
-def decode(line: bytes) -> str:
-    """A line as text, with U+FFFD for bytes that are not UTF-8."""
-    return line.decode("utf-8", errors="replace")
+        yield [rest[:LINE].decode(errors="replace")]
 
 
 def answer(classifier, texts: list[str], args) -> int:

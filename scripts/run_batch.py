@@ -12,15 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from emotion.inference.batch_job import (
-    Answers,
-    Job,
-    ShardWriter,
-    begin_job,
-    finish_job,
-    lock_job,
-    plan_columns,
-)
+from emotion.inference.batch_job import Answers, Job, ShardWriter, begin_job, finish_job, lock_job, plan_columns
 from emotion.inference.batch_reader import find_files, survey
 from emotion.inference.emotion_classifier import EmotionClassifier, find_model
 from emotion.inference.model_folder import RECOMMENDED

@@ -27,16 +27,14 @@ def complete(what: str):
     """Raises `UserError` if a field is missing, or null where a number is needed; a `with` block or a decorator."""
     try:
         yield
-    # Files are checked field by field when they are read. This is for fields that only a page reads: templates raise
-    # the first of these if one is missing, Python the others.
+    # For fields that only a page reads: templates raise the first of these if one is missing, Python the others.
     except (jinja2.UndefinedError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{what} cannot be written: {error}; measure it again") from error
 
 
 def render(template: Path, **fields) -> str:
     """Renders a template, with those beside it; a missing field raises `UndefinedError`, see `complete`."""
-    # StrictUndefined: by default a missing field would silently be empty. The two `_blocks`: a line with nothing but a
-    # tag leaves no line in the page.
+    # By default a missing field would be empty, and a line with nothing but a tag would leave a line in the page.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         undefined=jinja2.StrictUndefined,

@@ -27,10 +27,7 @@ class HubArguments:
 
     def __post_init__(self):
         if self.push_to_hub:
-            try:
-                check_can_publish(self.hub_model_id)
-            except UserError as error:  # ValueError, as the dataclasses of Transformers raise it
-                raise ValueError(f"--push_to_hub: {error}") from error
+            check_can_publish(self.hub_model_id)
 
 
 def push_to_hub(folder: str | Path, hub) -> None:
@@ -57,11 +54,8 @@ def upload(
         files: name in the repository -> a file, or its bytes.
         repo_type: `model` or `space`.
         private: whether only the owner may see the repository.
-        message: of the commit.
+        message: of the commit, whose address is returned.
         marker: beginning of a name that a repository of this project holds; another's files are not replaced.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         UserError: if the Hub refuses or fails, or the repository holds something else.

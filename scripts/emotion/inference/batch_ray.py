@@ -57,8 +57,7 @@ def write_on_ray(job: Job, missing: list[int], progress: Callable[[int], object]
         try:
             for number in _write_once(job, sorted(waiting)):
                 count(number)
-        # Ray restarts dead actors, but may still fail to fetch what one of them returned just before. Its shard is
-        # there all the same, and those that are not are begun again.
+        # Ray may fail to fetch what an actor returned just before it died: its shard is there all the same.
         except ray.exceptions.RayError as error:
             for number in filter(job.find_done, sorted(waiting)):
                 count(number)
@@ -76,8 +75,7 @@ def _write_once(job: Job, numbers: list[int]) -> Iterator[int]:
         batch_size=1,
         fn_constructor_args=[job],
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        # As many actors as processors, each of which asks for half of one: so the actors of a dead machine find room
-        # on those that are left.
+        # Half a processor for each of as many actors: so those of a dead machine find room on those that are left.
         num_cpus=0.5,
         max_task_retries=5,  # a shard that kills every actor, for want of memory, ends the job
     )

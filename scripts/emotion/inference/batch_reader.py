@@ -27,15 +27,8 @@ from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import sha256
 
 # File extension -> how the file is read; an extension of `COMPRESSED` may follow
-KINDS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".json": "jsonl",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "txt",
-}
+KINDS = {".csv": "csv", ".tsv": "tsv", ".txt": "txt", ".parquet": "parquet"}
+KINDS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "jsonl")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HUB_PREFIX = "hf://"
 DELIMITERS = {"csv": ",", "tsv": "\t"}

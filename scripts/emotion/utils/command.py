@@ -17,8 +17,7 @@ from emotion.utils.machine import is_main_process
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# The libraries' own words for a full disk, since their exceptions have no `errno`: those of safetensors, of torch.save
-# (the second one where the disk fills up while a file is open) and of OpenVINO
+# A full disk in the words of safetensors, torch.save (two) and OpenVINO, whose exceptions have no `errno`
 DISK_FULL_MESSAGES = ("I/O error", "PytorchStreamWriter", "unexpected pos", "iostream error")
 # Libraries that check what flags ask for when they come to use it, with errors that are written for their users
 CHECKING = {"transformers", "accelerate", "peft", "datasets", "huggingface_hub"}

@@ -190,17 +190,10 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
 
 @contextlib.contextmanager
 def output_lock(path: Path, wait: bool = False):
-    """Locks a file or folder for writing while the block runs; the process that has the lock may take it again.
+    """Locks a file or folder, which need not exist, for writing; the process that has the lock may take it again.
 
-    Args:
-        path: the file or folder, which need not exist.
-        wait: whether to wait for another process that has the lock, up to `LOCK_TIMEOUT_S`.
-
-    Yields:
-        The file or folder itself: where ``path`` leads to if it is a link.
-
-    Raises:
-        UserError: if another process has the lock, or nothing can be written there.
+    Yields where ``path`` leads to if it is a link. Raises `UserError` if nothing can be written there, or if another
+    process has the lock, with ``wait`` after `LOCK_TIMEOUT_S`.
     """
     from filelock import FileLock, SoftFileLock, Timeout  # here: classifying texts must not wait for it
 
@@ -234,13 +227,8 @@ def output_lock(path: Path, wait: bool = False):
 def check_replaceable(folder: Path, kind: FolderKind | None, inputs: Iterable[Path] = ()) -> None:
     """Checks that a folder can be written without destroying what is the user's. Commands call this before any work.
 
-    Args:
-        folder: the folder to write.
-        kind: the kind of folder that may be replaced; None if only an empty one may.
-        inputs: files and folders that the run reads, which the folder must not be, hold or lie in.
-
-    Raises:
-        UserError: naming what would be destroyed, or if nothing can be written there.
+    A folder of ``kind`` may be replaced, without one only an empty folder. It must not be, hold or lie in one of the
+    ``inputs`` of the run. Raises `UserError`, which names what would be destroyed, or if nothing can be written there.
     """
     target = _target(folder)
     if target.exists() and not target.is_dir():
@@ -280,10 +268,9 @@ def check_result(path: Path, fields: Iterable[str]) -> None:
     check_is_file(path)
     if not Path(path).is_file() or not Path(path).stat().st_size:
         return
-    try:
+    before = {}
+    with contextlib.suppress(UserError):
         before = read_json(path)
-    except UserError:
-        before = {}
     if not before.keys() & set(fields):
         raise UserError(f"{path} holds something else than results of this command; move it away, or name another")
 
@@ -333,17 +320,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_bytes: int = MAX_BYTES) -> dict:
-    """Reads a settings file that others may have written or damaged, and checks the types that the caller relies on.
+    """Reads a JSON or YAML file that others may have damaged; raises `UserError` with the file and what is wrong.
 
-    Args:
-        path: a JSON or YAML file.
-        parse: from the file's text to its value.
-        types: key -> the type, or types, of its value, or such a mapping for a mapping inside. A key that the file may
-            leave out ends with "?". The file may have more keys.
-        max_bytes: the largest file that is read.
-
-    Raises:
-        UserError: naming the file and what is wrong with it.
+    ``types`` is what the caller relies on: key -> the type, or types, of its value, or such a mapping for a mapping
+    inside. A key that the file may leave out ends with "?". The file may have more keys.
     """
     path = Path(path)
     try:

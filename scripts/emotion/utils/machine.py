@@ -35,15 +35,9 @@ PROCESSORS = {
 }
 # Settings of PyTorch, oneDNN, MKL, CTranslate2, OpenBLAS and NumPy that make them compute without some instructions
 HIDING = (
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MKL_CBWR",
-    "CT2_FORCE_CPU_ISA",
-    "OPENBLAS_CORETYPE",
-    "NPY_DISABLE_CPU_FEATURES",
-)
+    "ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS MKL_CBWR CT2_FORCE_CPU_ISA "
+    "OPENBLAS_CORETYPE NPY_DISABLE_CPU_FEATURES"
+).split()
 CPUINFO = Path("/proc/cpuinfo")  # Linux's
 
 
@@ -82,8 +76,7 @@ def read_cpu_quota(root: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):  # v2 names none
             continue
         for hierarchy in {controllers, controllers and "cpu"}:  # v1 mounts "cpu,cpuacct", "cpu", or both
-            # Each parent group limits it too. Inside a container the group's name may be that of the machine, of which
-            # only the root is to be seen.
+            # Each parent group limits it too. Of a name that is the machine's, a container sees only the root.
             for path in (PurePosixPath(name), *PurePosixPath(name).parents):
                 quota = min(quota, _quota_of(root / "sys/fs/cgroup" / hierarchy / path.relative_to("/")))
     return quota
