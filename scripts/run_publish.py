@@ -33,7 +33,6 @@ from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_fi
 from emotion.utils.machine import code_url
 
 PAGE = "index.html"  # a folder with it is a Space
-PAGE_FILES = (PAGE, "README.md")
 SCORES = "results/metrics/"  # folder of the records in a model's repository
 # What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
 OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", LICENSE_FILE)
@@ -156,7 +155,7 @@ def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
     if not named:  # the names of the other repositories would be unknown
         raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")
     files = {}
-    for name in PAGE_FILES:
+    for name in (PAGE, "README.md"):
         text = (folder / name).read_text(encoding="utf-8")
         if PAGE_MODEL not in text:
             raise UserError(f"{folder / name} does not name {PAGE_MODEL}, which --model_id replaces")

@@ -77,8 +77,7 @@ class PromptEncoder:
 class AnswerTree:
     """All answers side by side after one prompt (tree attention): a token attends to the prompt and to its own answer.
 
-    One forward pass therefore computes the prompt once, whatever the number of classes. ``answers`` are token ids with
-    EOS.
+    So one forward pass computes the prompt once for all classes. ``answers`` are token ids with EOS.
     """
 
     def __init__(self, answers: list[list[int]]):

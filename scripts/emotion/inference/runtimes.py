@@ -26,10 +26,7 @@ INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
-    """Raises `UserError` unless the graph ``weights`` takes what `TextEncoder.pad` gives, and returns logits.
-
-    ``inputs`` and ``outputs`` map a name to the data type and the number of dimensions.
-    """
+    """Raises `UserError` unless a graph, by the types and ranks, takes what `TextEncoder.pad` gives for logits."""
     if "input_ids" not in inputs:
         raise UserError(f"{weights} does not take input_ids; it takes {', '.join(inputs) or 'nothing'}")
     for name, shape in inputs.items():

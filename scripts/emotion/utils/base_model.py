@@ -117,10 +117,7 @@ def _unpack(target: Path) -> None:
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers, asked once per process; if not, the libraries are set to offline mode.
-
-    Otherwise they would retry each file for minutes.
-    """
+    """Whether the Hub answers, asked once; if not, the libraries, which would retry for minutes, are set offline."""
     import datasets
     from huggingface_hub import constants
 

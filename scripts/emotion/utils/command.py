@@ -29,10 +29,7 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go"
 
 
 class Bar(tqdm):
-    """`tqdm` that leaves nothing behind, alone or nested; without a terminal, a line every half minute.
-
-    Print with `Bar.write` while a bar is shown.
-    """
+    """`tqdm` that leaves nothing behind; without a terminal, a line every half minute. Print with `Bar.write`."""
 
     def __init__(self, *args, **options):
         self.on_terminal = sys.stderr.isatty()
