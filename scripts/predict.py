@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from emotion.inference.released import RECOMMENDED
+from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import COUNT, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
@@ -30,27 +30,21 @@ LINE = 1 << 20  # bytes of a line that are read: hundreds of pages
 
 
 def main(argv=None) -> None:
-    """Classifies all sentences that the command line names.
-
-    Raises:
-        UserError: if a flag, the file or the model is wrong, or, at the end, if some texts were empty.
-    """
-    arguments = parse_arguments(argv)
-    batches = read_batches(arguments)  # before the model loads, so that a missing file is named at once
+    """Classifies all sentences that the command line names; raises `UserError` at the end if some were empty."""
+    args = parse_arguments(argv)
+    batches = read_batches(args)  # before the model loads, so that a missing file is named at once
 
     # Imported here, so that --help and a wrong flag need neither NumPy nor the tokenizer.
     from emotion import EmotionClassifier
 
-    if arguments.model is None:
-        arguments.model = str(ROOT / "weights" / RECOMMENDED)
+    if args.model is None:
+        args.model = str(ROOT / "weights" / RECOMMENDED)
         # Beside the answers, not among them.
         print(f"answered by weights/{RECOMMENDED}; --model takes another", file=sys.stderr)
     classifier = EmotionClassifier.from_pretrained(
-        arguments.model, arguments.format, arguments.threads, verify=not arguments.skip_checksum
+        args.model, args.format, args.threads, verify=not args.skip_checksum
     )
-    empty = 0
-    for texts in batches:
-        empty += answer(classifier, texts, arguments)
+    empty = sum(answer(classifier, texts, args) for texts in batches)
     if classifier.texts_cut:
         print(f"{classifier.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
     if empty:  # an error only now, since the other texts have their answers
@@ -61,55 +55,41 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags of the command line; `HfArgumentParser`, which the other commands use, would load torch."""
     parser = configure_parser(argparse.ArgumentParser())
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
-    parser.add_argument(
-        "--model",
-        help=f"model folder, or user/name on the Hub; weights/{RECOMMENDED}, which is recommended, if not given",
-    )
+    parser.add_argument("--model", help=f"model folder, or user/name on the Hub; weights/{RECOMMENDED} if not given")
     parser.add_argument("--format", help="format to open; ONNX if the folder has it")
     parser.add_argument("--file", help="file with one text per line")
-    parser.add_argument(
-        "--top_k", type=int, default=1, choices=COUNT, help="how many classes to show, most probable first"
-    )
+    parser.add_argument("--top_k", type=int, default=1, choices=COUNT, help="number of classes to show")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
-    parser.add_argument(
-        "--skip_checksum", action="store_true", help="open files that differ from the folder's SHA256SUMS"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.texts and arguments.file:
+    parser.add_argument("--skip_checksum", action="store_true", help="open files that differ from SHA256SUMS")
+    args = parser.parse_args(argv)
+    if args.texts and args.file:
         raise UserError("give sentences or --file, not both")
-    return arguments
+    return args
 
 
-def read_batches(arguments):
-    """An iterator over lists of texts; from a file or a stream, of the lines that are there already.
-
-    Raises:
-        UserError: if the file does not exist.
-    """
-    if arguments.texts:
+def read_batches(args):
+    """An iterator over lists of texts; from a file or a stream, of the lines that are there already."""
+    if args.texts:
         # Python keeps bytes that are not UTF-8 as surrogates.
-        return iter([[decode(os.fsencode(text)) for text in arguments.texts]])
-    if arguments.file and arguments.file.lower().endswith(TABLES):
+        return iter([[os.fsencode(text).decode(errors="replace") for text in args.texts]])
+    if not args.file:
+        if not sys.stdin:
+            raise UserError("standard input is closed; give sentences or --file")
+        return read_lines(sys.stdin.fileno())
+    if args.file.lower().endswith(TABLES):
         raise UserError(
-            f"--file {arguments.file} is a table or compressed, and this command takes plain lines; "
-            f"call python scripts/run_batch.py {arguments.file} OUTPUT"
+            f"--file {args.file} is a table or compressed, and this command takes plain lines; "
+            f"call python scripts/run_batch.py {args.file} OUTPUT"
         )
     # A pipe is no regular file, and has lines all the same.
-    if arguments.file and (not Path(arguments.file).exists() or Path(arguments.file).is_dir()):
-        raise UserError(f"--file {arguments.file}: no such file, or a folder")
-    if not arguments.file and not sys.stdin:
-        raise UserError("standard input is closed; give sentences or --file")
-    # A bare descriptor: Python's own files wait until a buffer is full.
-    descriptor = os.open(arguments.file, READ_BYTES) if arguments.file else sys.stdin.fileno()
-    return read_lines(descriptor)
+    if not Path(args.file).exists() or Path(args.file).is_dir():
+        raise UserError(f"--file {args.file}: no such file, or a folder")
+    return read_lines(os.open(args.file, READ_BYTES))  # a bare descriptor: Python's own files fill a buffer first
 
 
 def read_lines(descriptor: int):
-    """Yields lists of at most `BATCH` lines, without waiting for more, in flat memory.
-
-    Lines are truncated at `LINE` bytes, with a warning.
-    """
+    """Yields lists of at most `BATCH` lines, without waiting for more; cuts lines at `LINE` bytes, with a warning."""
     rest = bytearray()  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
     ended = 0  # lines so far
     while chunk := os.read(descriptor, CHUNK):
@@ -123,37 +103,26 @@ def read_lines(descriptor: int):
         rest = bytearray(lines.pop())
         ended += len(lines)
         for start in range(0, len(lines), BATCH):
-            yield [decode(line) for line in lines[start : start + BATCH]]
+            yield [line.decode(errors="replace") for line in lines[start : start + BATCH]]
     if rest:  # a last line without a line end
-        yield [decode(bytes(rest[:LINE]))]
+        yield [rest[:LINE].decode(errors="replace")]
 
 
-def decode(line: bytes) -> str:
-    """A line as text, with U+FFFD for bytes that are not UTF-8."""
-    return line.decode("utf-8", errors="replace")
-
-
-def answer(classifier, texts: list[str], arguments) -> int:
-    """Prints one line for every text, in order.
-
-    Returns:
-        The number of empty texts.
-    """
+def answer(classifier, texts: list[str], args) -> int:
+    """Prints one line for every text, in order; returns the number of empty texts."""
     full = [text.strip() for text in texts if text.strip()]
-    answers = iter(classifier.classify(full, top_k=arguments.top_k))
+    answers = iter(classifier.classify(full, top_k=args.top_k))
     lines = []
     # Where the output cannot show every character, JSON has escapes of its own.
     ascii_alone = not sys.stdout.encoding.lower().startswith("utf")
     for text in texts:
         if not text.strip():
-            lines.append(json.dumps({"text": text, "error": "empty text"}) if arguments.json else "(empty)")
+            lines.append(json.dumps({"text": text, "error": "empty text"}) if args.json else "(empty)")
             continue
-        classes = next(answers)
-        if arguments.top_k == 1:
-            classes = [classes]
+        classes = [next(answers)] if args.top_k == 1 else next(answers)
         for label in classes:
             label["score"] = round(label["score"], 6)
-        if arguments.json:
+        if args.json:
             lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
         else:
             shown = "  ".join(f"{label['label']} {label['score']:.4f}" for label in classes)

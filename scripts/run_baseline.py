@@ -21,8 +21,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from emotion.data.dataset import TaskArguments
 from emotion.export.onnx_export import export_onnx
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import lock_output_dir, new_artifact
-from emotion.inference.pretrained import build_classifier
+from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
 from emotion.quantization.layers import find_stack
 from emotion.training.trainer import (
     ClassificationTrainer,

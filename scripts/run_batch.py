@@ -12,25 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from emotion.inference.batch_job import (
-    Answers,
-    Job,
-    ShardWriter,
-    begin_job,
-    finish_job,
-    lock_job,
-    manifest_of,
-    plan_columns,
-)
+from emotion.inference.batch_job import Answers, Job, ShardWriter, begin_job, finish_job, lock_job, plan_columns
 from emotion.inference.batch_reader import find_files, survey
 from emotion.inference.emotion_classifier import EmotionClassifier, find_model
-from emotion.inference.released import RECOMMENDED
+from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import COUNT, parse_args
-from emotion.utils.command import run
+from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.machine import THREADS
-from emotion.utils.progress import Bar
+
+INPUT = "files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), folders, patterns, or a Hub dataset"
 
 
 @dataclass
@@ -38,26 +30,17 @@ class BatchArguments:
     """What to classify, with which model, and what to write."""
 
     paths: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "INPUT ... OUTPUT: files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), "
-            "folders, patterns, or a dataset of the Hub; OUTPUT is the folder of the shards."
-        },
+        default_factory=list, metadata={"help": f"INPUT ... OUTPUT: {INPUT}; then the folder of the shards."}
     )
     text_column: str = field(default="text", metadata={"help": "Column to classify; plain lines have one, text."})
-    keep_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns of the input that the output keeps; all if not given."}
-    )
+    keep_columns: list[str] | None = field(default=None, metadata={"help": "Columns to keep; all if not given."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of a dataset of the Hub."})
     model: str = field(
         default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Model folder, or user/name on the Hub."}
     )
     format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
-    top_k: int = field(
-        default=1,
-        metadata={"help": "Labels per row: columns label, label_2, ..., each with a score.", "choices": COUNT},
-    )
+    top_k: int = field(default=1, metadata={"help": "Labels per row, each with a score.", "choices": COUNT})
     probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
     prefix: str = field(default="", metadata={"help": "Begins the names of the new columns."})
     output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})
@@ -77,11 +60,7 @@ class BatchArguments:
 
 
 def main(argv=None) -> None:
-    """Writes all shards that the output folder lacks, then completes its manifest.
-
-    Raises:
-        UserError: if a flag, the model or the input is wrong, or the folder holds something else.
-    """
+    """Writes all shards that the output folder lacks, then completes its manifest."""
     (args,) = parse_args((BatchArguments,), positional="paths", argv=argv)
     *inputs, output = args.paths
     kind, names = find_files(inputs, args.dataset_config, args.split)
@@ -102,8 +81,7 @@ def main(argv=None) -> None:
             output_format=args.output_format,
             shard_rows=args.shard_rows,
         )
-        manifest = manifest_of(job)
-        begin_job(job, manifest)
+        manifest = begin_job(job)
         try:
             write_shards(job, classifier, args.engine)
         except KeyboardInterrupt:

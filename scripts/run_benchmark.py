@@ -30,12 +30,12 @@ from emotion.evaluation.peers import CTRANSLATE2, is_peer, skip_unsupported
 from emotion.evaluation.roofline import add_roofline, count_work
 from emotion.export.peers import make_peers
 from emotion.utils.arguments import COUNT, Range, parse_args
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import check_result, write_json
-from emotion.utils.machine import THREADS, choose_threads, describe_run
-from emotion.utils.processor import TITLES, find_processor_class
-from emotion.utils.recipe import read_recipe_of
+from emotion.utils.machine import PROCESSORS as TITLES
+from emotion.utils.machine import THREADS, choose_threads, describe_run, find_processor_class
 
 
 @dataclass

@@ -21,47 +21,33 @@ from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenan
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
 from emotion.utils.arguments import COUNT, Range, parse_args
-from emotion.utils.base_model import RANDOM
-from emotion.utils.command import run
+from emotion.utils.base_model import RANDOM, read_recipe_of
+from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError, check_name
 from emotion.utils.files import ROOT, check_result, relative, sha256
 from emotion.utils.machine import THREADS, choose_threads, describe_environment, has_bf16
-from emotion.utils.progress import Bar
-from emotion.utils.recipe import read_recipe_of
 
 # Sentences of our own, three per emotion of the default dataset; a card shows those with the clearest answers.
-EXAMPLES = {
-    "sadness": (
-        "i miss my old home and the garden behind it",
-        "i feel so lonely since my best friend moved away",
-        "i feel miserable and cannot stop crying",
-    ),
-    "joy": (
-        "i feel so happy that you came",
-        "i feel cheerful and proud of the house we built together",
-        "i feel glad and thankful for this sunny day in the mountains",
-    ),
-    "love": (
-        "i feel so tender and caring towards my little sister tonight",
-        "i feel a deep affection for my gentle old dog",
-        "i feel loving and sympathetic towards the people in my street",
-    ),
-    "anger": (
-        "i am furious about this delay and nobody even says sorry",
-        "i feel so angry and annoyed with the noise above us",
-        "i feel irritated when people push into the queue",
-    ),
-    "fear": (
-        "i am scared of walking home in the dark",
-        "i feel terrified of the operation on monday",
-        "i feel nervous and anxious about my first day at the new school",
-    ),
-    "surprise": (
-        "i was amazed to find the whole street covered in snow this morning",
-        "i feel so surprised that all of my neighbours came",
-        "i feel shocked and impressed by the size of this whale",
-    ),
-}
+EXAMPLES = (
+    ("sadness", "i miss my old home and the garden behind it"),
+    ("sadness", "i feel so lonely since my best friend moved away"),
+    ("sadness", "i feel miserable and cannot stop crying"),
+    ("joy", "i feel so happy that you came"),
+    ("joy", "i feel cheerful and proud of the house we built together"),
+    ("joy", "i feel glad and thankful for this sunny day in the mountains"),
+    ("love", "i feel so tender and caring towards my little sister tonight"),
+    ("love", "i feel a deep affection for my gentle old dog"),
+    ("love", "i feel loving and sympathetic towards the people in my street"),
+    ("anger", "i am furious about this delay and nobody even says sorry"),
+    ("anger", "i feel so angry and annoyed with the noise above us"),
+    ("anger", "i feel irritated when people push into the queue"),
+    ("fear", "i am scared of walking home in the dark"),
+    ("fear", "i feel terrified of the operation on monday"),
+    ("fear", "i feel nervous and anxious about my first day at the new school"),
+    ("surprise", "i was amazed to find the whole street covered in snow this morning"),
+    ("surprise", "i feel so surprised that all of my neighbours came"),
+    ("surprise", "i feel shocked and impressed by the size of this whale"),
+)
 
 
 @dataclass
@@ -72,51 +58,42 @@ class EvaluationArguments:
     format: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default."}
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset, Hub id or folder; the one that it was trained on by default."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset; that of the training by default."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     split: str = field(default="test", metadata={"help": "Split."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Score only the first rows of the split.", "choices": COUNT}
-    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Score the first rows.", "choices": COUNT})
     threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
+    # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
     latency_runs: int = field(
-        # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
         default=500,
-        metadata={
-            "help": "Counted runs at batch 1, at least 200; 0 leaves out latency and throughput.",
-            "choices": Range(0),
-        },
+        metadata={"help": "Counted runs at batch 1, at least 200; 0 measures no speed.", "choices": Range(0)},
     )
-    skip_checksum: bool = field(
-        default=False, metadata={"help": "Open files that differ from the folder's SHA256SUMS."}
-    )
+    skip_checksum: bool = field(default=False, metadata={"help": "Open files that differ from SHA256SUMS."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
 
 def main(argv=None) -> None:
     """Opens the folder, scores and times the model, and writes the record."""
-    (arguments,) = parse_args((EvaluationArguments,), positional="artifact", argv=argv)
-    folder, results = Path(arguments.artifact), Path(arguments.results_dir)
-    format = arguments.format or next(iter(find_formats(folder)))
-    weights = weights_of(folder, format, not arguments.skip_checksum)
-    recipe, threads = read_recipe_of(folder), choose_threads(arguments.threads)
+    (args,) = parse_args((EvaluationArguments,), positional="artifact", argv=argv)
+    folder, results = Path(args.artifact), Path(args.results_dir)
+    format = args.format or next(iter(find_formats(folder)))
+    weights = weights_of(folder, format, not args.skip_checksum)
+    recipe, threads = read_recipe_of(folder), choose_threads(args.threads)
     variant = recipe.get("variant", folder.resolve().name)
     check_name(variant, folder)
-    check_arguments(arguments, recipe, results / "metrics" / f"{variant}-{format}.json")
+    check_arguments(args, recipe, results / "metrics" / f"{variant}-{format}.json")
     if format == "bf16" and not has_bf16(use_cpu=True):
         print(f"left out: {folder} ({format}); this processor has no bfloat16 products, and emulates them slowly")
         return
-    task = load_task_of(recipe, arguments.dataset_name, arguments.dataset_config_name)
-    rows = get_split(task, arguments.split)
-    rows = rows.select(range(min(arguments.max_eval_samples or len(rows), len(rows))))
-    print(f"{variant}: {folder} ({format}) on {task.name} ({task.source}), {arguments.split}: {len(rows)} texts")
+    task = load_task_of(recipe, args.dataset_name, args.dataset_config_name)
+    rows = get_split(task, args.split)
+    rows = rows.select(range(min(args.max_eval_samples or len(rows), len(rows))))
+    print(f"{variant}: {folder} ({format}) on {task.name} ({task.source}), {args.split}: {len(rows)} texts")
 
-    classifier = EmotionClassifier.from_pretrained(folder, format, threads, not arguments.skip_checksum)
+    classifier = EmotionClassifier.from_pretrained(folder, format, threads, not args.skip_checksum)
     logits = predict(classifier, folder, task, rows)
     labels = np.asarray(rows["label"])
-    quality = measure_quality(logits, labels, task, rows, arguments.split) | {"texts_cut": classifier.texts_cut}
+    quality = measure_quality(logits, labels, task, rows, args.split) | {"texts_cut": classifier.texts_cut}
     record = {
         "variant": variant,
         "format": format,
@@ -127,7 +104,7 @@ def main(argv=None) -> None:
         "provenance": describe_provenance(recipe, task, rows),
         "quality": quality,
         "size": describe_size(folder, format),
-        **measure_speed(classifier.runtime, classifier.runtime.encode(list(rows["text"])), arguments.latency_runs),
+        **measure_speed(classifier.runtime, classifier.runtime.encode(list(rows["text"])), args.latency_runs),
         "examples": classify_examples(classifier),
         # Of each file that was measured; run_publish.py uploads no other
         "sha256": {name: sha256(folder / name) for name in files_to_serve(folder, format)},
@@ -136,37 +113,27 @@ def main(argv=None) -> None:
     print_summary(record, write_record(record, results, logits, labels))
 
 
-def check_arguments(arguments: EvaluationArguments, recipe: dict, path: Path) -> None:
-    """Raises `UserError` if the flags do not fit together, or the record cannot be written or published.
-
-    Args:
-        recipe: the model's recipe.yaml.
-        path: the file of the record.
-    """
-    if arguments.latency_runs and arguments.latency_runs < 200:
-        raise UserError(f"--latency_runs {arguments.latency_runs}: a latency needs at least 200 runs, or 0 for none")
-    results = Path(arguments.results_dir)
+def check_arguments(args: EvaluationArguments, recipe: dict, path: Path) -> None:
+    """Raises `UserError` if the flags do not fit together, or the record ``path`` cannot be written or published."""
+    if args.latency_runs and args.latency_runs < 200:
+        raise UserError(f"--latency_runs {args.latency_runs}: a latency needs at least 200 runs, or 0 for none")
+    results = Path(args.results_dir)
     results.mkdir(parents=True, exist_ok=True)
     check_result(path, ("variant",))
     random = recipe.get("provenance", {}).get("base_model_source") == RANDOM
     published = results.resolve() in (ROOT / "results", ROOT / "results" / MPNET_BASE)
-    if published and (random or arguments.max_eval_samples):
-        why = "a model with random weights" if random else f"--max_eval_samples {arguments.max_eval_samples}"
+    if published and (random or args.max_eval_samples):
+        why = "a model with random weights" if random else f"--max_eval_samples {args.max_eval_samples}"
         raise UserError(f"a record of {why} does not belong into results/; name another folder with --results_dir")
 
 
 def predict(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:
-    """Computes the logits of each row, float32 (rows, classes).
-
-    Raises:
-        UserError: if the model has other labels than the dataset.
-    """
+    """Computes the logits of each row, float32 (rows, classes); raises `UserError` if the dataset has other labels."""
     # Their order too: the index of a logit is its class.
     if classifier.labels != task.labels:
-        raise UserError(
-            f"{folder} answers {len(classifier.labels)} labels ({', '.join(classifier.labels)}), "
-            f"{task.name} has {len(task.labels)} ({', '.join(task.labels)})"
-        )
+        found, wanted = classifier.labels, task.labels
+        answered = f"{folder} answers {len(found)} labels ({', '.join(found)})"
+        raise UserError(f"{answered}, {task.name} has {len(wanted)} ({', '.join(wanted)})")
     with Bar(total=len(rows), desc="scored") as bar:
         logits = classifier.logits(rows["text"], bar.update)
     if classifier.texts_cut:
@@ -188,12 +155,11 @@ def describe_size(folder: Path, format: str) -> dict:
 def classify_examples(classifier: EmotionClassifier) -> list[dict]:
     """The probabilities of our own sentences; the dataset's are not ours to publish."""
     answers = []
-    for emotion, texts in EXAMPLES.items():
-        for text in texts:
-            # One at a time, as the card's readers do: in a batch, dynamic INT8 has one range for all its texts.
-            (probabilities,) = softmax(classifier.logits([text])).tolist()
-            scores = dict(zip(classifier.labels, probabilities, strict=True))
-            answers.append({"text": text, "meant": emotion, "scores": scores})
+    for emotion, text in EXAMPLES:
+        # One at a time, as the card's readers do: in a batch, dynamic INT8 has one range for all its texts.
+        (probabilities,) = softmax(classifier.logits([text])).tolist()
+        scores = dict(zip(classifier.labels, probabilities, strict=True))
+        answers.append({"text": text, "meant": emotion, "scores": scores})
     return answers
 
 

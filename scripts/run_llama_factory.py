@@ -30,17 +30,15 @@ from transformers import BitsAndBytesConfig
 from emotion.data.dataset import DEFAULT_DATASET, DrawArguments, Task, get_split, load_task, select_train_rows
 from emotion.data.metrics import four_digits
 from emotion.inference.likelihood import PromptEncoder, has_chat_template
-from emotion.inference.model_folder import ARTIFACT, artifact_metadata, data_provenance, new_artifact
-from emotion.inference.pretrained import open_model
+from emotion.inference.model_folder import ARTIFACT, artifact_metadata, data_provenance, new_artifact, open_model
 from emotion.training.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
 from emotion.training.tiny_llama import build_tiny_llama
-from emotion.utils.arguments import parse_with_other_flags
+from emotion.utils.arguments import Recipe, parse_with_other_flags
 from emotion.utils.base_model import BaseModel, find_base_model, hub_is_reachable
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, check_replaceable, output_lock, read_json, relative, write_json
 from emotion.utils.machine import has_bf16
-from emotion.utils.recipe import Recipe
 
 RECIPE = ROOT / "configs" / "llama_factory.yaml"
 WORK = ROOT / "build" / "llama_factory"  # the dataset, the rows as LLaMA Factory tokenises them, its checkpoints

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 
 from emotion.data.dataset import load_task_of
 from emotion.hub.upload import HubArguments, push_to_hub
-from emotion.inference.model_folder import lock_output_dir, new_artifact
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization.accuracy_aware import AccuracyAwareArguments, quantize_with_accuracy_control
 from emotion.quantization.scheme import check_scheme, load_samples, make_plan, quantized_metadata, with_onnx_export
 from emotion.utils.arguments import parse_args_and_config

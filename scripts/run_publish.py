@@ -21,23 +21,21 @@ from huggingface_hub import get_token
 from emotion.evaluation.record import read_records
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import read_benchmarks, read_means
-from emotion.hub.confusion_matrix import plot_confusion_matrix
 from emotion.hub.model_card import order, render_card
+from emotion.hub.render import plot_confusion_matrix
 from emotion.hub.upload import upload
-from emotion.inference.model_folder import find_formats
-from emotion.inference.released import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED
+from emotion.inference.model_folder import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED, find_formats
 from emotion.utils.arguments import parse_args
-from emotion.utils.checksums import SUMS_FILE, check_sums, format_sums, has_files
+from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError, check_repo_id
-from emotion.utils.files import ROOT, sha256, without_path
+from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_files, sha256, without_path
 from emotion.utils.machine import code_url
-from emotion.utils.recipe import RECIPE_FILE, read_recipe_of
 
 PAGE = "index.html"  # a folder with it is a Space
-PAGE_FILES = (PAGE, "README.md")
 SCORES = "results/metrics/"  # folder of the records in a model's repository
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
+OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", LICENSE_FILE)
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # the format of the Hub's tokens
 PAGE_MODEL = "MODEL_ID"  # the placeholder in the page for the beginning of its repositories' names
 
@@ -50,46 +48,38 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "Repository: user/name."})
     private: bool = field(default=False, metadata={"help": "Create a private repository."})
     dry_run: bool = field(default=False, metadata={"help": "List the files and the card; upload nothing."})
-    skip_checksum: bool = field(
-        default=False, metadata={"help": "Upload files that differ from the folder's SHA256SUMS."}
-    )
+    skip_checksum: bool = field(default=False, metadata={"help": "Upload files that differ from SHA256SUMS."})
+    # The page loads the other variants from repositories with the same naming.
     model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": f"For the demo page: a variant's repository, such as user/bert-emotion-{RECOMMENDED}; the page "
-            "loads the other variants from repositories with the same naming."
-        },
+        default=None, metadata={"help": f"For the demo page: a variant's repository, as user/name-{RECOMMENDED}."}
     )
-    results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "Folder with the records of the model and the baseline."}
-    )
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder with the records."})
 
 
 def main(argv=None) -> None:
     """Lists the files, and uploads them unless it is a dry run."""
-    (arguments,) = parse_args((PublishArguments,), positional="artifact", argv=argv)
-    check_repo_id(arguments.repo_id)
-    if arguments.model_id is not None:
-        check_repo_id(arguments.model_id)
-    folder = Path(arguments.artifact)
+    (args,) = parse_args((PublishArguments,), positional="artifact", argv=argv)
+    check_repo_id(args.repo_id)
+    if args.model_id is not None:
+        check_repo_id(args.model_id)
+    folder = Path(args.artifact)
     is_page = (folder / PAGE).is_file()
     if is_page:
-        if not arguments.model_id:  # no default: somebody else may own that name
+        if not args.model_id:  # no default: somebody else may own that name
             raise UserError(f"name a repository that the page loads with --model_id user/name-{RECOMMENDED}")
-        files = collect_page(folder, arguments.model_id)
+        files = collect_page(folder, args.model_id)
     else:
-        if not arguments.skip_checksum:
+        if not args.skip_checksum:
             check_sums(folder)
-        files = collect_artifact(folder, Path(arguments.results_dir), arguments.repo_id)
+        files = collect_artifact(folder, Path(args.results_dir), args.repo_id)
     refuse_tokens(files)
     list_files(files, folder)
-    if arguments.dry_run:  # needs no token and no network
-        print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {arguments.repo_id}")
+    if args.dry_run:  # needs no token and no network
+        print(f"\n{files['README.md'].decode()}\ndry run: nothing was sent to {args.repo_id}")
         return
-    repo_type = "space" if is_page else "model"
+    repo_type, marker = ("space", PAGE) if is_page else ("model", SCORES)
     message = f"Publish {folder.resolve().name}"
-    marker = PAGE if is_page else SCORES
-    print(f"published: {upload(files, arguments.repo_id, repo_type, arguments.private, message, marker)}")
+    print(f"published: {upload(files, args.repo_id, repo_type, args.private, message, marker)}")
 
 
 def refuse_tokens(files: dict[str, Path | bytes]) -> None:
@@ -108,20 +98,13 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         print(f"{size:>12,}  {name}")
         total += size
-    left_out = []
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files:
-            left_out.append(name)
-    print(f"{total:>12,}  bytes in {len(files)} files; left out: {', '.join(sorted(left_out)) or 'nothing'}")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    left_out = ", ".join(sorted(present - files.keys())) or "nothing"
+    print(f"{total:>12,}  bytes in {len(files)} files; left out: {left_out}")
 
 
 def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """Collects the files of a model's repository: name there -> an existing file, or its content.
-
-    Raises:
-        UserError: if a format was not scored as it is now, or a file is missing.
-    """
+    """Collects the files of a model's repository, all as they were scored: name there -> a file, or its content."""
     recipe, records = read_recipe_of(folder), read_records(results)
     variant = recipe.get("variant", folder.resolve().name)
     # The released baseline is opened in another format than it was scored in; that record is in a folder of its own.
@@ -130,15 +113,10 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     scored = find_scored(folder, order(records + apart, variant))
     files = {}
     for record in scored:
-        for name in record.sha256:
-            files[name] = folder / name
+        files |= {name: folder / name for name in record.sha256}
         name = f"{record.name}.json"
         files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
-    for path in sorted((folder / "adapter").glob("adapter_*")):
-        if path.name in ADAPTER_FILES:  # not PEFT's own card, nor somebody's notes
-            files[f"adapter/{path.name}"] = path
-    if (folder / LICENSE_FILE).is_file():
-        files[LICENSE_FILE] = folder / LICENSE_FILE
+    files |= {name: folder / name for name in OPTIONAL_FILES if (folder / name).is_file()}
     if recipe:
         # Without the local paths of the folders that it read
         files[RECIPE_FILE] = yaml.safe_dump(without_path(recipe), sort_keys=False, allow_unicode=True).encode()
@@ -147,58 +125,37 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
     runs, seeds = read_benchmarks(results, records), read_means(results)
     card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
-    files[f"results/confusion_matrices/{scored[0].name}.png"] = draw_picture(scored[0])
-    for path in files.values():
-        if isinstance(path, Path) and not path.is_file():
-            raise UserError(f"no file {path}; measure {folder} again with run_evaluation.py")
-    files[SUMS_FILE] = sum_up(files)
+    with tempfile.TemporaryDirectory() as pictures:
+        path = Path(pictures) / f"{scored[0].name}.png"
+        plot_confusion_matrix(scored[0], path)
+        files[f"results/confusion_matrices/{path.name}"] = path.read_bytes()
+    sums = {}
+    for name, content in files.items():
+        if isinstance(content, Path) and not content.is_file():
+            raise UserError(f"no file {content}; measure {folder} again with run_evaluation.py")
+        sums[name] = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    files[SUMS_FILE] = format_sums(sums).encode()
     return files
 
 
-def sum_up(files: dict[str, Path | bytes]) -> bytes:
-    """Returns the content of SHA256SUMS over all files of the repository."""
-    sums = {}
-    for name, content in files.items():
-        sums[name] = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-    return format_sums(sums).encode()
-
-
-def draw_picture(record: Record) -> bytes:
-    """Returns the card's confusion matrix, as a PNG."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "matrix.png"
-        plot_confusion_matrix(record, path)
-        return path.read_bytes()
-
-
 def find_scored(folder: Path, records: list[Record]) -> list[Record]:
-    """Returns the records, in their order, whose checksums are those of the files in the folder.
-
-    Raises:
-        UserError: if a format has no such record; it names the command that measures it.
-    """
+    """Returns the records of the files as they are now; raises `UserError` for a format without one."""
     scored = [record for record in records if record.sha256 and has_files(folder, record.sha256)]
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()
         if not any(name in record.sha256 for record in scored):
-            raise UserError(
-                f"{weights} was not scored as it is now; run "
-                f"python scripts/run_evaluation.py {folder} --format {format}"
-            )
+            command = f"python scripts/run_evaluation.py {folder} --format {format}"
+            raise UserError(f"{weights} was not scored as it is now; run {command}")
     return scored
 
 
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
-    """Returns the files of the demo page, which loads ``model_id`` and the repositories of the other variants.
-
-    Raises:
-        UserError: if ``model_id`` is not named after a variant, or a file does not have the placeholder.
-    """
+    """Returns the files of the demo page, which loads ``model_id`` and the repositories of the other variants."""
     named = re.fullmatch(rf"(.+/.+)-({'|'.join(RELEASED)})", model_id)
     if not named:  # the names of the other repositories would be unknown
         raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")
     files = {}
-    for name in PAGE_FILES:
+    for name in (PAGE, "README.md"):
         text = (folder / name).read_text(encoding="utf-8")
         if PAGE_MODEL not in text:
             raise UserError(f"{folder / name} does not name {PAGE_MODEL}, which --model_id replaces")

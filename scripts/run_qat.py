@@ -20,8 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from emotion.data.dataset import RowsArguments, load_task_of
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import lock_output_dir, new_artifact
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization import qat, scheme
 from emotion.training.trainer import (
     ClassificationTrainer,

@@ -24,8 +24,7 @@ from transformers import BitsAndBytesConfig, set_seed
 
 from emotion.data.dataset import TaskArguments
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import lock_output_dir, new_artifact
-from emotion.inference.pretrained import build_classifier
+from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
 from emotion.quantization.nf4 import find_float_modules, initialize_loftq
 from emotion.training import qlora
 from emotion.training.trainer import (

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.evaluation.schema import SUMMARIZED
+from emotion.inference.model_folder import BITS
 from emotion.quantization.scheme import CONTROL, name_variant
 from emotion.utils.arguments import SEED, parse_args
+from emotion.utils.base_model import base_model_of
 from emotion.utils.command import run
 from emotion.utils.files import ROOT, read_json, write_json
-from emotion.utils.levels import BITS
 from emotion.utils.machine import choose_threads, describe_run
-from emotion.utils.recipe import base_model_of
 from seeds import CONFIGS, check_seeds, make_and_score, summarize_scores
 
 

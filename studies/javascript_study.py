@@ -16,14 +16,13 @@ import numpy as np
 from demo import WEB, check_libraries
 from emotion.data.dataset import get_split, load_task_of
 from emotion.evaluation.protocol import WARMUP_RUNS, choose_timed, summarize_latency
-from emotion.inference.model_folder import files_to_serve
-from emotion.inference.released import RECOMMENDED
+from emotion.inference.model_folder import RECOMMENDED, files_to_serve
 from emotion.utils.arguments import COUNT, parse_args
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, relative, write_json
 from emotion.utils.machine import THREADS, choose_threads, describe_run
-from emotion.utils.recipe import read_recipe_of
 
 
 @dataclass

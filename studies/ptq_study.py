@@ -18,19 +18,22 @@ from emotion.data.dataset import Task, load_task_of
 from emotion.data.metrics import VALIDATION_NOISE, score
 from emotion.evaluation.benchmark import Protocol, interleave
 from emotion.evaluation.inspection import describe_scheme
-from emotion.inference.model_folder import files_to_serve, new_artifact, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import (
+    LARGEST_SAFE_WEIGHT,
+    files_to_serve,
+    load_trained_classifier,
+    new_artifact,
+    weights_of,
+)
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.accuracy_aware import compare, copy_shared_files, logits_of, measure_layers, save_format
 from emotion.quantization.activation_ranges import RULES
 from emotion.quantization.scheme import Samples, SchemeArguments, load_samples, make_plan, quantized_metadata
-from emotion.utils.arguments import COUNT, parse_args
-from emotion.utils.command import run
+from emotion.utils.arguments import COUNT, Recipe, parse_args
+from emotion.utils.base_model import base_model_of, read_recipe_of
+from emotion.utils.command import Bar, run
 from emotion.utils.files import ROOT, write_json
-from emotion.utils.levels import LARGEST_SAFE_WEIGHT
 from emotion.utils.machine import describe_run
-from emotion.utils.progress import Bar
-from emotion.utils.recipe import Recipe, base_model_of, read_recipe_of
 
 CALIBRATION_SAMPLES = 300
 TIMING_NOISE = 0.03  # two files whose times differ by less count as equally fast

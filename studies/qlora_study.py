@@ -14,12 +14,12 @@ import run_qlora
 from emotion.data.metrics import VALIDATION_NOISE
 from emotion.evaluation.schema import SUMMARIZED_OF_TRAINING
 from emotion.inference.model_folder import adapter_bytes
-from emotion.utils.arguments import POSITIVE, SEED, parse_args, resolve_config
+from emotion.utils.arguments import POSITIVE, SEED, comparable, parse_args, resolve_config
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, write_json
 from emotion.utils.machine import choose_threads, describe_run, run_script
-from emotion.utils.recipe import comparable, read_recipe_of
 from seeds import check_seeds, summarize_scores
 
 CONFIG = ROOT / "configs" / "minilm" / "qlora.yaml"

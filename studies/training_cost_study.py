@@ -22,13 +22,13 @@ import run_qlora
 from emotion.data.dataset import DEFAULT_DATASET, Task, load_task
 from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.evaluation.benchmark import NOISE_LIMIT, list_noisy, noise_of, spread
-from emotion.inference.pretrained import build_classifier
+from emotion.inference.model_folder import build_classifier
 from emotion.quantization.fake_quantizers import prepare
 from emotion.quantization.layers import Plan, find_layers, find_stack
 from emotion.quantization.scheme import SchemeArguments, update_plan
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.base_model import BASE_SIZE_MODEL, EMBEDDED_MODEL, find_base_model
-from emotion.utils.command import run
+from emotion.utils.command import Bar, run
 from emotion.utils.files import ROOT, write_json
 from emotion.utils.machine import (
     THREADS,
@@ -39,7 +39,6 @@ from emotion.utils.machine import (
     peak_memory_mb,
     reset_peak_memory,
 )
-from emotion.utils.progress import Bar
 
 BATCH_SIZE = 32
 BITS = {"QAT, 8 bits": 8, "QAT, 2 bits": 2}

@@ -18,7 +18,7 @@ import run_baseline
 import run_evaluation
 from conftest import ENCODERS, ROOT, SHARED, a_full_disk, build_encoder, copy_to_edit, files_in, train_flags
 from emotion.data.metrics import softmax
-from emotion.inference.pretrained import build_classifier
+from emotion.inference.model_folder import build_classifier
 from emotion.inference.runtimes import open_artifact
 from emotion.utils import command
 from emotion.utils.errors import UserError

@@ -23,9 +23,10 @@ from emotion.hub.model_card import render_card
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import files_to_serve
 from emotion.inference.runtimes import open_artifact
-from emotion.utils import processor
+from emotion.utils import machine as processor
 from emotion.utils.errors import UserError
-from emotion.utils.processor import TITLES, class_of, find_processor_class
+from emotion.utils.machine import PROCESSORS as TITLES
+from emotion.utils.machine import class_of, find_processor_class
 from report.pages import render_table
 from test_comparison import words_of_report
 

@@ -13,12 +13,12 @@ import run_ptq
 import run_qat
 import run_qlora
 from conftest import ROOT, run_script
-from emotion.utils import command, progress
+from emotion.utils import command
 from emotion.utils.arguments import parse_args_and_config, resolve_config
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
 from emotion.utils.files import sha256
 from emotion.utils.machine import SCRIPTS
-from emotion.utils.progress import Bar
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml"))
 METHODS = {"baseline": run_baseline, "ptq": run_ptq, "qat": run_qat, "qlora": run_qlora}
@@ -144,7 +144,7 @@ def work_with_bars() -> None:
 
 @pytest.mark.parametrize("seconds", [0, 30])
 def test_a_log_gets_plain_lines_and_a_terminal_keeps_none(seconds, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LINE_S", seconds)
+    monkeypatch.setattr(command, "LINE_S", seconds)
     log = Terminal(False)
     monkeypatch.setattr(sys, "stderr", log)
     work_with_bars()

@@ -20,7 +20,7 @@ from emotion.data import metrics as task_scores
 from emotion.data.metrics import macro_f1_interval, resampled_macro_f1
 from emotion.evaluation.schema import Record, read_study
 from emotion.evaluation.statistics import NO_LOSS_MARGIN, compare_with, holm, mean_interval
-from emotion.hub.confusion_matrix import MOST_NAMED, plot_confusion_matrix
+from emotion.hub.render import MOST_NAMED, plot_confusion_matrix
 from emotion.utils.errors import UserError
 from report.document import compile_report, inputs_of
 from report.figures import plot_sensitivity, same_picture

@@ -15,7 +15,7 @@ from conftest import build_rows, color_features, copy_to_edit, read_json, run_sc
 from emotion.data.metrics import expected_calibration_error, macro_f1_interval, score
 from emotion.evaluation.protocol import summarize_latency
 from emotion.evaluation.schema import Record
-from emotion.hub.confusion_matrix import plot_confusion_matrix
+from emotion.hub.render import plot_confusion_matrix
 from emotion.utils.errors import UserError
 
 

@@ -23,7 +23,7 @@ from emotion.data.dataset import load_task
 from emotion.evaluation.schema import Record
 from emotion.inference.emotion_classifier import fetch
 from emotion.inference.model_folder import ARTIFACT, METADATA_FIELDS
-from emotion.utils.base_model import find_base_model
+from emotion.utils.base_model import find_base_model, read_recipe_of
 from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import (
     atomic_folder,
@@ -34,7 +34,6 @@ from emotion.utils.files import (
     write_text,
 )
 from emotion.utils.hub_requests import check_can_publish
-from emotion.utils.recipe import read_recipe_of
 
 OURS = {
     "config.json": "{}",

@@ -8,11 +8,10 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from conftest import ENCODERS
 from emotion.export.graph_passes import FIRST, keep_cls_token, write_sums
-from emotion.inference.model_folder import weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, weights_of
 from emotion.quantization.int8 import cls_only_layers, load_float_graph, quantize_onnx
 from emotion.quantization.layers import Plan, find_layers
-from emotion.utils.recipe import read_recipe_of
+from emotion.utils.base_model import read_recipe_of
 
 
 def opened(path, folder):

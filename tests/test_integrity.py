@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import run_publish
 from conftest import build_rows, run_script, seeds_for
 from emotion import EmotionClassifier
-from emotion.utils.checksums import SUMS_FILE, read_sums
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.errors import UserError, reason_of
-from emotion.utils.recipe import read_recipe_of
+from emotion.utils.files import SUMS_FILE, read_sums
 from mutations import KINDS, copy_artifact, damage, edit_config
 
 TEXTS = build_rows(12)["text"]

@@ -39,10 +39,9 @@ from emotion.inference.runtimes import open_artifact
 from emotion.training import llama_factory
 from emotion.training.llama_factory import IGNORED, check_tokens, write_dataset
 from emotion.training.tiny_llama import build_tiny_llama
-from emotion.utils.arguments import parse_with_other_flags, read_config
-from emotion.utils.base_model import RANDOM, BaseModel
+from emotion.utils.arguments import Recipe, parse_with_other_flags, read_config
+from emotion.utils.base_model import RANDOM, BaseModel, read_recipe_of
 from emotion.utils.errors import UserError
-from emotion.utils.recipe import Recipe, read_recipe_of
 
 INSTRUCTION = "Which colour is it?"
 TEMPLATE = (

@@ -17,7 +17,7 @@ from sklearn.metrics import f1_score
 from conftest import ROOT
 from emotion import EmotionClassifier
 from emotion.data.dataset import load_task
-from emotion.inference.released import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RECOMMENDED, RELEASED
 from release import MACRO_F1_MARGIN
 
 PATH = ROOT / "notebooks" / "inference_evaluation.ipynb"

@@ -14,8 +14,7 @@ from conftest import build_rows, copy_to_edit, read_json
 from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import describe_scheme
 from emotion.export.onnx_export import export_onnx
-from emotion.inference.model_folder import weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, weights_of
 from emotion.inference.runtimes import ModelInMemory, OnnxClassifier, open_artifact, predict
 from emotion.quantization.accuracy_aware import save_format
 from emotion.quantization.fake_quantizers import prepare, to_integers

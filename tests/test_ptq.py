@@ -45,8 +45,7 @@ from emotion.data.dataset import stratified_sample
 from emotion.data.metrics import softmax
 from emotion.evaluation.inspection import describe_scheme
 from emotion.export.peers import make_peer
-from emotion.inference.model_folder import SHARED_FILES, find_formats, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import SHARED_FILES, find_formats, load_trained_classifier, weights_of
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization import accuracy_aware
 from emotion.quantization.activation_ranges import RULES

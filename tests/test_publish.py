@@ -18,12 +18,11 @@ import run_publish
 from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
 from emotion.data.metrics import softmax
 from emotion.evaluation.record import read_records
-from emotion.inference.model_folder import HOW_TO_GET, find_formats, weights_of
-from emotion.inference.released import RELEASED
+from emotion.inference.model_folder import HOW_TO_GET, RELEASED, find_formats, weights_of
 from emotion.inference.runtimes import open_artifact
 from emotion.training.trainer import RecipeTrainingArguments
-from emotion.utils.checksums import SUMS_FILE, check_sums, read_sums
 from emotion.utils.errors import UserError
+from emotion.utils.files import SUMS_FILE, check_sums, read_sums
 from hub_server import READ, WRITE, Fault, Repository
 
 VARIANTS = ["baseline", "ptq", "qat", "qlora"]

@@ -17,8 +17,7 @@ import run_ptq
 import run_qat
 from conftest import ENCODERS, as_flags, build_rows, ptq_flags, qat_flags, read_json
 from emotion.evaluation.inspection import describe_scheme
-from emotion.inference.model_folder import files_to_serve, find_formats, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import LEVELS, files_to_serve, find_formats, load_trained_classifier, weights_of
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.fake_quantizers import LowBitGroups, convert, prepare, round_all, switch, to_integers
 from emotion.quantization.int8 import quantize_torchao
@@ -26,9 +25,8 @@ from emotion.quantization.layers import Layers, Plan, find_layers
 from emotion.quantization.lowbit import choose_scales, pack, round_matrix
 from emotion.quantization.qat import FakeQuantizeCallback
 from emotion.quantization.scheme import SchemeArguments, make_plan
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.errors import UserError
-from emotion.utils.levels import LEVELS
-from emotion.utils.recipe import read_recipe_of
 from report import pages
 
 TEXTS = build_rows(90)["text"]

@@ -18,8 +18,13 @@ import training_cost_study
 from conftest import ENCODERS, ROOT, SHARED, build_encoder, build_rows, files_in, qlora_flags, read_json
 from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import describe_scheme
-from emotion.inference.model_folder import adapter_bytes, find_formats, weights_of
-from emotion.inference.pretrained import build_classifier, load_trained_classifier
+from emotion.inference.model_folder import (
+    adapter_bytes,
+    build_classifier,
+    find_formats,
+    load_trained_classifier,
+    weights_of,
+)
 from emotion.inference.runtimes import open_artifact
 from emotion.quantization.layers import CalibrationRows
 from emotion.quantization.nf4 import round_to_nf4

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT
 from emotion.evaluation.schema import read_study
-from emotion.inference.released import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RECOMMENDED, RELEASED
 from report.front import validation_scores
 
 README = ROOT / "README.md"

@@ -7,8 +7,7 @@ import torch
 from conftest import realigned
 from emotion.data.metrics import score
 from emotion.data.tokenization import TextEncoder
-from emotion.inference.model_folder import files_to_serve, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import files_to_serve, load_trained_classifier, weights_of
 from emotion.inference.runtimes import open_artifact, predict
 from emotion.quantization.int8 import quantize_torchao
 from emotion.quantization.layers import Plan, find_layers

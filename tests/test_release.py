@@ -19,19 +19,18 @@ import run_ptq
 import run_publish
 from conftest import ROOT, read_json
 from emotion import EmotionClassifier
-from emotion.inference.model_folder import HOW_TO_GET
-from emotion.inference.released import (
+from emotion.inference.model_folder import (
     BYTES_IN_ALL,
     BYTES_OF_FILE,
+    HOW_TO_GET,
     LICENSE_FILE,
     OPENED_AS,
     RECOMMENDED,
     RELEASED,
     SCORES_OF_OPENED,
 )
-from emotion.utils.checksums import check_covered
 from emotion.utils.errors import UserError
-from emotion.utils.files import write_json
+from emotion.utils.files import check_covered, write_json
 
 OF_TEST = ("baseline", "ptq", "qlora")
 

@@ -26,7 +26,8 @@ from emotion.hub.comparison import list_means, score_ensemble
 from emotion.hub.render import markdown_table, shorten
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
-from emotion.utils.processor import ARM, TITLES, class_of
+from emotion.utils.machine import ARM, class_of
+from emotion.utils.machine import PROCESSORS as TITLES
 from report.front import find_line, list_lines, render_block, summary_table
 from report.pages import render_page, render_study_pages
 

@@ -20,9 +20,9 @@ import run_qlora
 from conftest import FUZZ, ROOT, color_features, qat_flags, qlora_flags, save_dataset, train_flags
 from emotion.inference.model_folder import RUN_FILE, find_formats
 from emotion.training.checkpoints import CHECKSUMS, choose_checkpoint
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.errors import UserError
 from emotion.utils.files import sha256
-from emotion.utils.recipe import read_recipe_of
 
 COMMANDS = {"baseline": run_baseline, "qat": run_qat, "qlora": run_qlora}
 # How often a training is killed, over all three commands, and how often two start at once

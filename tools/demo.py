@@ -121,7 +121,7 @@ def make_fp32(weights: Path) -> list[Path]:
         from transformers import AutoTokenizer
 
         from emotion.export.onnx_export import export_onnx
-        from emotion.inference.pretrained import load_trained_classifier
+        from emotion.inference.model_folder import load_trained_classifier
         from emotion.utils.command import quiet_libraries
 
         quiet_libraries()

@@ -22,8 +22,8 @@ from emotion.evaluation.predictions import read_predictions, score_again
 from emotion.evaluation.schema import Record
 from emotion.hub.render import markdown_table
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import ARTIFACT
-from emotion.inference.released import (
+from emotion.inference.model_folder import (
+    ARTIFACT,
     BYTES_IN_ALL,
     BYTES_OF_FILE,
     LICENSE_FILE,
@@ -33,13 +33,21 @@ from emotion.inference.released import (
     names_to_release,
 )
 from emotion.utils.arguments import parse_args
-from emotion.utils.checksums import check_covered, check_sums, has_files, read_sums, write_sums
-from emotion.utils.command import run
+from emotion.utils.base_model import read_recipe_of
+from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, atomic_folder, check_replaceable, read_json
+from emotion.utils.files import (
+    ROOT,
+    atomic_folder,
+    check_covered,
+    check_replaceable,
+    check_sums,
+    has_files,
+    read_json,
+    read_sums,
+    write_sums,
+)
 from emotion.utils.machine import THREADS, choose_threads, describe_environment
-from emotion.utils.progress import Bar
-from emotion.utils.recipe import read_recipe_of
 
 EQUAL_LABELS = 0.998  # share of the rows; processors with and without VNNI differ in about one of a thousand
 MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval

@@ -21,10 +21,9 @@ from emotion.hub.comparison import Family, read_family
 from emotion.hub.model_card import render_cards
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RANDOM
-from emotion.utils.command import run
+from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, write_bytes
-from emotion.utils.progress import Bar
 from report.document import REPORT, SOURCE, compile_report
 from report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from report.front import render_block, render_times

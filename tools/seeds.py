@@ -7,12 +7,11 @@ from pathlib import Path
 from emotion.data.dataset import source_of
 from emotion.evaluation.predictions import read_predictions
 from emotion.inference.model_folder import find_formats
-from emotion.utils.arguments import resolve_config
-from emotion.utils.base_model import find_base_model
+from emotion.utils.arguments import comparable, resolve_config
+from emotion.utils.base_model import RECIPE_FILE, find_base_model, read_recipe_of
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, read_json
 from emotion.utils.machine import SCRIPTS, run_script
-from emotion.utils.recipe import RECIPE_FILE, comparable, read_recipe_of
 
 CONFIGS = ROOT / "configs" / "minilm"
 TRAINING_COSTS = ("seconds", "cpu_seconds", "threads", "resumed")  # null for a method that does not train

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from emotion.inference.released import RECOMMENDED
+from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.errors import UserError
 
 SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"

@@ -17,10 +17,9 @@ from emotion.data.metrics import CALIBRATION_BINS, softmax
 from emotion.evaluation.predictions import read_predictions
 from emotion.evaluation.schema import Bits, Measurement, Record, read_study
 from emotion.hub.comparison import REFERENCE, Family, processors_of
-from emotion.hub.confusion_matrix import PALETTE, plot_confusion_matrix, save_figure, styled
 from emotion.hub.model_card import order, variants_with_card
-from emotion.hub.render import complete
-from emotion.utils.processor import TITLES
+from emotion.hub.render import PALETTE, complete, plot_confusion_matrix, save_figure, styled
+from emotion.utils.machine import PROCESSORS as TITLES
 from report.pages import families_of
 
 MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}

@@ -6,7 +6,7 @@ from emotion.evaluation.record import read_records
 from emotion.evaluation.schema import Bits, read_study
 from emotion.hub.comparison import REFERENCE, Family, find_reference, processors_of
 from emotion.hub.render import complete, render
-from emotion.inference.released import RECOMMENDED, RELEASED, SCORES_OF_OPENED
+from emotion.inference.model_folder import RECOMMENDED, RELEASED, SCORES_OF_OPENED
 from report import TEMPLATES
 
 TITLES = {"baseline": "baseline, BF16", "ptq": "ptq, INT8", "qat": "qat, INT8", "qlora": "qlora, NF4"}

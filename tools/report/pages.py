@@ -7,8 +7,8 @@ from emotion.evaluation.record import MPNET_BASE
 from emotion.evaluation.schema import Benchmark, read_study
 from emotion.hub.comparison import Family, processors_of
 from emotion.hub.render import complete, render
-from emotion.utils.levels import LARGEST_SAFE_WEIGHT
-from emotion.utils.processor import TITLES
+from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT
+from emotion.utils.machine import PROCESSORS as TITLES
 from report import TEMPLATES
 
 # Page -> the studies that it shows, of both encoders as far as they were measured

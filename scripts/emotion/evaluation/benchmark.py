@@ -23,9 +23,9 @@ from emotion.evaluation.protocol import WARMUP_RUNS, summarize_latency, time_bat
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import find_formats
 from emotion.inference.runtimes import predict
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import relative
-from emotion.utils.progress import Bar
 
 BATCH_SIZE = 32
 # Rounds that do not count. In the first one a runtime prepares itself for new lengths and batch sizes, and its

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.tokenization import TextEncoder
-from emotion.inference.model_folder import read_config, read_labels
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, read_config, read_labels
 from emotion.utils.command import quiet_logging
 from emotion.utils.errors import UserError
 

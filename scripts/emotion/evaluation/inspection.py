@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emotion.utils.levels import BRANCH, LEVELS
+from emotion.inference.model_folder import BRANCH, LEVELS
 
 FLOATS = {"float32", "float16", "bfloat16"}
 FLOAT8 = "float8_e4m3fn"  # torch's name: 4 bits of exponent, 3 of mantissa; it has no scales

@@ -12,7 +12,7 @@ import numpy as np
 from emotion.data.dataset import Task, conflicting_texts
 from emotion.data.metrics import expected_calibration_error, macro_f1_interval, score
 from emotion.inference.runtimes import batches_by_length, predict
-from emotion.utils.progress import Bar
+from emotion.utils.command import Bar
 
 # Runs at batch 1 that are not counted: caches fill, threads wake, and runtimes settle on a kernel.
 WARMUP_RUNS = 30

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from emotion.utils.command import Bar
 from emotion.utils.machine import has_bf16
-from emotion.utils.progress import Bar
 
 SIZE = 2048  # of the square matrices that find the peaks: large enough that a product's start costs nothing
 COPIED_BYTES = 2**29  # far more than any cache
@@ -87,7 +87,7 @@ def measure_peaks(threads: int) -> dict:
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)
     floats = rng.random((SIZE, SIZE), dtype=np.float32)
-    # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see `emotion.utils.levels`).
+    # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see `LARGEST_SAFE_WEIGHT`).
     weights = rng.integers(-64, 65, size=(SIZE, SIZE), dtype=np.int8)
     activations = rng.integers(0, 256, size=(SIZE, SIZE), dtype=np.uint8)
     products = {

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.utils.errors import FILE_NAME, UserError
 from emotion.utils.files import read_json
-from emotion.utils.processor import ARM, class_of
+from emotion.utils.machine import ARM, class_of
 
 LARGEST = 1e15  # no measurement is larger, and float64 still tells its integers apart
 ROUNDING = 1e-6  # of a score: no page shows as many digits, and processors differ in fewer
@@ -91,7 +91,7 @@ class Environment(Part):
 
     @property
     def processor(self) -> str:
-        """The class of the processor, see utils/processor.py."""
+        """The class of the processor, see utils/machine.py."""
         return class_of(self.instruction_sets) or ARM
 
 

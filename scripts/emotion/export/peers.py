@@ -9,8 +9,8 @@ from pathlib import Path
 from emotion.evaluation import ctranslate2_peer
 from emotion.evaluation.peers import COMPILED, CTRANSLATE2, PLAIN, file_of, is_peer
 from emotion.inference.model_folder import SHARED_FILES, weights_of
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError, one_line
-from emotion.utils.progress import Bar
 
 
 def make_peers(named: list[tuple[Path, str]], work: Path) -> dict[tuple[Path, str], tuple[Path, str]]:
@@ -85,7 +85,7 @@ def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
     from transformers import AutoTokenizer
 
     from emotion.export.onnx_export import export_onnx
-    from emotion.inference.pretrained import load_trained_classifier
+    from emotion.inference.model_folder import load_trained_classifier
     from emotion.utils.command import quiet_logging
 
     path = target / "model.onnx"

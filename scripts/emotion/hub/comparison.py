@@ -13,11 +13,11 @@ from emotion.data.metrics import softmax
 from emotion.evaluation.peers import COMPILED, TITLES, is_peer
 from emotion.evaluation.predictions import read_predictions, read_seeds, score_again
 from emotion.evaluation.record import read_records
-from emotion.evaluation.schema import Benchmark, Environment, Record, Seeds, Timed
+from emotion.evaluation.schema import Benchmark, Record, Seeds, Timed
 from emotion.evaluation.statistics import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.utils.errors import UserError
-from emotion.utils.processor import TITLES as PROCESSORS
+from emotion.utils.machine import PROCESSORS
 
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
@@ -27,18 +27,12 @@ SCORES = ("examples", "macro_f1", "macro_f1_ci95", "accuracy", "expected_calibra
 
 @dataclass(frozen=True)
 class Family:
-    """The results of one encoder.
+    """The results of one encoder."""
 
-    Attributes:
-        folder: the results folder.
-        comparison: the result of `build_comparison`.
-        benchmarks: class of processors -> the interleaved run on one.
-    """
-
-    folder: Path
+    folder: Path  # of the results
     records: list[Record]
-    comparison: dict
-    benchmarks: dict[str, Benchmark]
+    comparison: dict  # of `build_comparison`
+    benchmarks: dict[str, Benchmark]  # class of processors -> the interleaved run on one
 
 
 def read_family(folder: Path) -> Family:
@@ -51,19 +45,14 @@ def read_family(folder: Path) -> Family:
 def read_benchmarks(folder: Path, records: list[Record]) -> dict[str, Benchmark]:
     """Reads the interleaved runs in a results folder, without the models that have been replaced since.
 
-    Returns:
-        Class of processors, the highest first -> the run on one.
-
-    Raises:
-        UserError: if a run is damaged, or was measured on a processor of another class than its name says.
+    Returns class of processors, the highest first -> the run on one; raises `UserError` if one is damaged.
     """
     runs = {}
     for name in PROCESSORS:
         path = folder / "benchmark" / f"{name}.json"
         if path.is_file():
             run = Benchmark.read(path)
-            if run.environment.processor != name:
-                found = run.environment.processor
+            if (found := run.environment.processor) != name:
                 raise UserError(f"{path}: by its instruction sets it was measured on {found}; measure it again")
             runs[name] = run.model_copy(update={"artifacts": _drop_replaced(run, records)})
     return runs
@@ -82,15 +71,10 @@ def _drop_replaced(run: Benchmark, records: list[Record]) -> dict[str, Timed]:
 
 
 def build_comparison(records: list[Record], results: Path, runs: dict[str, Benchmark]) -> dict:
-    """Computes the numbers of all pages. A number that was not measured is None.
+    """Computes the numbers of all pages from the records and their folder. One that was not measured is None.
 
-    Args:
-        records: of the test rows of one dataset.
-        results: their folder, with predictions/ and seeds/.
-        runs: the result of `read_benchmarks`. Speeds are divided only within one of them.
-
-    Raises:
-        UserError: if the records are not of the same rows, or lack the reference, or a summary over seeds is damaged.
+    Speeds are divided only within one of the ``runs``, of `read_benchmarks`. Raises `UserError` if the records are not
+    of the same rows, or lack the reference, or a summary over seeds is damaged.
     """
     if len({record.provenance.dataset_fingerprint for record in records}) != 1:
         raise UserError("the records were not scored on the same rows; measure them again with run_evaluation.py")
@@ -98,9 +82,9 @@ def build_comparison(records: list[Record], results: Path, runs: dict[str, Bench
     records = sorted(records, key=lambda record: (record.variant, list(WEIGHT_FILES).index(record.format)))
     reference = find_reference(records)
     # A record of another base model is a peer. It is tested apart, or it would change the corrected p-values.
-    own, peers = [], []
-    for record in records:
-        (own if record.provenance.base_model == reference.provenance.base_model else peers).append(record)
+    encoder = reference.provenance.base_model
+    own = [record for record in records if record.provenance.base_model == encoder]
+    peers = [record for record in records if record.provenance.base_model != encoder]
     own_tests = _compare_records(own, results)
     tests = own_tests | _compare_records([reference, *peers], results)
     timed = {}  # model -> class of processors -> its times there
@@ -157,8 +141,14 @@ def _describe(
     """What was measured on what, for captions; ``of_seeds`` are the records of all seeds."""
     measured = list(runs.values()) or own + peers  # the times that the table shows are those of the interleaved runs
     machines = []
-    for result in measured:
-        if (machine := _describe_machine(result.environment)) not in machines:
+    for environment in [result.environment for result in measured]:
+        machine = {
+            "title": PROCESSORS[environment.processor],
+            "cpu": environment.cpu,
+            "threads": environment.threads,
+            "instruction_sets": sorted(set(environment.instruction_sets) & NOTEWORTHY_SETS),
+        }
+        if machine not in machines:
             machines.append(machine)
     commits = {run.git_commit for run in runs.values()} or {record.provenance.git_commit for record in own}
     weights = reference.size.files.get("model.safetensors")
@@ -184,40 +174,19 @@ def _describe(
     }
 
 
-def _describe_machine(environment: Environment) -> dict:
-    """What a caption says of the processor that something was measured on."""
-    return {
-        "title": PROCESSORS[environment.processor],
-        "cpu": environment.cpu,
-        "threads": environment.threads,
-        "instruction_sets": sorted(set(environment.instruction_sets) & NOTEWORTHY_SETS),
-    }
-
-
 def _record_row(record: Record, timed: dict[str, Timed], runs: dict[str, Benchmark], tests: dict | None) -> dict:
-    """The row of a record, with the times of the interleaved runs, or with its own if it is in none.
-
-    Args:
-        timed: class of processors -> the model in the run on one.
-    """
-    speeds, processor = _speeds_of(timed), record.environment.processor
+    """The row of a record, with the times of the interleaved runs (by class), or with its own if it is in none."""
+    row = {"name": record.name, "variant": record.variant, "format": record.format, "earlier": record.earlier}
+    row |= {score: getattr(record.quality, score) for score in SCORES} | {"megabytes": record.size.megabytes}
+    row |= _times_of(timed, runs) | {"tests": tests}
     # On a kind of processor without such a run, a few times of their own would make a column of dashes.
-    if not speeds and (processor in runs or not runs):
+    processor = record.environment.processor
+    if not timed and (processor in runs or not runs):
         latency = record.latency_ms
         own = {"p50_ms": latency.p50, "p95_ms": latency.p95, "texts_per_s": record.throughput_per_s.value}
         # Measured alone, so nothing may be divided by them.
-        speeds = {processor: own | dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))}
-    return {
-        "name": record.name,
-        "variant": record.variant,
-        "format": record.format,
-        "earlier": record.earlier,
-        **{score: getattr(record.quality, score) for score in SCORES},
-        "megabytes": record.size.megabytes,
-        "times_smaller": _times_smaller(timed, runs),
-        "speeds": speeds,
-        "tests": tests,
-    }
+        row["speeds"] = {processor: own | dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))}
+    return row
 
 
 def _alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchmark]) -> dict:
@@ -230,32 +199,19 @@ def _alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchma
     halved = [PROCESSORS[processor] for processor, result in timed.items() if result.precision == "bfloat16"]
     if halved and "BF16" not in title:
         title += ", in BF16" if len(halved) == len(timed) else f", in BF16 with {' and '.join(halved)}"
-    return {
-        "kind": "alternative",
-        "name": name,
-        "variant": Path(name.rsplit(":", 1)[0]).name,
-        "format": title,
-        "earlier": False,
-        **{score: quality.get(score) for score in SCORES},
-        "megabytes": next(iter(timed.values())).bytes_to_serve / 1e6,
-        "times_smaller": _times_smaller(timed, runs),
-        "speeds": _speeds_of(timed),
-        "tests": None,
-    }
+    variant = Path(name.rsplit(":", 1)[0]).name
+    row = {"kind": "alternative", "name": name, "variant": variant, "format": title, "earlier": False}
+    row |= {score: quality.get(score) for score in SCORES}
+    row["megabytes"] = next(iter(timed.values())).bytes_to_serve / 1e6
+    return row | _times_of(timed, runs) | {"tests": None}
 
 
-def _times_smaller(timed: dict[str, Timed], runs: dict[str, Benchmark]) -> float | None:
-    """The size of the reference of a run divided by that of the model; None if it is in no run."""
+def _times_of(timed: dict[str, Timed], runs: dict[str, Benchmark]) -> dict:
+    """The times of a model in the interleaved runs, and its size and speed against their reference; None in no run."""
+    smaller, speeds = None, {}
     for processor, result in timed.items():
         run = runs[processor]
-        return run.artifacts[run.compared_with].bytes_to_serve / result.bytes_to_serve
-    return None
-
-
-def _speeds_of(timed: dict[str, Timed]) -> dict[str, dict]:
-    """Class of processors -> the times of a model in the run there, and the ratios to the reference."""
-    speeds = {}
-    for processor, result in timed.items():
+        smaller = smaller or run.artifacts[run.compared_with].bytes_to_serve / result.bytes_to_serve
         speeds[processor] = {
             "p50_ms": result.latency_ms.p50,
             "p95_ms": result.latency_ms.p95,
@@ -263,7 +219,7 @@ def _speeds_of(timed: dict[str, Timed]) -> dict[str, dict]:
             "times_faster_at_batch_1": result.times_faster_at_batch_1,
             "times_faster_at_batch_32": result.times_faster_at_batch_32,
         }
-    return speeds
+    return {"times_smaller": smaller, "speeds": speeds}
 
 
 def processors_of(rows: list[dict]) -> list[str]:
@@ -277,11 +233,7 @@ def read_means(results: Path) -> list[dict]:
 
 
 def list_means(seeds: list[tuple[Seeds, list[Record]]]) -> list[dict]:
-    """A row per variant and format: means over the seeds, and the change against the baseline of the same seed.
-
-    Args:
-        seeds: the result of `read_seeds`.
-    """
+    """A row per variant and format of `read_seeds`: means, and the change against the baseline of the same seed."""
     rows = []
     for summary, records in seeds:
         for format, means in summary.formats.items():
@@ -302,11 +254,7 @@ def list_means(seeds: list[tuple[Seeds, list[Record]]]) -> list[dict]:
 
 
 def score_ensemble(summary: Seeds, results: Path, names: list[str]) -> dict | None:
-    """Scores the mean of the probabilities of all seeds' baselines; None if fewer than two kept their logits.
-
-    Raises:
-        UserError: if the seeds were not scored on the same rows.
-    """
+    """Scores the mean of the probabilities of all seeds' baselines; None if fewer than two kept their logits."""
     seeds, probabilities, labels = [], [], None
     for run in summary.runs:
         path = results / "seeds" / str(run.seed) / "predictions" / f"{REFERENCE}.parquet"

@@ -3,19 +3,21 @@
 The text is in `model_cards/template.md`; a field that it names and a record lacks stops the rendering.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from emotion.data.dataset import DEFAULT_DATASET
 from emotion.evaluation.schema import Benchmark, Example, Provenance, Record
 from emotion.hub.render import complete, render
-from emotion.inference.model_folder import WEIGHT_FILES
-from emotion.inference.released import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RECOMMENDED, RELEASED, WEIGHT_FILES
+from emotion.utils.arguments import PLACES
 from emotion.utils.base_model import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
-from emotion.utils.errors import UserError
+from emotion.utils.errors import REPO_ID, UserError
 from emotion.utils.files import ROOT
-from emotion.utils.processor import TITLES as PROCESSORS
-from emotion.utils.recipe import PLACES
+from emotion.utils.machine import PROCESSORS
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 BASELINE = "baseline"
@@ -48,17 +50,12 @@ RUNTIMES = {
 def render_cards(
     records: list[Record], folder: Path, runs: dict[str, Benchmark] | None = None, seeds: list[dict] | None = None
 ) -> dict[Path, str]:
-    """Renders the card of each variant as it is tracked in ``folder``, for a repository named after the variant.
-
-    Args:
-        runs, seeds: as for `render_card`.
-    """
+    """Renders the card of each variant as it is tracked in ``folder``, for a repository named after the variant."""
+    # On the Hub `results/` is beside the card, in this repository one folder higher.
+    shared = {"root": "../", "runs": runs, "seeds": seeds, "code": "../README.md"}
     cards = {}
     for variant in variants_with_card(records):
-        # On the Hub `results/` is beside the card, in this repository one folder higher.
-        cards[folder / f"{variant}.md"] = render_card(
-            records, variant, f"{PLACEHOLDER}-{variant}", root="../", runs=runs, seeds=seeds, code="../README.md"
-        )
+        cards[folder / f"{variant}.md"] = render_card(records, variant, f"{PLACEHOLDER}-{variant}", **shared)
     return cards
 
 
@@ -76,17 +73,13 @@ def render_card(
     seeds: list[dict] | None = None,
     code: str | None = None,
 ) -> str:
-    """Renders a card.
+    """Renders a card; raises `UserError` if a record lacks a field, or the records cannot be compared.
 
     Args:
         records: of the variant, of the baseline that it is compared with, and of the variants that it links to.
         root: path from the card to the folder with `results/`; empty on the Hub.
-        runs: the interleaved runs, as `read_benchmarks` returns them; None if there are none.
-        seeds: the field `seeds` of comparison.json; None if no means over seeds were measured.
-        code: address of the code's repository; None if it is not known.
-
-    Raises:
-        UserError: if a record lacks a field, or the records cannot be compared.
+        runs, seeds: of `read_benchmarks` and `read_means`, if there are any.
+        code: address of the code's repository, if it is known.
     """
     own, baseline = order(records, variant), order(records, BASELINE)
     _check_comparable(own, baseline, variant)
@@ -129,8 +122,6 @@ def order(records: list[Record], variant: str) -> list[Record]:
 
 def _metadata(records: list[Record], repo_id: str):
     """The metadata of a card, as `ModelCardData`; scores and widget are those of the first record."""
-    from huggingface_hub import ModelCardData
-
     first, provenance = records[0], records[0].provenance
     tags = ["emotion"]
     for record in records:
@@ -143,7 +134,10 @@ def _metadata(records: list[Record], repo_id: str):
     base = sibling(repo_id, first.variant, BASELINE) if quantized_from_baseline else encoder
     optional = {}  # what the Hub takes only with a value
     if base:
-        optional |= {"base_model": base, "base_model_relation": _relation(records)}
+        quantized = any(record.scheme.quantized_layers for record in records)
+        # An adapter first: its merged model is quantized too, and the Hub allows one word.
+        relation = "adapter" if provenance.merged else "quantized" if quantized else "finetune"
+        optional |= {"base_model": base, "base_model_relation": relation}
     if provenance.dataset == DEFAULT_DATASET:
         optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}
     return ModelCardData(
@@ -163,13 +157,7 @@ def _metadata(records: list[Record], repo_id: str):
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a base model has a repository to link to, and is not a local folder."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name or "")
-    except HFValidationError:
-        return False
-    return "/" in (name or "")
+    return "/" in (name or "") and REPO_ID.fullmatch(name) is not None
 
 
 def sibling(repo_id: str, variant: str, other: str) -> str:
@@ -180,18 +168,8 @@ def sibling(repo_id: str, variant: str, other: str) -> str:
     return f"{owner}{slash}{stem}{other}"
 
 
-def _relation(records: list[Record]) -> str:
-    """The relation of a variant to its base model, in the Hub's words."""
-    # An adapter first: its merged model is quantized too, and the Hub allows one word.
-    if records[0].provenance.merged:
-        return "adapter"
-    return "quantized" if any(record.scheme.quantized_layers for record in records) else "finetune"
-
-
 def _eval_results(record: Record) -> list:
     """Macro F1, accuracy and the F1 of each class, for the card's `model-index`."""
-    from huggingface_hub import EvalResult
-
     quality = record.quality
     values = [("f1", "Macro F1", quality.macro_f1), ("accuracy", "Accuracy", quality.accuracy)]
     values += [("f1", f"F1 {label}", value) for label, value in quality.per_class_f1.items()]
@@ -237,9 +215,7 @@ def _collect_facts(own: list[Record]) -> dict:
     weights, answers = {}, {}
     for record in own:
         # The first file that is neither the tokenizer's nor a configuration
-        weights[record.format] = next(
-            name for name in record.size.files if "tokenizer" not in name and "config" not in name
-        )
+        weights[record.format] = next(name for name in record.size.files if not re.search("tokenizer|config", name))
         answers[record.format] = ranking({one.text: one for one in record.examples}[example])[0]
         packages.update(RUNTIMES[record.format].packages)
     recipe = provenance.recipe or {}
@@ -289,37 +265,32 @@ def _list_family(records: list[Record], variant: str, repo_id: str, seeds: list[
 
 
 def _collect_times(records: list[Record], runs: dict[str, Benchmark]) -> dict:
-    """The times of the records, a row per class of processors; those of a record in no run were measured alone.
+    """The `times` of the records, a row per class of processors, and the `interleaved` runs that they are of.
 
-    Returns:
-        `times`: the rows, with the `speedup` over the fastest FP32 model of the same run, None if measured alone.
-        `interleaved`: title of a class of processors -> the run on it, if any of the records is in it.
+    `speedup` is over the fastest FP32 model of the same run; None for a record in no run, which was measured alone.
     """
     times, interleaved = [], {}
     for record in records:
-        rows = []
-        for processor, run in runs.items():
-            if timed := run.artifacts.get(record.timed_as):
-                interleaved[PROCESSORS[processor]] = run
-                row = {"latency": timed.latency_ms, "texts_per_s": round(timed.throughput_per_s.median)}
-                speedup = timed.times_faster_at_batch_1.median
-                rows.append(row | {"processor": PROCESSORS[processor], "speedup": speedup})
-        if not rows:
-            row = {"latency": record.latency_ms, "texts_per_s": record.throughput_per_s.value}
-            rows.append(row | {"processor": PROCESSORS[record.environment.processor], "speedup": None})
-        times += [row | {"record": record} for row in rows]
+        own = {PROCESSORS[processor]: run for processor, run in runs.items() if record.timed_as in run.artifacts}
+        interleaved |= own
+        for processor, run in own.items():
+            timed = run.artifacts[record.timed_as]
+            row = {"latency": timed.latency_ms, "texts_per_s": round(timed.throughput_per_s.median)}
+            speedup = timed.times_faster_at_batch_1.median
+            times.append(row | {"processor": processor, "speedup": speedup, "record": record})
+        if not own:
+            row = {"latency": record.latency_ms, "texts_per_s": record.throughput_per_s.value, "record": record}
+            times.append(row | {"processor": PROCESSORS[record.environment.processor], "speedup": None})
     return {"times": times, "interleaved": interleaved}
 
 
 def _hyperparameters(provenance: Provenance) -> dict:
     """The arguments that decided the result; those of the baseline's recipe have `baseline.` before their names."""
     recipe = provenance.recipe or {}
-    baseline = {f"baseline.{key}": value for key, value in recipe.get("baseline", {}).items()}
     shown = {}
-    for name, value in (recipe | baseline).items():
-        key = name.split(".")[-1]
-        if key == "model_name_or_path":  # the recipe's default, for which another encoder may have stood in
-            value = provenance.base_model
-        if key not in HIDDEN_ARGUMENTS:
-            shown[name] = value
+    for prefix, values in (("", recipe), ("baseline.", recipe.get("baseline", {}))):
+        for key, value in values.items():
+            if key not in HIDDEN_ARGUMENTS:
+                # The recipe's default, for which another encoder may have stood in
+                shown[prefix + key] = provenance.base_model if key == "model_name_or_path" else value
     return shown

@@ -1,4 +1,4 @@
-"""Renders the templates of cards and pages.
+"""Renders the templates of cards and pages, and the pictures.
 
 A table is a block `{% filter table %}` with a line per row and `¦` between its cells, the head first.
 """
@@ -7,9 +7,19 @@ import contextlib
 from pathlib import Path
 
 import jinja2
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn
 
+from emotion.evaluation.schema import Record
 from emotion.utils.errors import UserError
-from emotion.utils.processor import TITLES
+from emotion.utils.files import atomic_write
+from emotion.utils.machine import PROCESSORS
+
+matplotlib.use("Agg")  # draws into files; the default looks for a screen
+PALETTE = "colorblind"
+MOST_NAMED = 30  # classes; of more, nobody could read the names and numbers, and a picture would take gigabytes
 
 
 @contextlib.contextmanager
@@ -17,32 +27,27 @@ def complete(what: str):
     """Raises `UserError` if a field is missing, or null where a number is needed; a `with` block or a decorator."""
     try:
         yield
-    # Files are checked field by field when they are read. This is for fields that only a page reads: templates raise
-    # the first of these if one is missing, Python the others.
+    # For fields that only a page reads: templates raise the first of these if one is missing, Python the others.
     except (jinja2.UndefinedError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{what} cannot be written: {error}; measure it again") from error
 
 
 def render(template: Path, **fields) -> str:
-    """Renders a template; the templates that it includes are beside it.
-
-    Raises:
-        jinja2.UndefinedError: if the template names a missing field; `complete` turns it into a `UserError`.
-    """
-    # StrictUndefined: by default a missing field would silently be empty. The two `_blocks`: a line with nothing but a
-    # tag leaves no line in the page.
+    """Renders a template, with those beside it; a missing field raises `UndefinedError`, see `complete`."""
+    # By default a missing field would be empty, and a line with nothing but a tag would leave a line in the page.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=_without_last_newline,
+        # Tables end with a newline; without it a blank line of a template is a blank line of the page.
+        finalize=lambda value: value.rstrip("\n") if isinstance(value, str) else value,
         extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters |= {
         "short": shorten,
-        "processor": TITLES.get,  # of a class of processors
+        "processor": PROCESSORS.get,  # of a class of processors
         "number": number,
         "percent": lambda value, form=".2f": number(value, form, 100),
         "mean": plus_minus,
@@ -90,11 +95,7 @@ def number(value: float | None, form: str = ".2f", factor: float = 1) -> str:
 
 
 def plus_minus(mean, form: str = ".2f", factor: float = 100) -> str:
-    """Formats a mean over seeds and its standard deviation: '89.04 ± 0.66', in points by default; one seed has none.
-
-    Args:
-        mean: a `Mean`, or a mapping with its fields.
-    """
+    """Formats a `Mean`, or its fields: '89.04 ± 0.66', in points by default; one seed has no deviation."""
     values = dict(mean)
     text, deviation = number(values["mean"], form, factor), values["standard_deviation"]
     return text if deviation is None else f"{text} ± {number(deviation, form.removeprefix('+'), factor)}"
@@ -108,6 +109,39 @@ def shorten(commit: str | None) -> str:
     return "-".join([digits[:7], *mark])
 
 
-def _without_last_newline(value):
-    """Tables end with a newline; without it a blank line of a template is a blank line of the page."""
-    return value.rstrip("\n") if isinstance(value, str) else value
+@contextlib.contextmanager
+def styled():
+    """Gives figures the style of this project; matplotlib's own settings stay as they are."""
+    with seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
+        yield
+
+
+def save_figure(figure, path: Path) -> None:
+    """Writes the figure as a PNG, and closes it; ``path`` may lack its suffix."""
+    with atomic_write(path.with_suffix(".png")) as partial:
+        # Without "Software" the bytes do not change with the version of matplotlib alone.
+        figure.savefig(partial, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
+    plt.close(figure)
+
+
+def plot_confusion_matrix(record: Record, path: Path) -> None:
+    """Draws the counts, colored by their share of the true class; for many classes only the colors."""
+    quality = record.quality
+    counts = np.array(quality.confusion_matrix)  # (true classes, predicted classes)
+    # Shares, not counts: the rare classes would all be white. At least 1, for a class without a text.
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    look, note = {"annot": counts, "linewidths": 0.5, "xticklabels": quality.labels, "yticklabels": quality.labels}, ""
+    if len(quality.labels) > MOST_NAMED:
+        look, note = {"xticklabels": False, "yticklabels": False}, f", {len(quality.labels)} classes"
+    bar = {"label": "share of the true class", "shrink": 0.8}
+    with styled():
+        # Inches: the margin with the names, and a cell per class.
+        size = 2.2 + 0.75 * min(len(quality.labels), MOST_NAMED)
+        figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the color bar
+        seaborn.heatmap(shares, fmt="d", cmap="Blues", vmin=0, vmax=1, square=True, ax=axes, cbar_kws=bar, **look)
+        axes.set(xlabel=f"predicted{note}", ylabel="true")
+        axes.tick_params(axis="y", rotation=0)
+        axes.tick_params(axis="x", rotation=30)
+        title = f"{record.name}, {quality.split}: {quality.examples} texts, macro F1 {quality.macro_f1:.3f}"
+        axes.set_title(title, fontsize="medium")
+        save_figure(figure, path)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+
 from emotion.inference.model_folder import find_formats
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, printable
 from emotion.utils.files import ROOT
-from emotion.utils.hub_requests import check_can_publish
+from emotion.utils.hub_requests import ask_hub, check_can_publish, endpoint_answers
 from emotion.utils.machine import run_script
 
 MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository that nobody has written to
@@ -25,20 +27,13 @@ class HubArguments:
 
     def __post_init__(self):
         if self.push_to_hub:
-            try:
-                check_can_publish(self.hub_model_id)
-            except UserError as error:  # ValueError, as the dataclasses of Transformers raise it
-                raise ValueError(f"--push_to_hub: {error}") from error
+            check_can_publish(self.hub_model_id)
 
 
 def push_to_hub(folder: str | Path, hub) -> None:
     """For `--push_to_hub`: scores every format of a saved model in a fresh process, then publishes it with its card.
 
-    Args:
-        hub: `HubArguments`, or the `RecipeTrainingArguments` of a training.
-
-    Raises:
-        UserError: if one of these processes failed; it has printed why.
+    ``hub`` is `HubArguments`, or a training's arguments. Raises `UserError` if a process failed, which has said why.
     """
     if not (hub.push_to_hub or getattr(hub, "publish", False)):
         return
@@ -59,19 +54,12 @@ def upload(
         files: name in the repository -> a file, or its bytes.
         repo_type: `model` or `space`.
         private: whether only the owner may see the repository.
-        message: of the commit.
+        message: of the commit, whose address is returned.
         marker: beginning of a name that a repository of this project holds; another's files are not replaced.
 
-    Returns:
-        The address of the commit.
-
     Raises:
-        UserError: if the Hub refuses, or still fails at the last attempt, or the repository holds something else.
+        UserError: if the Hub refuses or fails, or the repository holds something else.
     """
-    from huggingface_hub import constants
-
-    from emotion.utils.hub_requests import ask_hub, endpoint_answers
-
     check_can_publish(repo_id)
     if not endpoint_answers():
         raise UserError(f"the Hub ({constants.ENDPOINT}) cannot be reached")
@@ -80,10 +68,6 @@ def upload(
 
 def _commit(files: dict, repo_id: str, repo_type: str, private: bool, message: str, marker: str) -> str:
     """One attempt of `upload`."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    from emotion.utils.hub_requests import one_line
-
     api = HfApi()
     api.create_repo(
         repo_id,
@@ -106,4 +90,4 @@ def _commit(files: dict, repo_id: str, repo_type: str, private: bool, message: s
     found = {file.rfilename for file in api.repo_info(repo_id, repo_type=repo_type).siblings}
     if absent := files.keys() - found:
         raise UserError(f"{repo_id} did not take {', '.join(sorted(absent))}; look for a .gitignore there")
-    return one_line(commit.commit_url)
+    return printable(commit.commit_url)

@@ -1,8 +1,7 @@
 """A batch job: an output folder with a manifest, and shards that hold rows with their answers.
 
-A shard's bytes depend on its rows, the model and the flags alone, not on the process that writes it or on the shards
-written before. The next rows are read while these are classified. The manifest holds all that decides the output: a
-second call with the same arguments resumes the job, and one with others is refused.
+A shard's bytes depend on its rows, the model and the flags alone, all of which the manifest names: a second call with
+the same arguments resumes the job, and one with others is refused.
 """
 
 import contextlib
@@ -40,17 +39,11 @@ RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats 
 
 @dataclass(frozen=True)
 class Answers:
-    """The columns of a row's answer.
+    """The columns of a row's answer."""
 
-    Attributes:
-        top_k: labels per row.
-        probabilities: whether there is a column for the probability of each label.
-        prefix: begins the names of all columns.
-    """
-
-    top_k: int
-    probabilities: bool
-    prefix: str
+    top_k: int  # labels per row
+    probabilities: bool  # whether there is a column for the probability of each label
+    prefix: str  # begins the names of all columns
 
     def schema(self, labels: list[str]) -> pa.Schema:
         """The columns, for a model with these labels."""
@@ -66,29 +59,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Job:
-    """What every process that writes shards must know.
-
-    Attributes:
-        source: the input.
-        text_column: the column to classify.
-        folder: the model folder.
-        format: the format that is opened.
-        answers: the columns of an answer.
-        schema: the columns of a shard: those of the input that are kept, then those of `answers`.
-        output: the folder of the shards.
-        output_format: parquet, csv or jsonl.
-        shard_rows: rows of a shard; the last one may have fewer.
-    """
+    """What every process that writes shards must know."""
 
     source: Source
-    text_column: str
-    folder: Path
-    format: str
+    text_column: str  # the column to classify
+    folder: Path  # of the model
+    format: str  # of the model, which is opened
     answers: Answers
-    schema: pa.Schema
-    output: Path
-    output_format: str
-    shard_rows: int
+    schema: pa.Schema  # the columns of a shard: those of the input that are kept, then those of `answers`
+    output: Path  # the folder of the shards
+    output_format: str  # parquet, csv or jsonl
+    shard_rows: int  # the last shard may have fewer
 
     @property
     def shards(self) -> range:
@@ -118,12 +99,7 @@ class Job:
 
 
 class ShardWriter:
-    """Writes the shards of a job one after the other, in one process.
-
-    Args:
-        job: the job.
-        classifier: its opened model.
-    """
+    """Writes the shards of a job, with its opened model, one after the other in one process."""
 
     def __init__(self, job: Job, classifier: EmotionClassifier):
         self._job, self._classifier, self._reader = job, classifier, RowReader(job.source)
@@ -132,43 +108,43 @@ class ShardWriter:
         """Writes a shard and its record; ``progress`` is called with the number of rows of each piece."""
         job, counts, start = self._job, Counter(), number * self._job.shard_rows
         batches = self._reader.read(start, start + job.rows_of(number))
-        with _name_in_errors(job.path(number)), atomic_write(job.path(number)) as partial:
-            with _open_table(partial, job.output_format, job.schema) as write:
-                for piece in _prefetch(pieces(batches, job.text_column)):
-                    write(self._answer(piece, counts))
-                    progress(len(piece))
-            record = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
-            record["sha256"] = sha256(partial)
+        try:
+            with atomic_write(job.path(number)) as partial:
+                with _open_table(partial, job.output_format, job.schema) as write:
+                    for piece in _prefetch(pieces(batches, job.text_column)):
+                        write(self._answer(piece, counts))
+                        progress(len(piece))
+                record = {"rows": job.rows_of(number), **counts, "bytes": partial.stat().st_size}
+                record["sha256"] = sha256(partial)
+        except OSError as error:
+            if not error.errno or error.filename is not None:
+                raise
+            # pyarrow names no file where a disk is full.
+            raise OSError(error.errno, os.strerror(error.errno), str(job.path(number))) from error
         # After the rename: a shard without a record is written again.
         write_json(job.record(number), record)
 
     def _answer(self, piece: pa.Table, counts: Counter) -> pa.Table:
         """The rows of the shard's file; adds to the counts of `STATUSES`."""
         texts = piece.column(self._job.text_column).to_pylist()
-        status = np.array([STATUSES.index(_status(text)) for text in texts])
-        full = np.flatnonzero(status >= STATUSES.index("cut"))
+        status = np.array([_status(text) for text in texts], dtype=object)
+        full = np.flatnonzero((status != "null") & (status != "empty"))
         answered = [texts[row] for row in full]
         encode = self._classifier.runtime.encode
         before = encode.texts_cut
         logits = self._classifier.logits(answered)
-        status[full[find_cut(encode, answered, encode.texts_cut - before)]] = STATUSES.index("cut")
-        counts.update(STATUSES[index] for index in status)
-        new = self._columns(logits, full, len(piece)) + [pa.array(STATUSES).take(pa.array(status))]
+        status[full[find_cut(encode, answered, encode.texts_cut - before)]] = "cut"
+        counts.update(status)
+        new = [*self._columns(logits, full, len(piece)), pa.array(status, pa.string())]
         kept = self._job.schema.names[: -len(new)]
         return pa.table([*(piece.column(name) for name in kept), *new], schema=self._job.schema)
 
     def _columns(self, logits: np.ndarray, full: np.ndarray, rows: int) -> list[pa.Array]:
-        """Labels, scores and probabilities of the rows with a text; null in all others.
-
-        Args:
-            logits: float32 (texts, labels).
-            full: the rows of the texts, int64 (texts,).
-        """
+        """Labels, scores and probabilities of the rows ``full``, int64 (texts,), by their logits; null in others."""
         answers, labels = self._job.answers, self._classifier.labels
         probabilities = np.zeros((rows, len(labels)), dtype=np.float32)
         probabilities[full] = softmax(logits)
-        without = np.ones(rows, dtype=bool)
-        without[full] = False
+        without = ~np.isin(np.arange(rows), full)
         # Stable, as in `EmotionClassifier`: of equal scores the first label wins.
         order = np.argsort(-probabilities, axis=-1, kind="stable")
         columns = []
@@ -182,17 +158,11 @@ class ShardWriter:
 
 
 def plan_columns(source: Source, keep_columns: list[str] | None, answers: pa.Schema) -> pa.Schema:
-    """The columns of a shard: those of the input that are kept, then those of the answers.
-
-    Raises:
-        UserError: if both have a column of the same name.
-    """
+    """The columns of a shard: those of the input that are kept, then those of the answers, under other names."""
     kept = [field for field in source.schema if keep_columns is None or field.name in keep_columns]
     if both := {field.name for field in kept} & set(answers.names):
-        raise UserError(
-            f"the input has a column {min(both)} as well; leave it out with --keep_columns, "
-            "or give the new columns another name with --prefix predicted_"
-        )
+        hint = "leave it out with --keep_columns, or rename the new one with --prefix predicted_"
+        raise UserError(f"the input has a column {min(both)} as well; {hint}")
     return pa.schema([*kept, *answers])
 
 
@@ -230,26 +200,14 @@ def _status(text: str | None) -> str:
 
 def find_cut(encode, texts: list[str], count: int) -> list[int]:
     """The indices of the ``count`` texts that were cut: the encoder only counts them."""
-    found = []
-    for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):  # most likely the longest ones
-        if len(found) == count:
-            break
+    found, rows = [], sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    while rows and len(found) < count:
+        row = rows.pop()  # most likely the longest ones
         before = encode.texts_cut
         encode([texts[row]])
         if encode.texts_cut > before:
             found.append(row)
     return found
-
-
-@contextlib.contextmanager
-def _name_in_errors(path: Path):
-    """Adds the file's name to pyarrow's errors of a full disk, which have none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and error.filename is None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
 
 
 @contextlib.contextmanager
@@ -287,11 +245,7 @@ def _prefetch(items: Iterator) -> Iterator:
 
 @contextlib.contextmanager
 def lock_job(output: Path):
-    """Creates the output folder if there is none, and locks it for this process.
-
-    Raises:
-        UserError: if it holds something else, or another process is writing into it.
-    """
+    """Creates and locks the output folder; raises `UserError` if it holds something else or is locked."""
     with output_lock(output) as folder:
         folder.mkdir(exist_ok=True)
         # A killed process may have left the beginning of a manifest.
@@ -305,11 +259,10 @@ def manifest_of(job: Job) -> dict:
     """All that decides the bytes of the output: input, model, flags and versions; no date and no local path."""
     names = [file.path for file in job.source.files]
     common = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 (URIs of the Hub are no paths)
-    files = []
-    for file in job.source.files:
-        is_on_hub = file.path.startswith(HUB_PREFIX)  # such a URI holds the commit, and no local folder
-        path = file.path if is_on_hub else Path(file.path).relative_to(common).as_posix()
-        files.append(asdict(file) | {"path": path})
+    files = [asdict(file) for file in job.source.files]
+    for file in files:
+        if not file["path"].startswith(HUB_PREFIX):  # a URI of the Hub holds the commit, and no local folder
+            file["path"] = Path(file["path"]).relative_to(common).as_posix()
     served = files_to_serve(job.folder, job.format)
     packages = ("pyarrow", "numpy", "tokenizers", RUNTIMES.get(job.format, "torch"))
     return {
@@ -326,40 +279,35 @@ def manifest_of(job: Job) -> dict:
     }
 
 
-def begin_job(job: Job, manifest: dict) -> None:
-    """Writes the manifest, or compares it with the one that is there.
-
-    Raises:
-        UserError: naming the first difference.
-    """
-    path = job.output / MANIFEST
+def begin_job(job: Job) -> dict:
+    """Writes the manifest, or raises `UserError` with the first difference to the one that is there; returns it."""
+    path, manifest = job.output / MANIFEST, manifest_of(job)
     if not path.is_file():
         write_json(path, {"model_name": relative(job.folder), **manifest, "complete": False})
-        return
-    before = read_json(path)
-    for key, value in manifest.items():
-        if difference := _difference(key, before.get(key), value):
+        return manifest
+    before, now = _flatten(read_json(path)), _flatten(manifest)
+    names = [name for name in dict.fromkeys([*now, *before]) if name.split(".")[0] in manifest]
+    for name in names:
+        if before.get(name) != now.get(name):
+            difference = f"{name} was {before.get(name)!r:.80}, and is {now.get(name)!r:.80}"
             raise UserError(f"{job.output} holds the output of another job: {difference}; name another folder")
+    return manifest
 
 
-def _difference(name: str, before, now) -> str | None:
-    """Describes the first difference of two JSON values; None if they are equal."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            if difference := _difference(f"{name}.{key}", before.get(key), now.get(key)):
-                return difference
-        return None
-    return None if before == now else f"{name} was {before!r:.80}, and is {now!r:.80}"
+def _flatten(value, name: str = "") -> dict:
+    """The values inside a JSON value, by the names that lead there: {'flags.top_k': 1, 'input.files.0.rows': 9}."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    flat = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def finish_job(job: Job, manifest: dict) -> dict:
-    """Completes the manifest of a job whose shards are all there; returns the counts of rows and statuses.
-
-    Raises:
-        UserError: if one of the shards is missing.
-    """
+    """Completes the manifest; returns the counts of rows and statuses. Raises `UserError` if a shard is missing."""
     counts, shards = {"rows": job.source.rows, **dict.fromkeys(STATUSES, 0)}, []
     for number in job.shards:
         record = job.find_done(number)

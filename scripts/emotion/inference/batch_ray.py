@@ -40,34 +40,28 @@ class ShardActor:
 
 
 def write_on_ray(job: Job, missing: list[int], progress: Callable[[int], object]) -> None:
-    """Writes the shards on the cluster that is there, or on this machine.
+    """Writes the shards ``missing`` on the cluster that is there, or on this machine; raises `UserError` if Ray fails.
 
-    Args:
-        job: the job.
-        missing: the numbers of the shards to write.
-        progress: called with the number of rows of each shard that is done.
-
-    Raises:
-        UserError: if an actor or Ray itself fails.
+    ``progress`` is called with the number of rows of each shard that is done.
     """
     waiting = set(missing)
+
+    def count(number: int) -> None:
+        waiting.remove(number)
+        progress(job.rows_of(number))
+
     if waiting:
         _connect()
     while waiting:
-        done = 0
+        before = len(waiting)
         try:
             for number in _write_once(job, sorted(waiting)):
-                waiting.remove(number)
-                progress(job.rows_of(number))
-                done += 1
-        # Ray restarts dead actors, but may still fail to fetch what one of them returned just before. Its shard is
-        # there all the same, and those that are not are begun again.
+                count(number)
+        # Ray may fail to fetch what an actor returned just before it died: its shard is there all the same.
         except ray.exceptions.RayError as error:
-            for number in [number for number in waiting if job.find_done(number)]:
-                waiting.remove(number)
-                progress(job.rows_of(number))
-                done += 1
-            if not done:
+            for number in filter(job.find_done, sorted(waiting)):
+                count(number)
+            if len(waiting) == before:
                 raise UserError(f"Ray writes no shard any more ({type(error).__name__}); run it again") from error
 
 
@@ -81,8 +75,7 @@ def _write_once(job: Job, numbers: list[int]) -> Iterator[int]:
         batch_size=1,
         fn_constructor_args=[job],
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        # As many actors as processors, each of which asks for half of one: so the actors of a dead machine find room
-        # on those that are left.
+        # Half a processor for each of as many actors: so those of a dead machine find room on those that are left.
         num_cpus=0.5,
         max_task_retries=5,  # a shard that kills every actor, for want of memory, ends the job
     )

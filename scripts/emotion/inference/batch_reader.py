@@ -3,8 +3,8 @@
 Parquet is read by pyarrow; CSV and JSON lines by Python's own readers, which refuse what pyarrow guesses at: a quote
 that is never closed, an integer of more than 64 bits, endless nesting.
 
-`survey` reads all files once and counts their rows. That takes a hundredth of the time of classifying them, finds a
-file that cannot be read before the work begins, and lets every process of a cluster find the file that a row is in.
+`survey` reads all files once and counts their rows, in a hundredth of the time of classifying them. So a file that
+cannot be read is found before the work begins, and every process of a cluster finds the file that a row is in.
 """
 
 import csv
@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +27,8 @@ from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import sha256
 
 # File extension -> how the file is read; an extension of `COMPRESSED` may follow
-KINDS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".json": "jsonl",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "txt",
-}
+KINDS = {".csv": "csv", ".tsv": "tsv", ".txt": "txt", ".parquet": "parquet"}
+KINDS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "jsonl")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HUB_PREFIX = "hf://"
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -55,17 +49,11 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of all files, one file after the other.
+    """The rows of all files, one file after the other."""
 
-    Attributes:
-        kind: how the files are read, one of the values of `KINDS`.
-        files: the files, in order.
-        schema: the columns that are read from each file.
-    """
-
-    kind: str
+    kind: str  # how the files are read, one of the values of `KINDS`
     files: tuple[InputFile, ...]
-    schema: pa.Schema
+    schema: pa.Schema  # the columns that are read from each file
 
     @property
     def rows(self) -> int:
@@ -82,15 +70,9 @@ def kind_of(name: str) -> str | None:
 
 
 def find_files(inputs: list[str], config: str | None, split: str) -> tuple[str, list[str]]:
-    """The kind of the input, and its files in order.
+    """The kind of the input, and its files in order; raises `UserError` if there are none, or of several kinds.
 
-    Args:
-        inputs: files, folders, patterns, or one dataset id on the Hub.
-        config: the configuration of the dataset on the Hub.
-        split: the split of the dataset on the Hub.
-
-    Raises:
-        UserError: if there is no such file, or the files are not all of one kind.
+    ``inputs`` are files, folders, patterns, or a dataset id on the Hub with its ``config`` and ``split``.
     """
     names = []
     for name in inputs:
@@ -114,16 +96,12 @@ def _expand(name: str) -> list[str]:
         if kind_of(name) is None:
             raise UserError(f"{name}: unknown extension; known are {', '.join(KINDS)}, also compressed")
         return [name]
-    if path.is_dir():
-        found = []
-        for file in path.rglob("*"):
-            # Names that begin so are marks and unfinished files of programs, this one's own among them.
-            is_hidden = any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-            if file.is_file() and kind_of(file.name) and not is_hidden:
-                found.append(str(file))
-        return sorted(found)
     found = glob.glob(name, recursive=True)  # noqa: PTH207 (that of Path takes no pattern from the root)
-    return sorted(file for file in found if Path(file).is_file() and kind_of(file))
+    if path.is_dir():
+        # Names that begin so are marks and unfinished files of programs, this one's own among them.
+        hidden = re.compile(r"(^|/)[._]")
+        found = [str(file) for file in path.rglob("*") if not hidden.search(file.relative_to(path).as_posix())]
+    return sorted(file for file in found if kind_of(file) and Path(file).is_file())
 
 
 def _files_on_hub(name: str, config: str | None, split: str) -> list[str]:
@@ -156,14 +134,8 @@ def local_path(name: str) -> Path:
 def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str] | None) -> Source:
     """Reads all files once: counts their rows, hashes them, and finds the columns that all of them have.
 
-    Args:
-        kind: how the files are read.
-        names: the files, in order.
-        text_column: the column to classify.
-        keep_columns: the columns to read beside it; None for all.
-
-    Raises:
-        UserError: naming the file that cannot be read, that lacks a column, or whose column has another type.
+    ``keep_columns`` are read beside the text's, all of them if None. Raises `UserError` with the file that cannot be
+    read, that lacks a column, or whose column has another type.
     """
     files, schema = [], None
     wanted = [text_column] if keep_columns is None else [text_column, *keep_columns]
@@ -238,11 +210,7 @@ class RowReader:
         self._position, self._stream, self._rest = 0, None, None
 
     def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-        """Yields the rows from ``start`` to before ``stop``, in batches of any size.
-
-        Raises:
-            UserError: if a file cannot be read any more, or has another number of rows than in the survey.
-        """
+        """Yields the rows from ``start`` to before ``stop``, in batches; raises `UserError` for a changed file."""
         current, file = (bisect_right(self._ends, row) for row in (self._position, start))
         # Only Parquet knows where a row is in its file. In others reading on is shorter than from the file's start.
         can_skip = current == file and self._position < start and self._source.kind != "parquet"
@@ -260,30 +228,24 @@ class RowReader:
 
     def _batches(self, first: int, start: int) -> Iterator[pa.RecordBatch]:
         """Yields all rows from row ``start`` of file ``first`` on."""
+        kind, schema = self._source.kind, self._source.schema
         for file in self._source.files[first:]:
-            rows = start
-            for batch in read_file(file.path, self._source.kind, self._source.schema, start):
-                rows += len(batch)
-                if rows <= file.rows:
-                    yield batch
+            rows = skip = start
+            with one_line(f"{file.path} cannot be read"):
+                path = local_path(file.path)
+                if kind == "parquet":
+                    batches, skip = _read_parquet(path, schema, start)
+                else:
+                    batches = _read_text(path, kind, schema)
+                for batch in batches:
+                    part = batch.slice(min(skip, len(batch)))
+                    skip -= len(batch) - len(part)
+                    rows += len(part)
+                    if part and rows <= file.rows:
+                        yield part
             if rows != file.rows:
                 raise UserError(f"{file.path} had {file.rows} rows when they were counted and has {rows} now")
             start = 0
-
-
-def read_file(name: str, kind: str, schema: pa.Schema, start: int = 0) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a file from row ``start`` on, with these columns and types."""
-    with one_line(f"{name} cannot be read"):
-        path = local_path(name)
-        if kind == "parquet":
-            batches, start = _read_parquet(path, schema, start)
-        else:
-            batches = _read_text(path, kind, schema)
-        for batch in batches:
-            skipped = min(start, len(batch))
-            start -= skipped
-            if skipped < len(batch):
-                yield batch.slice(skipped)
 
 
 def _read_text(path: Path, kind: str, schema: pa.Schema | None) -> Iterator[pa.RecordBatch]:

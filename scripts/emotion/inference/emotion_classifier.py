@@ -1,8 +1,7 @@
 """Classifies texts with a model folder or a repository of the Hub, in any of its formats.
 
 ONNX and OpenVINO files need neither torch nor transformers. Few texts are classified one batch after the other, with
-all threads. Many texts are classified side by side: each thread computes a batch of its own. The batches depend on the
-texts alone, so that the number of threads does not change the answers to many texts.
+all threads, and of many each thread computes a batch of its own. The batches depend on the texts alone.
 """
 
 import ctypes
@@ -21,8 +20,8 @@ import numpy as np
 from emotion.data.metrics import softmax
 from emotion.inference.model_folder import HOW_TO_GET, SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
-from emotion.utils.checksums import SUMS_FILE, check_sums, read_sums
 from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.files import SUMS_FILE, check_sums, read_sums
 from emotion.utils.machine import choose_threads
 
 # The formats to look for if none is given, the fastest for one text first. A repository's `model.safetensors` is
@@ -51,11 +50,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class EmotionClassifier:
     """Classifies texts. A copy, a pickle and a forked process open the folder again; threads may share an instance.
 
-    Args:
-        folder (`Path`): a model folder.
-        format (`str`): one of `WEIGHT_FILES`, which the folder has.
-        threads (`int`): the number of threads to compute with.
-        open_runtime (`Callable`, *optional*): replaces `open_artifact`, with the same arguments.
+    Open it with `from_pretrained`; ``open_runtime`` replaces `open_artifact`, with the same arguments.
 
     Attributes:
         labels (`list[str]`): the names of the classes, in the order of the logits.
@@ -78,13 +73,14 @@ class EmotionClassifier:
 
     def _open(self) -> None:
         """Opens the runtime for this process."""
-        # OpenMP, with which PyTorch computes, keeps its threads by the thread that calls. That of a fork has threads
-        # that are not there; a new one gets new threads.
+        # OpenMP, with which PyTorch computes, keeps its threads by the caller: in a fork a new thread gets new ones.
         caller = ThreadPoolExecutor(max_workers=1) if forks else None
         open_runtime = partial(self._open_runtime, self._folder, self.format, threads=self._threads)
         self._runtime = caller.submit(open_runtime).result() if caller else open_runtime()
         self.labels = self._runtime.labels
-        self._one_by_one = Workers(self._runtime, calls=1, pool=caller)
+        # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
+        # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
+        self._one_by_one = (self._runtime, caller)
         self._side_by_side = None  # opened by the first call with many texts
         self._forks = forks  # last: until then another thread would wait for what is opened here
 
@@ -114,12 +110,8 @@ class EmotionClassifier:
             model (`str` or `Path`): a folder, or a repository id on the Hub: "owner/name".
             format (`str`, *optional*): "onnx", "openvino", "pytorch", "bf16", "torchao", "nf4" or "adapter"; defaults
                 to ONNX, else OpenVINO, else the first that the folder has.
-            threads (`int`, *optional*): the number of threads to compute with; defaults to `OMP_NUM_THREADS`, at most
-                all processors of this process.
+            threads (`int`, *optional*): defaults to `OMP_NUM_THREADS`, at most all processors of this process.
             verify (`bool`, defaults to `True`): whether the files are compared with the folder's SHA256SUMS, if any.
-
-        Returns:
-            `EmotionClassifier`
 
         Raises:
             UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
@@ -152,17 +144,10 @@ class EmotionClassifier:
         return list(self.classify_stream(texts, top_k))
 
     def classify_stream(self, texts: Iterable[str], top_k: int | None = 1) -> Iterator:
-        """Yields the results of `classify` one by one, in flat memory.
+        """Yields the results of `classify`, with the same arguments and errors, one by one and in flat memory.
 
         It reads up to `2 * CHUNK` texts ahead of the result. Pass the lines of a live stream to `classify` as they
         come.
-
-        Args:
-            texts (`Iterable[str]`): as in `classify`.
-            top_k (`int`, *optional*, defaults to 1): as in `classify`.
-
-        Raises:
-            TypeError, UserError: as `classify` does.
         """
         check_is_batch(texts)
         if top_k is not None and top_k < 1:
@@ -174,17 +159,9 @@ class EmotionClassifier:
             yield from to_labels(logits, self.labels, top_k)
 
     def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
-        """Returns the logits of all texts.
+        """Returns the logits, float32 of shape `(texts, labels)` in the order of the texts; raises as `classify` does.
 
-        Args:
-            texts (`Iterable[str]`): as in `classify`.
-            progress (`Callable[[int], object]`, *optional*): called with the number of texts of each finished batch.
-
-        Returns:
-            `np.ndarray`: float32 of shape `(texts, labels)`, in the order of the texts.
-
-        Raises:
-            TypeError, UserError: as `classify` does.
+        ``progress`` is called with the number of texts of each finished batch.
         """
         check_is_batch(texts)
         empty = np.empty((0, len(self.labels)), dtype=np.float32)  # the logits of no texts
@@ -200,8 +177,8 @@ class EmotionClassifier:
                 position += len(chunk)
                 # The first chunk decides: a short one is all there is.
                 workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
-                # While the workers compute the chunk before, this thread tokenizes the next.
-                started.append(workers.start(runtime.encode(chunk), progress))
+                # While other threads compute the chunk before, this one tokenizes the next.
+                started.append(start_batches(*workers, runtime.encode(chunk), progress))
                 if len(started) > 1:
                     yield self._collect(started.popleft())
             while started:
@@ -212,7 +189,7 @@ class EmotionClassifier:
                     future.cancel()
 
     def _collect(self, started: list[tuple[np.ndarray, Future]]) -> np.ndarray:
-        """Waits for batches of `Workers.start`; returns float32 `(texts, labels)`, in the order of the texts."""
+        """Waits for batches of `start_batches`; returns float32 `(texts, labels)`, in the order of the texts."""
         logits = np.empty((sum(len(rows) for rows, _ in started), len(self.labels)), dtype=np.float32)
         for rows, future in started:
             logits[rows] = future.result()
@@ -223,49 +200,32 @@ class EmotionClassifier:
             )
         return logits
 
-    def _open_side_by_side(self) -> "Workers":
-        """The workers for many texts. The model is opened once more, since a runtime's threads are set for good."""
+    def _open_side_by_side(self) -> tuple:
+        """A runtime for many texts, opened once more since its threads are set for good, and the pool to call it."""
         with opening:  # two threads may ask at once
             if self._side_by_side is None:
                 self._side_by_side = self._one_by_one
                 # PyTorch sets its threads for the whole process, and runs one call at a time.
                 if self._threads > 1 and not isinstance(self._runtime, TorchClassifier):
                     runtime = self._open_runtime(self._folder, self.format, threads=self._threads, calls=self._threads)
-                    self._side_by_side = Workers(runtime, calls=self._threads)
+                    self._side_by_side = (runtime, ThreadPoolExecutor(max_workers=self._threads))
             return self._side_by_side
 
 
-class Workers:
-    """The threads that call a runtime; they end with the process or with this object.
-
-    Args:
-        runtime: one of the classes in runtimes.py.
-        calls (`int`): the number of calls that it computes side by side.
-        pool (`ThreadPoolExecutor`, *optional*): the threads to call it by.
-    """
-
-    def __init__(self, runtime, calls: int, pool: ThreadPoolExecutor | None = None):
-        self._runtime = runtime
-        # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
-        # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
-        self._pool = pool or (ThreadPoolExecutor(max_workers=calls) if calls > 1 else None)
-
-    def start(self, token_ids: list[list[int]], progress=None) -> list[tuple[np.ndarray, Future]]:
-        """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
-        started = []
-        for rows in batches_by_tokens(token_ids):
-            future = self._submit([token_ids[row] for row in rows])
-            if progress:
-                future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
-            started.append((rows, future))
-        return started
-
-    def _submit(self, batch: list[list[int]]) -> Future:
-        if self._pool:
-            return self._pool.submit(self._runtime.logits, batch)
-        future = Future()
-        future.set_result(self._runtime.logits(batch))
-        return future
+def start_batches(runtime, pool: ThreadPoolExecutor | None, token_ids: list[list[int]], progress=None) -> list[tuple]:
+    """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
+    started = []
+    for rows in batches_by_tokens(token_ids):
+        batch = [token_ids[row] for row in rows]
+        if pool:
+            future = pool.submit(runtime.logits, batch)
+        else:
+            future = Future()
+            future.set_result(runtime.logits(batch))
+        if progress:
+            future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
+        started.append((rows, future))
+    return started
 
 
 def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
@@ -274,10 +234,8 @@ def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Itera
     # Stable: of equal scores the first label wins, as with `argmax` in the evaluation.
     order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
     scores = np.take_along_axis(probabilities, order, axis=-1)
-    for indices, values in zip(order.tolist(), scores.tolist(), strict=True):
-        answers = []
-        for index, score in zip(indices, values, strict=True):
-            answers.append({"label": labels[index], "score": score})
+    for row in zip(order.tolist(), scores.tolist(), strict=True):
+        answers = [{"label": labels[index], "score": score} for index, score in zip(*row, strict=True)]
         yield answers[0] if top_k == 1 else answers
 
 
@@ -296,41 +254,27 @@ def check_texts(texts: list, position: int) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, cut by another program
-            raise UserError(
-                f"text {number} (counted from 0) has half a character at {error.start}; replace it"
-            ) from error
+            where = f"text {number} (counted from 0)"
+            raise UserError(f"{where} has half a character at {error.start}; replace it") from error
 
 
 def choose_format(folder: Path, verify: bool) -> str:
-    """The first of `PREFERRED` that the folder has, else its first format.
-
-    Raises:
-        UserError: if the folder has lost a preferred one. The next would give slightly other answers.
-    """
+    """The first of `PREFERRED` that the folder has, else its first format; raises `UserError` for one that is lost."""
     formats = find_formats(folder)
     sums = (read_sums(folder) if verify else None) or {}
     for format in PREFERRED:
         if format in formats:
             return format
-        for name in WEIGHT_FILES[format]:
-            if name in sums and not (folder / name).exists():
-                raise UserError(
-                    f"{folder} has no {name}, which {SUMS_FILE} names; make or download it again, or ask for one of "
-                    f"its formats: {', '.join(formats)}"
-                )
+        if lost := [name for name in WEIGHT_FILES[format] if name in sums and not (folder / name).exists()]:
+            others = f"ask for one of its formats: {', '.join(formats)}"
+            raise UserError(f"{folder} has no {lost[0]}, which {SUMS_FILE} names; download it again, or {others}")
     return next(iter(formats))
 
 
 def find_model(name: str, format: str | None, verify: bool = True) -> Path:
-    """The folder of that name, or the downloaded files of the repository of that name.
+    """The folder of that name, or the downloaded files of the repository of that name; raises `UserError` as `fetch`.
 
-    Args:
-        name: a folder, or a repository id on the Hub.
-        format: the format to download; if None, the first of `PREFERRED` that the repository has.
-        verify: whether downloaded files are compared with the repository's SHA256SUMS.
-
-    Raises:
-        UserError: if there is neither, the repository does not have the format, or a downloaded file is damaged.
+    ``format`` is the one to download; if None, the first of `PREFERRED` that the repository has.
     """
     # A name that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -344,20 +288,10 @@ def find_model(name: str, format: str | None, verify: bool = True) -> Path:
 
 
 def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
-    """Downloads the files that one format of a repository needs, or finds them in the cache.
+    """Downloads the files that one format of a repository needs, or finds them in the cache; returns their folder.
 
-    Args:
-        repo_id: the repository id on the Hub.
-        formats: the formats to look for; the first that the repository has is downloaded.
-        verify: whether the files are compared with the repository's SHA256SUMS, if any.
-        optional: other files to download, if the repository has them.
-
-    Returns:
-        The folder that holds the files.
-
-    Raises:
-        UserError: if the repository has none of the formats, a file differs from its checksum, or the Hub refuses or
-            still fails at the last attempt.
+    Of the ``formats`` it takes the first that the repository has, and the ``optional`` files that it has. Raises
+    `UserError` if there is none, a file differs from its checksum (with ``verify``), or the Hub refuses or fails.
     """
     from emotion.utils.hub_requests import ask_hub, endpoint_answers  # a local folder needs no huggingface_hub
 

@@ -12,17 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from emotion.inference.model_folder import read_config
-from emotion.inference.pretrained import open_model
+from emotion.inference.model_folder import open_model, read_config
 from emotion.utils.errors import UserError, one_line
 
 
 def open_adapted(folder: Path, adapter: Path) -> PeftModel:
-    """Opens the language model in ``folder`` with the adapter in ``adapter``, on the CPU.
-
-    Raises:
-        UserError: if one of them cannot be read, or they do not fit each other.
-    """
+    """Opens a language model with an adapter on the CPU; raises `UserError` if a file is damaged or does not fit."""
     base, report = open_model("AutoModelForCausalLM", folder, dtype="auto", device_map="cpu")
     if report["missing_keys"]:
         raise UserError(f"{folder}: no weights for {', '.join(sorted(report['missing_keys'])[:3])}; make it again")
@@ -42,15 +37,7 @@ def _open_tokenizer(folder: Path | str):
 
 
 class PromptEncoder:
-    """Encodes prompts: the instruction and a text in the model's chat template.
-
-    Args:
-        folder: the model folder.
-        instruction: defaults to the one in the folder's config.json.
-
-    Raises:
-        UserError: if there is no tokenizer with a chat template, or no instruction.
-    """
+    """Encodes prompts: the instruction, by default that of config.json, and a text in the model's chat template."""
 
     texts_cut = 0  # as of `TextEncoder`: a prompt without its end would ask for no answer, so none is truncated
 
@@ -65,15 +52,7 @@ class PromptEncoder:
         return self._encode([self._render(text) for text in texts])
 
     def answer(self, label: str, whole: bool = False) -> list[int]:
-        """Returns the token ids of a label as the answer, up to the EOS token.
-
-        Args:
-            label: the name of a class.
-            whole: whether to add what the template writes after the EOS token.
-
-        Raises:
-            UserError: if the chat template does not write the answer after the prompt, or without an EOS token.
-        """
+        """Returns the token ids of a label as the answer, up to EOS, or ``whole``, as the template ends it."""
         # Any text will do, since what precedes the answer is removed. Tokenized by itself, as in the training.
         prompt, both = self._render(""), self._render("", label)
         if not both.startswith(prompt):  # templates of models that think first rewrite what precedes an answer
@@ -98,10 +77,7 @@ class PromptEncoder:
 class AnswerTree:
     """All answers side by side after one prompt (tree attention): a token attends to the prompt and to its own answer.
 
-    One forward pass therefore computes the prompt once, whatever the number of classes.
-
-    Args:
-        answers: the token ids of each answer, EOS included.
+    So one forward pass computes the prompt once for all classes. ``answers`` are token ids with EOS.
     """
 
     def __init__(self, answers: list[list[int]]):
@@ -122,12 +98,7 @@ class AnswerTree:
         self._count = len(answers)
 
     def log_likelihoods(self, model, prompts: list[list[int]]) -> np.ndarray:
-        """The log-likelihood of each answer to each prompt: float32 (prompts, answers).
-
-        Args:
-            model: a language model of Transformers or PEFT, on the CPU.
-            prompts: the token ids of each prompt.
-        """
+        """The log-likelihood of each answer to each prompt, of token ids: float32 (prompts, answers)."""
         ids, positions, attends = self._arrange(prompts)
         dtype = model.get_input_embeddings().weight.dtype
         # An additive mask, since not all attention implementations take a boolean one.

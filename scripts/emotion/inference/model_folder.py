@@ -1,7 +1,7 @@
 """A model folder, which `from_pretrained` opens, with the same model for other runtimes beside it.
 
-This module finds the formats that a folder holds and the files that each format needs, and writes a new folder
-atomically with its provenance.
+This module finds the formats that a folder holds and the files that each needs, opens it with `from_pretrained`,
+writes a new folder with its provenance, and names what is released.
 """
 
 import contextlib
@@ -10,20 +10,21 @@ import re
 from pathlib import Path
 
 from emotion.data.dataset import Task, fingerprint
-from emotion.utils.base_model import BaseModel
-from emotion.utils.checksums import check_sums, write_sums
-from emotion.utils.errors import UserError
+from emotion.utils.arguments import PLACES, Recipe
+from emotion.utils.base_model import RECIPE_FILE, BaseModel
+from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import (
     FolderKind,
     atomic_folder,
     check_replaceable,
+    check_sums,
     output_lock,
     read_fields,
     read_json,
+    write_sums,
     write_text,
 )
 from emotion.utils.machine import git_commit, is_main_process, package_versions
-from emotion.utils.recipe import PLACES, RECIPE_FILE, Recipe
 
 # What every format needs beside its weights
 SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -40,16 +41,43 @@ WEIGHT_FILES = {
 }
 # The fields of config.json that are read here
 CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant_method": str}, "vocab_size?": int}
-# `quant_method` in config.json -> formats of `model.safetensors`; None for float weights
+# `quant_method` in config.json -> formats of `model.safetensors`; None for float weights. A language model classifies
+# only with its adapter.
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
+FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
 # Ends each message about a missing model
 HOW_TO_GET = (
     "take one that the repository holds (weights/qat-int4; others in README.md), "
     "train one with python scripts/run_baseline.py (a short run: make run), "
     "or fetch one with hf download user/name --local-dir FOLDER"
 )
-# A language model classifies only with its adapter.
-FORMATS_OF_LANGUAGE_MODEL = ("adapter",)
+
+# Bits of a quantized weight, and below 8 its levels: odd ones spend none on zero, which would leave one side fewer.
+BITS = (8, 4, 2)
+LEVELS = {2: range(-3, 4, 2), 4: range(-8, 8)}
+# The seven-bit limit: a processor without VNNI adds two products with an 8-bit activation in 16 bits, where weights of
+# the full range overflow (2 x 255 x 127 > 2^15) and these do not (2 x 255 x 64 < 2^15).
+LARGEST_SAFE_WEIGHT = 64
+BRANCH = "/outliers"  # part of the names of the nodes of an ONNX file that compute outlier channels in float
+
+# Released variant -> its format: all formats would be 600 MB. ONNX is the fastest for one text, and the browser's; the
+# baseline comes in half the bytes of FP32, and QLoRA as it was trained, in 4 bits with the adapter beside it.
+RELEASED = {"baseline": "bf16", "ptq": "onnx", "qat": "onnx", "qat-int4": "onnx", "qat-int2": "onnx", "qlora": "nf4"}
+RECOMMENDED = "qat-int4"  # the best file of QAT on validation; a seventh of FP32
+# The baseline's file gets the name that `from_pretrained` opens. config.json makes it compute in float32: in bfloat16
+# two labels of 2,000 differ on another processor, and macro F1 by 0.2 points.
+RENAMED = {"model.bf16.safetensors": "model.safetensors"}
+OPENED_AS = {"baseline": "pytorch"}
+SCORES_OF_OPENED = "released"  # folder of the results with the record of what is opened in another format
+LICENSE_FILE = "LICENSE"  # of the weights, which have their encoder's, not that of the code
+BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 150 * 10**6  # upper bounds for a clone
+
+# Sizes in config.json that are a dimension of some weight, of BERT and its descendants, and of DistilBERT
+SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")
+CLASSIFIER = "AutoModelForSequenceClassification"
+LAYERS = ("num_hidden_layers", "n_layers")
+# Weights that a file may hold in excess: older libraries saved position ids, and a pooler that the head does not use.
+UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 METADATA_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "provenance", "training", "versions"}
 RUN_FILE = "training_run.json"  # beside the checkpoints of a training: its recipe, its rows and its processes
@@ -61,16 +89,12 @@ def _is_ours(folder: Path) -> bool:
     """Whether a folder holds a model of this project, or the checkpoints of a training that was interrupted."""
     import yaml
 
-    try:
+    with contextlib.suppress(UserError):
         if ROWS_FIELD in read_json(folder / RUN_FILE):
             return True
-    except UserError:
-        pass
-    try:
-        metadata = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(metadata, dict) and metadata.keys() >= METADATA_FIELDS
+    with contextlib.suppress(UserError):
+        return read_fields(folder / RECIPE_FILE, yaml.safe_load, {}).keys() >= METADATA_FIELDS
+    return False
 
 
 # Without README.md: no command writes one, so that it belongs to the user.
@@ -94,30 +118,21 @@ ARTIFACT = FolderKind(
 
 
 def find_formats(folder: Path) -> dict[str, Path]:
-    """Finds the formats that a folder holds.
-
-    Returns:
-        Format -> its weights file.
-
-    Raises:
-        UserError: if there is no such folder, or it is no model folder, or it holds none of the formats.
-    """
+    """Finds the formats of a folder: format -> its weights file; raises `UserError` if it has none or is no model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; {HOW_TO_GET}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json")
     of_root = FORMATS_OF_ROOT.get(quantized_by(folder), ())
-    if is_language_model(folder):
+    if any(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or []):
         of_root = FORMATS_OF_LANGUAGE_MODEL
     of_any_root = sum(FORMATS_OF_ROOT.values(), FORMATS_OF_LANGUAGE_MODEL)
     found = {}
     for format, names in WEIGHT_FILES.items():
-        if format in of_any_root and format not in of_root:
-            continue
-        for name in names:
-            if format not in found and (folder / name).is_file():
-                found[format] = folder / name
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if files and (format in of_root or format not in of_any_root):
+            found[format] = files[0]
     if not found:
         raise UserError(f"{folder} has none of the formats {', '.join(WEIGHT_FILES)}")
     return found
@@ -128,25 +143,13 @@ def quantized_by(folder: Path) -> str | None:
     return read_config(folder).get("quantization_config", {}).get("quant_method")
 
 
-def is_language_model(folder: Path) -> bool:
-    """Whether config.json names a causal language model."""
-    return any(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or [])
-
-
 def read_config(folder: Path) -> dict:
     """Reads config.json; raises `UserError` if it is missing or malformed."""
     return read_fields(Path(folder) / "config.json", json.loads, CONFIG_KINDS)
 
 
 def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
-    """Returns the weights file of one format, after its files were compared with SHA256SUMS.
-
-    Args:
-        verify: False skips that comparison.
-
-    Raises:
-        UserError: if the folder has no such format, or a file differs from its checksum.
-    """
+    """Returns the weights file of one format, and checks its files unless ``verify`` is False; raises `UserError`."""
     folder, formats = Path(folder), find_formats(folder)
     if format not in formats:
         raise UserError(f"{folder} has no format '{format}'; it has {', '.join(formats)}")
@@ -158,11 +161,7 @@ def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
 
 
 def files_to_serve(folder: Path, format: str) -> dict[str, int]:
-    """Lists the files that inference in this format needs: name -> size in bytes.
-
-    Raises:
-        UserError: if the folder has no such format.
-    """
+    """The files that inference in this format needs: name -> bytes; raises `UserError` as `weights_of` does."""
     folder = Path(folder)
     names = names_to_serve(folder, weights_of(folder, format, verify=False), format)
     return {name: (folder / name).stat().st_size for name in names}
@@ -170,8 +169,20 @@ def files_to_serve(folder: Path, format: str) -> dict[str, int]:
 
 def names_to_serve(folder: Path, weights: Path, format: str) -> list[str]:
     """Lists the names of all files that a format needs, relative to the folder."""
-    beside = [path.relative_to(folder).as_posix() for path in [weights, *files_beside(weights, format)]]
-    return [*SHARED_FILES, *beside]
+    names = [*SHARED_FILES, weights.relative_to(folder).as_posix()]
+    if format == "openvino":  # the graph is in .xml and the weights in .bin; optimum-intel reads config.json
+        names += ["openvino/openvino_model.bin", "openvino/config.json"]
+    if format == "adapter":  # on the language model
+        names += ["adapter/adapter_config.json", "model.safetensors", "chat_template.jinja"]
+    return names
+
+
+def names_to_release(folder: Path, variant: str) -> dict[str, str]:
+    """The released files of a model folder, but for the license: name there -> name in the released folder."""
+    folder, format = Path(folder), RELEASED[variant]
+    names = names_to_serve(folder, find_formats(folder)[format], format)
+    names += [f"adapter/{path.name}" for path in sorted((folder / "adapter").glob("adapter_*"))]  # QLoRA's
+    return {name: RENAMED.get(name, name) for name in [*names, RECIPE_FILE]}
 
 
 def adapter_bytes(folder: Path) -> int | None:
@@ -180,27 +191,116 @@ def adapter_bytes(folder: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def files_beside(weights: Path, format: str) -> list[Path]:
-    """Lists the further files that a weights file needs."""
-    # OpenVINO keeps the graph in .xml and the weights in .bin; optimum-intel reads config.json.
-    if format == "openvino":
-        return [weights.with_suffix(".bin"), weights.with_name("config.json")]
-    if format == "adapter":  # on the language model one folder above
-        root = weights.parent.parent
-        return [weights.with_name("adapter_config.json"), root / "model.safetensors", root / "chat_template.jinja"]
-    return []
+def open_model(auto_class: str, folder, **options):
+    """Calls `from_pretrained` of an auto class, by its name, with a local folder or a Hub id and further ``options``.
+
+    Returns:
+        The model and its loading info, which names missing, unexpected and mismatched weights.
+    """
+    import transformers  # here: ONNX files do not need it
+
+    # A pickle or Python code from a repository could run anything on this machine.
+    options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    # For a wrong value in config.json, Transformers may raise any kind of error.
+    with one_line(f"{folder} cannot be opened"):
+        return getattr(transformers, auto_class).from_pretrained(folder, **options)
+
+
+def build_config(path: str, labels: list[str], attention_dropout: float | None):
+    """The configuration of a base model with these labels; arguments and errors as of `build_classifier`."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    # Transformers would replace a head of another size by a random one.
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != len(labels):
+        raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    if attention_dropout is not None:
+        for name in ("attention_probs_dropout_prob", "attention_dropout"):  # of BERT and of DistilBERT
+            if name in vars(config):
+                setattr(config, name, attention_dropout)
+    return config
+
+
+def build_classifier(path: str, labels: list[str], attention_dropout: float | None, **options):
+    """Loads the encoder, in float32, with a new classification head, or with its own if that has as many classes.
+
+    Args:
+        path: a local folder or a Hub id.
+        labels: the names of the classes, in the order of the logits.
+        attention_dropout: dropout of the attention weights; None keeps the base model's own.
+        options: further arguments of `from_pretrained`, for instance `quantization_config`.
+
+    Raises:
+        UserError: if it cannot be opened, its encoder has no pretrained weights, or it has another number of classes.
+    """
+    config = build_config(path, labels, attention_dropout)
+    # Also if the file is in half precision, whose rounding would swallow small updates.
+    model, report = open_model(CLASSIFIER, path, config=config, dtype="float32", **options)
+    encoder = f"{model.base_model_prefix}."
+    # Missing weights would be random: those of head and pooler are trained, those of the encoder should not be.
+    absent = sorted(key for key in report["missing_keys"] if key.startswith(encoder) and "pooler" not in key)
+    if absent:
+        raise UserError(f"{path} holds no pretrained weights for {absent[0]} and {len(absent) - 1} more")
+    return model
+
+
+def load_trained_classifier(folder: Path, verify: bool = True, **options):
+    """Loads a fine-tuned classifier; raises `UserError` if weights are damaged, missing or unused, or do not fit.
+
+    Its files are compared with SHA256SUMS unless ``verify`` is False.
+    """
+    name = f"model.{options['variant']}.safetensors" if options.get("variant") else "model.safetensors"
+    if verify:
+        check_sums(folder, ["config.json", name])
+    check_sizes(Path(folder) / name)
+    model, report = open_model(CLASSIFIER, folder, ignore_mismatched_sizes=True, **options)
+    if report["mismatched_keys"]:  # (name, shape in the file, shape by config.json)
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise UserError(f"{folder}: {name} is {list(found)} in the weights and {list(expected)} by config.json")
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{folder} is not a trained classifier: it has no weights for {missing}; fine-tune it first")
+    unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(UNUSED))
+    if unused:  # fewer layers, say: the rest would answer something
+        raise UserError(f"{folder}: its weights hold {unused[0]}, which the model of config.json does not have")
+    return model
+
+
+def save_compact(model, folder: Path) -> None:
+    """Saves a model in the types of its weights, which `from_pretrained` opens in float32 by default.
+
+    bfloat16 takes 4 to 7 times as long on processors without its instructions.
+    """
+    # Not under legacy names (`LayerNorm.gamma`): Transformers does not convert the type of tensors that it renames.
+    model.save_pretrained(folder, save_original_format=False)
+    model.config.dtype = "float32"  # not that of the first weight
+    model.config.save_pretrained(folder)
+
+
+def check_sizes(weights: Path) -> None:
+    """Raises `UserError` if config.json asks for a larger model than a safetensors file holds, or that is damaged.
+
+    Transformers builds the model before it reads the weights: a million layers would take all memory.
+    """
+    from safetensors import safe_open
+
+    with one_line(f"{weights} cannot be read"), safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+    config = read_config(weights.parent)
+    largest = max((max(shape, default=1) for shape in shapes), default=0)
+    for key in SIZES + LAYERS:
+        most = len(shapes) if key in LAYERS else largest
+        if isinstance(config.get(key), int) and config[key] > most:
+            raise UserError(f"{weights.parent}: config.json asks for {key} {config[key]}, and the weights have less")
 
 
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, arguments, recipe: Recipe):
-    """Holds the output lock of a model folder while the block runs, so that no other process writes there.
-
-    Args:
-        arguments: the flags of the command.
-
-    Raises:
-        UserError: before any work, if saving there would destroy something or another process holds the lock.
-    """
+    """Holds the output lock of a model folder; raises `UserError` if saving there would destroy something."""
     if not is_main_process():  # of several that train together, the main one saves
         yield
         return
@@ -214,13 +314,8 @@ def lock_output_dir(folder: Path, arguments, recipe: Recipe):
 def new_artifact(folder: Path, metadata: dict):
     """Yields a temporary folder; if the block succeeds, it replaces ``folder`` and its checkpoints atomically.
 
-    Args:
-        folder: the model folder. An older model there stays untouched until the new one is complete.
-        metadata: the content of recipe.yaml, of `artifact_metadata`. It is written last, so that the block may add
-            to it.
-
-    Raises:
-        UserError: if the folder cannot be written, or holds something else than a model folder.
+    ``metadata``, of `artifact_metadata`, is written to recipe.yaml last, so that the block may add to it. Raises
+    `UserError` if the folder cannot be written, or holds something else than a model folder.
     """
     import yaml
 
@@ -232,15 +327,7 @@ def new_artifact(folder: Path, metadata: dict):
 
 
 def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
-    """Reads the label names of a model folder, in the order of its logits.
-
-    Args:
-        weights: the file that was opened, for the message.
-        width: the number of logits per text.
-
-    Raises:
-        UserError: if config.json has another number of labels, or ambiguous ones.
-    """
+    """Reads the labels, in the order of the ``width`` logits of ``weights``; raises `UserError` for a wrong one."""
     config = Path(folder) / "config.json"
     names = read_config(folder).get("id2label") or {}
     if width != len(names):

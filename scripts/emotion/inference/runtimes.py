@@ -1,10 +1,13 @@
-"""One class per runtime, all with the same members.
+"""One class per runtime, opened from a model folder, a weights file in it and a number of threads.
+
+All have the same members:
 
 - `labels` (`list[str]`): the names of the classes, in the order of the logits.
 - `encode(texts)`: the token ids of each text, the same for every runtime.
 - `logits(token_ids)`: float32 array (texts, labels).
 
-A runtime is imported when one of its files is opened: ONNX Runtime needs neither torch nor transformers.
+They raise `UserError` if the file cannot be opened. A runtime is imported when one of its files is opened: ONNX
+Runtime needs neither torch nor transformers.
 """
 
 from pathlib import Path
@@ -13,27 +16,17 @@ from queue import SimpleQueue
 import numpy as np
 
 from emotion.data.tokenization import TextEncoder
-from emotion.inference.model_folder import read_labels, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import load_trained_classifier, read_labels, weights_of
 from emotion.utils.errors import UserError, one_line
 
-# Tokens per batch of many texts, padding included: the activations of a layer stay in the processor's cache, and the
-# overhead of a call is still small.
+# Tokens per batch of many texts, padding included: the activations of a layer stay in the processor's cache.
 TOKENS = 512
 # The inputs that a graph may have, int64 (texts, longest) each
 INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
-    """Checks that a graph takes what `TextEncoder.pad` gives, and returns logits.
-
-    Args:
-        weights: the file, for the message.
-        inputs, outputs: name -> data type and number of dimensions.
-
-    Raises:
-        UserError: naming the first input or output that does not fit.
-    """
+    """Raises `UserError` unless a graph, by the types and ranks, takes what `TextEncoder.pad` gives for logits."""
     if "input_ids" not in inputs:
         raise UserError(f"{weights} does not take input_ids; it takes {', '.join(inputs) or 'nothing'}")
     for name, shape in inputs.items():
@@ -46,16 +39,7 @@ def check_graph(weights: Path, inputs: dict, outputs: dict) -> None:
 
 
 class OnnxClassifier:
-    """ONNX Runtime on the CPU; several threads may call it side by side.
-
-    Args:
-        folder: the model folder.
-        weights: an ONNX file in it.
-        threads: the number of threads of a call.
-
-    Raises:
-        UserError: if the file cannot be opened.
-    """
+    """ONNX Runtime on the CPU; several threads may call it side by side, and ``threads`` compute each call."""
 
     def __init__(self, folder: Path, weights: Path, threads: int):
         import onnxruntime
@@ -88,20 +72,9 @@ def onnx_types(values) -> dict[str, tuple[str, int]]:
 
 
 class OpenVinoClassifier:
-    """OpenVINO on the CPU.
+    """OpenVINO on the CPU: ``calls`` of `logits` run side by side and divide the threads; others wait.
 
-    Args:
-        folder: the model folder.
-        weights: an .xml file in it.
-        threads: the number of threads, which the calls divide among them.
-        calls: the number of calls of `logits` that run side by side; others wait.
-        precision: `f32` or `bf16`, the precision of the operators that are not quantized; OpenVINO's choice if None.
-
-    Attributes:
-        float_precision: the precision of the operators that are not quantized.
-
-    Raises:
-        UserError: if the file cannot be opened.
+    ``precision``, of the operators that are not quantized, is `f32` or `bf16`; OpenVINO's choice if None.
     """
 
     def __init__(self, folder: Path, weights: Path, threads: int, calls: int = 1, precision: str | None = None):
@@ -116,9 +89,8 @@ class OpenVinoClassifier:
         self._weights = weights
         with one_line(f"{weights} cannot be opened by OpenVINO"):
             with weights.open("rb") as file:
-                start = file.read(1000)
-            if b"<net" not in start:  # it would try the formats of other libraries
-                raise ValueError("it is no graph in XML")
+                if b"<net" not in file.read(1000):  # it would try the formats of other libraries
+                    raise ValueError("it is no graph in XML")
             graph = core.read_model(weights)
             inputs = openvino_types(graph.inputs)
             check_graph(weights, inputs, openvino_types(graph.outputs))
@@ -158,17 +130,7 @@ def openvino_types(ports) -> dict[str, tuple[str, int]]:
 
 
 class TorchClassifier:
-    """PyTorch, eager, opened with `from_pretrained`.
-
-    Args:
-        folder: the model folder.
-        weights: a safetensors file in it.
-        threads: the number of threads, which is set for the whole process.
-        dtype: as of `from_pretrained`.
-
-    Attributes:
-        model: the opened model.
-    """
+    """PyTorch, eager: a `model` of `from_pretrained`, of its ``dtype``. The threads are set for the whole process."""
 
     def __init__(self, folder: Path, weights: Path, threads: int, dtype: str = "auto"):
         import torch
@@ -204,13 +166,7 @@ class TorchClassifier:
 
 
 class GenerativeClassifier(TorchClassifier):
-    """A language model in 4 bits with its adapter: the logits are the log-likelihoods of the class names as answers.
-
-    Args:
-        folder: the folder of the language model.
-        weights: the adapter's safetensors file.
-        threads: the number of threads, which is set for the whole process.
-    """
+    """A language model with an adapter, ``weights``: the logits are the log-likelihoods of the class names."""
 
     def __init__(self, folder: Path, weights: Path, threads: int):
         import torch
@@ -237,21 +193,10 @@ class ModelInMemory(TorchClassifier):
 
 
 def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verify: bool = True):
-    """Opens one format of a model folder.
+    """Opens one format of a model folder; raises `UserError` if it or its runtime is missing, or a file is damaged.
 
-    Args:
-        folder: the model folder.
-        format: one of `WEIGHT_FILES`.
-        threads: the number of threads to compute with.
-        calls: the number of calls of `logits` that run side by side and share the threads; PyTorch runs one.
-        verify: whether the files are compared with the folder's SHA256SUMS.
-
-    Returns:
-        An instance of one of the classes above.
-
-    Raises:
-        UserError: if the folder does not have this format, a file differs from its checksum or cannot be opened, or
-            the runtime is not installed.
+    ``calls`` of `logits` run side by side and share the threads; PyTorch runs one. ``verify`` compares the files with
+    SHA256SUMS.
     """
     weights = weights_of(folder, format, verify)
     try:
@@ -264,9 +209,7 @@ def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verif
         dtype = {"pytorch": "float32", "bf16": "bfloat16"}.get(format, "auto")  # quantized weights have their own
         return TorchClassifier(folder, weights, threads=threads, dtype=dtype)
     except ModuleNotFoundError as error:  # requirements-inference.txt has ONNX Runtime alone
-        raise UserError(
-            f"{weights} needs {error.name}, which is not installed; pip install -r requirements.txt"
-        ) from error
+        raise UserError(f"{weights} needs {error.name}; pip install -r requirements.txt installs it") from error
 
 
 def predict(classifier, token_ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
@@ -286,17 +229,13 @@ def batches_by_length(token_ids: list[list[int]], batch_size: int) -> list[np.nd
 def batches_by_tokens(token_ids: list[list[int]]) -> list[np.ndarray]:
     """The indices of the texts in batches of nearly the same length and at most `TOKENS` tokens, int64 arrays.
 
-    The batches depend on the texts alone: a file with dynamic INT8 takes the range of its activations over the whole
-    batch, so that other batches would give slightly other logits.
+    They depend on the texts alone: dynamic INT8 takes the range of its activations over the whole batch.
     """
-    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
-    order = np.argsort(lengths, kind="stable")
-    batches, start = [], 0
-    for end in range(1, len(order) + 1):
-        shortest, longest = lengths[order[start]], lengths[order[min(end, len(order) - 1)]]
-        # The batch takes one more text if that stays within the tokens, and pads others by an eighth at most.
-        if end < len(order) and longest * (end + 1 - start) <= TOKENS and longest <= shortest + shortest // 8:
-            continue
-        batches.append(order[start:end])
-        start = end
-    return batches
+    lengths, batches = [len(ids) for ids in token_ids], []
+    for row in np.argsort(lengths, kind="stable"):
+        shortest = lengths[batches[-1][0]] if batches else 0
+        # A batch takes one more text if that stays within the tokens, and pads the others by an eighth at most.
+        if not batches or lengths[row] * (len(batches[-1]) + 1) > TOKENS or lengths[row] > shortest + shortest // 8:
+            batches.append([])
+        batches[-1].append(row)
+    return [np.array(batch) for batch in batches]

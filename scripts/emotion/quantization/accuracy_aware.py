@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.metrics import resampled_macro_f1, score
-from emotion.inference.model_folder import SHARED_FILES, files_to_serve
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import SHARED_FILES, files_to_serve, load_trained_classifier
 from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
 from emotion.quantization.activation_ranges import RULES, measure_ranges
 from emotion.quantization.int8 import quantize_onnx, quantize_openvino, quantize_torchao
@@ -35,8 +34,8 @@ from emotion.quantization.lowbit import apply_gptq, write_lowbit_onnx
 from emotion.quantization.outlier_channels import find_outliers, outlier_metadata
 from emotion.quantization.scheme import Samples, SchemeArguments, formats_to_make, update_plan
 from emotion.utils.arguments import Range
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
-from emotion.utils.progress import Bar
 
 FLOAT_COUNTS = (1, 2, 4, 8)  # of the most sensitive layers
 SENSITIVITY_TEXTS = 300  # the mean shift of the logits needs no more

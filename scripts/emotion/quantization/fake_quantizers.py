@@ -21,12 +21,12 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
 from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
+from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT
 from emotion.quantization.activation_ranges import scale_of
 from emotion.quantization.int8 import TABLE_DTYPE
 from emotion.quantization.layers import Plan
 from emotion.quantization.lowbit import Scales, integers_of
 from emotion.quantization.outlier_channels import find_pairs
-from emotion.utils.levels import LARGEST_SAFE_WEIGHT
 
 EPSILON = torch.finfo(torch.float32).eps  # torchao's smallest scale
 # Smallest and largest integer of a weight in each runtime's file
@@ -356,7 +356,7 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
 
     Args:
         runtime: whose rounding is trained for: 'onnx' or 'torchao'; below 8 bits it is always 'onnx'.
-        reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see utils/levels.py.
+        reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see `LARGEST_SAFE_WEIGHT`.
     """
     model, scales, splits, onnx = plan.model, plan.scales, channel_splits(plan), runtime == "onnx"
     linear, embeddings = set(plan.layers.linear), set(plan.layers.embeddings)

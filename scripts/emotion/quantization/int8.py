@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from emotion.export.graph_passes import cls_only_products, merge_products, name_nodes, unpack_attention, write_sums
-from emotion.inference.model_folder import weights_of
-from emotion.inference.pretrained import load_trained_classifier, save_compact
+from emotion.inference.model_folder import load_trained_classifier, save_compact, weights_of
 from emotion.quantization.activation_ranges import fix_ranges
 from emotion.quantization.layers import CalibrationRows, Plan, names_in_float
 from emotion.quantization.outlier_channels import split_channels
@@ -58,7 +57,7 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     A plan without ranges gives a file with dynamic ones, which ONNX Runtime measures anew for every batch.
 
     Args:
-        reduce_range: whether weights have 7 bits; see utils/levels.py.
+        reduce_range: whether weights have 7 bits; see `LARGEST_SAFE_WEIGHT`.
     """
     import onnx
     from onnxruntime.quantization import quantize_dynamic
@@ -112,7 +111,7 @@ def quantize_openvino(
     """Writes `openvino_model.xml` and `.bin`.
 
     Args:
-        reduce_range: weights of 7 bits; see utils/levels.py.
+        reduce_range: weights of 7 bits; see `LARGEST_SAFE_WEIGHT`.
         smooth_quant: move outliers of the activations into the weights (Xiao et al., "SmoothQuant", ICML 2023).
     """
     import nncf

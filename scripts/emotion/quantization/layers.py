@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from emotion.data.tokenization import TextEncoder
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
-from emotion.utils.progress import Bar
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT, LEVELS
 from emotion.quantization.int8 import quantize_onnx
 from emotion.quantization.layers import CalibrationRows, Layers, Plan, watch_inputs
 from emotion.quantization.outlier_channels import weight_without_outliers
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
-from emotion.utils.levels import LARGEST_SAFE_WEIGHT, LEVELS
-from emotion.utils.progress import Bar
 
 LARGEST_MULTIPLIER = 16  # multipliers from 1 to 16 are stored less one, as 0 to 15: 4 bits, two in a byte
 # Shares of a group's largest weight at which its range may end. Below 1 the largest weights are cut off, and all

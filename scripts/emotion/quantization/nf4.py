@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from emotion.inference.pretrained import build_config, load_trained_classifier
+from emotion.inference.model_folder import build_config, load_trained_classifier
 from emotion.quantization.layers import CalibrationRows, find_layers
 from emotion.quantization.lowbit import compensate, multiply_inputs, nearest_codes, steps_of
 from emotion.utils.errors import UserError

@@ -15,8 +15,8 @@ import copy
 import numpy as np
 import torch
 
+from emotion.inference.model_folder import BRANCH
 from emotion.quantization.layers import CalibrationRows, Plan, find_stack, watch_inputs
-from emotion.utils.levels import BRANCH
 
 THRESHOLD = 2.0  # times the 99th percentile of a layer's channel maxima: chosen on validation
 LARGEST_COUNT = 16  # channels per layer; with more they would be no outliers, and their product no longer thin

@@ -8,8 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from emotion.data.metrics import score
-from emotion.inference.model_folder import find_formats
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import find_formats, load_trained_classifier
 from emotion.inference.runtimes import ModelInMemory, open_artifact, predict
 from emotion.quantization.accuracy_aware import copy_shared_files, save_format
 from emotion.quantization.fake_quantizers import convert, follow_ranges, prepare, switch, to_integers

@@ -12,21 +12,25 @@ from emotion.data.dataset import Task, get_split, stratified_sample
 from emotion.data.tokenization import TextEncoder
 from emotion.export.onnx_export import export_onnx
 from emotion.inference.emotion_classifier import fetch, find_model
-from emotion.inference.model_folder import artifact_metadata, find_formats, quantized_by, weights_of
-from emotion.inference.pretrained import load_trained_classifier
+from emotion.inference.model_folder import (
+    BITS,
+    artifact_metadata,
+    find_formats,
+    load_trained_classifier,
+    quantized_by,
+    weights_of,
+)
 from emotion.quantization.activation_ranges import RULES, measure_ranges
 from emotion.quantization.int8 import cls_only_layers
 from emotion.quantization.layers import CalibrationRows, Plan, find_layers, float_reasons
 from emotion.quantization.lowbit import check_group_size, choose_scales
 from emotion.quantization.outlier_channels import find_outliers, weight_without_outliers
-from emotion.utils.arguments import COUNT, Range
-from emotion.utils.base_model import BaseModel
+from emotion.utils.arguments import COUNT, Range, Recipe
+from emotion.utils.base_model import RECIPE_FILE, BaseModel, read_recipe_of
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
 from emotion.utils.files import scratch_folder
-from emotion.utils.levels import BITS
 from emotion.utils.machine import choose_threads
-from emotion.utils.progress import Bar
-from emotion.utils.recipe import RECIPE_FILE, Recipe, read_recipe_of
 
 FORMATS = ("torchao", "onnx", "openvino")
 DYNAMIC = "dynamic"  # activation ranges that ONNX Runtime measures anew for every batch

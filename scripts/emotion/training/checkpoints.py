@@ -13,9 +13,9 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emotion.inference.model_folder import ARTIFACT, ROWS_FIELD, RUN_FILE
+from emotion.utils.base_model import RECIPE_FILE
 from emotion.utils.errors import UserError
 from emotion.utils.files import atomic_folder, check_replaceable, read_json, sha256, write_json
-from emotion.utils.recipe import RECIPE_FILE
 
 CHECKSUMS = "checksums.json"  # in each checkpoint: file -> SHA-256, written last
 

@@ -15,10 +15,10 @@ from datasets import load_from_disk
 from transformers.trainer_utils import get_last_checkpoint
 
 from emotion.inference.likelihood import PromptEncoder
+from emotion.utils.arguments import Recipe
 from emotion.utils.base_model import BaseModel, hub_is_reachable
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, read_json, relative, sha256, write_json, write_text
-from emotion.utils.recipe import Recipe
 
 ENVIRONMENT = ROOT / ".venv-llama-factory"
 CLI = ENVIRONMENT / "bin" / "llamafactory-cli"

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from emotion.data.dataset import get_split
 from emotion.data.metrics import score
 from emotion.export.onnx_export import export_onnx
-from emotion.inference.pretrained import build_classifier, load_trained_classifier, save_compact
+from emotion.inference.model_folder import build_classifier, load_trained_classifier, save_compact
 from emotion.inference.runtimes import ModelInMemory, predict
 from emotion.quantization.accuracy_aware import AccuracyAwareArguments, quantize_with_accuracy_control
 from emotion.quantization.layers import CalibrationRows

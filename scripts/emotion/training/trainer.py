@@ -25,7 +25,9 @@ from emotion.data.metrics import four_digits, score
 from emotion.data.tokenization import load_training_rows
 from emotion.inference.model_folder import ROWS_FIELD, artifact_metadata, data_provenance, quantized_by
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
+from emotion.utils.arguments import Recipe, comparable
 from emotion.utils.base_model import BaseModel, find_base_model
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT
 from emotion.utils.hub_requests import check_can_publish
@@ -37,8 +39,6 @@ from emotion.utils.machine import (
     peak_memory_mb,
     reset_peak_memory,
 )
-from emotion.utils.progress import Bar
-from emotion.utils.recipe import Recipe, comparable
 
 
 @dataclass

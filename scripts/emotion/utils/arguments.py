@@ -10,30 +10,25 @@ import inspect
 import json
 import math
 import sys
-from argparse import ArgumentError
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from emotion.utils.errors import UserError, raised_by
-from emotion.utils.files import ROOT
-from emotion.utils.recipe import Recipe
+from emotion.utils.files import ROOT, sha256
 
 UNBOUNDED = 10**9  # the largest number a flag takes: the libraries cannot hold every integer that Python can
 MAX_CONFIG_BYTES = 100_000
 MAX_CHOICES_IN_HELP = 8  # the Trainer has forty optimizers
+USAGE = "[config.yaml] [--flag value ...]"
 
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from ``least`` to ``most``, as ``choices`` of a flag.
-
-    Attributes:
-        above: whether ``least`` itself is excluded.
-        below: whether ``most`` itself is excluded.
-    """
+    """The finite numbers from ``least`` to ``most``, as ``choices`` of a flag; ``above``, ``below``: without them."""
 
     least: float
     most: float = UNBOUNDED
@@ -62,8 +57,7 @@ SHARE = Range(0, 1)
 DROPOUT = Range(0, 1, below=True)  # a dropout of 1 leaves nothing
 SEED = Range(0, 2**32 - 1)  # NumPy takes no other
 
-# The values that flags of `TrainingArguments` take; its own checks are few. A flag of this project has its range in
-# the metadata of its field.
+# The values that flags of `TrainingArguments` take; a flag of this project has its range in the metadata of its field.
 FLAGS_BY_RANGE = {
     POSITIVE: "learning_rate num_train_epochs adam_epsilon eval_steps save_steps logging_steps",
     NOT_NEGATIVE: "warmup_steps max_grad_norm neftune_noise_alpha eval_delay",
@@ -83,6 +77,31 @@ RANGES = {name: allowed for allowed, names in FLAGS_BY_RANGE.items() for name in
 COMMON = {"max_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "resume_from_checkpoint", "report_to"}
 # Flags of `TrainingArguments` that take a mapping
 MAPPINGS = {"accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "fsdp_config", "deepspeed"}
+# Flags that name where a result is written and do not change it, which recipe.yaml leaves out
+PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run was asked to do."""
+
+    path: Path | None  # the config that was read
+    values: dict  # all flags of this project that have a value, and those of libraries that differ from their defaults
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the config's bytes, in hexadecimal: flags of the command line and defaults are not in it."""
+        return sha256(self.path) if self.path else None
+
+
+def comparable(values: dict) -> dict[str, str]:
+    """The values of a recipe that decide its result, as strings, so that two runs can be compared."""
+    compared = {}
+    for key, value in values.items():
+        if key not in PLACES | {"report_to", "disable_tqdm", "bf16"}:  # the machine may have turned off bf16
+            # A recipe's 3 and a flag's 3.0 are the same number.
+            compared[key] = str(float(value) if isinstance(value, int | float) else value)
+    return compared
 
 
 def parse_args(classes, positional: str, argv=None) -> tuple:
@@ -97,25 +116,15 @@ def parse_args(classes, positional: str, argv=None) -> tuple:
         UserError: naming the flag that is unknown, or whose value does not fit.
     """
     values, flags = _split(argv)
-    # An ordinary flag, so that `--help` shows it and it may be written out as well.
+    # An ordinary flag, so that `--help` shows it and it may be written out as well
     parser = make_parser(classes, f"[{positional} ...] [--flag value ...]")
-    namespace = _parse_known(parser, [f"--{positional}", *values, *flags] if values else flags)
-    return _into_dataclasses(parser, namespace)
+    return _into_dataclasses(parser, _parse_known(parser, [f"--{positional}", *values, *flags] if values else flags))
 
 
 def parse_args_and_config(classes, argv=None, default: Path | None = None) -> tuple:
-    """Parses ``[config.yaml] [--flag value ...]`` into dataclasses; a flag overrides the config.
+    """Parses ``[config.yaml] [--flag value ...]`` into dataclasses, as `parse_args`; a flag overrides the config.
 
-    Args:
-        classes: dataclasses whose fields are the flags.
-        argv: the command line without the program's name; `sys.argv[1:]` if not given.
-        default: the config to read when the command line names none.
-
-    Returns:
-        One instance of each class, then the `Recipe`.
-
-    Raises:
-        UserError: naming the key or the flag that is unknown, or whose value does not fit.
+    Returns one instance of each class, then the `Recipe`. Without a config on the command line, ``default`` is read.
     """
     parser, namespace, recipe = _resolve(classes, argv, default)
     return (*_into_dataclasses(parser, namespace), recipe)
@@ -126,41 +135,15 @@ def resolve_config(classes, argv, default: Path | None = None) -> Recipe:
     return _resolve(classes, [str(word) for word in argv], default)[2]
 
 
-def parse_with_other_flags(classes, default: Path, argv=None) -> tuple:
-    """Parses ``[config.yaml] [--flag value ...]`` where the config and most of the flags are another program's.
-
-    Args:
-        classes: dataclasses whose fields are this program's own flags, which the config does not hold.
-        default: the config to read when the command line names none.
-
-    Returns:
-        One instance of each class; the other program's `Recipe`, with its flags; and the flags of this program that
-        differ from their defaults, name -> value.
-
-    Raises:
-        UserError: naming the flag without a value, or whose value does not fit.
-    """
-    path, flags = _split_config(argv, default)
-    values = read_config(path)
-    parser = make_parser(classes, "[config.yaml] [--flag value ...]")
-    namespace, rest = parser.parse_known_args(flags)
-    rest = iter(rest)
-    for flag in rest:
-        name, equals, value = flag.partition("=")
-        if not equals:
-            value = next(rest, None)
-        if not name.startswith("--") or value is None or value.startswith("--"):
-            raise UserError(f"{flag}: expected flags with one value each, --flag value")
-        values[name.removeprefix("--")] = _number_or_text(value)
-    own = {name: value for name, value in vars(namespace).items() if value != parser.get_default(name)}
-    return (*_into_dataclasses(parser, namespace), Recipe(path=path, values=values), own)
-
-
 def _resolve(classes, argv, default: Path | None) -> tuple:
     """The parser, the namespace of all flags, and the `Recipe`."""
     path, flags = _split_config(argv, default)
-    parser = make_parser(classes, "[config.yaml] [--flag value ...]")
-    defaults = {action.dest: _default_of(parser, action) for action in reversed(parser._actions)}
+    parser = make_parser(classes, USAGE)
+    # Before the config, and converted as argparse does it
+    defaults = {action.dest: action.default for action in reversed(parser._actions)}
+    for action in parser._actions:
+        if isinstance(action.default, str):
+            defaults[action.dest] = parser._get_value(action, action.default)
     config = _convert_config(parser, path) if path else {}
     parser.set_defaults(**config)
     for action in parser._actions:
@@ -173,22 +156,43 @@ def _resolve(classes, argv, default: Path | None) -> tuple:
     return parser, namespace, Recipe(path=path, values=values)
 
 
-def _default_of(parser, action):
-    """The default of a flag, converted as argparse does it."""
-    return parser._get_value(action, action.default) if isinstance(action.default, str) else action.default
+def parse_with_other_flags(classes, default: Path, argv=None) -> tuple:
+    """As `parse_args_and_config`, where the config and all flags but those of the classes are another program's.
+
+    Returns one instance of each class; the other program's `Recipe`, with its flags; and this program's flags that
+    differ from their defaults, name -> value.
+    """
+    path, flags = _split_config(argv, default)
+    values = read_config(path)
+    parser = make_parser(classes, USAGE)
+    namespace, rest = parser.parse_known_args(flags)
+    rest = iter(rest)
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if not equals:
+            value = next(rest, None)
+        if not name.startswith("--") or value is None or value.startswith("--"):
+            raise UserError(f"{flag}: expected flags with one value each, --flag value")
+        try:
+            number = json.loads(value.lower())  # not by YAML, which reads `no` as false and 1e-4 as a string
+            value = number if isinstance(number, int | float) else value
+        except ValueError:
+            pass
+        values[name.removeprefix("--")] = value
+    own = {name: value for name, value in vars(namespace).items() if value != parser.get_default(name)}
+    return (*_into_dataclasses(parser, namespace), Recipe(path=path, values=values), own)
 
 
 def make_parser(classes, usage: str):
     """The `HfArgumentParser` of a command, with a short `--help`, whose errors are `UserError`."""
-    # Imported here, since it takes a second: importing a command or a test of it should not cost that.
-    from transformers import HfArgumentParser
+    from transformers import HfArgumentParser  # here: it takes a second
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing files; a training shows its own
     # No abbreviations: a misspelt flag must be an error, and not another flag.
     parser = configure_parser(HfArgumentParser(classes, allow_abbrev=False, usage=f"%(prog)s {usage}"))
     inherited = {}
-    for base in [base for one in classes for base in one.__mro__[1:]]:
+    for base in chain.from_iterable(one.__mro__[1:] for one in classes):
         inherited |= getattr(base, "__dataclass_fields__", {})
     shown = _own_fields(classes) | COMMON | {"help"}
     for action in parser._actions:
@@ -234,12 +238,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def read_config(path: Path) -> dict:
-    """Reads a flat YAML file whose keys are the names of flags.
-
-    Raises:
-        UserError: if there is no such file, or it is not YAML, or no mapping, or holds a key twice, an alias or a tag.
-    """
-    import yaml  # not installed where texts are only classified
+    """Reads a flat YAML file whose keys are the names of flags; raises `UserError` for anything else."""
+    import yaml  # here: classifying texts must not wait for it
 
     class PlainLoader(yaml.SafeLoader):
         """YAML with each key once, without tags, and without aliases, by which a few lines can become endless."""
@@ -287,7 +287,7 @@ def _convert_config(parser, path: Path) -> dict:
                 converted[key] = None
             else:
                 converted[key] = parser._get_values(action, [_config_value(action, one) for one in values])
-        except (ArgumentError, UserError) as error:
+        except (argparse.ArgumentError, UserError) as error:
             raise UserError(f"{path}: --{key}: {getattr(error, 'message', error)}") from error
     return converted
 
@@ -345,8 +345,7 @@ def _into_dataclasses(parser, namespace: argparse.Namespace) -> tuple:
     try:
         return parser.parse_dict(vars(namespace), allow_extra_keys=True)
     except Exception as error:
-        # The dataclasses check their own values. Any error of a library is about a flag; of this package's own code
-        # only a ValueError is.
+        # Any error of a library is about the value of a flag; of this package's own code only a ValueError is.
         if raised_by(error) == "emotion" and not isinstance(error, ValueError):
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -355,22 +354,17 @@ def _into_dataclasses(parser, namespace: argparse.Namespace) -> tuple:
 
 def _own_fields(classes) -> set[str]:
     """The names of the flags whose default is set here: all but those that only a class of Transformers declares."""
-    bases = [base for one in classes for base in one.__mro__ if not base.__module__.startswith("transformers.")]
-    return {name for base in bases for name in inspect.get_annotations(base)}
-
-
-def _number_or_text(text: str) -> bool | int | float | str:
-    """The value that a string of the command line stands for."""
-    try:
-        value = json.loads(text.lower())  # not by YAML, which reads `no` as false and 1e-4 as a string
-    except ValueError:
-        return text
-    return value if isinstance(value, int | float) else text
+    names = set()
+    for base in chain.from_iterable(one.__mro__ for one in classes):
+        if not base.__module__.startswith("transformers."):
+            names |= inspect.get_annotations(base).keys()
+    return names
 
 
 def _did_you_mean(name: str, parser) -> str:
     """The most similar flag, of those in `--help` before all others; empty if none is similar enough."""
     shown = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
-    close = difflib.get_close_matches(name, shown, n=1)
-    close = close or difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    for names in (shown, [action.dest for action in parser._actions]):
+        if close := difflib.get_close_matches(name, names, n=1):
+            return f" Did you mean {close[0]}?"
+    return ""

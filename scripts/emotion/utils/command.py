@@ -1,27 +1,56 @@
-"""The entry point of every command: quiets the libraries, and prints an error as one line."""
+"""The entry point of every command: quiets the libraries, shows progress, and prints an error as one line."""
 
 import contextlib
 import errno
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
+
+from tqdm import tqdm
 
 from emotion.utils.errors import UserError, mask_token, raised_by
 from emotion.utils.machine import is_main_process
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# The libraries' own words for a full disk, since their exceptions have no `errno`: those of safetensors, of torch.save
-# (the second one where the disk fills up while a file is open) and of OpenVINO
+# A full disk in the words of safetensors, torch.save (two) and OpenVINO, whose exceptions have no `errno`
 DISK_FULL_MESSAGES = ("I/O error", "PytorchStreamWriter", "unexpected pos", "iostream error")
 # Libraries that check what flags ask for when they come to use it, with errors that are written for their users
 CHECKING = {"transformers", "accelerate", "peft", "datasets", "huggingface_hub"}
 MAX_MESSAGE = 2000  # characters of an error: a value of a megabyte must not bury what is said of it
 # Loggers that report every layer, operator or process
 NOISY = ("torch.onnx", "onnxscript", "torch.distributed.elastic")
+LINE_S = 30  # seconds between two lines of a log
+LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go"
+
+
+class Bar(tqdm):
+    """`tqdm` that leaves nothing behind; without a terminal, a line every half minute. Print with `Bar.write`."""
+
+    def __init__(self, *args, **options):
+        self.on_terminal = sys.stderr.isatty()
+        if not self.on_terminal:
+            options |= {"position": 0, "bar_format": LINE}  # one below another would move the cursor
+        self.next_line = time.monotonic() + LINE_S
+        super().__init__(*args, leave=False, **options)
+
+    def display(self, msg=None, pos=None):
+        """Shows the bar, or ``msg`` instead; called by `tqdm`."""
+        if self.on_terminal:
+            return super().display(msg, pos)
+        if msg is None and time.monotonic() >= self.next_line:  # an empty one would wipe the bar away
+            self.fp.write(f"{self}\n")
+            self.next_line = time.monotonic() + LINE_S
+        return False
+
+    def clear(self, nolock=False):
+        """Removes the bar from the screen for a moment; called by `tqdm`."""
+        if self.on_terminal:
+            super().clear(nolock)
 
 
 def run(main) -> None:
@@ -37,8 +66,8 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, Exception) as error:
         message = _message_of(error)
-        if progress := sys.modules.get("emotion.utils.progress"):  # of a command that has shown a bar
-            progress.close_bars()
+        for bar in list(getattr(tqdm, "_instances", ())):  # so that the error has a line of its own
+            bar.close()
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
             print(mask_token(traceback.format_exc()), end="", file=sys.stderr)
         if message:

@@ -6,7 +6,8 @@ import sys
 from pathlib import PureWindowsPath
 
 LONGEST_REASON = 300  # characters; some libraries put a page into their message
-PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a repository's name
+# What the Hub takes; its own check lets a line break at the end pass.
+REPO_ID = re.compile(r"(?!.*(--|\.\.))(\w([\w.-]*\w)?/)?\w([\w.-]{0,94}\w)?(?<!\.git)", re.ASCII)
 # A folder's own name may become a variant's, so that letters of any language and blanks are allowed.
 FILE_NAME = r"\w[\w .+=-]*"
 
@@ -30,6 +31,13 @@ def mask_token(text: str) -> str:
     return text.replace(token, "(the token)") if token else text
 
 
+def printable(text: str) -> str:
+    """What a server sent, as one line of bounded length, without control characters and without the token."""
+    text = mask_token(text)[: 10 * LONGEST_REASON]
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
+
+
 @contextlib.contextmanager
 def one_line(fault: str):
     """Turns whatever a library raises in the block into a `UserError` that begins with ``fault``."""
@@ -45,27 +53,20 @@ def reason_of(error: BaseException) -> str:
     """The message of a library's error, in one line."""
     if isinstance(error, OSError) and error.strerror:  # without the file, which the caller names
         return error.strerror
-    kind, lines = type(error).__name__, []
-    for line in map(str.strip, str(error).splitlines()):
-        # OpenVINO begins with the positions in its own source files; the reason is below them.
-        if line and not line.startswith(("Exception from ", "Check '")):
-            lines.append(line)
+    # OpenVINO begins with the positions in its own source files; the reason is below them.
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
     if not lines:
-        return kind
+        return type(error).__name__
     # The second line says what another library found, or where PyYAML was.
     reason = " ".join(lines[:2]) if lines[0].endswith(":") or lines[0].startswith("while ") else lines[0]
     # Python's own errors name an object and no fault: "'model_type'" alone would say nothing.
     is_bare = isinstance(error, LookupError | AttributeError | TypeError)
-    return (f"{kind}: {reason}" if is_bare else reason)[:LONGEST_REASON]
+    return (f"{type(error).__name__}: {reason}" if is_bare else reason)[:LONGEST_REASON]
 
 
 def check_name(name, where) -> None:
-    """Raises `UserError` unless a variant or a format can be part of a file's name: no path, and one line.
-
-    Args:
-        name: the value to check, of any type.
-        where: the file that it comes from.
-    """
+    """Raises `UserError` unless a variant or a format, read from the file ``where``, can be part of a file's name."""
     if not isinstance(name, str) or not re.fullmatch(FILE_NAME, name):
         raise UserError(f"{where}: {name!r} is no name for a file; it takes letters, digits, blanks and '_.+=-'")
 
@@ -77,9 +78,8 @@ def check_line(name, where) -> None:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises `UserError` unless a string is 'name' or 'owner/name' in the letters that the Hub takes."""
-    # The Hub's own check lets a line break at the end pass.
-    if not re.fullmatch(f"({PART}/)?{PART}", repo_id):
+    """Raises `UserError` unless a string is 'name' or 'owner/name' as the Hub takes them."""
+    if not REPO_ID.fullmatch(repo_id):
         raise UserError(f"{repo_id!r} is no name for a repository; it takes owner/name")
 
 

@@ -1,9 +1,8 @@
-"""Atomic writes, locks on what is written, and checked reading of JSON and YAML.
+"""Atomic writes, locks on what is written, checksums, and checked reading of JSON and YAML.
 
-What is new is made in `.<name>.partial` beside its target, under the lock `.<name>.lock`, and then renamed: a rename
-inside one folder happens at once or not at all, so that a killed program leaves the old file or the new one. The
-system frees the lock of a process that has died, and the next process to lock the target removes what that one left.
-A folder is replaced only if this project has made it and all that it holds.
+What is new is made in `.<name>.partial` beside its target, under the lock `.<name>.lock`, and then renamed: a killed
+program leaves the old file or the new one. The next process to lock the target removes what a killed one has left. A
+folder is replaced only if this project has made it and all that it holds.
 """
 
 import contextlib
@@ -17,29 +16,24 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from emotion.utils.errors import UserError, reason_of
+from emotion.utils.errors import UserError, check_inside, reason_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository
 LOCK_TIMEOUT_S = 600  # to wait for another process; reached only where it has died and the disk frees no locks
 MAX_BYTES = 4_000_000  # of a settings file; the config.json of a model has some thousand
 MAX_RESULT_BYTES = 100_000_000  # of a file of results
+SUMS_FILE = "SHA256SUMS"  # of every file of a model folder, as `sha256sum` writes and checks it
 
 
 @dataclass(frozen=True)
 class FolderKind:
-    """A kind of folder that this project makes, and how it is told from a user's own.
+    """A kind of folder that this project makes, and how it is told from a user's own."""
 
-    Attributes:
-        name: what messages call it, with its article.
-        is_ours: whether the content of a folder shows that this project has made it.
-        entries: matches the name of each file and folder that it may hold, relative to its root.
-    """
-
-    name: str
-    is_ours: Callable[[Path], bool]
-    entries: re.Pattern
+    name: str  # with its article
+    is_ours: Callable[[Path], bool]  # whether its content shows that this project has made it
+    entries: re.Pattern  # matches each name that it may hold, relative to its root
 
 
 def relative(path: Path) -> str:
@@ -64,6 +58,77 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def format_sums(sums: dict[str, str]) -> str:
+    """The content of SHA256SUMS, from the files' names, relative to its folder, and their SHA-256 in hexadecimal."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS over every other file of a folder."""
+    write_text(Path(folder) / SUMS_FILE, format_sums({name: sha256(folder / name) for name in _names_of(folder)}))
+
+
+def _names_of(folder: Path) -> list[str]:
+    """The names of all files of a folder, relative to it; without SHA256SUMS."""
+    names = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+    return sorted(names - {SUMS_FILE})
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """Name -> SHA-256 of each file that SHA256SUMS names; None without it. Raises `UserError` if it is damaged."""
+    path = Path(folder) / SUMS_FILE
+    if not path.exists():
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
+    sums = {}
+    for number, line in enumerate(lines, start=1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if not match:
+            raise UserError(f"{path} line {number} is not '<64 hexadecimal digits>  <name>'")
+        check_inside(match[2], f"{path} line {number}")
+        name = PurePosixPath(match[2]).as_posix()
+        if name in sums:
+            raise UserError(f"{path} line {number} names {name} a second time")
+        sums[name] = match[1]
+    return sums
+
+
+def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compares files of a folder, by default all that it names, with its SHA256SUMS; a folder without one passes.
+
+    Raises:
+        UserError: naming the first file that is missing, that SHA256SUMS does not name, or that differs from it.
+    """
+    folder, sums = Path(folder), read_sums(folder)
+    if sums is None:
+        return
+    for name in sums if names is None else names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; make or download it again")
+        if sums.get(name) != sha256(folder / name):
+            how = "differs from" if name in sums else "is not named in"
+            raise UserError(
+                f"{folder / name} {how} {folder / SUMS_FILE}; make or download it again. If the change is yours, "
+                f"remove {SUMS_FILE} or pass --skip_checksum"
+            )
+
+
+def check_covered(folder: Path) -> None:
+    """Compares every file of a folder with its SHA256SUMS, which must be there and name all; as `check_sums`."""
+    sums = read_sums(folder)
+    if sums is None:
+        raise UserError(f"{folder} has no {SUMS_FILE}; make or download it again")
+    check_sums(folder, dict.fromkeys([*sums, *_names_of(folder)]))
+
+
+def has_files(folder: Path, checksums: dict[str, str]) -> bool:
+    """Whether the folder has these files with these SHA-256."""
+    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in checksums.items())
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     write_bytes(path, text.encode())
@@ -76,12 +141,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Writes indented JSON atomically.
-
-    Raises:
-        UserError: as `check_result` does.
-        ValueError: if a number is not finite, which other programs could not read.
-    """
+    """Writes indented JSON atomically; raises `UserError` as `check_result` does, and `ValueError` for NaN."""
     check_result(path, value)
     # Texts and labels stay readable (no \u escapes). One space: more would mostly indent the numbers of matrices.
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -92,9 +152,7 @@ def atomic_write(path: Path):
     """Yields a temporary path, which replaces ``path`` if the block succeeds and is removed if not.
 
     If ``path`` is a link, the file that it leads to is replaced. A process that writes the same file is waited for.
-
-    Raises:
-        UserError: if ``path`` is no file, or its folder cannot be written.
+    Raises `UserError` if ``path`` is no file, or its folder cannot be written.
     """
     check_is_file(path)
     with output_lock(path, wait=True) as target:  # which removes what an error leaves
@@ -104,16 +162,9 @@ def atomic_write(path: Path):
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path, kind: FolderKind | None = None):
-    """Yields an empty temporary folder, which replaces ``folder`` if the block succeeds.
+    """Yields an empty temporary folder, which replaces ``folder``, or what it leads to, if the block succeeds.
 
-    If ``folder`` is a link, the folder that it leads to is replaced.
-
-    Args:
-        folder: the folder to write.
-        kind: the kind of folder that may be replaced; None if only an empty one may.
-
-    Raises:
-        UserError: as `check_replaceable` and `output_lock` do.
+    Takes the arguments of `check_replaceable`, and raises `UserError` as that and `output_lock` do.
     """
     check_replaceable(folder, kind)
     with output_lock(folder) as target:
@@ -139,19 +190,12 @@ def scratch_folder() -> tempfile.TemporaryDirectory:
 
 @contextlib.contextmanager
 def output_lock(path: Path, wait: bool = False):
-    """Locks a file or folder for writing while the block runs; the process that has the lock may take it again.
+    """Locks a file or folder, which need not exist, for writing; the process that has the lock may take it again.
 
-    Args:
-        path: the file or folder, which need not exist.
-        wait: whether to wait for another process that has the lock, up to `LOCK_TIMEOUT_S`.
-
-    Yields:
-        The file or folder itself: where ``path`` leads to if it is a link.
-
-    Raises:
-        UserError: if another process has the lock, or nothing can be written there.
+    Yields where ``path`` leads to if it is a link. Raises `UserError` if nothing can be written there, or if another
+    process has the lock, with ``wait`` after `LOCK_TIMEOUT_S`.
     """
-    from filelock import FileLock, SoftFileLock, Timeout  # not installed where texts are only classified
+    from filelock import FileLock, SoftFileLock, Timeout  # here: classifying texts must not wait for it
 
     target = _target(path)
     # One lock object per target: a second one of the same process would wait for the first.
@@ -165,7 +209,7 @@ def output_lock(path: Path, wait: bool = False):
         left = f", or remove {lock.lock_file} if none does" if isinstance(lock, SoftFileLock) else ""
         raise UserError(f"another process is writing {path}{left}; wait until it ends, or name another") from error
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder") from error
     try:
         if is_outermost:
             _clear(target)  # what a process that was killed has left
@@ -183,13 +227,8 @@ def output_lock(path: Path, wait: bool = False):
 def check_replaceable(folder: Path, kind: FolderKind | None, inputs: Iterable[Path] = ()) -> None:
     """Checks that a folder can be written without destroying what is the user's. Commands call this before any work.
 
-    Args:
-        folder: the folder to write.
-        kind: the kind of folder that may be replaced; None if only an empty one may.
-        inputs: files and folders that the run reads, which the folder must not be, hold or lie in.
-
-    Raises:
-        UserError: naming what would be destroyed, or if nothing can be written there.
+    A folder of ``kind`` may be replaced, without one only an empty folder. It must not be, hold or lie in one of the
+    ``inputs`` of the run. Raises `UserError`, which names what would be destroyed, or if nothing can be written there.
     """
     target = _target(folder)
     if target.exists() and not target.is_dir():
@@ -205,15 +244,13 @@ def check_replaceable(folder: Path, kind: FolderKind | None, inputs: Iterable[Pa
         if not (kind and kind.is_ours(target)):
             what = kind.name if kind else "an empty folder"
             raise UserError(f"{folder} holds something else (it is not {what} of this project); name another folder")
-        if foreign := list(islice(_foreign_entries(target, kind), 3)):  # three say enough
-            raise UserError(
-                f"{folder} holds {', '.join(foreign)}, which {kind.name} does not; move that away, or name another"
-            )
+        if foreign := ", ".join(islice(_foreign_entries(target, kind), 3)):  # three say enough
+            raise UserError(f"{folder} holds {foreign}, which {kind.name} does not; move that away, or name another")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=target.parent).cleanup()  # permissions alone do not tell: a disk can be full
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise UserError(f"cannot write in {Path(folder).parent}: {error.strerror}; choose another folder") from error
 
 
 def check_is_file(path: Path) -> None:
@@ -226,17 +263,14 @@ def check_is_file(path: Path) -> None:
 def check_result(path: Path, fields: Iterable[str]) -> None:
     """Raises `UserError` if a file of results would replace something else than an earlier one.
 
-    Args:
-        path: the file to write.
-        fields: the keys of the new file. An earlier one, of another version too, has one of them.
+    An earlier one, of another version too, has one of the new file's ``fields``.
     """
     check_is_file(path)
     if not Path(path).is_file() or not Path(path).stat().st_size:
         return
-    try:
+    before = {}
+    with contextlib.suppress(UserError):
         before = read_json(path)
-    except UserError:
-        before = {}
     if not before.keys() & set(fields):
         raise UserError(f"{path} holds something else than results of this command; move it away, or name another")
 
@@ -254,10 +288,6 @@ def _type_of(path: Path) -> str:
     if path.is_dir() or path.is_file():
         return "folder" if path.is_dir() else "file"
     return "pipe or socket" if path.is_fifo() or path.is_socket() else "device"
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write in {Path(path).parent}: {error.strerror}; choose another folder")
 
 
 def _target(path: Path) -> Path:
@@ -285,26 +315,15 @@ def _clear(target: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON object with finite numbers.
-
-    Raises:
-        UserError: naming the file, if it is missing, is not JSON, or holds no object.
-    """
+    """Reads a JSON object with finite numbers; raises `UserError`, which names the file, for anything else."""
     return read_fields(path, json.loads, {}, max_bytes=MAX_RESULT_BYTES)
 
 
 def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_bytes: int = MAX_BYTES) -> dict:
-    """Reads a settings file that others may have written or damaged, and checks the types that the caller relies on.
+    """Reads a JSON or YAML file that others may have damaged; raises `UserError` with the file and what is wrong.
 
-    Args:
-        path: a JSON or YAML file.
-        parse: from the file's text to its value.
-        types: key -> the type, or types, of its value, or such a mapping for a mapping inside. A key that the file may
-            leave out ends with "?". The file may have more keys.
-        max_bytes: the largest file that is read.
-
-    Raises:
-        UserError: naming the file and what is wrong with it.
+    ``types`` is what the caller relies on: key -> the type, or types, of its value, or such a mapping for a mapping
+    inside. A key that the file may leave out ends with "?". The file may have more keys.
     """
     path = Path(path)
     try:

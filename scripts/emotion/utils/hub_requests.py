@@ -1,8 +1,7 @@
 """Requests to the Hub: every wait is bounded, transient errors are retried, and an error becomes one line.
 
-`huggingface_hub` retries, resumes and compares lengths. What it lacks is added by hooks of its HTTP client, which
-`httpx` (version 1) and `httpx2` (version 2) both have: timeouts of API requests, bounds on waits and redirects, and
-checks of the headers after which it names files in its cache.
+`huggingface_hub` retries, resumes and compares lengths. Hooks of its HTTP client add timeouts of API requests, bounds
+on waits and redirects, and checks of the headers after which it names files in its cache.
 """
 
 import contextlib
@@ -14,11 +13,11 @@ from collections import Counter
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
-from emotion.utils.errors import LONGEST_REASON, UserError, check_repo_id, mask_token, raised_by
+from emotion.utils.errors import UserError, check_repo_id, mask_token, printable, raised_by
 
 WAITS_S = (1, 3, 9)  # seconds before the second, third and last attempt
 MAX_WAIT_S = 120  # between two attempts, whatever the Hub asks for
@@ -42,18 +41,7 @@ def endpoint_answers() -> bool:
 
 
 def ask_hub(attempt, repo_id: str):
-    """Calls ``attempt``, which sends requests about a repository; retries transient errors.
-
-    Args:
-        attempt: a function without arguments.
-        repo_id: the repository id, for the message.
-
-    Returns:
-        The result of ``attempt``.
-
-    Raises:
-        UserError: for a permanent error at once, for a transient one after the last attempt.
-    """
+    """Returns ``attempt()``, which sends requests about a repository; retries transient errors, raises `UserError`."""
     requests, waits_s = Requests(), iter(WAITS_S)
     while True:
         try:
@@ -75,14 +63,10 @@ def ask_hub(attempt, repo_id: str):
 
 
 class Requests:
-    """Bounds the requests of one call of `ask_hub`.
-
-    Attributes:
-        exhausted: whether huggingface_hub has sent a request `MAX_TRIES` times.
-    """
+    """Bounds the requests of one call of `ask_hub`."""
 
     def __init__(self):
-        self.exhausted = False
+        self.exhausted = False  # whether huggingface_hub has sent a request `MAX_TRIES` times
         self._reported = False
         self._status = "none"  # of the last answer
         self._tries = Counter()  # request -> how often it was sent without a useful answer
@@ -120,14 +104,9 @@ class Requests:
         request.extensions["timeout"] = {step: min(time_s or most_s, most_s) for step, time_s in timeouts.items()}
 
     def _after(self, response) -> None:
-        """Checks an answer's headers, before its body is read.
-
-        Raises:
-            FileMetadataError: for invalid headers; huggingface_hub then takes the file from its cache.
-            HfHubHTTPError: if the Hub asks for a pause, which huggingface_hub would not heed, or take in silence.
-        """
+        """Checks an answer's headers, before its body is read."""
         self._status = response.status_code
-        if requested_pause(response):
+        if requested_pause(response):  # which huggingface_hub would not heed, or take in silence
             hf_raise_for_status(response)
         # Of what huggingface_hub takes as the last answer: errors and relative redirects have ETags of their own.
         if response.is_success or response.headers.get("Location", "").startswith(("http", "//")):
@@ -142,7 +121,7 @@ def _key(request) -> tuple:
 
 
 def check_cache_headers(response) -> None:
-    """Raises `FileMetadataError` if a header would name a file outside of the cache, or of another commit."""
+    """Raises `FileMetadataError`, so that the cache is read, if a header would name a file outside of it."""
     commit = re.search(r"/resolve/([0-9a-f]{40})/", response.request.url.path)
     etag = r'(W/)?"?\w[\w.-]*"?'
     patterns = {"X-Repo-Commit": commit[1] if commit else "[0-9a-f]{40}", "X-Linked-ETag": etag, "ETag": etag}
@@ -186,11 +165,7 @@ def requested_pause(response) -> float:
 
 
 def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
-    """What an error of a request to the Hub means.
-
-    Returns:
-        Whether it is transient; its message in one line, None for a bug; the seconds that the Hub asks to wait.
-    """
+    """Whether an error is transient; its message in one line, None for a bug; the seconds to wait."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -206,11 +181,11 @@ def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None
         return False, None, 0
     elif isinstance(error, OSError) and error.errno:
         hint = f"downloads go to {constants.HF_HUB_CACHE}, and HF_HOME names another place"
-        return False, one_line(f"{error.filename or 'the disk'}: {error.strerror}; {hint}"), 0
+        return False, printable(f"{error.filename or 'the disk'}: {error.strerror}; {hint}"), 0
     name = type(error).__name__
     # Nothing listens there, or the library rejects its arguments.
     transient = name != "ConnectError" and not isinstance(error, ValueError)
-    return transient, one_line(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
+    return transient, printable(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
 
 
 def classify_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[bool, str]:
@@ -228,28 +203,14 @@ def classify_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[b
     transient = status not in messages and (status in {408, 429} or status >= 500)
     if transient:
         return True, f"the Hub is busy or failing (status {status})"
-    return False, one_line(messages.get(status, f"the Hub refuses (status {status}){detail}"))
-
-
-def one_line(text: str) -> str:
-    """A text in one line of bounded length, without control characters and without the token."""
-    text = mask_token(text)[: 10 * LONGEST_REASON]
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
+    return False, printable(messages.get(status, f"the Hub refuses (status {status}){detail}"))
 
 
 def check_can_publish(repo_id: str | None) -> None:
     """Raises `UserError` if a repository cannot be written: no name or an invalid one, or no token."""
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if not repo_id:
         raise UserError("name the repository with --hub_model_id user/name")
     check_repo_id(repo_id)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(f"'{repo_id}' is no name for a repository: {str(error).splitlines()[0]}") from error
     if "/" not in repo_id:  # valid for the Hub, where some old models have no owner; none can be made
         raise UserError(f"'{repo_id}' names no owner; write user/{repo_id}")
     if not get_token():
