@@ -6,7 +6,7 @@ GROUP ?=
 FUZZ ?= 20
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
-export PYTHONPATH := $(CURDIR)/scripts:$(CURDIR)/tools
+export PYTHONPATH := $(CURDIR)/scripts
 
 # What an encoder, a group of tests or `make benchmark` needs beside requirements.txt
 PEERS := ctranslate2==4.8.5

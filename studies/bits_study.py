@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emotion.evaluation.schema import SUMMARIZED
+from emotion.evaluation.seeds import CONFIGS, check_seeds, make_and_score, summarize_scores
 from emotion.quantization.scheme import CONTROL, name_variant
 from emotion.utils.arguments import SEED, parse_args
 from emotion.utils.command import run
@@ -19,7 +20,6 @@ from emotion.utils.files import ROOT, read_json, write_json
 from emotion.utils.levels import BITS
 from emotion.utils.machine import choose_threads, describe_run
 from emotion.utils.recipe import base_model_of
-from seeds import CONFIGS, check_seeds, make_and_score, summarize_scores
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 import run_qlora
 from emotion.data.metrics import VALIDATION_NOISE
 from emotion.evaluation.schema import SUMMARIZED_OF_TRAINING
+from emotion.evaluation.seeds import CONFIGS, check_seeds, summarize_scores
 from emotion.inference.model_folder import adapter_bytes
 from emotion.utils.arguments import POSITIVE, SEED, parse_args, resolve_config
 from emotion.utils.command import run
@@ -20,9 +21,8 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, write_json
 from emotion.utils.machine import choose_threads, describe_run, run_script
 from emotion.utils.recipe import comparable, read_recipe_of
-from seeds import check_seeds, summarize_scores
 
-CONFIG = ROOT / "configs" / "minilm" / "qlora.yaml"
+CONFIG = CONFIGS / "qlora.yaml"
 # All flags that candidates change, so that the study does not depend on the recipe
 CENTRE = {
     "lora_r": 16,

@@ -16,10 +16,9 @@ import render_report
 import run_baseline
 import run_benchmark
 import run_evaluation
-import seeds
 import train_seeds
 from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
-from emotion.evaluation import benchmark, roofline
+from emotion.evaluation import benchmark, roofline, seeds
 from emotion.evaluation.predictions import read_predictions
 from emotion.evaluation.schema import Seeds
 from emotion.hub.comparison import list_means, score_ensemble

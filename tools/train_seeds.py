@@ -14,11 +14,11 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from emotion.evaluation.seeds import CONFIGS, check_seeds, choose_seed, make_and_score, summarize
 from emotion.inference.model_folder import ARTIFACT
 from emotion.utils.arguments import SEED, parse_args
 from emotion.utils.command import run
 from emotion.utils.files import ROOT, atomic_folder, check_replaceable, write_json
-from seeds import CONFIGS, check_seeds, choose_seed, make_and_score, summarize
 
 
 @dataclass
