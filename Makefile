@@ -81,7 +81,7 @@ else
 		$(RUN) tools/train_seeds.py $$variant --seeds $(SEEDS) $(ENCODER_FLAGS) || exit 1; done
 	$(RUN) studies/ptq_study.py $(SEEDS:%=$(W)/seeds/baseline-%) $(PTQ_STUDY) --results_dir $(R)
 	$(RUN) studies/bits_study.py 8 4 2 --seeds $(SEEDS) $(ENCODER_FLAGS)
-	$(if $(filter minilm,$(ENCODER)),$(RUN) studies/dataset_study.py && $(RUN) studies/qlora_study.py --seed $(SEEDS),$(RUN) studies/training_cost_study.py)
+	$(if $(filter minilm,$(ENCODER)),$(RUN) studies/qlora_study.py --seed $(SEEDS))
 	$(call score,$(W),$(FORMATS),--results_dir $(R))
 	$(MAKE) benchmark
 endif

@@ -11,13 +11,12 @@ from pyarrow import parquet
 from sklearn.metrics import f1_score
 
 import bits_study
-import dataset_study
 import render_report
 import run_baseline
 import run_benchmark
 import run_evaluation
 import train_seeds
-from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
+from conftest import ROOT, copy_to_edit, read_json
 from emotion.evaluation import benchmark, roofline, seeds
 from emotion.evaluation.predictions import read_predictions
 from emotion.evaluation.schema import Seeds
@@ -27,7 +26,7 @@ from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
 from emotion.utils.processor import ARM, TITLES, class_of
 from report.front import find_line, list_lines, render_block, summary_table
-from report.pages import render_page, render_study_pages
+from report.pages import render_page
 
 SHORT_RUN = "--rounds 3 --texts 20 --batches 2 --threads 1 --cold_starts 1".split()
 
@@ -361,26 +360,6 @@ def test_no_result_is_of_code_that_was_changed():
 def test_a_commit_is_seven_digits_and_says_what_was_changed():
     assert shorten("95508beb9d1bdb53") == "95508be" and shorten("95508beb9d1bdb53-dirty") == "95508be-dirty"
     assert shorten(None) == "unknown"
-
-
-def test_the_dataset_is_described_by_counting(encoder, tmp_path):
-    train, test = build_rows(30), build_rows(9)
-    train["text"] += ["two labels", "two labels", "elsewhere"]
-    train["label"] += [0, 1, 2]
-    test["text"].append("elsewhere")
-    test["label"].append(0)
-    data = save_dataset(tmp_path / "data", {"train": train, "test": test}, color_features())
-    dataset_study.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
-    text = render_study_pages(tmp_path)[tmp_path / "dataset.md"]
-    (line,) = [line for line in text.splitlines() if line.startswith("| all")]
-    assert [cell.strip() for cell in line.split("|")[2:4]] == ["33", "10"]
-    assert "1 in train, 0 in test. Across splits: 1" in text
-    assert "| none (row 32) | warm (row 9) |" in text
-    study = read_json(tmp_path / "dataset.json")
-    assert "elsewhere" not in text + json.dumps(study)  # the texts are the dataset's
-    assert study["splits"]["test"]["class_counts"] == [4, 3, 3]
-    lengths = study["splits"]["train"]["length_counts"]
-    assert sum(lengths) == 33 and len(lengths) - 1 == study["splits"]["train"]["longest"]
 
 
 def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
