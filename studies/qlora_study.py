@@ -12,7 +12,6 @@ from pathlib import Path
 
 import run_qlora
 from emotion.data.metrics import VALIDATION_NOISE
-from emotion.evaluation.schema import SUMMARIZED_OF_TRAINING
 from emotion.evaluation.seeds import CONFIGS, check_seeds, summarize_scores
 from emotion.inference.model_folder import adapter_bytes
 from emotion.utils.arguments import POSITIVE, SEED, parse_args, resolve_config
@@ -40,6 +39,7 @@ CANDIDATES = {
     "query and value only": {"target_modules": ["query", "value"]},  # as in Hu et al., "LoRA", ICLR 2022
     "LoftQ": {"init_lora_weights": "loftq"},
 }
+SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # over seeds
 KEPT_OF_TRAINING = [*SUMMARIZED_OF_TRAINING, "predicted_classes", "seconds", "cpu_seconds", "threads"]
 KEPT_OF_TRAINING += ["trained_parameters", "parameters"]
 

@@ -18,7 +18,7 @@ import run_evaluation
 import train_seeds
 from conftest import ROOT, copy_to_edit, read_json
 from emotion.evaluation import benchmark, roofline, seeds
-from emotion.evaluation.predictions import read_predictions
+from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Seeds
 from emotion.hub.comparison import list_means, score_ensemble
 from emotion.hub.render import markdown_table, shorten

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.dataset import fingerprint, get_split, load_task_of
-from emotion.evaluation.predictions import read_predictions, score_again
+from emotion.evaluation.record import read_predictions, score_again
 from emotion.evaluation.schema import Record
 from emotion.hub.render import markdown_table
 from emotion.inference.emotion_classifier import EmotionClassifier

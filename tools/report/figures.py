@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from scipy import stats
 
 from emotion.data.metrics import CALIBRATION_BINS, softmax
-from emotion.evaluation.predictions import read_predictions
+from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Bits, Measurement, Record, read_study
 from emotion.hub.comparison import REFERENCE, Family, processors_of
 from emotion.hub.confusion_matrix import PALETTE, plot_confusion_matrix, save_figure, styled

@@ -18,8 +18,8 @@ import numpy as np
 from emotion.data.metrics import macro_f1_interval
 from emotion.evaluation.inspection import FLOATS
 from emotion.evaluation.peers import bytes_of, describe_peer, open_peer
-from emotion.evaluation.predictions import score_again
 from emotion.evaluation.protocol import WARMUP_RUNS, summarize_latency, time_batches, time_each, time_end_to_end
+from emotion.evaluation.record import score_again
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import find_formats
 from emotion.inference.runtimes import predict

@@ -2,11 +2,11 @@
 
 import importlib
 import re
-import statistics
 from pathlib import Path
 
 from emotion.data.dataset import source_of
-from emotion.evaluation.predictions import read_predictions
+from emotion.evaluation.record import scores_of_seed
+from emotion.evaluation.schema import Mean, Record
 from emotion.inference.model_folder import find_formats
 from emotion.utils.arguments import resolve_config
 from emotion.utils.base_model import find_base_model
@@ -27,14 +27,12 @@ def check_seeds(seeds: list[int], flag: str = "--seeds") -> None:
 
 
 def make_and_score(seed: int, variant: str, weights: Path, results: Path, configs: Path = CONFIGS) -> dict:
-    """Makes the model of one seed, unless it is up to date, and scores each of its formats on test.
+    """Makes `weights`/seeds/<variant>-<seed>, unless it is up to date, and scores each of its formats on test.
 
     Args:
         variant: the name of a config; with `-float` at its end, QAT without fake quantization (the float fine-tuning
             control).
-        weights: the model becomes `seeds/<variant>-<seed>` in this folder.
         results: the records become `seeds/<seed>/metrics` in this folder.
-        configs: the folder of an encoder's configs.
 
     Returns:
         The seed, the scores on validation and the costs of the training; and the scores on test, by format in
@@ -88,27 +86,17 @@ def score_format(artifact: Path, format: str, results: Path, variant: str) -> di
     """Scores one format on test, in a fresh process, unless its record is newer than the model.
 
     Returns:
-        `macro_f1`, `accuracy` and `conflict_free_macro_f1`; and for a variant other than the baseline `change` (of
-        macro F1) and `flips` (texts with another label) against the baseline of the same seed.
+        The result of `scores_of_seed`.
     """
     path = results / "metrics" / f"{variant}-{format}.json"
     # Latency is not measured here: a seed changes no speed, and only run_benchmark.py times several models.
     if not path.is_file() or path.stat().st_mtime < (artifact / RECIPE_FILE).stat().st_mtime:
         flags = ["--format", format, "--latency_runs", 0, "--results_dir", results]
         run_script("run_evaluation.py", artifact, *flags, check=True)
-    quality = read_json(path)["quality"]
-    scores = {
-        "macro_f1": quality["macro_f1"],
-        "accuracy": quality["accuracy"],
-        "conflict_free_macro_f1": quality["conflict_free"]["macro_f1"],
-    }
-    if variant == "baseline":
-        return scores
-    before = read_json(results / "metrics" / "baseline-pytorch.json")["quality"]["macro_f1"]
-    logits = read_predictions(results / "predictions" / f"{variant}-{format}.parquet")[1]
-    logits_before = read_predictions(results / "predictions" / "baseline-pytorch.parquet")[1]
-    flips = int((logits.argmax(axis=-1) != logits_before.argmax(axis=-1)).sum())
-    return scores | {"change": quality["macro_f1"] - before, "flips": flips}
+    scores = scores_of_seed(Record.read(path), results)
+    if variant != "baseline" and "change" not in scores:
+        raise UserError(f"no predictions of the baseline in {results}; run python tools/train_seeds.py baseline")
+    return scores
 
 
 def summarize(runs: list[dict]) -> dict:
@@ -125,19 +113,13 @@ def summarize(runs: list[dict]) -> dict:
 
 def summarize_scores(runs: list[dict], names) -> dict[str, dict]:
     """Name of a score -> its `mean` and sample `standard_deviation` over the runs; the latter is null for one run."""
-    summary = {}
-    for name in names:
-        values = [run[name] for run in runs]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        summary[name] = {"mean": statistics.fmean(values), "standard_deviation": deviation}
-    return summary
+    return {name: Mean.of([run[name] for run in runs]).model_dump() for name in names}
 
 
 def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
-    """Whether making the model again would give the same.
+    """Whether making the model again, by the recipe ``wanted``, would give the same.
 
     Args:
-        wanted: the values of the recipe that it would be made by.
         baseline: the folder that it would start from; None if it starts from a base model, whose name and whose
             dataset's source are then compared too.
     """
