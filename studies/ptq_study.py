@@ -193,7 +193,7 @@ def time_candidates(
     timed = {"FP32": (baseline, "onnx")}
     for name, candidate in candidates.items():
         timed[name] = folders[name][0], candidate.format
-    protocol = Protocol(threads=rows.threads, rounds=rounds, texts_per_round=50, batches_per_round=8)
+    protocol = Protocol(rounds=rounds, texts_end_to_end=0, cold_starts=0, threads=rows.threads)
     return interleave(timed, rows.texts, protocol)
 
 

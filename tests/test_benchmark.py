@@ -29,7 +29,7 @@ from emotion.utils.processor import TITLES, class_of, find_processor_class
 from report.pages import render_table
 from test_comparison import words_of_report
 
-SHORTLY = Protocol(threads=1, rounds=1, texts_per_round=4, batches_per_round=1)
+SHORTLY = Protocol(threads=1, rounds=1, texts=4, batches=1, texts_end_to_end=0, cold_starts=0)
 AVX2 = {"avx2": True, "avx512_bf16": False, "cpu_name": "of this test"}
 VNNI = {"avx2", "avx_vnni", "avx512_bw", "avx512_vnni"}
 
