@@ -41,11 +41,7 @@ def file_of(format: str) -> str:
 
 
 def skip_unsupported(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Returns the folders and formats that this machine supports, and prints a line for each that it does not.
-
-    Raises:
-        UserError: if nothing is left.
-    """
+    """Returns what this machine supports, with a line for each that it does not; `UserError` if nothing is left."""
     kept = []
     for folder, format in named:
         if reason := find_obstacle(folder, format):
