@@ -86,10 +86,6 @@ class Task:
 def load_task(name: str, config_name: str | None = None) -> Task:
     """Loads and checks a dataset: a local folder, the Hub or, for the default only, its local copies.
 
-    Args:
-        name: a folder, or a dataset id on the Hub.
-        config_name: the configuration of the dataset; its own default if None.
-
     Raises:
         UserError: if it cannot be found or read, or naming the column, split or row that is invalid.
     """
@@ -113,12 +109,7 @@ def load_task(name: str, config_name: str | None = None) -> Task:
 
 
 def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
-    """Loads the named dataset or, without a name, the one that a model was trained on.
-
-    Args:
-        made_by: the content of the model folder's recipe.yaml.
-        name, config_name: as in `load_task`.
-    """
+    """Loads the named dataset or, without a name, the one that the model of this recipe.yaml was trained on."""
     recipe = made_by.get("recipe", {})
     recipe = recipe.get("baseline", recipe)  # a quantized model keeps its baseline's recipe inside its own
     # The recipe's configuration belongs to the recipe's dataset: one that is named here does not take it.
@@ -135,14 +126,14 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
 
     if name and Path(name).is_dir():  # no name at all would be the folder that the command is started in
         if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
-            return _load(lambda: load_from_disk(name), name), "folder"
-        return _load(lambda: _load_folder(name, config_name), name), "folder"
+            return _load(load_from_disk, name), "folder"
+        return _load(_load_folder, name, config_name), "folder"
     if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
         raise UserError(f"--dataset_name {name}: no such folder")
     check_repo_id(name)
     reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
     try:
-        return _load(lambda: load_dataset(name, config_name), name), "hub"
+        return _load(load_dataset, name, config_name), "hub"
     except DatasetNotFoundError as error:  # its message tells a missing dataset from one that is gated
         raise UserError(f"--dataset_name {name}: {error}") from error
     except ConnectionError as error:
@@ -152,22 +143,21 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
             raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
     # One of them is there: the sample is part of the repository.
     source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
-    return _load(lambda: _load_folder(str(folder), config_name), str(folder)), source
+    return _load(_load_folder, str(folder), config_name), source
 
 
-def _load(load, name: str):
+def _load(load, name: str, *config_name):
     """Calls ``load``; turns the error of a broken file into a `UserError`."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load()
+        return load(name, *config_name)
     except (UserError, DatasetNotFoundError, ConnectionError):  # the caller may have another copy
         raise
     except Exception as error:  # of any kind: the library lets the errors of its readers through
-        # Its own message says only that something went wrong; the cause names the file and the line.
-        reason = error.__cause__ or error
-        message = " ".join(str(reason).split())
-        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {message}") from error
+        reason = error.__cause__ or error  # which names the file and the line
+        message = f"{type(reason).__name__} {' '.join(str(reason).split())}"
+        raise UserError(f"--dataset_name {name}: cannot be read: {message}") from error
 
 
 def _check_columns(rows, name: str) -> list[str]:
@@ -238,22 +228,16 @@ def _check_rows(rows, split: str, classes: int) -> None:
 
 
 def get_split(task: Task, split: str):
-    """The rows of a split.
-
-    Raises:
-        UserError: if there is no such split; it names the splits that exist.
-    """
+    """The rows of a split; raises `UserError`, which names the splits that exist, if there is none of that name."""
     if split not in task.splits:
         raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
     return task.splits[split]
 
 
 def select_train_rows(rows, arguments: RowsArguments, seed: int):
-    """Returns the training samples, and prints how many are left out for which reason.
+    """Returns the training samples of the train split, and prints how many are left out for which reason.
 
     Args:
-        rows: the train split.
-        arguments: which samples to leave out.
         seed: of the draw, if `max_train_samples` asks for fewer rows than there are.
 
     Raises:
@@ -275,16 +259,7 @@ def select_train_rows(rows, arguments: RowsArguments, seed: int):
 
 
 def stratified_sample(rows, count: int, seed: int):
-    """Rows drawn at random from each class, in proportion to its share.
-
-    Args:
-        rows: the split.
-        count: how many in all.
-        seed: of the draw.
-
-    Raises:
-        UserError: if there are fewer rows than that.
-    """
+    """``count`` rows drawn at random from each class, in proportion to its share; `UserError` if there are fewer."""
     if not 1 <= count <= len(rows):
         raise UserError(f"--num_calibration_samples {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
     order = np.random.default_rng(seed).permutation(len(rows))
