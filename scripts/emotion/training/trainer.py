@@ -105,23 +105,14 @@ class RecipeTrainingArguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads.
-
-    Attributes:
-        base: the model to start from.
-        task: the dataset with all its splits.
-        rows: the rows of train to learn from, with `text` and `label`.
-        tokenizer: that of the base model.
-        train: the same rows as `input_ids` and `label`.
-        validation: the rows of validation in this form.
-    """
+    """What a training reads."""
 
     base: BaseModel
     task: Task
-    rows: Dataset
+    rows: Dataset  # of train to learn from, with `text` and `label`
     tokenizer: PreTrainedTokenizerBase
-    train: Dataset
-    validation: Dataset
+    train: Dataset  # the same rows as `input_ids` and `label`
+    validation: Dataset  # in this form
 
     @property
     def provenance(self) -> dict:
@@ -151,8 +142,6 @@ class ClassificationTrainer(Trainer):
     """The `Trainer` that resumes only from a complete checkpoint, stops when it diverges, and is fast on a CPU.
 
     Args:
-        recipe: what the run was asked to do.
-        data: what it reads.
         callbacks: further callbacks.
         options: the other arguments of `Trainer`.
     """
@@ -248,17 +237,12 @@ class ClassificationTrainer(Trainer):
 
 
 def compute_metrics(prediction) -> dict:
-    """Scores the predictions of the Trainer's evaluation.
-
-    Args:
-        prediction: `EvalPrediction`, whose ``predictions`` are float logits of shape (rows, classes).
-    """
+    """Scores an `EvalPrediction`, whose ``predictions`` are float logits of shape (rows, classes)."""
     scores = score(prediction.predictions, prediction.label_ids)
-    predicted = len(set(prediction.predictions.argmax(axis=-1)))
     return {
         "macro_f1": scores["macro_f1"],
         "accuracy": scores["accuracy"],
-        "predicted_classes": predicted,  # 1 if the training has collapsed
+        "predicted_classes": len(set(prediction.predictions.argmax(axis=-1))),  # 1 if the training has collapsed
         "rows": len(prediction.label_ids),
     }
 
@@ -268,10 +252,8 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Shows the bar, in the main process and unless `disable_tqdm` is set."""
-        hidden = args.disable_tqdm or not state.is_world_process_zero
-        self.bar = Bar(
-            total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", disable=hidden
-        )
+        look = {"desc": "training", "unit": " steps", "disable": args.disable_tqdm or not state.is_world_process_zero}
+        self.bar = Bar(total=state.max_steps, initial=state.global_step, **look)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Advances the bar."""
