@@ -80,7 +80,6 @@ else
 	for variant in qlora ptq qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) tools/train_seeds.py $$variant --seeds $(SEEDS) $(ENCODER_FLAGS) || exit 1; done
 	$(RUN) studies/ptq_study.py $(SEEDS:%=$(W)/seeds/baseline-%) $(PTQ_STUDY) --results_dir $(R)
-	$(RUN) studies/bits_study.py 8 4 2 --seeds $(SEEDS) $(ENCODER_FLAGS)
 	$(if $(filter minilm,$(ENCODER)),$(RUN) studies/qlora_study.py --seed $(SEEDS))
 	$(call score,$(W),$(FORMATS),--results_dir $(R))
 	$(MAKE) benchmark

@@ -10,7 +10,6 @@ import yaml
 from pyarrow import parquet
 from sklearn.metrics import f1_score
 
-import bits_study
 import render_report
 import run_baseline
 import run_benchmark
@@ -227,12 +226,10 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
         run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
 
 
-@pytest.mark.parametrize("command", [train_seeds, bits_study])
 @pytest.mark.parametrize("seeds", [["42", "42"], ["1", "2", "1"]])
-def test_a_seed_counts_once(command, seeds, tmp_path):
-    word = "ptq" if command is train_seeds else "4"
+def test_a_seed_counts_once(seeds, tmp_path):
     with pytest.raises(UserError, match=f"--seeds {' '.join(seeds)}: it takes one seed at least, and each once"):
-        command.main([word, "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
+        train_seeds.main(["ptq", "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
 
 
 @pytest.mark.processes
