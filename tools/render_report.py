@@ -75,11 +75,9 @@ def main(argv=None) -> None:
 
 def render_family(family: Family, pictures: list[Path]) -> dict[Path, str]:
     """Renders the comparison of one encoder's variants, as JSON and as a page."""
-    folder, comparison = family.folder, family.comparison
-    return {
-        folder / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        folder / "comparison.md": render_page(family, pictures),
-    }
+    comparison = json.dumps(family.comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path = family.folder / "comparison.json"
+    return {path: comparison, path.with_suffix(".md"): render_page(family, pictures)}
 
 
 def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
@@ -158,8 +156,7 @@ def check_publishable(record: Record) -> None:
     recipe = provenance.recipe or {}
     # A language model, a peer, may be trained on part of the rows, which the comparison states.
     limits = {"max_steps"} if record.format == "adapter" else {"max_train_samples", "max_steps"}
-    short = limits & {**recipe, **provenance.training_recipe}.keys()
-    if short:
+    if short := limits & {**recipe, **provenance.training_recipe}.keys():
         raise UserError(f"{name} is a short run ({', '.join(sorted(short))} in its recipe): not for the README")
 
 

@@ -21,12 +21,7 @@ RUNTIMES = (
 
 @complete("the README's block")
 def render_block(families: list[Family], root: Path) -> str:
-    """Renders the recommendation, the table with its caption, and the picture.
-
-    Args:
-        families: of MiniLM and, if it was measured, of the 12-layer encoder.
-        root: the README's folder.
-    """
+    """Renders the recommendation, the table with its caption, and the picture; ``root`` is the README's folder."""
     comparison, folders = families[0].comparison, [family.folder for family in families]
     results = folders[0]
     lines = list_lines(comparison)
@@ -76,11 +71,7 @@ def validation_scores(study: Bits) -> dict[str, float]:
 
 
 def _describe_choice(study: Bits, lines: list[dict]) -> dict | None:
-    """The validation scores of the recommended variant and of the next smaller one.
-
-    Returns:
-        None if validation does not prefer the recommended variant, or none is smaller.
-    """
+    """The scores of the recommended variant and the next smaller; None if validation prefers another or none is."""
     scores, sizes = validation_scores(study), {line["variant"]: line["megabytes"] for line in lines}
     smaller = [variant for variant in scores.keys() & sizes.keys() if sizes[variant] < sizes.get(RECOMMENDED, 0)]
     if not smaller or max(scores, key=scores.get) != RECOMMENDED:
