@@ -112,11 +112,15 @@ def main(argv=None) -> None:
 
     # Make, score and time the candidates
     folders = make_candidates(candidates, baselines, task, Path(arguments.work_dir))
-    fp32, studied = score_candidates(candidates, folders, baselines, rows)
-    speed = time_candidates(candidates, folders, baselines[0], rows, arguments.rounds)
+    reference = [logits_of(baseline, "onnx", rows) for baseline in baselines]
+    timed = {name: (folders[name][0], candidate.format) for name, candidate in candidates.items()}
+    protocol = Protocol(rounds=arguments.rounds, texts_end_to_end=0, cold_starts=0, threads=rows.threads)
+    speed = interleave({"FP32": (baselines[0], "onnx")} | timed, rows.texts, protocol)
+    fp32 = {"macro_f1": statistics.fmean(score(logits, rows.labels)["macro_f1"] for logits in reference)}
     fp32 |= speed.pop("FP32")
-    for name, measured in speed.items():
-        studied[name] |= measured
+    studied = {}
+    for name, candidate in candidates.items():
+        studied[name] = describe_candidate(candidate, folders[name], reference, rows) | speed[name]
     study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
     write_json(results / "ptq_study.json", study)
     print(f"wrote the study to {results}; make report renders it")
@@ -145,24 +149,6 @@ def make_candidates(
     return folders
 
 
-def score_candidates(
-    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baselines: list[Path], rows: Samples
-) -> tuple[dict, dict]:
-    """Scores FP32 and every candidate on validation.
-
-    Returns:
-        The mean `macro_f1` of the FP32 baselines, and name -> the result of `describe_candidate`.
-    """
-    reference, macro_f1, studied = [], [], {}
-    for baseline in baselines:
-        logits = logits_of(baseline, "onnx", rows)
-        reference.append(logits)
-        macro_f1.append(score(logits, rows.labels)["macro_f1"])
-    for name, candidate in candidates.items():
-        studied[name] = describe_candidate(candidate, folders[name], reference, rows)
-    return {"macro_f1": statistics.fmean(macro_f1)}, studied
-
-
 def describe_candidate(candidate: Candidate, folders: list[Path], reference: list[np.ndarray], rows: Samples) -> dict:
     """The changes that a candidate makes, as means over the baselines, and size and scheme of the first one's file.
 
@@ -170,12 +156,10 @@ def describe_candidate(candidate: Candidate, folders: list[Path], reference: lis
         folders: one per baseline.
         reference: FP32 logits (rows, classes) of each baseline, in the same order.
     """
-    format = candidate.format
-    effects = []
+    format, effects = candidate.format, []
     for folder, before in zip(folders, reference, strict=True):
         effects.append(compare(before, logits_of(folder, format, rows), rows.labels))
-    files = files_to_serve(folders[0], format)
-    weights = weights_of(folders[0], format)
+    files, weights = files_to_serve(folders[0], format), weights_of(folders[0], format)
     return {
         "format": format,
         "changes": candidate.changes,
@@ -186,37 +170,18 @@ def describe_candidate(candidate: Candidate, folders: list[Path], reference: lis
     }
 
 
-def time_candidates(
-    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baseline: Path, rows: Samples, rounds: int
-) -> dict[str, dict]:
-    """Times FP32 and every candidate of the first baseline in turns; returns name -> the measurements."""
-    timed = {"FP32": (baseline, "onnx")}
-    for name, candidate in candidates.items():
-        timed[name] = folders[name][0], candidate.format
-    protocol = Protocol(rounds=rounds, texts_end_to_end=0, cold_starts=0, threads=rows.threads)
-    return interleave(timed, rows.texts, protocol)
-
-
 def choose(studied: dict) -> dict:
     """Format -> the winner by the rule at the top of this file, and its flags."""
-    of_format = {}
-    for name, candidate in studied.items():
-        of_format.setdefault(candidate["format"], {})[name] = candidate
     chosen = {}
-    for format, candidates in of_format.items():
-        # Larger weights overflow on processors without VNNI (levels.py).
-        safe = {}
-        for name, candidate in candidates.items():
-            if candidate["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT:
-                safe[name] = candidate
-        safe = safe or candidates  # if no candidate is safe, all compete
-        best = max(candidate["macro_f1_change"] for candidate in safe.values())
-        close = {}
-        for name, candidate in safe.items():
-            if candidate["macro_f1_change"] >= best - VALIDATION_NOISE:
-                close[name] = candidate
-        winner = max(close, key=lambda name: close[name]["times_faster_at_batch_1"]["median"])
-        chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
+    for format in dict.fromkeys(candidate["format"] for candidate in studied.values()):
+        all_of_format = {name: one for name, one in studied.items() if one["format"] == format}
+        # Larger weights overflow on processors without VNNI (levels.py). If no candidate is safe, all compete.
+        safe = [one for one in all_of_format.values() if one["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT]
+        safe = safe or list(all_of_format.values())
+        least = max(one["macro_f1_change"] for one in safe) - VALIDATION_NOISE
+        close = [name for name, one in all_of_format.items() if one in safe and one["macro_f1_change"] >= least]
+        winner = max(close, key=lambda name: studied[name]["times_faster_at_batch_1"]["median"])
+        chosen[format] = {"candidate": winner, "flags": FLAGS[format] | studied[winner]["changes"]}
     return chosen
 
 

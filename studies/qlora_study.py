@@ -82,9 +82,8 @@ def main(argv=None) -> None:
     }
     sweep["chosen"] = choose(sweep["candidates"])
     sweep["recipe"] = find_recipe(resolve_config(run_qlora.ARGUMENTS, [arguments.config]).values, arguments.candidates)
-    results = Path(arguments.results_dir)
-    write_json(results / "qlora_sweep.json", sweep)
-    print(f"wrote the study to {results}; make report renders it")
+    write_json(Path(arguments.results_dir) / "qlora_sweep.json", sweep)
+    print(f"wrote the study to {arguments.results_dir}; make report renders it")
 
 
 def train(name: str, seed: int, arguments: SweepArguments) -> dict:
@@ -92,8 +91,7 @@ def train(name: str, seed: int, arguments: SweepArguments) -> dict:
     folder = folder_of(name, seed, arguments)
     changes = CENTRE | CANDIDATES[name] | {"num_train_epochs": arguments.epochs, "seed": seed}
     metadata = read_recipe_of(folder)  # empty if it was never trained
-    is_trained = metadata and comparable(metadata["recipe"]).items() >= comparable(changes).items()
-    if not is_trained:
+    if not metadata or not comparable(metadata["recipe"]).items() >= comparable(changes).items():
         flags = ["--formats", "adapter", "--resume_from_checkpoint", "true", "--output_dir", folder]
         for key, value in changes.items():
             flags += [f"--{key}", *(value if isinstance(value, list) else [value])]
