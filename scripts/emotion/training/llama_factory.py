@@ -28,17 +28,12 @@ CUTOFF = 2048  # tokens of a row, where a recipe names no cutoff_len
 
 
 def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Path) -> None:
-    """Writes the rows in the alpaca format, and `dataset_info.json`, which names their files.
-
-    Args:
-        splits: name of a split -> its rows, with `text` and `label`.
-    """
+    """Writes the rows of each split in the alpaca format, and `dataset_info.json`, which names their files."""
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's rows
     files = {}
     for split, rows in splits.items():
-        lines = []
-        for text, label in zip(rows["text"], rows["label"], strict=True):
-            lines.append({"instruction": instruction, "input": text, "output": labels[label]})
+        pairs = zip(rows["text"], rows["label"], strict=True)
+        lines = [{"instruction": instruction, "input": text, "output": labels[label]} for text, label in pairs]
         write_json(folder / f"{split}.json", lines)
         files[f"emotion_{split}"] = {"file_name": f"{split}.json"}
     write_json(folder / "dataset_info.json", files)
@@ -63,7 +58,13 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
     values["resume_from_checkpoint"] = prepare_training(values, work)
     # A file, since LLaMA Factory takes the word `no` of a command line for false.
     write_text(work / "train.yaml", yaml.safe_dump(values, sort_keys=False))
-    process = _start(work / "train.yaml")
+    # Unbuffered: into a pipe, lines would come many at once, and the first loss late.
+    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
+    if not hub_is_reachable():
+        environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    # From the root, to which the recipe's paths are relative
+    process = subprocess.Popen([CLI, "train", work / "train.yaml"], cwd=ROOT, env=environment, **options)
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -80,31 +81,11 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
         sys.exit(process.returncode)
 
 
-def _start(config: Path) -> subprocess.Popen:
-    # Unbuffered: into a pipe, lines would come many at once, and the first loss late.
-    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
-    if not hub_is_reachable():
-        environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
-    return subprocess.Popen(
-        [CLI, "train", config],
-        cwd=ROOT,  # the recipe's paths are relative to it
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-
-
 def prepare_training(values: dict, work: Path) -> str | None:
-    """Finds the checkpoint to resume from; without one, removes what an earlier training has left.
+    """Finds the checkpoint to resume from; without one, returns None and removes what an earlier training has left.
 
     Args:
         values: the flags of LLaMA Factory; `resume_from_checkpoint` is a path, or True for the last checkpoint.
-
-    Returns:
-        The folder of the checkpoint; None to start from the beginning.
 
     Raises:
         UserError: if the checkpoint belongs to another recipe or to other rows.
