@@ -53,9 +53,7 @@ class ReleaseArguments:
         default=str(ROOT / "weights"), metadata={"help": "Folder of the models, with those of each seed in seeds/."}
     )
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder of the records."})
-    verify: bool = field(
-        default=False, metadata={"help": "Change nothing; compare the tracked weights and their predictions."}
-    )
+    verify: bool = field(default=False, metadata={"help": "Change nothing; compare the weights and predictions."})
     threads: int | None = field(
         default=None, metadata={"help": "With --verify: threads to compute with.", "choices": THREADS}
     )
@@ -162,9 +160,7 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record.quality.split)
     if fingerprint(rows) != record.provenance.dataset_fingerprint:
-        raise UserError(
-            f"{task.name} ({task.source}) has other test rows than those of {name}; the scores say nothing"
-        )
+        raise UserError(f"{task.name} ({task.source}) has other test rows than those of {name}: nothing to compare")
     labels, published = read_predictions(results / "predictions" / f"{name}.parquet")
     logits = EmotionClassifier.from_pretrained(folder, format, threads).logits(rows["text"])
     found = {
@@ -178,11 +174,9 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
 
 def judge(found: dict) -> str:
     """The verdict on the result of `verify`."""
-    if found["same_machine"]:
-        same = found["equal"] == 1 and found["macro_f1"] == found["published"]
-        return "verified" if same else "differs"
-    close = abs(found["macro_f1"] - found["published"]) <= MACRO_F1_MARGIN
-    return "verified" if close and found["equal"] >= EQUAL_LABELS else "differs"
+    least, margin = (1, 0) if found["same_machine"] else (EQUAL_LABELS, MACRO_F1_MARGIN)
+    close = abs(found["macro_f1"] - found["published"]) <= margin
+    return "verified" if close and found["equal"] >= least else "differs"
 
 
 def is_same_machine(there: dict, here: dict) -> bool:
