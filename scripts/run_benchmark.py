@@ -43,15 +43,10 @@ class BenchmarkArguments(Protocol):
     """Which models are timed, and how often."""
 
     artifacts: list[str] = field(kw_only=True, metadata={"help": "Models, as folder:format."})
-    roofline: bool = field(
-        default=True, metadata={"help": "Measure the machine's peaks, and how close each model comes."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset of the texts; the first model's by default."}
-    )
+    roofline: bool = field(default=True, metadata={"help": "Measure the machine's peaks, and each model's share."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset; the first model's by default."})
     output: str | None = field(
-        default=None,
-        metadata={"help": "JSON file of the result, or a folder, in which the kind of processor names the file."},
+        default=None, metadata={"help": "JSON file, or a folder, in which the kind of processor names the file."}
     )
 
 

@@ -70,8 +70,7 @@ class LlamaFactoryArguments(DrawArguments):
         metadata={"help": "First line of each prompt; {labels} stands for the class names."},
     )
     use_tiny_model: bool = field(
-        default=False,
-        metadata={"help": "Where the Hub cannot be reached, train a tiny Llama with random weights instead."},
+        default=False, metadata={"help": "Where the Hub cannot be reached, train a tiny Llama of random weights."}
     )
     output_dir: str = field(default="weights/llama-qlora", metadata={"help": "Folder in which the model is saved."})
 

@@ -70,21 +70,16 @@ FLAGS = {
 class StudyArguments:
     """The baselines to study, and where the results go."""
 
-    baselines: list[str] = field(
-        metadata={"help": "Folders of run_baseline.py. Speed and layers are measured on the first one."}
-    )
+    baselines: list[str] = field(metadata={"help": "Baselines; speed and layers are measured on the first."})
     work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
     layer_texts: int | None = field(
-        default=None,
-        metadata={"help": "Texts of validation that show a layer on its own; all if not given.", "choices": COUNT},
+        default=None, metadata={"help": "Texts that each layer is measured on; all by default.", "choices": COUNT}
     )
     leave_out: list[str] = field(
         default_factory=list, metadata={"help": "Candidates that are not made.", "choices": CANDIDATES}
     )
-    rounds: int = field(
-        default=10, metadata={"help": "Turns that each candidate gets when speed is measured.", "choices": COUNT}
-    )
+    rounds: int = field(default=10, metadata={"help": "Counted rounds of the timing.", "choices": COUNT})
 
 
 def main(argv=None) -> None:

@@ -49,17 +49,11 @@ class SweepArguments:
     """Which candidates are trained, and where the results go."""
 
     candidates: list[str] = field(
-        default_factory=lambda: list(CANDIDATES),
-        metadata={"help": f"Some of {', '.join(CANDIDATES)}.", "choices": CANDIDATES},
+        default_factory=lambda: list(CANDIDATES), metadata={"help": "Candidates.", "choices": CANDIDATES}
     )
     config: str = field(default=str(CONFIG), metadata={"help": "The config that the candidates change."})
-    epochs: float = field(
-        default=3.0, metadata={"help": "Epochs that each candidate is trained for.", "choices": POSITIVE}
-    )
-    seed: list[int] = field(
-        default_factory=lambda: [42],
-        metadata={"help": "Each candidate is trained once with each of these.", "choices": SEED},
-    )
+    epochs: float = field(default=3.0, metadata={"help": "Epochs of each training.", "choices": POSITIVE})
+    seed: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds.", "choices": SEED})
     work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 

@@ -49,14 +49,10 @@ MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
 class ReleaseArguments:
     """Where the models and their scores are."""
 
-    weights_dir: str = field(
-        default=str(ROOT / "weights"), metadata={"help": "Folder of the models, with those of each seed in seeds/."}
-    )
+    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Folder of the models and of seeds/."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder of the records."})
     verify: bool = field(default=False, metadata={"help": "Change nothing; compare the weights and predictions."})
-    threads: int | None = field(
-        default=None, metadata={"help": "With --verify: threads to compute with.", "choices": THREADS}
-    )
+    threads: int | None = field(default=None, metadata={"help": "Threads, with --verify.", "choices": THREADS})
 
 
 def main(argv=None) -> None:

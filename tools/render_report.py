@@ -39,12 +39,8 @@ TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<
 class ComparisonArguments:
     """Which results are shown, and where."""
 
-    results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, benchmark/."}
-    )
-    readme: str = field(
-        default=str(ROOT / "README.md"), metadata={"help": "File whose results block is written; docs/ is beside it."}
-    )
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, ..."})
+    readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "The README, with docs/ beside it."})
     check: bool = field(default=False, metadata={"help": "Write nothing; fail if a file differs."})
     print_only: bool = field(default=False, metadata={"help": "Print the table and write nothing."})
 

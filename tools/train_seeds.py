@@ -25,9 +25,7 @@ from emotion.utils.files import ROOT, atomic_folder, check_replaceable, write_js
 class SeedsArguments:
     """Which variant is trained, and with which seeds."""
 
-    variant: str = field(
-        metadata={"help": "A config: baseline, ptq, qat, qlora, ptq-int4, ...; -float: without fake quantization."}
-    )
+    variant: str = field(metadata={"help": "A config, as qat-int4; with -float: without fake quantization."})
     config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
     seeds: list[int] = field(

@@ -28,8 +28,7 @@ class DrawArguments:
         default=True, metadata={"help": "Leave out the training samples whose text has two different labels in train."}
     )
     max_train_samples: int | None = field(
-        default=None,
-        metadata={"help": "Train on this many samples at most, drawn at random; for debugging.", "choices": COUNT},
+        default=None, metadata={"help": "Train on so many samples at most, drawn at random.", "choices": COUNT}
     )
 
 
@@ -39,10 +38,7 @@ class RowsArguments(DrawArguments):
 
     max_seq_length: int = field(
         default=128,
-        metadata={
-            "help": "Longest text in tokens; longer texts are truncated, counted and reported.",
-            "choices": Range(MIN_LENGTH),
-        },
+        metadata={"help": "Length in tokens at which texts are truncated, and counted.", "choices": Range(MIN_LENGTH)},
     )
 
 
@@ -50,16 +46,12 @@ class RowsArguments(DrawArguments):
 class TaskArguments(RowsArguments):
     """The flags that name the base model and the dataset."""
 
-    model_name_or_path: str = field(
-        kw_only=True, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
-    )
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Base model: a Hub id or a local folder."})
     dataset_name: str = field(
         default=DEFAULT_DATASET,
         metadata={"help": "Dataset with `text` and `label` (ClassLabel) columns: a Hub id or a local folder."},
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
-    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     attention_dropout: float | None = field(
         default=0.1,  # as in BERT's pretraining
         metadata={"help": "Dropout of the attention weights; null: the base model's own.", "choices": DROPOUT},

@@ -49,18 +49,12 @@ class Protocol:
     # Enough that each of several threads computes many batches; few would show which thread got the last one.
     texts_end_to_end: int = field(
         default=1024,
-        metadata={
-            "help": "Texts per round that are classified end to end, in one call; 0 leaves this out.",
-            "choices": Range(0),
-        },
+        metadata={"help": "Texts per round, classified end to end in one call; 0: none.", "choices": Range(0)},
     )
     # Three, since the first start may read the libraries from disk; the median leaves it out.
     cold_starts: int = field(
         default=3,
-        metadata={
-            "help": "Processes per model that are timed from their start to the first prediction.",
-            "choices": Range(0),
-        },
+        metadata={"help": "Starts per model, timed up to the first prediction.", "choices": Range(0)},
     )
     threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
 
