@@ -32,8 +32,7 @@ from emotion.data.metrics import four_digits
 from emotion.inference.likelihood import PromptEncoder, has_chat_template
 from emotion.inference.model_folder import ARTIFACT, artifact_metadata, data_provenance, new_artifact
 from emotion.inference.pretrained import open_model
-from emotion.training.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
-from emotion.training.tiny_llama import build_tiny_llama
+from emotion.training.llama_factory import CLI, build_tiny_llama, check_tokens, train, trained_with, write_dataset
 from emotion.utils.arguments import parse_with_other_flags
 from emotion.utils.base_model import BaseModel, find_base_model, hub_is_reachable
 from emotion.utils.command import run

@@ -24,8 +24,7 @@ from emotion.hub.render import markdown_table, shorten
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
 from emotion.utils.processor import ARM, TITLES, class_of
-from report.front import find_line, list_lines, render_block, summary_table
-from report.pages import render_page
+from report.pages import find_line, list_lines, render_block, render_page, summary_table
 
 SHORT_RUN = "--rounds 3 --texts 20 --batches 2 --threads 1 --cold_starts 1".split()
 

@@ -19,17 +19,17 @@ from emotion.evaluation.record import MPNET_BASE
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import Family, read_family
 from emotion.hub.model_card import render_cards
+from emotion.inference.released import RECOMMENDED
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RANDOM
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, write_bytes
 from emotion.utils.progress import Bar
-from report.document import REPORT, SOURCE, compile_report
 from report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
-from report.front import render_block, render_times
-from report.pages import render_page, render_study_pages, render_table
+from report.pages import render_block, render_page, render_study_pages, render_table, render_times
 
+SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"
 # The lines of the README between which this program writes; the times may be left out
 START, END = "<!-- results: written by tools/render_report.py -->", "<!-- end of results -->"
 TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<!-- end of times -->"
@@ -113,8 +113,35 @@ def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
         write_bytes(path, content)
 
 
+def compile_report(root: Path) -> bytes | None:
+    """Compiles the report, which reads the records and pictures: the same bytes from the same records.
+
+    Returns:
+        The PDF; None where its source is not below ``root``.
+
+    Raises:
+        UserError: if a result that it cannot do without is missing, or lacks a field.
+    """
+    if not (root / SOURCE).is_file():
+        return None
+    import typst  # not needed with --print_only
+
+    try:
+        # Typst brings fonts of its own; those of the system would differ from machine to machine.
+        return typst.compile(root / SOURCE, root=root, ignore_system_fonts=True, sys_inputs=inputs_of(root))
+    except typst.TypstError as error:
+        raise UserError(f"{SOURCE}: {error.message or error}; what it reads comes from the results") from error
+
+
+def inputs_of(root: Path) -> dict[str, str]:
+    """The inputs of the source: the files in docs/ and results/, which Typst cannot list, and the recommendation."""
+    paths = [*(root / "docs").rglob("*.*"), *(root / "results").rglob("*.*")]
+    files = sorted(path.relative_to(root).as_posix() for path in paths)
+    return {"files": ",".join(files), "recommended": RECOMMENDED}
+
+
 def compile_with(files: dict[Path, bytes], root: Path, folder: Path) -> bytes:
-    """Compiles the report, which reads these files, from a copy of the folders in ``folder``."""
+    """Compiles the report with these files, from a copy of the folders in ``folder``."""
     for name in ("docs", "results"):
         shutil.copytree(root / name, folder / name)
     for path, content in files.items():

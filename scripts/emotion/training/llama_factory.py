@@ -1,6 +1,7 @@
 """LLaMA Factory as a process: the dataset that it reads, its training, and a check of its tokens.
 
-It pins older libraries than this project, so that it runs in an environment of its own.
+It pins older libraries than this project, so that it runs in an environment of its own. A tiny Llama with random
+weights is there to try the command without a Hub; no record of it enters `results/`.
 """
 
 import importlib.metadata
@@ -10,12 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from datasets import load_from_disk
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import get_last_checkpoint
 
 from emotion.inference.likelihood import PromptEncoder
-from emotion.utils.base_model import BaseModel, hub_is_reachable
+from emotion.utils.base_model import RANDOM, BaseModel, hub_is_reachable
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, read_json, relative, sha256, write_json, write_text
 from emotion.utils.recipe import Recipe
@@ -25,6 +29,35 @@ CLI = ENVIRONMENT / "bin" / "llamafactory-cli"
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 IGNORED = -100  # label of a token that the loss ignores
 CUTOFF = 2048  # tokens of a row, where a recipe names no cutoff_len
+END, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # of Qwen's template
+
+
+def build_tiny_llama(texts: list[str], folder: Path) -> BaseModel:
+    """Saves a tiny Llama in ``folder``, with a byte-level BPE tokenizer that is trained on the texts."""
+    torch.manual_seed(0)
+    bpe = ByteLevelBPETokenizer()
+    special = [END, TURN, END_OF_TURN]
+    bpe.train_from_iterator(texts, vocab_size=2000, min_frequency=0, show_progress=False, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token=END_OF_TURN, pad_token=END
+    )
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,  # a multiple of the 64 weights that share a scale in NF4
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # grouped-query attention
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return BaseModel(name="tiny-llama-with-random-weights", path=str(folder), source=RANDOM)
 
 
 def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Path) -> None:
