@@ -99,10 +99,8 @@ def find_source(variant: str, weights: Path, results: Path) -> Path:
     check_sums(source)
     record = Record.read(results / "metrics" / f"{variant}-{RELEASED[variant]}.json")
     if not record.sha256 or not has_files(source, record.sha256):
-        raise UserError(
-            f"{source} was not scored as it is now; run python scripts/run_evaluation.py {weights / variant} "
-            f"--format {RELEASED[variant]}"
-        )
+        command = f"python scripts/run_evaluation.py {weights / variant} --format {RELEASED[variant]}"
+        raise UserError(f"{source} was not scored as it is now; run {command}")
     return source
 
 

@@ -158,18 +158,15 @@ def _check_columns(rows, name: str) -> list[str]:
 
     for column in ("text", "label"):
         if column not in rows.column_names:
-            raise UserError(
-                f"{name}: no column '{column}' (it has {', '.join(rows.column_names)}); rename yours to it"
-            )
+            columns = ", ".join(rows.column_names)
+            raise UserError(f"{name}: no column '{column}' (it has {columns}); rename yours to it")
     if not isinstance(rows.features["text"], Value):  # a list, an image, ...: reading its rows may need a library
         raise UserError(f"{name}: column 'text' is no text but {type(rows.features['text']).__name__}")
     # Bare numbers do not say which class is which, and the model's config.json would not either.
     feature = rows.features["label"]
     if not isinstance(feature, ClassLabel):
-        raise UserError(
-            f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel with names; "
-            "convert it once with dataset.class_encode_column('label') and save it"
-        )
+        how = "convert it once with dataset.class_encode_column('label') and save it"
+        raise UserError(f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel; {how}")
     if len(feature.names) < 2:
         raise UserError(f"{name}: column 'label' has {len(feature.names)} classes; telling texts apart needs two")
     return feature.names
@@ -178,10 +175,8 @@ def _check_columns(rows, name: str) -> list[str]:
 def _check_names(names: list[str], labels: list[str], where: str) -> None:
     """Checks that a split names the classes in the order of the first one: a label is an index into them."""
     if names != labels:
-        raise UserError(
-            f"{where}: the labels are {', '.join(names)}, in other splits {', '.join(labels)}; "
-            "give all splits the same names in the same order"
-        )
+        found = f"the labels are {', '.join(names)}, in other splits {', '.join(labels)}"
+        raise UserError(f"{where}: {found}; give all splits the same names in the same order")
 
 
 def _load_folder(folder: str, config_name: str | None):

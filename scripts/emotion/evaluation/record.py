@@ -148,15 +148,13 @@ def read_seeds(results: Path) -> list[tuple[Seeds, list[Record]]]:
         for format in summary.formats:
             name = f"{summary.variant}-{format}"
             for seed, scores in summary.runs_of(format):
-                file = path.parent / str(seed) / "metrics" / f"{name}.json"
-                if file.is_file():
-                    records.append(Record.read(file))
-                    for field, value in scores_of_seed(records[-1], path.parent / str(seed)).items():
-                        recorded = getattr(scores, field)
-                        if recorded is not None and not _is_equal(recorded, value):
-                            raise UserError(
-                                f"{path}: '{field}' of seed {seed} is not that of {name}; measure it again"
-                            )
+                folder = path.parent / str(seed)
+                if not (folder / "metrics" / f"{name}.json").is_file():
+                    continue
+                records.append(Record.read(folder / "metrics" / f"{name}.json"))
+                for field, value in scores_of_seed(records[-1], folder).items():
+                    if not (getattr(scores, field) is None or _is_equal(getattr(scores, field), value)):
+                        raise UserError(f"{path}: '{field}' of seed {seed} is not that of {name}; measure it again")
         found.append((summary, records))
     return sorted(found, key=lambda pair: pair[0].variant)
 

@@ -84,9 +84,7 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
             continue
         if gap <= TOLERANCE:
             return {"fused": fused, "cls_only": found, "largest_logit_gap": gap}
-    raise UserError(
-        f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
-    )
+    raise UserError(f"the ONNX file does not answer as the model: a logit differs by {gap:.3g}; nothing was saved")
 
 
 def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -70,10 +70,8 @@ def _check_same_run(folder: Path, run: dict) -> None:
     changed = sorted(key for key in before.keys() | run.keys() if before.get(key) != run.get(key))
     if changed:
         names = ", ".join(changed).replace(ROWS_FIELD, "the rows of train")
-        raise UserError(
-            f"cannot resume {folder}: {names} changed since it started; undo that, or leave out "
-            "--resume_from_checkpoint to start from the beginning"
-        )
+        what = f"cannot resume {folder}: {names} changed since it started"
+        raise UserError(f"{what}; undo that, or leave out --resume_from_checkpoint to start from the beginning")
 
 
 def _start_run(folder: Path, run: dict) -> None:

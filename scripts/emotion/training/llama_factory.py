@@ -132,10 +132,8 @@ def prepare_training(values: dict, work: Path) -> str | None:
     checkpoint = get_last_checkpoint(training) if resume and training.is_dir() else None
     checkpoint = resume if checkpoint and resume is not True else checkpoint
     if checkpoint and read_json(run_file) != run:
-        raise UserError(
-            f"{relative(training)} belongs to another recipe or to other rows; repeat that command, or leave out "
-            "--resume_from_checkpoint"
-        )
+        what = f"{relative(training)} belongs to another recipe or to other rows"
+        raise UserError(f"{what}; repeat that command, or leave out --resume_from_checkpoint")
     if resume and not checkpoint:
         print(f"nothing to resume in {relative(training)}; starting from the beginning")
     if not checkpoint:
@@ -172,10 +170,8 @@ def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe
                     f"is trained stays in {relative(tokens.parent)}"
                 )
             elif counted != [IGNORED] * len(prompt) + answers[label]:
-                raise UserError(
-                    f"{split} row {row}: the loss counts other tokens than those of the answer; leave out "
-                    "train_on_prompt and mask_history"
-                )
+                what = f"{split} row {row}: the loss counts other tokens than those of the answer"
+                raise UserError(f"{what}; leave out train_on_prompt and mask_history")
         if cut:
             print(f"{split}: {cut} of {len(rows)} prompts are longer than cutoff_len and were cut")
 
