@@ -12,7 +12,7 @@ from pathlib import Path
 
 import run_qlora
 from emotion.data.metrics import VALIDATION_NOISE
-from emotion.evaluation.seeds import CONFIGS, check_seeds, summarize_scores
+from emotion.evaluation.statistics import check_seeds, summarize_scores
 from emotion.inference.model_folder import adapter_bytes
 from emotion.utils.arguments import POSITIVE, SEED, parse_args, resolve_config
 from emotion.utils.command import run
@@ -21,7 +21,7 @@ from emotion.utils.files import ROOT, write_json
 from emotion.utils.machine import choose_threads, describe_run, run_script
 from emotion.utils.recipe import comparable, read_recipe_of
 
-CONFIG = CONFIGS / "qlora.yaml"
+CONFIG = ROOT / "configs" / "minilm" / "qlora.yaml"
 # All flags that candidates change, so that the study does not depend on the recipe
 CENTRE = {
     "lora_r": 16,

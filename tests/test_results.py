@@ -15,8 +15,9 @@ import run_baseline
 import run_benchmark
 import run_evaluation
 import train_seeds
+import train_seeds as seeds
 from conftest import ROOT, copy_to_edit, read_json
-from emotion.evaluation import benchmark, roofline, seeds
+from emotion.evaluation import benchmark, roofline
 from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Seeds
 from emotion.hub.comparison import list_means, score_ensemble

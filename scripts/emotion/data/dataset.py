@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -272,9 +271,3 @@ def conflicting_texts(*splits) -> set[str]:
         for text, label in zip(rows["text"], rows["label"], strict=True):
             labels_of[text].add(label)
     return {text for text, labels in labels_of.items() if len(labels) > 1}
-
-
-@cache  # for commands that ask once per seed or per model: each load checks all rows again
-def source_of(dataset_name: str, config_name: str | None) -> str:
-    """The source of a dataset: `hub`, `folder` or `sample`."""
-    return load_task(dataset_name, config_name).source

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from emotion.data.dataset import RowsArguments, Task, get_split, select_train_rows
-from emotion.utils.base_model import BaseModel
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import read_fields
 
@@ -187,11 +185,3 @@ def tokenize(rows, tokenizer, split: str):
     if cut:
         print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} tokens and truncated")
     return rows
-
-
-def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, seed: int) -> tuple:
-    """Loads the training samples, the base model's tokenizer, the tokenized samples, and the tokenized validation."""
-    rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
-    tokenizer = load_tokenizer(base.path, arguments.max_seq_length)
-    validation = get_split(task, "validation")
-    return rows, tokenizer, tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")

@@ -1,4 +1,4 @@
-"""Paired tests: do two classifiers that answered the same rows differ?
+"""Paired tests: do two classifiers that answered the same rows differ? And means over seeds.
 
 Macro F1 is tested by the paired bootstrap (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993), accuracy by
 McNemar's exact test (McNemar, 1947), and "no loss" by two one-sided tests within a margin (Schuirmann, 1987). The
@@ -11,6 +11,8 @@ import numpy as np
 from scipy import stats
 
 from emotion.data.metrics import expected_calibration_error, resampled_macro_f1
+from emotion.evaluation.schema import Mean
+from emotion.utils.errors import UserError
 
 RESAMPLES = 20_000  # enough for p-values of 1 in 20,000: they stay significant when a dozen tests are corrected
 LEVEL = 0.05  # a p-value below it is significant, after the correction
@@ -103,3 +105,14 @@ def mean_interval(values: list[float]) -> list[float] | None:
     # Student's t and not the normal distribution: over three seeds the deviation is an estimate itself.
     spread = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
     return (np.mean(values) + np.array([-spread, spread])).tolist()
+
+
+def check_seeds(seeds: list[int], flag: str) -> None:
+    """Raises `UserError` if there is no seed, or one is repeated: it would count twice in the mean."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{flag} {' '.join(map(str, seeds))}: it takes one seed at least, and each once")
+
+
+def summarize_scores(runs: list[dict], names) -> dict[str, dict]:
+    """Name of a score -> its `mean` and sample `standard_deviation` over the runs; the latter is null for one run."""
+    return {name: Mean.of([run[name] for run in runs]).model_dump() for name in names}

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from emotion.data.dataset import Task, fingerprint, load_task
+from emotion.data.dataset import Task, fingerprint, get_split, load_task, select_train_rows
 from emotion.data.metrics import four_digits, score
-from emotion.data.tokenization import load_training_rows
+from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.inference.model_folder import ROWS_FIELD, artifact_metadata, data_provenance, quantized_by
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
 from emotion.utils.base_model import BaseModel, find_base_model
@@ -135,7 +135,10 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
         raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
     task = task or load_task(arguments.dataset_name, arguments.dataset_config_name)
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
-    return TrainingData(base, task, *load_training_rows(task, base, arguments, seed=seed))
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
+    tokenizer, validation = load_tokenizer(base.path, arguments.max_seq_length), get_split(task, "validation")
+    tokenized = tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")
+    return TrainingData(base, task, rows, tokenizer, *tokenized)
 
 
 class ClassificationTrainer(Trainer):
