@@ -43,6 +43,7 @@ from emotion.utils.recipe import read_recipe_of
 
 EQUAL_LABELS = 0.998  # share of the rows; processors with and without VNNI differ in about one of a thousand
 MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
+DECISIVE = ("cpu", "instruction_sets", "threads", "packages")  # where they are the same, every bit is
 
 
 @dataclass
@@ -156,12 +157,13 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
     if fingerprint(rows) != record.provenance.dataset_fingerprint:
         raise UserError(f"{task.name} ({task.source}) has other test rows than those of {name}: nothing to compare")
     labels, published = read_predictions(results / "predictions" / f"{name}.parquet")
+    here = describe_environment(threads)
     logits = EmotionClassifier.from_pretrained(folder, format, threads).logits(rows["text"])
     found = {
         "equal": float(np.mean(logits.argmax(axis=-1) == published.argmax(axis=-1))),
         "macro_f1": score_again(labels, logits, task.labels)["macro_f1"],
         "published": score_again(labels, published, task.labels)["macro_f1"],
-        "same_machine": is_same_machine(record.environment.model_dump(), describe_environment(threads)),
+        "same_machine": all(here[key] == getattr(record.environment, key) for key in DECISIVE),
     }
     return found | {"verdict": judge(found)}
 
@@ -171,11 +173,6 @@ def judge(found: dict) -> str:
     least, margin = (1, 0) if found["same_machine"] else (EQUAL_LABELS, MACRO_F1_MARGIN)
     close = abs(found["macro_f1"] - found["published"]) <= margin
     return "verified" if close and found["equal"] >= least else "differs"
-
-
-def is_same_machine(there: dict, here: dict) -> bool:
-    """Whether two environments give the same bits: processor, threads and packages are the same."""
-    return all(there.get(key) == here.get(key) for key in ("cpu", "instruction_sets", "threads", "packages"))
 
 
 if __name__ == "__main__":

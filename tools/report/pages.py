@@ -1,6 +1,7 @@
 """The results in the README, and the pages of comparison and studies, rendered from the files in `results/` alone."""
 
 from pathlib import Path
+from statistics import fmean
 
 from emotion.data.metrics import VALIDATION_NOISE
 from emotion.evaluation.record import MPNET_BASE, read_records
@@ -23,12 +24,9 @@ RUNTIMES = (
 )
 # Page -> the studies that it shows, of both encoders as far as they were measured
 PAGES = {
-    "dataset": ["dataset"],
     "ptq": ["ptq_study", "ptq_sensitivity"],
     "qlora": ["qlora_sweep", "training_cost"],
-    "bits": ["bits"],
-    "batch": ["batch"],
-    "reliability": ["reliability"],
+    **{page: [page] for page in ("dataset", "bits", "batch", "reliability")},
 }
 WORTH_RECOVERING = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
 
@@ -117,6 +115,7 @@ def render_block(families: list[Family], root: Path) -> str:
         lines += list_lines(family.comparison, f"{encoder_name(family)} ", ("ptq",))
     shown = (results / "bits.json").is_file() and results.is_relative_to(root)
     study = read_study(results / "bits.json") if shown else None
+    opened = results / SCORES_OF_OPENED  # the released baseline in float32, as `from_pretrained` opens it
     return render(
         TEMPLATES / "readme_block.md",
         encoders=[(encoder_name(family), family.comparison["about"]["parameters"]) for family in families],
@@ -130,7 +129,7 @@ def render_block(families: list[Family], root: Path) -> str:
         dates=_merge(families, "dates"),
         commits=_merge(families, "commits"),
         made_at=_merge(families, "made_at"),
-        opened=_score_as_opened(results),
+        opened=find_reference(read_records(opened)).quality.macro_f1 if opened.is_dir() else None,
         links=[path.relative_to(root).as_posix() for path in folders if path.is_relative_to(root)],
         bits=[cell.bits for cell in study.cells_of("qat")] if study else None,
         seeds_of_bits=len(study.cells_of("qat")[0].runs) if study else None,
@@ -142,20 +141,10 @@ def encoder_name(family: Family) -> str:
     return (family.comparison["about"]["base_model"] or "an unknown model").split("/")[-1]
 
 
-def _score_as_opened(results: Path) -> float | None:
-    """Macro F1 of the released baseline as `from_pretrained` opens it, in float32; None if it was not measured."""
-    folder = results / SCORES_OF_OPENED
-    return find_reference(read_records(folder)).quality.macro_f1 if folder.is_dir() else None
-
-
 def validation_scores(study: Bits) -> dict[str, float]:
     """Variant of QAT -> macro F1 of its reopened ONNX file on validation, the mean over the seeds."""
-    scores = {}
-    for variant, cell in study.cells.items():
-        if cell.method == "qat":
-            of_seeds = cell.over_seeds("onnx, reopened", "validation_macro_f1")
-            scores[variant] = sum(of_seeds) / len(of_seeds)
-    return scores
+    cells = {variant: cell for variant, cell in study.cells.items() if cell.method == "qat"}
+    return {name: fmean(cell.over_seeds("onnx, reopened", "validation_macro_f1")) for name, cell in cells.items()}
 
 
 def _describe_choice(study: Bits, lines: list[dict]) -> dict | None:
@@ -195,15 +184,15 @@ def _reference_line(comparison: dict) -> dict:
 def find_line(comparison: dict, variant: str, format: str | None = None) -> dict | None:
     """Scores, size and speed of a variant, in the released format by default; None if it was not measured."""
     format = format or RELEASED.get(variant, "onnx")
+    line = None
     for row in comparison["rows"]:
         if (row["variant"], row["format"], row["kind"]) == (variant, format, "record"):
             line = {name: {"mean": row[name], "standard_deviation": None} for name in ("macro_f1", "accuracy")}
             line |= {"variant": variant, "seeds": [], "change": None, **_size_and_speed(row)}
-            for means in comparison["seeds"]:
-                if (means["variant"], means["format"]) == (variant, format):
-                    line |= {name: means[name] for name in ("macro_f1", "accuracy", "seeds", "change")}
-            return line
-    return None
+    for means in comparison["seeds"]:
+        if line and (means["variant"], means["format"]) == (variant, format):
+            line |= {name: means[name] for name in ("macro_f1", "accuracy", "seeds", "change")}
+    return line
 
 
 def _size_and_speed(row: dict) -> dict:
