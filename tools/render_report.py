@@ -114,10 +114,7 @@ def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
 
 
 def compile_report(root: Path) -> bytes | None:
-    """Compiles the report, which reads the records and pictures: the same bytes from the same records.
-
-    Returns:
-        The PDF; None where its source is not below ``root``.
+    """Compiles the report to PDF, the same bytes from the same records; None where its source is not below ``root``.
 
     Raises:
         UserError: if a result that it cannot do without is missing, or lacks a field.

@@ -59,19 +59,12 @@ class TaskArguments(RowsArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """A loaded and checked dataset.
+    """A loaded and checked dataset."""
 
-    Attributes:
-        name: how cards and records name it.
-        source: `hub`, `folder` or `sample`.
-        splits: name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns.
-        labels: the names of the classes; a row's label is an index into them.
-    """
-
-    name: str
-    source: str
-    splits: dict
-    labels: list[str]
+    name: str  # in cards and records
+    source: str  # `hub`, `folder` or `sample`
+    splits: dict  # name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns
+    labels: list[str]  # names of the classes; a row's label is an index into them
 
 
 def load_task(name: str, config_name: str | None = None) -> Task:
@@ -91,12 +84,10 @@ def load_task(name: str, config_name: str | None = None) -> Task:
         _check_names(names, labels, f"{name}, {split}")
         _check_rows(rows, split, len(labels))
     if source == "sample":
-        display_name = "sample (written by this project)"  # not the default's name: it is other data
-    elif source == "hub" or name == DEFAULT_DATASET:  # a local copy of the default holds the same rows
-        display_name = name
-    else:
-        display_name = Path(name).name  # not the path, which says nothing on another machine
-    return Task(name=display_name, source=source, splits=dict(dataset), labels=labels)
+        name = "sample (written by this project)"  # not the default's name: it is other data
+    elif source == "folder" and name != DEFAULT_DATASET:  # a local copy of the default holds the same rows
+        name = Path(name).name  # not the path, which says nothing on another machine
+    return Task(name=name, source=source, splits=dict(dataset), labels=labels)
 
 
 def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
@@ -257,11 +248,9 @@ def stratified_sample(rows, count: int, seed: int):
 
 def fingerprint(rows) -> str:
     """SHA-256 over the texts and labels of the rows, in their order, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for text, label in zip(rows["text"], rows["label"], strict=True):
-        # The label first: a text may hold a tab.
-        digest.update(f"{label}\t{text}\n".encode())
-    return digest.hexdigest()
+    # The label first: a text may hold a tab.
+    lines = [f"{label}\t{text}\n" for text, label in zip(rows["text"], rows["label"], strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def conflicting_texts(*splits) -> set[str]:

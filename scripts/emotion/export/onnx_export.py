@@ -48,13 +48,10 @@ def _padding_mask(attention_mask=None, **kwargs):
 
 
 def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
-    """Writes the classifier to ``path`` as one FP32 file.
+    """Writes the classifier to ``path`` as one FP32 file; without ``rewrite``, it is the export that anyone gets.
 
     Its inputs are int64 (batch, tokens), named as the tokenizer names them; its output `logits` is float32
     (batch, labels).
-
-    Args:
-        rewrite: whether to rewrite the graph at all; without it this is the export that anyone gets.
 
     Returns:
         `fused` (bool), `cls_only` (bool: whether the last layer computes the [CLS] token alone) and

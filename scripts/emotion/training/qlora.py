@@ -45,14 +45,11 @@ def prepare_4bit_layers(model, bf16: bool) -> None:
 
 
 def select_layers(model, target_modules: list[str], modules_to_save: list[str]) -> tuple[list[str], list[str]]:
-    """Selects the layers for `LoraConfig`.
+    """Returns the full names of the layers for `LoraConfig`, with an adapter and to save; the latter with the head.
 
     Args:
         target_modules: ends of the names of layers with an adapter; empty for all linear layers of the encoder.
         modules_to_save: ends of the names of layers to train in full, besides the head.
-
-    Returns:
-        The full names of `target_modules`, and `modules_to_save` with the head.
 
     Raises:
         UserError: if one of them fits no layer.

@@ -43,11 +43,7 @@ from emotion.utils.recipe import Recipe, comparable
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of this project, which fit themselves to the machine.
-
-    Attributes:
-        publish: whether to push the finished model; `push_to_hub` is off, since the Trainer would push checkpoints.
-    """
+    """`TrainingArguments` with the defaults of this project, which fit themselves to the machine."""
 
     # Optimization
     per_device_train_batch_size: int = 32
@@ -93,7 +89,7 @@ class RecipeTrainingArguments(TrainingArguments):
             raise ValueError(f"--resume_from_checkpoint: no folder {resume}; name a checkpoint, or true for the last")
         if not self.output_dir:
             raise ValueError("name the folder to save into, with --output_dir or in the config")
-        self.publish, self.push_to_hub = self.push_to_hub, False
+        self.publish, self.push_to_hub = self.push_to_hub, False  # the Trainer would push checkpoints
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
@@ -121,11 +117,10 @@ class TrainingData:
 
 
 def load_training_data(arguments, seed: int, base: BaseModel | None = None, task: Task | None = None) -> TrainingData:
-    """Finds the base model, and loads and tokenizes the dataset.
+    """Finds the base model, and loads and tokenizes the dataset; ``seed`` is that of the draw of `max_train_samples`.
 
     Args:
         arguments: `TaskArguments`; `RowsArguments` suffice where base and task are given.
-        seed: of the draw of `max_train_samples`.
 
     Raises:
         UserError: if one of them cannot be loaded, or the base model is quantized.
@@ -142,12 +137,7 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
 
 
 class ClassificationTrainer(Trainer):
-    """The `Trainer` that resumes only from a complete checkpoint, stops when it diverges, and is fast on a CPU.
-
-    Args:
-        callbacks: further callbacks.
-        options: the other arguments of `Trainer`.
-    """
+    """The `Trainer` that resumes only from a complete checkpoint, stops when it diverges, and is fast on a CPU."""
 
     def __init__(self, recipe: Recipe, data: TrainingData, callbacks: list | tuple = (), **options):
         self.checkpoints = CheckpointCallback()
