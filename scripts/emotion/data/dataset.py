@@ -248,9 +248,10 @@ def stratified_sample(rows, count: int, seed: int):
 
 def fingerprint(rows) -> str:
     """SHA-256 over the texts and labels of the rows, in their order, as 64 hexadecimal digits."""
-    # The label first: a text may hold a tab.
-    lines = [f"{label}\t{text}\n" for text, label in zip(rows["text"], rows["label"], strict=True)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        digest.update(f"{label}\t{text}\n".encode())  # the label first: a text may hold a tab
+    return digest.hexdigest()
 
 
 def conflicting_texts(*splits) -> set[str]:

@@ -282,8 +282,8 @@ def _constants_with_sign(graph, producers: dict, name: str) -> list:
 def name_nodes(graph, model) -> list[str]:
     """Names each node that holds a linear layer or an embedding after the module; a product of several after all.
 
-    The exporter gives nodes names of its own, so a node is recognised by its weights, which are the module's. ``graph``
-    is the GraphProto of the ``model``, with each residual sum written as a sum; see `write_sums`.
+    The exporter gives nodes names of its own, so a node is recognised by its weights, which are the module's.
+    ``graph`` is the model's GraphProto, with each residual sum written as a sum; see `write_sums`.
 
     Returns:
         The names, in the order of the graph.
