@@ -39,7 +39,7 @@ def find_checkpoint(trainer: Trainer, resume: str | bool | None, run: dict) -> s
 
 
 def choose_checkpoint(arguments: TrainingArguments, resume: str | bool | None, run: dict) -> Path | None:
-    """Returns the checkpoint named, or the last complete one; None to start from the beginning. Raises as above."""
+    """Returns the checkpoint named, or the last complete one, or None; raises as `find_checkpoint` does."""
     if str(resume).lower() in ("none", "false"):
         return None
     if str(resume).lower() != "true":
