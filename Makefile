@@ -6,7 +6,7 @@ GROUP ?=
 FUZZ ?= 20
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
-export PYTHONPATH := $(CURDIR)/scripts:$(CURDIR)/tools
+export PYTHONPATH := $(CURDIR)/scripts
 
 # What an encoder, a group of tests or `make benchmark` needs beside requirements.txt
 PEERS := ctranslate2==4.8.5
@@ -80,8 +80,7 @@ else
 	for variant in qlora ptq ptq-dynamic qat ptq-int4 qat-int4 ptq-int2 qat-int2; do \
 		$(RUN) tools/train_seeds.py $$variant --seeds $(SEEDS) $(ENCODER_FLAGS) || exit 1; done
 	$(RUN) studies/ptq_study.py $(SEEDS:%=$(W)/seeds/baseline-%) $(PTQ_STUDY) --results_dir $(R)
-	$(RUN) studies/bits_study.py 8 4 2 --seeds $(SEEDS) $(ENCODER_FLAGS)
-	$(if $(filter minilm,$(ENCODER)),$(RUN) studies/dataset_study.py && $(RUN) studies/qlora_study.py --seed $(SEEDS),$(RUN) studies/training_cost_study.py)
+	$(if $(filter minilm,$(ENCODER)),$(RUN) studies/qlora_study.py --seed $(SEEDS))
 	$(call score,$(W),$(FORMATS),--results_dir $(R))
 	$(MAKE) benchmark
 endif

@@ -41,10 +41,7 @@ class BaselineArguments(TaskArguments):
 
     layerwise_lr_decay: float = field(
         default=0.85,
-        metadata={
-            "help": "Learning rate of a layer as a share of that of the layer above it.",
-            "choices": Range(0, 1, above=True),
-        },
+        metadata={"help": "Learning rate as a share of the layer's above.", "choices": Range(0, 1, above=True)},
     )
 
 

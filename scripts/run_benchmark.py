@@ -29,50 +29,23 @@ from emotion.evaluation.benchmark import (
 from emotion.evaluation.peers import CTRANSLATE2, is_peer, skip_unsupported
 from emotion.evaluation.roofline import add_roofline, count_work
 from emotion.export.peers import make_peers
-from emotion.utils.arguments import COUNT, Range, parse_args
+from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import check_result, write_json
-from emotion.utils.machine import PROCESSORS as TITLES
-from emotion.utils.machine import THREADS, choose_threads, describe_run, find_processor_class
+from emotion.utils.machine import PROCESSORS, choose_threads, describe_run, find_processor_class
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Protocol):
     """Which models are timed, and how often."""
 
-    artifacts: list[str] = field(metadata={"help": "Models, as folder:format."})
-    # Enough for a spread that shows how steady the machine was, in a few minutes per model.
-    rounds: int = field(default=12, metadata={"help": "Counted rounds.", "choices": COUNT})
-    texts: int = field(default=50, metadata={"help": "Texts per round at batch 1.", "choices": COUNT})
-    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per round.", "choices": COUNT})
-    # Enough that each of several threads computes many batches; few would show which thread got the last one.
-    texts_end_to_end: int = field(
-        default=1024,
-        metadata={
-            "help": "Texts per round that are classified end to end, in one call; 0 leaves this out.",
-            "choices": Range(0),
-        },
-    )
-    # Three, since the first start may read the libraries from disk; the median leaves it out.
-    cold_starts: int = field(
-        default=3,
-        metadata={
-            "help": "Processes per model that are timed from their start to the first prediction.",
-            "choices": Range(0),
-        },
-    )
-    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
-    roofline: bool = field(
-        default=True, metadata={"help": "Measure the machine's peaks, and how close each model comes."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset of the texts; the first model's by default."}
-    )
+    artifacts: list[str] = field(kw_only=True, metadata={"help": "Models, as folder:format."})
+    roofline: bool = field(default=True, metadata={"help": "Measure the machine's peaks, and each model's share."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset; the first model's by default."})
     output: str | None = field(
-        default=None,
-        metadata={"help": "JSON file of the result, or a folder, in which the kind of processor names the file."},
+        default=None, metadata={"help": "JSON file, or a folder, in which the kind of processor names the file."}
     )
 
 
@@ -84,29 +57,21 @@ def main(argv=None) -> None:
     first_folder = named[0][0]  # for the dataset, and the architecture that the roofline counts
     task = load_task_of(read_recipe_of(first_folder), arguments.dataset_name)
     print(f"texts: {task.name} ({task.source}), test")
-    rows, threads = get_split(task, "test"), choose_threads(arguments.threads)
+    rows, arguments.threads = get_split(task, "test"), choose_threads(arguments.threads)
     texts, labels = list(rows["text"]), [task.labels[label] for label in rows["label"]]
-    protocol = Protocol(
-        threads=threads,
-        rounds=arguments.rounds,
-        texts_per_round=arguments.texts,
-        batches_per_round=arguments.batches,
-        texts_end_to_end_per_round=arguments.texts_end_to_end,
-        cold_starts=arguments.cold_starts,
-    )
     # Peers are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
         opened = make_peers(named, Path(work))
         artifacts = {name_of(folder, format): made for (folder, format), made in opened.items()}
         peers = {name_of(folder, format) for folder, format in opened if is_peer(format)}
-        timed = interleave(artifacts, texts, protocol, peers, labels)
-    result = describe_benchmark(arguments, threads, task, timed)
+        timed = interleave(artifacts, texts, arguments, peers, labels)
+    result = describe_benchmark(arguments, task, timed)
     if output:
         write_json(output, result)  # before the peaks: who stops it then keeps the times
     print_speeds(timed)
     # After the timing: finding the peaks heats the processor and takes its memory.
     if arguments.roofline:
-        add_roofline(result, count_work(first_folder, texts), threads)
+        add_roofline(result, count_work(first_folder, texts), arguments.threads)
         if output:
             write_json(output, result)
 
@@ -121,15 +86,15 @@ def choose_file(output: str) -> Path:
     path = Path(output)
     if path.is_dir() or (path.suffix != ".json" and not path.exists()):
         path = path / f"{find_processor_class()}.json"
-    elif path.stem in TITLES and path.stem != find_processor_class():
-        raise UserError(f"{path} is for {TITLES[path.stem]}; this processor's is {find_processor_class()}.json")
+    elif path.stem in PROCESSORS and path.stem != find_processor_class():
+        raise UserError(f"{path} is for {PROCESSORS[path.stem]}; this processor's is {find_processor_class()}.json")
     check_result(path, ("artifacts",))
     return path
 
 
-def describe_benchmark(arguments: BenchmarkArguments, threads: int, task: Task, timed: dict[str, dict]) -> dict:
+def describe_benchmark(arguments: BenchmarkArguments, task: Task, timed: dict[str, dict]) -> dict:
     """Returns the result without the peaks; ``timed`` is the result of `interleave`."""
-    result = describe_run(threads) | {
+    result = describe_run(arguments.threads) | {
         "dataset": task.name,
         "dataset_source": task.source,
         "rounds": arguments.rounds,

@@ -31,8 +31,7 @@ from emotion.data.dataset import DEFAULT_DATASET, DrawArguments, Task, get_split
 from emotion.data.metrics import four_digits
 from emotion.inference.likelihood import PromptEncoder, has_chat_template
 from emotion.inference.model_folder import ARTIFACT, artifact_metadata, data_provenance, new_artifact, open_model
-from emotion.training.llama_factory import CLI, check_tokens, train, trained_with, write_dataset
-from emotion.training.tiny_llama import build_tiny_llama
+from emotion.training.llama_factory import CLI, build_tiny_llama, check_tokens, train, trained_with, write_dataset
 from emotion.utils.arguments import Recipe, parse_with_other_flags
 from emotion.utils.base_model import BaseModel, find_base_model, hub_is_reachable
 from emotion.utils.command import run
@@ -68,8 +67,7 @@ class LlamaFactoryArguments(DrawArguments):
         metadata={"help": "First line of each prompt; {labels} stands for the class names."},
     )
     use_tiny_model: bool = field(
-        default=False,
-        metadata={"help": "Where the Hub cannot be reached, train a tiny Llama with random weights instead."},
+        default=False, metadata={"help": "Where the Hub cannot be reached, train a tiny Llama of random weights."}
     )
     output_dir: str = field(default="weights/llama-qlora", metadata={"help": "Folder in which the model is saved."})
 
@@ -78,7 +76,9 @@ def main(argv=None) -> None:
     arguments, recipe, own_flags = parse_with_other_flags((LlamaFactoryArguments,), RECIPE, argv)
     folder = Path(arguments.output_dir)
     check(recipe, folder)
-    recipe = replace(recipe, values=recipe.values | choose_device(recipe.values))
+    use_cpu = recipe.values.get("use_cpu", not torch.cuda.is_available())
+    device = {"use_cpu": use_cpu, "bf16": recipe.values.get("bf16", has_bf16(use_cpu))}
+    recipe = replace(recipe, values=recipe.values | device)
     work, tiny = work_of(folder), arguments.use_tiny_model and not hub_is_reachable()
     # The rows of a second run would replace those that LLaMA Factory trains on.
     with output_lock(folder), output_lock(work):
@@ -152,12 +152,6 @@ def check(recipe: Recipe, folder: Path) -> None:
     check_replaceable(folder, ARTIFACT)
 
 
-def choose_device(values: dict) -> dict[str, bool]:
-    """Returns `use_cpu` and `bf16` as the machine allows, unless the recipe sets them."""
-    use_cpu = values.get("use_cpu", not torch.cuda.is_available())
-    return {"use_cpu": use_cpu, "bf16": values.get("bf16", has_bf16(use_cpu))}
-
-
 def summarize(training: Path, recipe: Recipe) -> dict:
     """Returns the entry of recipe.yaml on the training."""
     results, state = read_json(training / "all_results.json"), read_json(training / "trainer_state.json")
@@ -182,15 +176,12 @@ def save_base(base: BaseModel, labels: list[str], instruction: str, bf16: bool, 
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     model, _ = open_model("AutoModelForCausalLM", base.path, device_map="cpu", dtype=dtype, quantization_config=config)
-    id2label = dict(enumerate(labels))
-    label2id = {label: index for index, label in id2label.items()}
-    model.config.update({"id2label": id2label, "label2id": label2id, "instruction": instruction})
+    label2id = {label: index for index, label in enumerate(labels)}
+    model.config.update({"id2label": dict(enumerate(labels)), "label2id": label2id, "instruction": instruction})
     model.save_pretrained(folder)
-    kept = {}
-    for name, module in model.named_modules():
-        if type(module) in {torch.nn.Linear, torch.nn.Embedding}:  # without the subclasses of bitsandbytes
-            kept[name] = "bitsandbytes rounds neither embeddings nor the output layer"
-    return kept
+    floats = {torch.nn.Linear, torch.nn.Embedding}  # without the subclasses of bitsandbytes
+    kept = [name for name, module in model.named_modules() if type(module) in floats]
+    return dict.fromkeys(kept, "bitsandbytes rounds neither embeddings nor the output layer")
 
 
 def save_trained(training: Path, base: BaseModel, folder: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from demo import WEB, check_libraries
 from emotion.data.dataset import get_split, load_task_of
 from emotion.evaluation.protocol import WARMUP_RUNS, choose_timed, summarize_latency
 from emotion.inference.model_folder import RECOMMENDED, files_to_serve
@@ -23,6 +22,8 @@ from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, relative, write_json
 from emotion.utils.machine import THREADS, choose_threads, describe_run
+
+WEB = ROOT / "tests" / "web"  # with the JavaScript libraries
 
 
 @dataclass
@@ -70,7 +71,8 @@ def ask_node(artifact: Path, texts: list[str], threads: int) -> dict:
     except FileNotFoundError as error:
         raise UserError("no node on the path; install Node.js 20 or newer") from error
     if done.returncode:
-        check_libraries(WEB / "node_modules")
+        if not (WEB / "node_modules" / "@huggingface" / "transformers").is_dir():
+            raise UserError(f"no transformers.js in {WEB}; 'make demo' installs it")
         errors = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         raise UserError(f"{relative(artifact)} does not open in transformers.js: {' '.join(errors[:1])}")
     return json.loads(done.stdout)

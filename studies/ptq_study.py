@@ -75,21 +75,16 @@ FLAGS = {
 class StudyArguments:
     """The baselines to study, and where the results go."""
 
-    baselines: list[str] = field(
-        metadata={"help": "Folders of run_baseline.py. Speed and layers are measured on the first one."}
-    )
+    baselines: list[str] = field(metadata={"help": "Baselines; speed and layers are measured on the first."})
     work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
     layer_texts: int | None = field(
-        default=None,
-        metadata={"help": "Texts of validation that show a layer on its own; all if not given.", "choices": COUNT},
+        default=None, metadata={"help": "Texts that each layer is measured on; all by default.", "choices": COUNT}
     )
     leave_out: list[str] = field(
         default_factory=list, metadata={"help": "Candidates that are not made.", "choices": CANDIDATES}
     )
-    rounds: int = field(
-        default=10, metadata={"help": "Turns that each candidate gets when speed is measured.", "choices": COUNT}
-    )
+    rounds: int = field(default=10, metadata={"help": "Counted rounds of the timing.", "choices": COUNT})
 
 
 def main(argv=None) -> None:
@@ -117,11 +112,15 @@ def main(argv=None) -> None:
 
     # Make, score and time the candidates
     folders = make_candidates(candidates, baselines, task, Path(arguments.work_dir))
-    fp32, studied = score_candidates(candidates, folders, baselines, rows)
-    speed = time_candidates(candidates, folders, baselines[0], rows, arguments.rounds)
+    reference = [logits_of(baseline, "onnx", rows) for baseline in baselines]
+    timed = {name: (folders[name][0], candidate.format) for name, candidate in candidates.items()}
+    protocol = Protocol(rounds=arguments.rounds, texts_end_to_end=0, cold_starts=0, threads=rows.threads)
+    speed = interleave({"FP32": (baselines[0], "onnx")} | timed, rows.texts, protocol)
+    fp32 = {"macro_f1": statistics.fmean(score(logits, rows.labels)["macro_f1"] for logits in reference)}
     fp32 |= speed.pop("FP32")
-    for name, measured in speed.items():
-        studied[name] |= measured
+    studied = {}
+    for name, candidate in candidates.items():
+        studied[name] = describe_candidate(candidate, folders[name], reference, rows) | speed[name]
     study = about | {"baseline": fp32, "candidates": studied, "chosen": choose(studied)}
     write_json(results / "ptq_study.json", study)
     print(f"wrote the study to {results}; make report renders it")
@@ -150,24 +149,6 @@ def make_candidates(
     return folders
 
 
-def score_candidates(
-    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baselines: list[Path], rows: Samples
-) -> tuple[dict, dict]:
-    """Scores FP32 and every candidate on validation.
-
-    Returns:
-        The mean `macro_f1` of the FP32 baselines, and name -> the result of `describe_candidate`.
-    """
-    reference, macro_f1, studied = [], [], {}
-    for baseline in baselines:
-        logits = logits_of(baseline, "onnx", rows)
-        reference.append(logits)
-        macro_f1.append(score(logits, rows.labels)["macro_f1"])
-    for name, candidate in candidates.items():
-        studied[name] = describe_candidate(candidate, folders[name], reference, rows)
-    return {"macro_f1": statistics.fmean(macro_f1)}, studied
-
-
 def describe_candidate(candidate: Candidate, folders: list[Path], reference: list[np.ndarray], rows: Samples) -> dict:
     """The changes that a candidate makes, as means over the baselines, and size and scheme of the first one's file.
 
@@ -175,12 +156,10 @@ def describe_candidate(candidate: Candidate, folders: list[Path], reference: lis
         folders: one per baseline.
         reference: FP32 logits (rows, classes) of each baseline, in the same order.
     """
-    format = candidate.format
-    effects = []
+    format, effects = candidate.format, []
     for folder, before in zip(folders, reference, strict=True):
         effects.append(compare(before, logits_of(folder, format, rows), rows.labels))
-    files = files_to_serve(folders[0], format)
-    weights = weights_of(folders[0], format)
+    files, weights = files_to_serve(folders[0], format), weights_of(folders[0], format)
     return {
         "format": format,
         "changes": candidate.changes,
@@ -191,39 +170,24 @@ def describe_candidate(candidate: Candidate, folders: list[Path], reference: lis
     }
 
 
-def time_candidates(
-    candidates: dict[str, Candidate], folders: dict[str, list[Path]], baseline: Path, rows: Samples, rounds: int
-) -> dict[str, dict]:
-    """Times FP32 and every candidate of the first baseline in turns; returns name -> the measurements."""
-    timed = {"FP32": (baseline, "onnx")}
-    for name, candidate in candidates.items():
-        timed[name] = folders[name][0], candidate.format
-    protocol = Protocol(threads=rows.threads, rounds=rounds, texts_per_round=50, batches_per_round=8)
-    return interleave(timed, rows.texts, protocol)
-
-
 def choose(studied: dict) -> dict:
     """Format -> the winner by the rule at the top of this file, and its flags."""
-    of_format = {}
-    for name, candidate in studied.items():
-        of_format.setdefault(candidate["format"], {})[name] = candidate
     chosen = {}
-    for format, candidates in of_format.items():
-        # Larger weights overflow on processors without VNNI (levels.py), and dynamic ranges are those of a batch.
-        safe = {}
-        for name, candidate in candidates.items():
-            if candidate["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT and name != DYNAMIC:
-                safe[name] = candidate
-        safe = safe or candidates  # if no candidate is safe, all compete
-        best = max(candidate["macro_f1_change"] for candidate in safe.values())
-        close = {}
-        for name, candidate in safe.items():
-            if candidate["macro_f1_change"] >= best - VALIDATION_NOISE:
-                close[name] = candidate
-        speeds = {name: candidate["times_faster_at_batch_1"]["median"] for name, candidate in close.items()}
-        fastest = [name for name, speed in speeds.items() if speed >= max(speeds.values()) * (1 - TIMING_NOISE)]
-        winner = max(fastest, key=lambda name: close[name]["macro_f1_change"])
-        chosen[format] = {"candidate": winner, "flags": FLAGS[format] | close[winner]["changes"]}
+    for format in dict.fromkeys(candidate["format"] for candidate in studied.values()):
+        all_of_format = {name: one for name, one in studied.items() if one["format"] == format}
+        # Larger weights overflow on processors without VNNI, and dynamic ranges are those of a batch. If no candidate
+        # is safe, all compete.
+        safe = []
+        for name, one in all_of_format.items():
+            if one["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT and name != DYNAMIC:
+                safe.append(one)
+        safe = safe or list(all_of_format.values())
+        least = max(one["macro_f1_change"] for one in safe) - VALIDATION_NOISE
+        close = [name for name, one in all_of_format.items() if one in safe and one["macro_f1_change"] >= least]
+        speeds = {name: studied[name]["times_faster_at_batch_1"]["median"] for name in close}
+        fastest = [name for name in close if speeds[name] >= max(speeds.values()) * (1 - TIMING_NOISE)]
+        winner = max(fastest, key=lambda name: studied[name]["macro_f1_change"])
+        chosen[format] = {"candidate": winner, "flags": FLAGS[format] | studied[winner]["changes"]}
     return chosen
 
 

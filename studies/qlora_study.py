@@ -12,7 +12,7 @@ from pathlib import Path
 
 import run_qlora
 from emotion.data.metrics import VALIDATION_NOISE
-from emotion.evaluation.schema import SUMMARIZED_OF_TRAINING
+from emotion.evaluation.statistics import check_seeds, summarize_scores
 from emotion.inference.model_folder import adapter_bytes
 from emotion.utils.arguments import POSITIVE, SEED, comparable, parse_args, resolve_config
 from emotion.utils.base_model import read_recipe_of
@@ -20,7 +20,6 @@ from emotion.utils.command import run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, write_json
 from emotion.utils.machine import choose_threads, describe_run, run_script
-from seeds import check_seeds, summarize_scores
 
 CONFIG = ROOT / "configs" / "minilm" / "qlora.yaml"
 # All flags that candidates change, so that the study does not depend on the recipe
@@ -40,6 +39,7 @@ CANDIDATES = {
     "query and value only": {"target_modules": ["query", "value"]},  # as in Hu et al., "LoRA", ICLR 2022
     "LoftQ": {"init_lora_weights": "loftq"},
 }
+SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # over seeds
 KEPT_OF_TRAINING = [*SUMMARIZED_OF_TRAINING, "predicted_classes", "seconds", "cpu_seconds", "threads"]
 KEPT_OF_TRAINING += ["trained_parameters", "parameters"]
 
@@ -49,17 +49,11 @@ class SweepArguments:
     """Which candidates are trained, and where the results go."""
 
     candidates: list[str] = field(
-        default_factory=lambda: list(CANDIDATES),
-        metadata={"help": f"Some of {', '.join(CANDIDATES)}.", "choices": CANDIDATES},
+        default_factory=lambda: list(CANDIDATES), metadata={"help": "Candidates.", "choices": CANDIDATES}
     )
     config: str = field(default=str(CONFIG), metadata={"help": "The config that the candidates change."})
-    epochs: float = field(
-        default=3.0, metadata={"help": "Epochs that each candidate is trained for.", "choices": POSITIVE}
-    )
-    seed: list[int] = field(
-        default_factory=lambda: [42],
-        metadata={"help": "Each candidate is trained once with each of these.", "choices": SEED},
-    )
+    epochs: float = field(default=3.0, metadata={"help": "Epochs of each training.", "choices": POSITIVE})
+    seed: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds.", "choices": SEED})
     work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
 
@@ -82,9 +76,8 @@ def main(argv=None) -> None:
     }
     sweep["chosen"] = choose(sweep["candidates"])
     sweep["recipe"] = find_recipe(resolve_config(run_qlora.ARGUMENTS, [arguments.config]).values, arguments.candidates)
-    results = Path(arguments.results_dir)
-    write_json(results / "qlora_sweep.json", sweep)
-    print(f"wrote the study to {results}; make report renders it")
+    write_json(Path(arguments.results_dir) / "qlora_sweep.json", sweep)
+    print(f"wrote the study to {arguments.results_dir}; make report renders it")
 
 
 def train(name: str, seed: int, arguments: SweepArguments) -> dict:
@@ -92,8 +85,7 @@ def train(name: str, seed: int, arguments: SweepArguments) -> dict:
     folder = folder_of(name, seed, arguments)
     changes = CENTRE | CANDIDATES[name] | {"num_train_epochs": arguments.epochs, "seed": seed}
     metadata = read_recipe_of(folder)  # empty if it was never trained
-    is_trained = metadata and comparable(metadata["recipe"]).items() >= comparable(changes).items()
-    if not is_trained:
+    if not metadata or not comparable(metadata["recipe"]).items() >= comparable(changes).items():
         flags = ["--formats", "adapter", "--resume_from_checkpoint", "true", "--output_dir", folder]
         for key, value in changes.items():
             flags += [f"--{key}", *(value if isinstance(value, list) else [value])]

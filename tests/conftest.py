@@ -34,7 +34,7 @@ import run_baseline
 import run_ptq
 import run_qat
 import run_qlora
-import seeds
+import train_seeds as seeds
 from emotion.data.dataset import DEFAULT_DATASET, load_task
 from emotion.utils import hub_requests
 from emotion.utils.base_model import EMBEDDED_MODEL

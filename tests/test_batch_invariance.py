@@ -7,7 +7,7 @@ import run_ptq
 import run_qat
 from conftest import WORDS, build_rows, ptq_flags, qat_flags
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.utils.recipe import read_recipe_of
+from emotion.utils.base_model import read_recipe_of
 
 # Neighbors that stretch the range of a batch: the longest text, one token repeated, other alphabets, nothing
 NEIGHBORS = [" ".join(WORDS) * 2, "sky " * 40, "красный blå 红色 ☃", "", "!?" * 30, *build_rows(20)["text"]]

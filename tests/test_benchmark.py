@@ -25,12 +25,11 @@ from emotion.inference.model_folder import files_to_serve
 from emotion.inference.runtimes import open_artifact
 from emotion.utils import machine as processor
 from emotion.utils.errors import UserError
-from emotion.utils.machine import PROCESSORS as TITLES
-from emotion.utils.machine import class_of, find_processor_class
+from emotion.utils.machine import PROCESSORS, class_of, find_processor_class
 from report.pages import render_table
 from test_comparison import words_of_report
 
-SHORTLY = Protocol(threads=1, rounds=1, texts_per_round=4, batches_per_round=1)
+SHORTLY = Protocol(threads=1, rounds=1, texts=4, batches=1, texts_end_to_end=0, cold_starts=0)
 AVX2 = {"avx2": True, "avx512_bf16": False, "cpu_name": "of this test"}
 VNNI = {"avx2", "avx_vnni", "avx512_bw", "avx512_vnni"}
 
@@ -64,7 +63,7 @@ def test_a_processor_has_the_highest_class_that_fits(instruction_sets, expected)
 def test_each_tracked_run_is_of_the_class_that_it_is_named_after():
     found = []
     for path in (ROOT / "results").rglob("benchmark/*.json"):
-        assert path.stem in TITLES and class_of(read_json(path)["environment"]["instruction_sets"]) == path.stem
+        assert path.stem in PROCESSORS and class_of(read_json(path)["environment"]["instruction_sets"]) == path.stem
         found.append(path.stem)
     assert len(found) >= 2
 

@@ -4,7 +4,7 @@ import re
 import subprocess
 
 from conftest import ROOT
-from emotion.utils.checksums import check_covered
+from emotion.utils.files import check_covered
 
 
 def git(*args) -> str:

@@ -12,9 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import batch_study
-from conftest import ROOT, build_rows, read_json, run_script
-from report.pages import render_study_pages
+from conftest import ROOT, build_rows, run_script
 
 pytestmark = pytest.mark.cluster
 SHARD_ROWS, SHARDS = 1500, 24
@@ -130,13 +128,3 @@ def test_the_spark_job_of_the_docs(artifact, tmp_path):
         ("red", "warm"),
         ("blue sky", "cold"),
     }
-
-
-def test_the_study_measures_and_tells(colors, artifact, tmp_path):
-    folders = ["--work_dir", tmp_path / "work", "--results_dir", tmp_path / "results", "--dataset_name", colors]
-    sizes = ["--rows", 2000, 4000, "--ray_rows", 2000, "--shard_rows", 500]
-    batch_study.main([str(word) for word in (artifact, *folders, *sizes)])
-    study = read_json(tmp_path / "results" / "batch.json")
-    assert [one["rows"] for one in study["plain"]] == [2000, 4000] and len(study["engines"]) == 4
-    (page,) = render_study_pages(tmp_path / "results").values()
-    assert "1,000,000,000 texts" in page

@@ -22,7 +22,7 @@ from emotion.evaluation.schema import Record, read_study
 from emotion.evaluation.statistics import NO_LOSS_MARGIN, compare_with, holm, mean_interval
 from emotion.hub.render import MOST_NAMED, plot_confusion_matrix
 from emotion.utils.errors import UserError
-from report.document import compile_report, inputs_of
+from render_report import compile_report, inputs_of
 from report.figures import plot_sensitivity, same_picture
 
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}

@@ -37,8 +37,7 @@ from emotion.inference.model_folder import (
 )
 from emotion.inference.runtimes import open_artifact
 from emotion.training import llama_factory
-from emotion.training.llama_factory import IGNORED, check_tokens, write_dataset
-from emotion.training.tiny_llama import build_tiny_llama
+from emotion.training.llama_factory import IGNORED, build_tiny_llama, check_tokens, write_dataset
 from emotion.utils.arguments import Recipe, parse_with_other_flags, read_config
 from emotion.utils.base_model import RANDOM, BaseModel, read_recipe_of
 from emotion.utils.errors import UserError

@@ -13,12 +13,13 @@ import run_ptq
 from conftest import build_rows, copy_to_edit, read_json
 from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import describe_scheme
+from emotion.export.graph_passes import name_nodes
 from emotion.export.onnx_export import export_onnx
 from emotion.inference.model_folder import load_trained_classifier, weights_of
 from emotion.inference.runtimes import ModelInMemory, OnnxClassifier, open_artifact, predict
 from emotion.quantization.accuracy_aware import save_format
 from emotion.quantization.fake_quantizers import prepare, to_integers
-from emotion.quantization.int8 import name_nodes, quantize_onnx
+from emotion.quantization.int8 import quantize_onnx
 from emotion.quantization.layers import CalibrationRows
 from emotion.quantization.lowbit import apply_gptq, multiply_inputs, round_matrix
 from emotion.quantization.outlier_channels import find_outliers, find_pairs, split_channels, weight_without_outliers

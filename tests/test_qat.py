@@ -11,11 +11,10 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import TrainerState
 
-import bits_study
 import run_evaluation
 import run_ptq
 import run_qat
-from conftest import ENCODERS, as_flags, build_rows, ptq_flags, qat_flags, read_json
+from conftest import ENCODERS, build_rows, ptq_flags, qat_flags, read_json
 from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import LEVELS, files_to_serve, find_formats, load_trained_classifier, weights_of
 from emotion.inference.runtimes import open_artifact
@@ -27,7 +26,6 @@ from emotion.quantization.qat import FakeQuantizeCallback
 from emotion.quantization.scheme import SchemeArguments, make_plan
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.errors import UserError
-from report import pages
 
 TEXTS = build_rows(90)["text"]
 
@@ -302,32 +300,6 @@ def test_what_makes_no_sense_is_refused(changes, message, artifact, tmp_path):
     with pytest.raises(UserError, match=message):
         run_qat.main(qat_flags(artifact, tmp_path / "qat", **changes))
     assert not (tmp_path / "qat" / "config.json").exists()
-
-
-@pytest.mark.processes
-def test_the_ladder_is_drawn_from_real_files(artifact, colors, tmp_path, in_this_process):
-    training = "num_train_epochs: 1\nlearning_rate: 1.0e-3\nbf16: false\n"
-    for method, lines in (("ptq", ""), ("qat", training)):
-        (tmp_path / f"{method}-int4.yaml").write_text(f"bits: 4\nnum_calibration_samples: 30\n{lines}")
-    weights, results = tmp_path / "weights", tmp_path / "results"
-    shutil.copytree(artifact, weights / "seeds" / "baseline-7")
-    run_evaluation.main([str(artifact), "--latency_runs", "0", "--results_dir", str(results / "seeds" / "7")])
-    flags = as_flags(bits=4, seeds=7, config_dir=tmp_path, weights_dir=weights, results_dir=results)
-    bits_study.main(flags)
-    study = read_json(results / "bits.json")
-    record = read_json(results / "seeds" / "7" / "metrics" / "qat-int4-onnx.json")
-    cell = study["cells"]["qat-int4"]
-    control = study["cells"]["qat-int4-float"]  # the same training, in floats
-    assert control["method"] == "qat-float" and control["megabytes"] > 2 * cell["megabytes"]
-    assert cell["macro_f1"]["mean"] == record["quality"]["macro_f1"] and cell["weights"] == "int4 in groups of 32"
-    assert cell["megabytes"] == record["size"]["megabytes"] and cell["training"]["peak_memory_mb"] > 0
-    page = pages.render_study_pages(results)[results / "bits.md"]
-    assert "int4 in groups of 32" in page
-    assert f"{100 * control['change']['mean']:+.2f}" in page
-    metadata = weights / "seeds" / "qat-int4-7" / "recipe.yaml"
-    before = metadata.stat().st_mtime_ns
-    bits_study.main(flags)  # nothing is made again
-    assert metadata.stat().st_mtime_ns == before
 
 
 def test_a_folder_of_another_program_is_trained_on(artifact, colors, tmp_path):

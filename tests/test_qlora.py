@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import qlora_study
 import run_qlora
-import training_cost_study
 from conftest import ENCODERS, ROOT, SHARED, build_encoder, build_rows, files_in, qlora_flags, read_json
 from emotion.data.tokenization import TextEncoder
 from emotion.evaluation.inspection import describe_scheme
@@ -30,7 +29,6 @@ from emotion.quantization.layers import CalibrationRows
 from emotion.quantization.nf4 import round_to_nf4
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
-from report import pages
 
 LABELS = ["warm", "cold", "none"]
 TEXTS = build_rows(90)["text"]
@@ -246,44 +244,3 @@ def test_a_candidate_of_one_class_never_wins():
     assert qlora_study.choose({"good": scores, "collapsed": collapsed}) == "good"
     with pytest.raises(UserError, match="lower the learning rates"):
         qlora_study.choose({"collapsed": collapsed})
-
-
-@pytest.mark.processes
-def test_the_cost_of_a_step_is_measured(encoder, colors, tmp_path):
-    mpnet = build_encoder(tmp_path / "mpnet", "mpnet")
-    flags = ["--dataset_name", str(colors), "--rounds", "2", "--steps", "1", "--results_dir", str(tmp_path)]
-    training_cost_study.main([str(encoder), str(mpnet), *flags])
-    models = read_json(tmp_path / "training_cost.json")["shapes"]
-    assert list(models) == [encoder.name, "mpnet"]
-    for methods in models.values():
-        assert tuple(methods) == training_cost_study.METHODS
-        assert methods["QLoRA"]["trained_parameters"] < methods["full fine-tuning"]["trained_parameters"]
-        assert all(one["peak_memory_mb"] > one["before_loading_mb"] > 0 for one in methods.values())
-        assert methods["full fine-tuning"]["times_slower"]["median"] == 1
-    assert "QLoRA" in pages.render_study_pages(tmp_path)[tmp_path / "qlora.md"]
-
-
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
-def test_checkpointing_keeps_less_and_changes_no_gradient(kind, tmp_path):
-    encoder = str(build_encoder(tmp_path / kind, kind))
-    plain, all_kept = gradients_of("QLoRA", encoder)
-    again, kept = gradients_of("QLoRA, checkpointing", encoder)
-    torch.testing.assert_close(again, plain)
-    assert kept < 0.8 * all_kept
-
-
-def gradients_of(method: str, encoder: str) -> tuple[list[torch.Tensor], int]:
-    """The gradients of one step, and how many numbers the forward pass kept for the backward pass."""
-    sizes = []
-
-    def count(tensor):
-        sizes.append(tensor.numel())
-        return tensor
-
-    torch.manual_seed(0)  # of the adapter, the head and the dropout
-    model = training_cost_study.build_model(method, encoder, LABELS, bf16=False).train()
-    ids = torch.arange(4, 16).reshape(2, 6)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([0, 1])).loss
-    loss.backward()
-    return [one.grad for one in model.parameters() if one.requires_grad], sum(sizes)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from emotion.evaluation.schema import read_study
 from emotion.inference.model_folder import RECOMMENDED, RELEASED
-from report.front import validation_scores
+from report.pages import validation_scores
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,26 +10,22 @@ import yaml
 from pyarrow import parquet
 from sklearn.metrics import f1_score
 
-import bits_study
-import dataset_study
 import render_report
 import run_baseline
 import run_benchmark
 import run_evaluation
-import seeds
 import train_seeds
-from conftest import ROOT, build_rows, color_features, copy_to_edit, read_json, save_dataset
+import train_seeds as seeds
+from conftest import ROOT, copy_to_edit, read_json
 from emotion.evaluation import benchmark, roofline
-from emotion.evaluation.predictions import read_predictions
+from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Seeds
 from emotion.hub.comparison import list_means, score_ensemble
 from emotion.hub.render import markdown_table, shorten
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
-from emotion.utils.machine import ARM, class_of
-from emotion.utils.machine import PROCESSORS as TITLES
-from report.front import find_line, list_lines, render_block, summary_table
-from report.pages import render_page, render_study_pages
+from emotion.utils.machine import ARM, PROCESSORS, class_of
+from report.pages import find_line, list_lines, render_block, render_page, summary_table
 
 SHORT_RUN = "--rounds 3 --texts 20 --batches 2 --threads 1 --cold_starts 1".split()
 
@@ -56,7 +52,7 @@ def measured(artifact, tmp_path_factory):
 
 def run_file(folder):
     """The file of the interleaved run among results."""
-    (path,) = [path for path in (folder / "benchmark").glob("*.json") if path.stem in TITLES]
+    (path,) = [path for path in (folder / "benchmark").glob("*.json") if path.stem in PROCESSORS]
     return path
 
 
@@ -75,7 +71,7 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
     assert text.startswith("# Title\n") and text.endswith("\n\nend\n") and "outdated" not in text
     record = read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")
     path = run_file(tmp_path / "results")
-    run, processor = read_json(path), TITLES[path.stem]
+    run, processor = read_json(path), PROCESSORS[path.stem]
     timed = run["artifacts"]["baseline:onnx"]
     (line,) = [line for line in text.splitlines() if line.startswith("| baseline, FP32 ")]
     fastest = run["artifacts"][run["compared_with"]]  # FP32 in whichever form is the fastest here
@@ -230,12 +226,10 @@ def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
         run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
 
 
-@pytest.mark.parametrize("command", [train_seeds, bits_study])
 @pytest.mark.parametrize("seeds", [["42", "42"], ["1", "2", "1"]])
-def test_a_seed_counts_once(command, seeds, tmp_path):
-    word = "ptq" if command is train_seeds else "4"
+def test_a_seed_counts_once(seeds, tmp_path):
     with pytest.raises(UserError, match=f"--seeds {' '.join(seeds)}: it takes one seed at least, and each once"):
-        command.main([word, "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
+        train_seeds.main(["ptq", "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
 
 
 @pytest.mark.processes
@@ -363,26 +357,6 @@ def test_no_result_is_of_code_that_was_changed():
 def test_a_commit_is_seven_digits_and_says_what_was_changed():
     assert shorten("95508beb9d1bdb53") == "95508be" and shorten("95508beb9d1bdb53-dirty") == "95508be-dirty"
     assert shorten(None) == "unknown"
-
-
-def test_the_dataset_is_described_by_counting(encoder, tmp_path):
-    train, test = build_rows(30), build_rows(9)
-    train["text"] += ["two labels", "two labels", "elsewhere"]
-    train["label"] += [0, 1, 2]
-    test["text"].append("elsewhere")
-    test["label"].append(0)
-    data = save_dataset(tmp_path / "data", {"train": train, "test": test}, color_features())
-    dataset_study.main([str(data), "--model_name_or_path", str(encoder), "--results_dir", "."])
-    text = render_study_pages(tmp_path)[tmp_path / "dataset.md"]
-    (line,) = [line for line in text.splitlines() if line.startswith("| all")]
-    assert [cell.strip() for cell in line.split("|")[2:4]] == ["33", "10"]
-    assert "1 in train, 0 in test. Across splits: 1" in text
-    assert "| none (row 32) | warm (row 9) |" in text
-    study = read_json(tmp_path / "dataset.json")
-    assert "elsewhere" not in text + json.dumps(study)  # the texts are the dataset's
-    assert study["splits"]["test"]["class_counts"] == [4, 3, 3]
-    lengths = study["splits"]["train"]["length_counts"]
-    assert sum(lengths) == 33 and len(lengths) - 1 == study["splits"]["train"]["longest"]
 
 
 def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):

@@ -70,6 +70,13 @@ def test_scripts_import_neither_commands_nor_studies_nor_tools():
             assert not others, f"{module} imports {others}"
 
 
+def test_studies_import_no_tools():
+    for module, imported in IMPORTS.items():
+        if MODULES[module].is_relative_to(ROOT / "studies"):
+            others = {name for name in imported if MODULES[name].is_relative_to(ROOT / "tools")}
+            assert not others, f"{module} imports {others}"
+
+
 def test_another_script_is_started_in_one_place():
     """A script as a process: `run_script` alone knows how."""
     for path in MODULES.values():

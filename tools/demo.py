@@ -21,8 +21,7 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, atomic_write, sha256
 
 PAGE = ROOT / "docs" / "demo"
-WEB = ROOT / "tests" / "web"  # with the package.json of the JavaScript libraries
-LIBRARIES = WEB / "node_modules"
+LIBRARIES = ROOT / "tests" / "web" / "node_modules"
 FP32 = Path("baseline") / "onnx" / "model.onnx"  # as the page asks for it
 
 
@@ -89,9 +88,8 @@ def make_server(port: int, weights: Path) -> ThreadingHTTPServer:
     """Returns a listening server; raises as ``main`` does."""
     check_libraries(LIBRARIES)
     folders = {"weights": [weights], "node_modules": [LIBRARIES]}
-    handler = partial(Handler, folders=folders)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, folders=folders))
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for a free one") from error
     try:
@@ -111,8 +109,7 @@ def make_fp32(weights: Path) -> list[Path]:
         ImportError: if another package that the export needs is not installed.
         UserError: if the weights are damaged or cannot be exported.
     """
-    baseline = weights / "baseline"
-    source = baseline / "model.safetensors"
+    baseline, source = weights / "baseline", weights / "baseline" / "model.safetensors"
     if (weights / FP32).exists() or not source.is_file() or not find_spec("torch"):
         return []
     folder = ROOT / "build" / "demo" / sha256(source)[:16]

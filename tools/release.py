@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.dataset import fingerprint, get_split, load_task_of
-from emotion.evaluation.predictions import read_predictions, score_again
+from emotion.evaluation.record import read_predictions, score_again
 from emotion.evaluation.schema import Record
 from emotion.hub.render import markdown_table
 from emotion.inference.emotion_classifier import EmotionClassifier
@@ -51,22 +51,17 @@ from emotion.utils.machine import THREADS, choose_threads, describe_environment
 
 EQUAL_LABELS = 0.998  # share of the rows; processors with and without VNNI differ in about one of a thousand
 MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
+DECISIVE = ("cpu", "instruction_sets", "threads", "packages")  # where they are the same, every bit is
 
 
 @dataclass
 class ReleaseArguments:
     """Where the models and their scores are."""
 
-    weights_dir: str = field(
-        default=str(ROOT / "weights"), metadata={"help": "Folder of the models, with those of each seed in seeds/."}
-    )
+    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Folder of the models and of seeds/."})
     results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder of the records."})
-    verify: bool = field(
-        default=False, metadata={"help": "Change nothing; compare the tracked weights and their predictions."}
-    )
-    threads: int | None = field(
-        default=None, metadata={"help": "With --verify: threads to compute with.", "choices": THREADS}
-    )
+    verify: bool = field(default=False, metadata={"help": "Change nothing; compare the weights and predictions."})
+    threads: int | None = field(default=None, metadata={"help": "Threads, with --verify.", "choices": THREADS})
 
 
 def main(argv=None) -> None:
@@ -113,10 +108,8 @@ def find_source(variant: str, weights: Path, results: Path) -> Path:
     check_sums(source)
     record = Record.read(results / "metrics" / f"{variant}-{RELEASED[variant]}.json")
     if not record.sha256 or not has_files(source, record.sha256):
-        raise UserError(
-            f"{source} was not scored as it is now; run python scripts/run_evaluation.py {weights / variant} "
-            f"--format {RELEASED[variant]}"
-        )
+        command = f"python scripts/run_evaluation.py {weights / variant} --format {RELEASED[variant]}"
+        raise UserError(f"{source} was not scored as it is now; run {command}")
     return source
 
 
@@ -170,32 +163,24 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record.quality.split)
     if fingerprint(rows) != record.provenance.dataset_fingerprint:
-        raise UserError(
-            f"{task.name} ({task.source}) has other test rows than those of {name}; the scores say nothing"
-        )
+        raise UserError(f"{task.name} ({task.source}) has other test rows than those of {name}: nothing to compare")
     labels, published = read_predictions(results / "predictions" / f"{name}.parquet")
+    here = describe_environment(threads)
     logits = EmotionClassifier.from_pretrained(folder, format, threads).logits(rows["text"])
     found = {
         "equal": float(np.mean(logits.argmax(axis=-1) == published.argmax(axis=-1))),
         "macro_f1": score_again(labels, logits, task.labels)["macro_f1"],
         "published": score_again(labels, published, task.labels)["macro_f1"],
-        "same_machine": is_same_machine(record.environment.model_dump(), describe_environment(threads)),
+        "same_machine": all(here[key] == getattr(record.environment, key) for key in DECISIVE),
     }
     return found | {"verdict": judge(found)}
 
 
 def judge(found: dict) -> str:
     """The verdict on the result of `verify`."""
-    if found["same_machine"]:
-        same = found["equal"] == 1 and found["macro_f1"] == found["published"]
-        return "verified" if same else "differs"
-    close = abs(found["macro_f1"] - found["published"]) <= MACRO_F1_MARGIN
-    return "verified" if close and found["equal"] >= EQUAL_LABELS else "differs"
-
-
-def is_same_machine(there: dict, here: dict) -> bool:
-    """Whether two environments give the same bits: processor, threads and packages are the same."""
-    return all(there.get(key) == here.get(key) for key in ("cpu", "instruction_sets", "threads", "packages"))
+    least, margin = (1, 0) if found["same_machine"] else (EQUAL_LABELS, MACRO_F1_MARGIN)
+    close = abs(found["macro_f1"] - found["published"]) <= margin
+    return "verified" if close and found["equal"] >= least else "differs"
 
 
 if __name__ == "__main__":

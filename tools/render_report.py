@@ -19,16 +19,16 @@ from emotion.evaluation.record import MPNET_BASE
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import Family, read_family
 from emotion.hub.model_card import render_cards
+from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RANDOM
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, write_bytes
-from report.document import REPORT, SOURCE, compile_report
 from report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
-from report.front import render_block, render_times
-from report.pages import render_page, render_study_pages, render_table
+from report.pages import render_block, render_page, render_study_pages, render_table, render_times
 
+SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"
 # The lines of the README between which this program writes; the times may be left out
 START, END = "<!-- results: written by tools/render_report.py -->", "<!-- end of results -->"
 TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<!-- end of times -->"
@@ -38,12 +38,8 @@ TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<
 class ComparisonArguments:
     """Which results are shown, and where."""
 
-    results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, benchmark/."}
-    )
-    readme: str = field(
-        default=str(ROOT / "README.md"), metadata={"help": "File whose results block is written; docs/ is beside it."}
-    )
+    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, ..."})
+    readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "The README, with docs/ beside it."})
     check: bool = field(default=False, metadata={"help": "Write nothing; fail if a file differs."})
     print_only: bool = field(default=False, metadata={"help": "Print the table and write nothing."})
 
@@ -74,11 +70,9 @@ def main(argv=None) -> None:
 
 def render_family(family: Family, pictures: list[Path]) -> dict[Path, str]:
     """Renders the comparison of one encoder's variants, as JSON and as a page."""
-    folder, comparison = family.folder, family.comparison
-    return {
-        folder / "comparison.json": json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        folder / "comparison.md": render_page(family, pictures),
-    }
+    comparison = json.dumps(family.comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path = family.folder / "comparison.json"
+    return {path: comparison, path.with_suffix(".md"): render_page(family, pictures)}
 
 
 def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
@@ -118,8 +112,32 @@ def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
         write_bytes(path, content)
 
 
+def compile_report(root: Path) -> bytes | None:
+    """Compiles the report to PDF, the same bytes from the same records; None where its source is not below ``root``.
+
+    Raises:
+        UserError: if a result that it cannot do without is missing, or lacks a field.
+    """
+    if not (root / SOURCE).is_file():
+        return None
+    import typst  # not needed with --print_only
+
+    try:
+        # Typst brings fonts of its own; those of the system would differ from machine to machine.
+        return typst.compile(root / SOURCE, root=root, ignore_system_fonts=True, sys_inputs=inputs_of(root))
+    except typst.TypstError as error:
+        raise UserError(f"{SOURCE}: {error.message or error}; what it reads comes from the results") from error
+
+
+def inputs_of(root: Path) -> dict[str, str]:
+    """The inputs of the source: the files in docs/ and results/, which Typst cannot list, and the recommendation."""
+    paths = [*(root / "docs").rglob("*.*"), *(root / "results").rglob("*.*")]
+    files = sorted(path.relative_to(root).as_posix() for path in paths)
+    return {"files": ",".join(files), "recommended": RECOMMENDED}
+
+
 def compile_with(files: dict[Path, bytes], root: Path, folder: Path) -> bytes:
-    """Compiles the report, which reads these files, from a copy of the folders in ``folder``."""
+    """Compiles the report with these files, from a copy of the folders in ``folder``."""
     for name in ("docs", "results"):
         shutil.copytree(root / name, folder / name)
     for path, content in files.items():
@@ -157,8 +175,7 @@ def check_publishable(record: Record) -> None:
     recipe = provenance.recipe or {}
     # A language model, a peer, may be trained on part of the rows, which the comparison states.
     limits = {"max_steps"} if record.format == "adapter" else {"max_train_samples", "max_steps"}
-    short = limits & {**recipe, **provenance.training_recipe}.keys()
-    if short:
+    if short := limits & {**recipe, **provenance.training_recipe}.keys():
         raise UserError(f"{name} is a short run ({', '.join(sorted(short))} in its recipe): not for the README")
 
 

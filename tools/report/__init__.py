@@ -1,5 +1,1 @@
 """Tables, pages and pictures from the records."""
-
-from pathlib import Path
-
-TEMPLATES = Path(__file__).resolve().parent / "templates"

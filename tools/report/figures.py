@@ -14,12 +14,12 @@ from matplotlib.patches import Patch
 from scipy import stats
 
 from emotion.data.metrics import CALIBRATION_BINS, softmax
-from emotion.evaluation.predictions import read_predictions
+from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Bits, Measurement, Record, read_study
-from emotion.hub.comparison import REFERENCE, Family, processors_of
+from emotion.hub.comparison import REFERENCE, Family, find_reference, processors_of
 from emotion.hub.model_card import order, variants_with_card
 from emotion.hub.render import PALETTE, complete, plot_confusion_matrix, save_figure, styled
-from emotion.utils.machine import PROCESSORS as TITLES
+from emotion.utils.machine import PROCESSORS
 from report.pages import families_of
 
 MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
@@ -54,10 +54,9 @@ def list_card_pictures(family: Family) -> dict:
 
 def list_study_pictures(results: Path) -> dict:
     """Path of each study's PNG -> the function that draws it, for the studies in ``results``."""
-    drawers = {"dataset": plot_dataset, "ptq_sensitivity": plot_sensitivity, "bits": plot_bits}
     pictures, families = {}, families_of(results)
     for family in families:
-        for name, draw in drawers.items():
+        for name, draw in (("dataset", plot_dataset), ("ptq_sensitivity", plot_sensitivity), ("bits", plot_bits)):
             path = family / f"{name}.json"
             if path.is_file():
                 pictures[path.with_suffix(".png")] = partial(complete(path)(draw), read_study(path))
@@ -82,7 +81,7 @@ def one_per_variant(records: list[Record]) -> list[Record]:
     for record in records:
         if record.variant not in shown or record.format == "onnx":
             shown[record.variant] = record
-    reference = next(record for record in records if record.name == REFERENCE)
+    reference = find_reference(records)
     del shown[reference.variant]
     return [reference, *shown.values()]
 
@@ -97,9 +96,8 @@ def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
     margin = comparison["tests"]["margin"]
     panels = {}  # label of an axis -> rows with their `x`
     for processor in processors_of(rows):
-        timed = [row for row in rows if row["speeds"].get(processor, {}).get("p50_ms")]
-        if timed:
-            label = f"p50, ms, {TITLES[processor]}"
+        if timed := [row for row in rows if row["speeds"].get(processor, {}).get("p50_ms")]:
+            label = f"p50, ms, {PROCESSORS[processor]}"
             panels[label] = [row | {"x": row["speeds"][processor]["p50_ms"]} for row in timed]
     panels["to serve, MB"] = [row | {"x": row["megabytes"]} for row in rows]
     with styled():
@@ -123,20 +121,13 @@ def draw_points(axes, rows: list[dict], reference: float, colors: dict) -> None:
     """Draws the rows at their `x`, with the interval of the change around the reference's score, and the front."""
     # Of two equally fast ones the better comes first, so that the line does not step back.
     rows.sort(key=lambda row: (row["x"], -row["macro_f1"]))
-    front, highest = [], 0
-    for row in rows:
-        if row["macro_f1"] >= highest:
-            front.append((row["x"], 100 * row["macro_f1"]))
-            highest = row["macro_f1"]
-    front.append((rows[-1]["x"], front[-1][1]))  # to the right edge
-    axes.step(*zip(*front, strict=True), where="post", color=GRAY, linewidth=1.2, zorder=1)
+    front = 100 * np.maximum.accumulate([row["macro_f1"] for row in rows])
+    axes.step([row["x"] for row in rows], front, where="post", color=GRAY, linewidth=1.2, zorder=1)
     for row in rows:
         color = colors[row["variant"]]
         if row["tests"]:
-            low, high = row["tests"]["change_ci95"]
-            axes.vlines(
-                row["x"], 100 * (reference + low), 100 * (reference + high), color=color, linewidth=1.2, alpha=0.4
-            )
+            interval = [100 * (reference + end) for end in row["tests"]["change_ci95"]]
+            axes.vlines(row["x"], *interval, color=color, linewidth=1.2, alpha=0.4)
         look = {"color": color, "markersize": 9, "markeredgecolor": "white"}
         axes.plot(row["x"], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,7 @@ class DrawArguments:
         default=True, metadata={"help": "Leave out the training samples whose text has two different labels in train."}
     )
     max_train_samples: int | None = field(
-        default=None,
-        metadata={"help": "Train on this many samples at most, drawn at random; for debugging.", "choices": COUNT},
+        default=None, metadata={"help": "Train on so many samples at most, drawn at random.", "choices": COUNT}
     )
 
 
@@ -39,10 +37,7 @@ class RowsArguments(DrawArguments):
 
     max_seq_length: int = field(
         default=128,
-        metadata={
-            "help": "Longest text in tokens; longer texts are truncated, counted and reported.",
-            "choices": Range(MIN_LENGTH),
-        },
+        metadata={"help": "Length in tokens at which texts are truncated, and counted.", "choices": Range(MIN_LENGTH)},
     )
 
 
@@ -50,16 +45,12 @@ class RowsArguments(DrawArguments):
 class TaskArguments(RowsArguments):
     """The flags that name the base model and the dataset."""
 
-    model_name_or_path: str = field(
-        kw_only=True, metadata={"help": "Base model: a Hub id or a local folder with a tokenizer."}
-    )
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Base model: a Hub id or a local folder."})
     dataset_name: str = field(
         default=DEFAULT_DATASET,
         metadata={"help": "Dataset with `text` and `label` (ClassLabel) columns: a Hub id or a local folder."},
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the dataset; its own default if none is given."}
-    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     attention_dropout: float | None = field(
         default=0.1,  # as in BERT's pretraining
         metadata={"help": "Dropout of the attention weights; null: the base model's own.", "choices": DROPOUT},
@@ -68,27 +59,16 @@ class TaskArguments(RowsArguments):
 
 @dataclass(frozen=True)
 class Task:
-    """A loaded and checked dataset.
+    """A loaded and checked dataset."""
 
-    Attributes:
-        name: how cards and records name it.
-        source: `hub`, `folder` or `sample`.
-        splits: name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns.
-        labels: the names of the classes; a row's label is an index into them.
-    """
-
-    name: str
-    source: str
-    splits: dict
-    labels: list[str]
+    name: str  # in cards and records
+    source: str  # `hub`, `folder` or `sample`
+    splits: dict  # name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns
+    labels: list[str]  # names of the classes; a row's label is an index into them
 
 
 def load_task(name: str, config_name: str | None = None) -> Task:
     """Loads and checks a dataset: a local folder, the Hub or, for the default only, its local copies.
-
-    Args:
-        name: a folder, or a dataset id on the Hub.
-        config_name: the configuration of the dataset; its own default if None.
 
     Raises:
         UserError: if it cannot be found or read, or naming the column, split or row that is invalid.
@@ -104,21 +84,14 @@ def load_task(name: str, config_name: str | None = None) -> Task:
         _check_names(names, labels, f"{name}, {split}")
         _check_rows(rows, split, len(labels))
     if source == "sample":
-        display_name = "sample (written by this project)"  # not the default's name: it is other data
-    elif source == "hub" or name == DEFAULT_DATASET:  # a local copy of the default holds the same rows
-        display_name = name
-    else:
-        display_name = Path(name).name  # not the path, which says nothing on another machine
-    return Task(name=display_name, source=source, splits=dict(dataset), labels=labels)
+        name = "sample (written by this project)"  # not the default's name: it is other data
+    elif source == "folder" and name != DEFAULT_DATASET:  # a local copy of the default holds the same rows
+        name = Path(name).name  # not the path, which says nothing on another machine
+    return Task(name=name, source=source, splits=dict(dataset), labels=labels)
 
 
 def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
-    """Loads the named dataset or, without a name, the one that a model was trained on.
-
-    Args:
-        made_by: the content of the model folder's recipe.yaml.
-        name, config_name: as in `load_task`.
-    """
+    """Loads the named dataset or, without a name, the one that the model of this recipe.yaml was trained on."""
     recipe = made_by.get("recipe", {})
     recipe = recipe.get("baseline", recipe)  # a quantized model keeps its baseline's recipe inside its own
     # The recipe's configuration belongs to the recipe's dataset: one that is named here does not take it.
@@ -135,14 +108,14 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
 
     if name and Path(name).is_dir():  # no name at all would be the folder that the command is started in
         if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
-            return _load(lambda: load_from_disk(name), name), "folder"
-        return _load(lambda: _load_folder(name, config_name), name), "folder"
+            return _load(load_from_disk, name), "folder"
+        return _load(_load_folder, name, config_name), "folder"
     if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
         raise UserError(f"--dataset_name {name}: no such folder")
     check_repo_id(name)
     reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
     try:
-        return _load(lambda: load_dataset(name, config_name), name), "hub"
+        return _load(load_dataset, name, config_name), "hub"
     except DatasetNotFoundError as error:  # its message tells a missing dataset from one that is gated
         raise UserError(f"--dataset_name {name}: {error}") from error
     except ConnectionError as error:
@@ -152,22 +125,21 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
             raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
     # One of them is there: the sample is part of the repository.
     source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
-    return _load(lambda: _load_folder(str(folder), config_name), str(folder)), source
+    return _load(_load_folder, str(folder), config_name), source
 
 
-def _load(load, name: str):
+def _load(load, name: str, *config_name):
     """Calls ``load``; turns the error of a broken file into a `UserError`."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load()
+        return load(name, *config_name)
     except (UserError, DatasetNotFoundError, ConnectionError):  # the caller may have another copy
         raise
     except Exception as error:  # of any kind: the library lets the errors of its readers through
-        # Its own message says only that something went wrong; the cause names the file and the line.
-        reason = error.__cause__ or error
-        message = " ".join(str(reason).split())
-        raise UserError(f"--dataset_name {name}: cannot be read: {type(reason).__name__} {message}") from error
+        reason = error.__cause__ or error  # which names the file and the line
+        message = f"{type(reason).__name__} {' '.join(str(reason).split())}"
+        raise UserError(f"--dataset_name {name}: cannot be read: {message}") from error
 
 
 def _check_columns(rows, name: str) -> list[str]:
@@ -176,18 +148,15 @@ def _check_columns(rows, name: str) -> list[str]:
 
     for column in ("text", "label"):
         if column not in rows.column_names:
-            raise UserError(
-                f"{name}: no column '{column}' (it has {', '.join(rows.column_names)}); rename yours to it"
-            )
+            columns = ", ".join(rows.column_names)
+            raise UserError(f"{name}: no column '{column}' (it has {columns}); rename yours to it")
     if not isinstance(rows.features["text"], Value):  # a list, an image, ...: reading its rows may need a library
         raise UserError(f"{name}: column 'text' is no text but {type(rows.features['text']).__name__}")
     # Bare numbers do not say which class is which, and the model's config.json would not either.
     feature = rows.features["label"]
     if not isinstance(feature, ClassLabel):
-        raise UserError(
-            f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel with names; "
-            "convert it once with dataset.class_encode_column('label') and save it"
-        )
+        how = "convert it once with dataset.class_encode_column('label') and save it"
+        raise UserError(f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel; {how}")
     if len(feature.names) < 2:
         raise UserError(f"{name}: column 'label' has {len(feature.names)} classes; telling texts apart needs two")
     return feature.names
@@ -196,10 +165,8 @@ def _check_columns(rows, name: str) -> list[str]:
 def _check_names(names: list[str], labels: list[str], where: str) -> None:
     """Checks that a split names the classes in the order of the first one: a label is an index into them."""
     if names != labels:
-        raise UserError(
-            f"{where}: the labels are {', '.join(names)}, in other splits {', '.join(labels)}; "
-            "give all splits the same names in the same order"
-        )
+        found = f"the labels are {', '.join(names)}, in other splits {', '.join(labels)}"
+        raise UserError(f"{where}: {found}; give all splits the same names in the same order")
 
 
 def _load_folder(folder: str, config_name: str | None):
@@ -238,22 +205,16 @@ def _check_rows(rows, split: str, classes: int) -> None:
 
 
 def get_split(task: Task, split: str):
-    """The rows of a split.
-
-    Raises:
-        UserError: if there is no such split; it names the splits that exist.
-    """
+    """The rows of a split; raises `UserError`, which names the splits that exist, if there is none of that name."""
     if split not in task.splits:
         raise UserError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")
     return task.splits[split]
 
 
 def select_train_rows(rows, arguments: RowsArguments, seed: int):
-    """Returns the training samples, and prints how many are left out for which reason.
+    """Returns the training samples of the train split, and prints how many are left out for which reason.
 
     Args:
-        rows: the train split.
-        arguments: which samples to leave out.
         seed: of the draw, if `max_train_samples` asks for fewer rows than there are.
 
     Raises:
@@ -275,16 +236,7 @@ def select_train_rows(rows, arguments: RowsArguments, seed: int):
 
 
 def stratified_sample(rows, count: int, seed: int):
-    """Rows drawn at random from each class, in proportion to its share.
-
-    Args:
-        rows: the split.
-        count: how many in all.
-        seed: of the draw.
-
-    Raises:
-        UserError: if there are fewer rows than that.
-    """
+    """``count`` rows drawn at random from each class, in proportion to its share; `UserError` if there are fewer."""
     if not 1 <= count <= len(rows):
         raise UserError(f"--num_calibration_samples {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -298,8 +250,7 @@ def fingerprint(rows) -> str:
     """SHA-256 over the texts and labels of the rows, in their order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for text, label in zip(rows["text"], rows["label"], strict=True):
-        # The label first: a text may hold a tab.
-        digest.update(f"{label}\t{text}\n".encode())
+        digest.update(f"{label}\t{text}\n".encode())  # the label first: a text may hold a tab
     return digest.hexdigest()
 
 
@@ -310,9 +261,3 @@ def conflicting_texts(*splits) -> set[str]:
         for text, label in zip(rows["text"], rows["label"], strict=True):
             labels_of[text].add(label)
     return {text for text, labels in labels_of.items() if len(labels) > 1}
-
-
-@cache  # for commands that ask once per seed or per model: each load checks all rows again
-def source_of(dataset_name: str, config_name: str | None) -> str:
-    """The source of a dataset: `hub`, `folder` or `sample`."""
-    return load_task(dataset_name, config_name).source

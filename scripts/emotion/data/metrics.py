@@ -46,9 +46,8 @@ def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2
         logits: float array (rows, classes).
         labels: int array (rows,).
     """
-    (scores,) = resampled_macro_f1(
-        labels, logits.argmax(axis=-1), classes=logits.shape[1], resamples=resamples, seed=seed
-    )
+    predicted, classes = logits.argmax(axis=-1), logits.shape[1]
+    scores = resampled_macro_f1(labels, predicted, classes=classes, resamples=resamples, seed=seed)
     return np.percentile(scores, [2.5, 97.5]).tolist()
 
 
@@ -58,9 +57,7 @@ def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed:
     Args:
         labels: int array (rows,).
         predictions: int array (rows,) of each classifier.
-        classes: number of classes.
         resamples: number of draws; with 0 the rows themselves are scored, as one column.
-        seed: of the draws.
 
     Returns:
         Float array (classifiers, resamples).

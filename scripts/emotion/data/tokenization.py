@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from emotion.data.dataset import RowsArguments, Task, get_split, select_train_rows
-from emotion.utils.base_model import BaseModel
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import read_fields
 
@@ -27,11 +25,7 @@ SETTINGS["sep_token?"] = SETTINGS["cls_token?"]
 class TextEncoder:
     """The tokenizer of a model folder, without Transformers, whose import takes longer than an answer.
 
-    Texts are truncated at the `model_max_length` of the folder's tokenizer_config.json.
-
-    Args:
-        folder: the model folder.
-        threads: the number of threads that tokenize many texts at once.
+    Texts are truncated at the `model_max_length` of the folder's tokenizer_config.json; ``threads`` tokenize many.
 
     Attributes:
         pad_id: the id of the padding token.
@@ -121,7 +115,6 @@ def shorten(text: str, tokenizer, max_length: int) -> str:
     """The beginning of a text that gives the same first tokens as the whole: a long one would take minutes.
 
     Args:
-        text: the text.
         tokenizer: a `tokenizers.Tokenizer`.
         max_length: the number of tokens that are kept, special ones included.
     """
@@ -141,17 +134,14 @@ def shorten(text: str, tokenizer, max_length: int) -> str:
 
 def count_cut(encodings: list, texts: list[str], beginnings: list[str]) -> int:
     """The number of texts that were truncated, as tokens or by `shorten`."""
-    cut = 0
-    for encoding, text, beginning in zip(encodings, texts, beginnings, strict=True):
-        cut += bool(encoding.overflowing) or len(beginning) < len(text)
-    return cut
+    rows = zip(encodings, texts, beginnings, strict=True)
+    return sum(bool(encoding.overflowing) or len(beginning) < len(text) for encoding, text, beginning in rows)
 
 
 def load_tokenizer(path: str, max_length: int):
-    """Loads the tokenizer and sets its `model_max_length`, which is saved with it.
+    """Loads the tokenizer of a folder or Hub id and sets its `model_max_length`, which is saved with it.
 
     Args:
-        path: a folder or a Hub id.
         max_length: in tokens; the tokenizer's own limit and the number of the model's positions may be smaller.
 
     Raises:
@@ -174,12 +164,7 @@ def load_tokenizer(path: str, max_length: int):
 
 
 def tokenize(rows, tokenizer, split: str):
-    """Tokenizes the texts of a split, and prints how many were truncated.
-
-    Args:
-        rows: the split, with `text` and `label` columns.
-        tokenizer: a tokenizer of Transformers.
-        split: the name of the split.
+    """Tokenizes the texts of a split with a tokenizer of Transformers, and prints how many were truncated.
 
     Returns:
         Rows with `label`, `input_ids` and the other inputs of the model: lists of int, not padded.
@@ -200,15 +185,3 @@ def tokenize(rows, tokenizer, split: str):
     if cut:
         print(f"{split}: {cut} of {len(rows)} texts are longer than {tokenizer.model_max_length} tokens and truncated")
     return rows
-
-
-def load_training_rows(task: Task, base: BaseModel, arguments: RowsArguments, seed: int) -> tuple:
-    """Loads what a training needs of the dataset.
-
-    Returns:
-        The training samples, the base model's tokenizer, the tokenized samples, and the tokenized validation split.
-    """
-    rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
-    tokenizer = load_tokenizer(base.path, arguments.max_seq_length)
-    validation = get_split(task, "validation")
-    return rows, tokenizer, tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")

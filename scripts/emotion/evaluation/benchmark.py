@@ -9,23 +9,24 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from emotion.data.metrics import macro_f1_interval
 from emotion.evaluation.inspection import FLOATS
 from emotion.evaluation.peers import bytes_of, describe_peer, open_peer
-from emotion.evaluation.predictions import score_again
 from emotion.evaluation.protocol import WARMUP_RUNS, summarize_latency, time_batches, time_each, time_end_to_end
+from emotion.evaluation.record import score_again
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import find_formats
 from emotion.inference.runtimes import predict
+from emotion.utils.arguments import COUNT, Range
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import relative
+from emotion.utils.machine import THREADS
 
 BATCH_SIZE = 32
 # Rounds that do not count. In the first one a runtime prepares itself for new lengths and batch sizes, and its
@@ -37,24 +38,25 @@ NOISE_LIMIT = 0.1
 COMPARED_TEXTS = 256  # texts that each model classifies once, to see how often two of them agree
 
 
-@dataclass(frozen=True)
+@dataclass
 class Protocol:
-    """How long a run measures, and with how many threads."""
+    """The flags of run_benchmark.py that say how long it measures, and with how many threads."""
 
-    threads: int
-    rounds: int  # that count
-    texts_per_round: int = 50  # timed one at a time
-    batches_per_round: int = 8  # of 32 texts
-    texts_end_to_end_per_round: int = 0  # classified in one call, from text to label; 0: not measured
-    cold_starts: int = 0  # processes that are timed from their start to the first answer
-
-
-class Turn(NamedTuple):
-    """The texts of one round: at batch 1, in batches, and end to end."""
-
-    one_by_one: list[str]
-    batched: list[str]
-    end_to_end: list[str]
+    # Enough for a spread that shows how steady the machine was, in a few minutes per model.
+    rounds: int = field(default=12, metadata={"help": "Counted rounds.", "choices": COUNT})
+    texts: int = field(default=50, metadata={"help": "Texts per round at batch 1.", "choices": COUNT})
+    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per round.", "choices": COUNT})
+    # Enough that each of several threads computes many batches; few would show which thread got the last one.
+    texts_end_to_end: int = field(
+        default=1024,
+        metadata={"help": "Texts per round, classified end to end in one call; 0: none.", "choices": Range(0)},
+    )
+    # Three, since the first start may read the libraries from disk; the median leaves it out.
+    cold_starts: int = field(
+        default=3,
+        metadata={"help": "Starts per model, timed up to the first prediction.", "choices": Range(0)},
+    )
+    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
 
 
 def interleave(
@@ -65,6 +67,7 @@ def interleave(
     Args:
         artifacts: name -> folder and format.
         texts: each round draws from these.
+        protocol: with a number of threads.
         peers: names of models made by other libraries. One that fails is skipped with a message.
         labels: the label of each text; peers, which have no record, are scored by these.
 
@@ -109,17 +112,17 @@ def _skip_failed_peer(name: str, peers: Collection[str], workers: dict):
             worker.close()
 
 
-def draw_turns(texts: list[str], protocol: Protocol) -> Iterator[tuple[Turn, bool]]:
-    """Yields the texts of each round, and whether the round counts."""
+def draw_turns(texts: list[str], protocol: Protocol) -> Iterator[tuple[tuple[list[str], ...], bool]]:
+    """Yields the texts of each round (at batch 1, in batches, and end to end), and whether the round counts."""
     rng, longest = np.random.default_rng(0), sorted(texts, key=len)[-BATCH_SIZE:]
     for index in range(WARMUP_ROUNDS + protocol.rounds):
         counted = index >= WARMUP_ROUNDS
-        one_by_one = draw_texts(texts, protocol.texts_per_round, rng)
-        batched = draw_texts(texts, BATCH_SIZE * protocol.batches_per_round, rng)
-        end_to_end = draw_texts(texts, protocol.texts_end_to_end_per_round, rng)
+        one_by_one = draw_texts(texts, protocol.texts, rng)
+        batched = draw_texts(texts, BATCH_SIZE * protocol.batches, rng)
+        end_to_end = draw_texts(texts, protocol.texts_end_to_end, rng)
         if not counted:
             batched += longest  # no later batch needs more memory than is allocated here
-        yield Turn(one_by_one, batched, end_to_end), counted
+        yield (one_by_one, batched, end_to_end), counted
 
 
 def draw_texts(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
@@ -152,21 +155,18 @@ def name_of(folder: Path, format: str) -> str:
 
 
 class Worker:
-    """A model in a process of its own, idle during the turns of the others.
-
-    No runtime's threads disturb another's, and none shares memory or settings with another.
-    """
+    """A model in a process of its own, idle in the turns of the others: no two share threads, memory or settings."""
 
     def __init__(self, name: str, folder: Path, format: str, texts: list[str], protocol: Protocol):
         """Opens the model, which classifies ``texts`` once; raises `UserError` if it cannot be opened."""
         self.name = name
         self._bytes_to_serve = bytes_of(folder, format)
         self._times_ms, self._texts_per_s, self._end_to_end_per_s = [], [], []  # an entry per counted round
-        cold_starts_ms = [self._start(folder, format, protocol.threads, texts)]
+        arguments = folder, format, protocol.threads, texts
+        self._cold_starts_ms = [self._start(*arguments)][: protocol.cold_starts]
         for _ in range(protocol.cold_starts - 1):
             self.close()
-            cold_starts_ms.append(self._start(folder, format, protocol.threads, texts))
-        self._cold_starts_ms = cold_starts_ms[: protocol.cold_starts]
+            self._cold_starts_ms.append(self._start(*arguments))
         self._model = self._run(_describe, texts)
 
     def _start(self, *arguments) -> float:
@@ -188,13 +188,13 @@ class Worker:
         except BrokenProcessPool as error:  # killed, say for its memory
             raise UserError(f"{self.name} ended while it was measured") from error
 
-    def take_turn(self, turn: Turn, counted: bool) -> None:
+    def take_turn(self, turn: tuple[list[str], ...], counted: bool) -> None:
         """Times the texts of a round, and keeps the times if the round counts."""
-        times_ms, texts_per_s, end_to_end_per_s = self._run(_time, turn)
+        times_ms, texts_per_s, end_to_end_per_s = self._run(_time, *turn)
         if counted:
             self._times_ms.append(times_ms)
             self._texts_per_s.append(texts_per_s)
-            self._end_to_end_per_s += [end_to_end_per_s] if turn.end_to_end else []
+            self._end_to_end_per_s += end_to_end_per_s
 
     def summarize(self) -> dict:
         """Returns size and scheme, latency and throughput over all rounds, and the time of a cold start."""
@@ -207,8 +207,8 @@ class Worker:
             "precision": self._model["precision"],
             "latency_ms": summarize_latency(np.concatenate(self._times_ms)),
             "throughput_per_s": {"batch_size": BATCH_SIZE, **spread(self._texts_per_s)},
-            "end_to_end_per_s": spread(self._end_to_end_per_s) if self._end_to_end_per_s else None,
-            "cold_start_ms": spread(self._cold_starts_ms) if self._cold_starts_ms else None,
+            "end_to_end_per_s": spread(self._end_to_end_per_s),
+            "cold_start_ms": spread(self._cold_starts_ms),
             "noise": noise,
         }
 
@@ -220,16 +220,15 @@ class Worker:
         return {
             "times_faster_at_batch_1": spread(reference_p50 / p50),
             "times_faster_at_batch_32": spread(np.divide(self._texts_per_s, reference._texts_per_s)),
-            "times_faster_end_to_end": spread(end_to_end) if len(end_to_end) else None,
+            "times_faster_end_to_end": spread(end_to_end),
             "equal_labels": float(np.mean(self._model["predicted"] == reference._model["predicted"])),
         }
 
     def score(self, texts: list[str], labels: list[str], predicted: np.ndarray) -> dict | None:
-        """Returns the scores on all texts; None if the model has other labels.
+        """Returns the scores on all texts, and the share of labels that another model has ``predicted`` too.
 
-        Args:
-            labels: the label of each text.
-            predicted: the labels that another model predicts, for the share of equal labels.
+        Returns:
+            None if the model has other labels.
         """
         names = self._model["labels"]
         if not set(labels) <= set(names):
@@ -284,32 +283,26 @@ def _predict(texts: list[str]) -> np.ndarray:
 
 
 def _describe(texts: list[str]) -> dict:
-    """Describes the model, and warms it up."""
+    """Describes the model, and warms it up. `precision` is the type in which the matrix products are computed."""
     runtime, predicted = classifier.runtime, _predict(texts).argmax(axis=-1)
     scheme = describe_peer(runtime, *opened)
     time_each(runtime, runtime.encode(texts[:WARMUP_RUNS]))
-    precision = precision_of(scheme, runtime)
+    # OpenVINO decides when it opens a file, by the processor; the other runtimes compute in the activations' type.
+    computes_in = getattr(runtime, "float_precision", scheme["activations"])
+    precision = "bfloat16" if computes_in in {"bf16", "bfloat16"} else "float32"
+    precision = "int8" if scheme["activations"].startswith("int8") else precision
     return {"labels": classifier.labels, "scheme": scheme, "precision": precision, "predicted": predicted}
 
 
-def _time(turn: Turn) -> tuple[np.ndarray, float, float | None]:
-    """Times the texts of a round: milliseconds of each text, texts per second in batches, and end to end."""
+def _time(one_by_one: list[str], batched: list[str], end_to_end: list[str]) -> tuple[np.ndarray, float, list[float]]:
+    """Times a round: milliseconds of each text, texts per second in batches, and end to end (empty without texts)."""
     runtime = classifier.runtime
-    single, batches = runtime.encode(turn.one_by_one), runtime.encode(turn.batched)
+    single, batches = runtime.encode(one_by_one), runtime.encode(batched)
     # Each twice, of which the second counts: another model has filled the processor's caches, and oneDNN keeps only
     # so many kernels, one for each shape: those for many texts have evicted those for a single text.
     times_ms = [time_each(runtime, single) for _ in range(2)][-1]
     texts_per_s = [time_batches(runtime, batches, batch_size=BATCH_SIZE) for _ in range(2)][-1]
-    return times_ms, texts_per_s, time_end_to_end(classifier, turn.end_to_end) if turn.end_to_end else None
-
-
-def precision_of(scheme: dict, runtime) -> str:
-    """The type in which the matrix products are computed: int8, bfloat16 or float32."""
-    if scheme["activations"].startswith("int8"):
-        return "int8"
-    # OpenVINO decides when it opens a file, by the processor; the other runtimes compute in the activations' type.
-    computes_in = getattr(runtime, "float_precision", scheme["activations"])
-    return "bfloat16" if computes_in in {"bf16", "bfloat16"} else "float32"
+    return times_ms, texts_per_s, [time_end_to_end(classifier, end_to_end)] if end_to_end else []
 
 
 def noise_of(values) -> float:
@@ -326,7 +319,9 @@ def list_noisy(results: dict[str, dict]) -> list[str]:
     return [name for name, result in results.items() if max(result["noise"].values()) > NOISE_LIMIT]
 
 
-def spread(values) -> dict[str, float]:
-    """Median, minimum and maximum over the rounds, to six digits; a small ratio stays above 0."""
+def spread(values) -> dict[str, float] | None:
+    """Median, minimum and maximum over the rounds, to six digits: a small ratio stays above 0. None without rounds."""
+    if not len(values):
+        return None
     found = {"median": np.median(values), "min": np.min(values), "max": np.max(values)}
     return {name: float(f"{value:.6g}") for name, value in found.items()}

@@ -33,10 +33,7 @@ def is_installed() -> bool:
 
 
 def convert(folder: Path, target: Path) -> None:
-    """Converts the FP32 weights of a folder to INT8.
-
-    Args:
-        target: where the files are written; it has a copy of the folder's config.json and tokenizer already.
+    """Converts the FP32 weights of a folder to INT8, in ``target``, which has copies of its config and tokenizer.
 
     Raises:
         UserError: if CTranslate2 cannot compute this kind of encoder.
@@ -63,10 +60,7 @@ def convert(folder: Path, target: Path) -> None:
 
 
 class PeerClassifier:
-    """Token ids to logits: the encoder with CTranslate2 in INT8, the head with NumPy in float32.
-
-    It has the interface of the classes in inference/runtimes.py.
-    """
+    """A runtime as those in inference/runtimes.py: the encoder in CTranslate2's INT8, the head in NumPy's float32."""
 
     def __init__(self, folder: Path, threads: int, calls: int = 1):
         """Opens the result of `convert`; ``calls`` of `logits` may run in parallel and share the threads."""

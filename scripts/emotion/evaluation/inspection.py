@@ -49,7 +49,6 @@ def describe_scheme(runtime, weights: Path, format: str) -> dict:
     Args:
         runtime: the opened model; the formats of PyTorch are counted in its modules.
         weights: the weight file, in which the other formats are counted; it has the types of float weights.
-        format: as in `find_formats`.
 
     Returns:
         The field `scheme` of a record. If any layer is quantized, `weights` and `activations` describe the
@@ -61,7 +60,20 @@ def describe_scheme(runtime, weights: Path, format: str) -> dict:
         linear, embeddings = _openvino_matrices(weights)
     else:
         linear, embeddings = _torch_matrices(runtime.model, _stored_dtypes(weights))
-    return _summarize(linear, embeddings, format)
+    quantized = [matrix for matrix in linear if matrix.quantized]
+    tables = [table for table in embeddings if table.quantized]
+    # A file that quantizes nothing keeps nothing back: the list is empty for FP32 and BF16.
+    kept = [matrix.name for matrix in linear + embeddings if not matrix.quantized and (quantized or tables)]
+    return {
+        "weights": _join("weights", quantized or linear),
+        # Float weights do not show in which type they are multiplied; the format bf16 does.
+        "activations": "bfloat16" if format == "bf16" else _join("activations", quantized or linear),
+        "quantized_layers": len(quantized),
+        "linear_layers": len(linear),
+        "largest_weight": max((matrix.largest for matrix in quantized if matrix.largest), default=None),
+        "embeddings": _join("weights", tables or embeddings),
+        "kept_in_float": kept,
+    }
 
 
 def describe_encoder(folder: Path) -> dict[str, int]:
@@ -78,24 +90,6 @@ def describe_encoder(folder: Path) -> dict[str, int]:
         encoder = AutoModel.from_config(config)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     return {"layers": config.num_hidden_layers, "width": config.hidden_size, "parameters": parameters}
-
-
-def _summarize(linear: list[Matrix], embeddings: list[Matrix], format: str) -> dict:
-    """Returns the field `scheme` of a record from the matrices of a model."""
-    quantized = [matrix for matrix in linear if matrix.quantized]
-    tables = [table for table in embeddings if table.quantized]
-    # A file that quantizes nothing keeps nothing back: the list is empty for FP32 and BF16.
-    kept = [matrix.name for matrix in linear + embeddings if not matrix.quantized and (quantized or tables)]
-    return {
-        "weights": _join("weights", quantized or linear),
-        # Float weights do not show in which type they are multiplied; the format bf16 does.
-        "activations": "bfloat16" if format == "bf16" else _join("activations", quantized or linear),
-        "quantized_layers": len(quantized),
-        "linear_layers": len(linear),
-        "largest_weight": max((matrix.largest for matrix in quantized if matrix.largest), default=None),
-        "embeddings": _join("weights", tables or embeddings),
-        "kept_in_float": kept,
-    }
 
 
 def granularity(*scales) -> str:
@@ -179,25 +173,19 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
 
     graph = onnx.load(weights).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    dequantized = {}  # static INT8: the float tensor -> the names of its integers and of their scales
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            dequantized[node.output[0]] = node.input[0], node.input[1]
+    # Static INT8: the float tensor -> the names of its integers and of their scales
+    dequantized = {node.output[0]: node.input[:2] for node in graph.node if node.op_type == "DequantizeLinear"}
     packed = _packed_matrices(constants)
     linear, embeddings = [], []
     for node in graph.node:
-        unpacked = [source for source in node.input if source in packed]
-        if unpacked:
-            matrix = replace(
-                packed.pop(unpacked[0]), name=_name_of(node), activations=_activations_of(node, constants)
-            )
+        if unpacked := [source for source in node.input if source in packed]:
+            found = {"name": _name_of(node), "activations": _activations_of(node, constants)}
+            matrix = replace(packed.pop(unpacked[0]), **found)
         else:
             matrix = _stored_matrix(node, constants, dequantized)
-        if matrix is None:
-            continue
-        if node.op_type == "Gather":
+        if matrix and node.op_type == "Gather":
             embeddings.append(matrix)
-        else:
+        elif matrix:
             linear += _split_product(node.op_type, matrix)
     # No layer multiplies with the remaining ones. They are embeddings: the file unpacks only the rows of a text.
     embeddings += [replace(table, name=name) for name, table in packed.items()]
@@ -205,7 +193,7 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
 
 
 def _name_of(node) -> str:
-    """The module's name, without the suffixes that ONNX Runtime's quantizer appends."""
+    """The module's name, without the suffixes of ONNX Runtime's quantizer."""
     return node.name.removesuffix("_quant").removesuffix("_MatMul")
 
 

@@ -41,11 +41,7 @@ def file_of(format: str) -> str:
 
 
 def skip_unsupported(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Returns the folders and formats that this machine supports, and prints a line for each that it does not.
-
-    Raises:
-        UserError: if nothing is left.
-    """
+    """Returns what this machine supports, with a line for each that it does not; `UserError` if nothing is left."""
     kept = []
     for folder, format in named:
         if reason := find_obstacle(folder, format):
@@ -82,17 +78,14 @@ def open_peer(folder: Path, format: str, threads: int, calls: int = 1):
     if format.endswith(COMPILED):
         runtime.compile()
     elif format == DYNAMIC:
-        runtime.model = _quantize_dynamic(runtime.model)
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # All linear layers, with the head, as in PyTorch's tutorial on dynamic quantization of BERT
+            layers = {torch.nn.Linear}
+            runtime.model = torch.ao.quantization.quantize_dynamic(runtime.model, layers, dtype=torch.qint8)
     return runtime
-
-
-def _quantize_dynamic(model):
-    """Quantizes all linear layers, with the head, as PyTorch's tutorial on dynamic quantization of BERT does."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def describe_peer(runtime, folder: Path, format: str) -> dict:

@@ -47,10 +47,9 @@ def time_end_to_end(classifier, texts: list[str]) -> float:
 
 def summarize_latency(times_ms: np.ndarray) -> dict:
     """Returns the field `latency_ms` of a record: percentiles and mean of the runs, in milliseconds."""
-    latency = {"batch_size": 1}
-    for percent, value in zip(KEPT_PERCENTILES, np.percentile(times_ms, KEPT_PERCENTILES), strict=True):
-        latency[f"p{percent}"] = round(float(value), 3)  # runs of the same text differ by more
-    return latency | {"mean": round(float(times_ms.mean()), 3), "runs": len(times_ms)}
+    # Three digits: runs of the same text differ by more.
+    latency = {f"p{percent}": round(float(np.percentile(times_ms, percent)), 3) for percent in KEPT_PERCENTILES}
+    return {"batch_size": 1, **latency, "mean": round(float(times_ms.mean()), 3), "runs": len(times_ms)}
 
 
 def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
@@ -59,9 +58,7 @@ def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
     Args:
         logits: float32 array (rows, classes).
         labels: int array (rows,).
-        task: the class names, and the splits that are searched for conflicting labels.
-        rows: the scored rows, with a column `text`.
-        split: their name.
+        task: its splits are searched for conflicting labels.
     """
     # No model can be right about a text that the dataset has with two labels. The scores on all rows include such
     # texts; without them one sees what the model can do.
@@ -100,11 +97,8 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
         runs: the number of counted runs at batch 1.
     """
     if not runs:  # null and not 0, which would look like a time
-        latency = dict.fromkeys(("p50", "p95", "p99", "mean"))
-        return {
-            "latency_ms": {"batch_size": 1, **latency, "runs": 0},
-            "throughput_per_s": {"batch_size": 32, "value": None},
-        }
+        latency = {"batch_size": 1, **dict.fromkeys(("p50", "p95", "p99", "mean")), "runs": 0}
+        return {"latency_ms": latency, "throughput_per_s": {"batch_size": 32, "value": None}}
     # A warm-up: a runtime prepares itself for each new length and batch size, and another copy of the model may have
     # scored the rows.
     with Bar(total=3, desc="timed") as bar:

@@ -6,7 +6,7 @@ stay in the processor's caches can beat the second bound.
 """
 
 import re
-import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +23,17 @@ def add_roofline(result: dict, work: tuple[float, int], threads: int) -> None:
 
     Args:
         work: the result of `count_work`.
-        threads: as many as the models computed with.
     """
-    peaks = measure_peaks(threads)
+    peaks = result["peaks"] = measure_peaks(threads)
     operations, weights = work
-    result["peaks"] = peaks
     for model in result["artifacts"].values():
         bits = int(re.search(r"\d+", model["scheme"]["weights"])[0])  # 'float32', 'int8 per-channel', 'nf4 in ...'
         peak = peaks[f"{model['precision']}_gop_per_s"]
         if peak is None:  # computed in a type for which the processor has no instructions
             model["roofline"] = None
             continue
-        # Milliseconds per text, by batch size; throughput is texts per second.
-        measured_ms = {1: model["latency_ms"]["mean"], 32: 1000 / model["throughput_per_s"]["median"]}
-        model["roofline"] = {}
-        for size, measured in measured_ms.items():
-            compute_ms = operations / peak / 1e6
+        model["roofline"], compute_ms = {}, operations / peak / 1e6  # milliseconds per text
+        for size, measured in ((1, model["latency_ms"]["mean"]), (32, 1000 / model["throughput_per_s"]["median"])):
             # Each weight is fetched once for the whole batch, and its texts share that time.
             memory_ms = weights * bits / 8 / size / peaks["memory_gb_per_s"] / 1e6
             model["roofline"][f"batch_{size}"] = {
@@ -87,13 +82,15 @@ def measure_peaks(threads: int) -> dict:
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)
     floats = rng.random((SIZE, SIZE), dtype=np.float32)
+    tensor = torch.from_numpy(floats)
+    halved = tensor.bfloat16()
     # 7 bits, as in our files: without VNNI, integers of the full range would overflow (see `LARGEST_SAFE_WEIGHT`).
     weights = rng.integers(-64, 65, size=(SIZE, SIZE), dtype=np.int8)
     activations = rng.integers(0, 256, size=(SIZE, SIZE), dtype=np.uint8)
     products = {
         # By both libraries: PyTorch's products come from MKL, which leaves half of an AMD processor unused.
-        "float32": [torch_product(torch.float32), onnx_product("MatMul", floats, floats, threads)],
-        "bfloat16": [torch_product(torch.bfloat16)] if has_bf16(use_cpu=True) else [],  # ONNX Runtime has none
+        "float32": [lambda: tensor @ tensor, onnx_product("MatMul", floats, floats, threads)],
+        "bfloat16": [lambda: halved @ halved] if has_bf16(use_cpu=True) else [],  # ONNX Runtime has none
         "int8": [onnx_product("MatMulInteger", activations, weights, threads)],  # as our files compute
     }
     peaks = {}
@@ -105,14 +102,6 @@ def measure_peaks(threads: int) -> dict:
     seconds = least_seconds(lambda: target.copy_(source))
     peaks["memory_gb_per_s"] = round(2 * COPIED_BYTES / 1e9 / seconds, 1)  # read and written, as STREAM counts
     return peaks
-
-
-def torch_product(dtype):
-    """Returns a function that multiplies two random matrices of a float type with PyTorch."""
-    import torch
-
-    left, right = torch.rand(SIZE, SIZE, dtype=dtype), torch.rand(SIZE, SIZE, dtype=dtype)
-    return lambda: left @ right
 
 
 def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: int):
@@ -133,9 +122,4 @@ def onnx_product(operator: str, left: np.ndarray, right: np.ndarray, threads: in
 
 def least_seconds(function, runs: int = 8) -> float:
     """Returns the shortest time of several runs: a peak is reached when nothing else disturbs the machine."""
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timeit.repeat(function, number=1, repeat=runs))

@@ -20,7 +20,6 @@ from emotion.utils.machine import ARM, class_of
 LARGEST = 1e15  # no measurement is larger, and float64 still tells its integers apart
 ROUNDING = 1e-6  # of a score: no page shows as many digits, and processors differ in fewer
 SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")  # over seeds, on test
-SUMMARIZED_OF_TRAINING = ("validation_macro_f1", "validation_accuracy", "validation_loss")  # in a sweep
 
 
 def is_one_line(text: str) -> bool:
@@ -45,7 +44,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Part(BaseModel):
-    """A mapping inside a results file."""
+    """A results file, or a mapping inside one."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow", protected_namespaces=())
 
@@ -59,13 +58,9 @@ class Part(BaseModel):
         """Yields a message for each contradiction between fields."""
         return ()
 
-
-class ResultsFile(Part):
-    """A whole results file."""
-
     @classmethod
     def check(cls, value: dict, name):
-        """Validates a value; raises `UserError` that begins with ``name`` and names the first wrong field."""
+        """Validates a whole file; raises `UserError` that begins with ``name`` and names the first wrong field."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -95,7 +90,7 @@ class Environment(Part):
         return class_of(self.instruction_sets) or ARM
 
 
-class Measurement(ResultsFile):
+class Measurement(Part):
     """Date, commit and machine of a measurement; the studies add fields that only their pages read."""
 
     date: Text
@@ -113,28 +108,6 @@ class Spread(Part):
     def contradictions(self):
         if not self.min <= self.median <= self.max:
             yield "'median' is not between 'min' and 'max'"
-
-
-class Mean(Part):
-    """Mean and sample standard deviation over seeds; the deviation of a single seed is null."""
-
-    mean: Number
-    standard_deviation: Amount | None
-
-
-def wrong_means(runs: list, means, fields: tuple[str, ...] = SUMMARIZED):
-    """Yields a message for each field whose `Mean` in ``means`` is not that of the runs."""
-    for field in fields:
-        if summary := getattr(means, field):
-            values = [getattr(run, field) for run in runs]
-            if not values or None in values:
-                yield f"no '{field}' in the runs"
-                return
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            wrong = (deviation is None) != (summary.standard_deviation is None)
-            wrong |= abs(statistics.fmean(values) - summary.mean) > ROUNDING
-            if wrong or abs((deviation or 0) - (summary.standard_deviation or 0)) > ROUNDING:
-                yield f"'{field}' is not the mean of the runs, or not with that deviation"
 
 
 # Records
@@ -260,7 +233,7 @@ class Example(Part):
     scores: Annotated[dict[Text, Share], Field(min_length=1)]
 
 
-class Record(ResultsFile):
+class Record(Part):
     """The measurement of a model in one format."""
 
     variant: FileName
@@ -324,16 +297,44 @@ class SeedRun(Part):
     formats: dict[Text, Scores]
 
 
+class Mean(Part):
+    """Mean and sample standard deviation over seeds; the deviation of a single seed is null."""
+
+    mean: Number
+    standard_deviation: Amount | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Mean":
+        """Summarizes the values of all seeds."""
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(mean=statistics.fmean(values), standard_deviation=deviation)
+
+    def is_close(self, other: "Mean") -> bool:
+        """Whether both are the same but for rounding."""
+        pairs = (self.mean, other.mean), (self.standard_deviation, other.standard_deviation)
+        return all(a == b if None in (a, b) else abs(a - b) <= ROUNDING for a, b in pairs)
+
+
 class Means(Part):
-    """The means of a format's scores over the seeds."""
+    """The means of scores over the seeds."""
 
     macro_f1: Mean
     accuracy: Mean
     change: Mean | None = None
     flips: Mean | None = None
 
+    def differences(self, runs: list[Scores]):
+        """Yields a message for each mean that is not that of the runs."""
+        for field in SUMMARIZED:
+            if summary := getattr(self, field):
+                values = [getattr(run, field) for run in runs]
+                if not values or None in values:
+                    yield f"no '{field}' in the runs"
+                elif not summary.is_close(Mean.of(values)):
+                    yield f"'{field}' is not the mean of the runs, or not with that deviation"
 
-class Seeds(ResultsFile):
+
+class Seeds(Part):
     """The scores of a variant over several seeds, not all of which need have every format."""
 
     variant: FileName
@@ -360,7 +361,7 @@ class Seeds(ResultsFile):
         if self.chosen_seed not in seeds or len(set(seeds)) != len(seeds):
             yield "'chosen_seed' or 'runs' has a wrong seed"
         for format, means in self.formats.items():
-            yield from wrong_means([scores for _, scores in self.runs_of(format)], means)
+            yield from means.differences([scores for _, scores in self.runs_of(format)])
 
 
 # Interleaved runs
@@ -369,12 +370,8 @@ class Seeds(ResultsFile):
 class RunLatency(Part):
     """Milliseconds at batch 1, over all rounds."""
 
-    p5: Positive
-    p25: Positive
     p50: Positive
-    p75: Positive
     p95: Positive
-    p99: Positive
 
 
 class Timed(Part):
@@ -413,17 +410,14 @@ class Benchmark(Measurement):
 # The study of the number of bits
 
 
-class Cell(Part):
+class Cell(Means):
     """A method with a number of bits, over the seeds."""
 
     method: Text
     bits: Whole
     megabytes: Positive
     share_of_fp32: Positive
-    macro_f1: Mean | None = None
-    accuracy: Mean | None = None
     change: Mean
-    flips: Mean | None = None
     made_at: list[Text]
     runs: Annotated[list[Scores], Field(min_length=1)]
     # QAT, by seed: validation scores of the fake-quantized model, of its integers and of each file
@@ -435,7 +429,7 @@ class Cell(Part):
 
     def contradictions(self):
         # Not against the records of the seeds: a cell stays in the study when its variant is trained again.
-        yield from wrong_means(self.runs, self)
+        yield from self.differences(self.runs)
         if self.method == "qat" and len(list(filter(None, self.formats or ()))) != len(self.runs):
             yield "'formats' does not fit 'runs'"
 

@@ -1,14 +1,18 @@
-"""Paired tests: do two classifiers that answered the same rows differ?
+"""Paired tests: do two classifiers that answered the same rows differ? And means over seeds.
 
 Macro F1 is tested by the paired bootstrap (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993), accuracy by
 McNemar's exact test (McNemar, 1947), and "no loss" by two one-sided tests within a margin (Schuirmann, 1987). The
 p-values are corrected for the number of comparisons by Holm's method (1979).
 """
 
+from functools import partial
+
 import numpy as np
 from scipy import stats
 
 from emotion.data.metrics import expected_calibration_error, resampled_macro_f1
+from emotion.evaluation.schema import Mean
+from emotion.utils.errors import UserError
 
 RESAMPLES = 20_000  # enough for p-values of 1 in 20,000: they stay significant when a dozen tests are corrected
 LEVEL = 0.05  # a p-value below it is significant, after the correction
@@ -19,12 +23,7 @@ NO_LOSS_MARGIN = 0.01
 
 
 def compare_with(reference: np.ndarray, others: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict]:
-    """Compares each of several classifiers with the reference, row by row.
-
-    Args:
-        reference: logits (rows, classes).
-        others: name -> logits of the same rows.
-        labels: int array (rows,).
+    """Compares classifiers with the reference, row by row; all logits are (rows, classes), ``labels`` int (rows,).
 
     Returns:
         Name -> the result of `compare`, its p-values corrected over all the names (`..._holm`), and its `verdict`.
@@ -49,9 +48,8 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
     """
     predicted_before, predicted_after = before.argmax(axis=-1), after.argmax(axis=-1)
     right_before, right_after = predicted_before == labels, predicted_after == labels
-    predicted, classes = (labels, predicted_before, predicted_after), before.shape[1]
-    observed = resampled_macro_f1(*predicted, resamples=0, classes=classes)
-    scores = resampled_macro_f1(*predicted, resamples=RESAMPLES, classes=classes)
+    macro_f1 = partial(resampled_macro_f1, labels, predicted_before, predicted_after, classes=before.shape[1])
+    observed, scores = macro_f1(resamples=0), macro_f1(resamples=RESAMPLES)
     change = scores[1] - scores[0]  # on each resample, the same rows for both: what both find hard cancels out
     lost, won = int((right_before & ~right_after).sum()), int((~right_before & right_after).sum())
     # Two one-sided tests: the change is within the margin only if it is neither too low nor too high.
@@ -85,9 +83,7 @@ def holm(p_values: list[float]) -> list[float]:
     # The smallest is multiplied by their number, the next by one less, and so on. The running maximum keeps the order:
     # a p-value that was larger must not count for more after the correction.
     steps = np.maximum.accumulate(np.array(p_values)[order] * np.arange(len(p_values), 0, -1))
-    corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(steps, 1)
-    return corrected.tolist()
+    return np.minimum(steps, 1)[np.argsort(order)].tolist()
 
 
 def verdict(result: dict) -> str:
@@ -108,4 +104,15 @@ def mean_interval(values: list[float]) -> list[float] | None:
         return None
     # Student's t and not the normal distribution: over three seeds the deviation is an estimate itself.
     spread = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
-    return [float(np.mean(values) - spread), float(np.mean(values) + spread)]
+    return (np.mean(values) + np.array([-spread, spread])).tolist()
+
+
+def check_seeds(seeds: list[int], flag: str) -> None:
+    """Raises `UserError` if there is no seed, or one is repeated: it would count twice in the mean."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{flag} {' '.join(map(str, seeds))}: it takes one seed at least, and each once")
+
+
+def summarize_scores(runs: list[dict], names) -> dict[str, dict]:
+    """Name of a score -> its `mean` and sample `standard_deviation` over the runs; the latter is null for one run."""
+    return {name: Mean.of([run[name] for run in runs]).model_dump() for name in names}

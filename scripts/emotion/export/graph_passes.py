@@ -58,11 +58,8 @@ def fuse_attention(graph, heads: int) -> None:
                 graph.add_node(helper.make_node("Add", [before, other], [sums[terms]]))
         inputs = [*states, "", "", sums[terms]]  # the gaps are a bias, which the projections have, and a mask
         graph.remove_node(joined)
-        graph.add_node(
-            helper.make_node(
-                "MultiHeadAttention", inputs, [joined.output[0]], domain=MICROSOFT, num_heads=heads, scale=scale
-            )
-        )
+        options = {"domain": MICROSOFT, "num_heads": heads, "scale": scale}
+        graph.add_node(helper.make_node("MultiHeadAttention", inputs, [joined.output[0]], **options))
     tidy(graph)
 
 
@@ -201,10 +198,8 @@ def pack_projections(graph) -> None:
             continue
         sources = [product.input[0] for product, _ in projections]
         together = [index for index in range(3) if sources[index] == sources[1]]  # all, or key and value
-        weights, biases = [], []
-        for product, bias in (projections[index] for index in together):
-            weights.append(constant_of(graph, product.input[1]))
-            biases.append(constant_of(graph, bias.input[1]))
+        weights = [constant_of(graph, projections[index][0].input[1]) for index in together]
+        biases = [constant_of(graph, projections[index][1].input[1]) for index in together]
         name = node.output[0]
         graph.add_initializer(numpy_helper.from_array(np.concatenate(weights, axis=1), f"{name}_weight"))
         graph.add_initializer(numpy_helper.from_array(np.concatenate(biases), f"{name}_bias"))
@@ -258,8 +253,7 @@ def write_sums(graph, kind: str) -> None:
             continue
         # Of a difference it is the second; of a sum either one.
         for index in (1,) if kind == "Add" else (1, 0):
-            negated = _constants_with_sign(graph, producers, node.input[index])
-            if negated:
+            if negated := _constants_with_sign(graph, producers, node.input[index]):
                 for tensor in negated:
                     tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), tensor.name))
                 inputs = [node.input[1 - index], node.input[index]]
@@ -289,10 +283,7 @@ def name_nodes(graph, model) -> list[str]:
     """Names each node that holds a linear layer or an embedding after the module; a product of several after all.
 
     The exporter gives nodes names of its own, so a node is recognised by its weights, which are the module's.
-
-    Args:
-        graph: the GraphProto, with each residual sum written as a sum; see `write_sums`.
-        model: the same classifier in PyTorch.
+    ``graph`` is the model's GraphProto, with each residual sum written as a sum; see `write_sums`.
 
     Returns:
         The names, in the order of the graph.
@@ -336,8 +327,7 @@ def merge_products(graph) -> None:
                 bias, last = added[0], child
         graph.remove_nodes([scaled] if last is scaled else [scaled, last])
         # The gap is a zero point: there is none, as the weights are symmetric.
-        inputs = [rounding.input[0], product.input[1], scale, "", bias]
-        graph.add_node(
-            helper.make_node("DynamicQuantizeMatMul", inputs, list(last.output), name=product.name, domain=MICROSOFT)
-        )
+        inputs, options = [rounding.input[0], product.input[1], scale, "", bias], {"domain": MICROSOFT}
+        options["name"] = product.name
+        graph.add_node(helper.make_node("DynamicQuantizeMatMul", inputs, list(last.output), **options))
     tidy(graph)

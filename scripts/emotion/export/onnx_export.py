@@ -11,15 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emotion.export.graph_passes import (
-    FIRST,
-    fuse_attention,
-    join_heads,
-    keep_cls_token,
-    name_nodes,
-    pack_projections,
-    write_sums,
-)
+from emotion.export import graph_passes as passes
 from emotion.utils.errors import UserError
 
 FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
@@ -57,13 +49,10 @@ def _padding_mask(attention_mask=None, **kwargs):
 
 
 def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
-    """Writes the classifier to ``path`` as one FP32 file.
+    """Writes the classifier to ``path`` as one FP32 file; without ``rewrite``, it is the export that anyone gets.
 
     Its inputs are int64 (batch, tokens), named as the tokenizer names them; its output `logits` is float32
     (batch, labels).
-
-    Args:
-        rewrite: whether to rewrite the graph at all; without it this is the export that anyone gets.
 
     Returns:
         `fused` (bool), `cls_only` (bool: whether the last layer computes the [CLS] token alone) and
@@ -93,9 +82,7 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
             continue
         if gap <= TOLERANCE:
             return {"fused": fused, "cls_only": found, "largest_logit_gap": gap}
-    raise UserError(
-        f"the ONNX file does not answer as the model does: a logit differs by {gap:.3g}; nothing was saved"
-    )
+    raise UserError(f"the ONNX file does not answer as the model: a logit differs by {gap:.3g}; nothing was saved")
 
 
 def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -149,16 +136,16 @@ def _rewrite(model, path: Path, cls_only: bool) -> bool:
     options.enable_attention = options.enable_embed_layer_norm = options.enable_bias_gelu = False
     options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False
     graph = optimize_model(str(path), model_type="bert", opt_level=1, optimization_options=options)
-    fuse_attention(graph, model.config.num_attention_heads)
-    join_heads(graph)
+    passes.fuse_attention(graph, model.config.num_attention_heads)
+    passes.join_heads(graph)
     if cls_only:
-        keep_cls_token(graph)
-    pack_projections(graph)
-    name_nodes(graph.model.graph, model)
-    write_sums(graph, "Sub")
+        passes.keep_cls_token(graph)
+    passes.pack_projections(graph)
+    passes.name_nodes(graph.model.graph, model)
+    passes.write_sums(graph, "Sub")
     graph.save_model_to_file(str(path))
     # A head that reads all tokens leaves the pass nothing to do.
-    return any(name.endswith(FIRST) for node in graph.nodes() for name in node.output)
+    return any(name.endswith(passes.FIRST) for node in graph.nodes() for name in node.output)
 
 
 def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
@@ -168,11 +155,10 @@ def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> f
     onnxruntime.set_default_logger_severity(3)  # errors only
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     model.set_attn_implementation("eager")  # the fused one is a placeholder, which cannot compute
-    gaps = []
+    gap = 0.0
     for inputs in samples:
         with torch.no_grad():
             expected = model(**inputs).logits.numpy()
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        (found,) = session.run(["logits"], arrays)
-        gaps.append(np.abs(found - expected).max())
-    return float(max(gaps))
+        (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
+        gap = np.maximum(gap, np.abs(found - expected).max())  # not a number, if any logit is none
+    return float(gap)

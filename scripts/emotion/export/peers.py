@@ -9,7 +9,7 @@ from pathlib import Path
 from emotion.evaluation import ctranslate2_peer
 from emotion.evaluation.peers import COMPILED, CTRANSLATE2, PLAIN, file_of, is_peer
 from emotion.inference.model_folder import SHARED_FILES, weights_of
-from emotion.utils.command import Bar
+from emotion.utils.command import Bar, quiet_logging
 from emotion.utils.errors import UserError, one_line
 
 
@@ -86,7 +86,6 @@ def _export_onnx(folder: Path, target: Path, quantized: bool) -> None:
 
     from emotion.export.onnx_export import export_onnx
     from emotion.inference.model_folder import load_trained_classifier
-    from emotion.utils.command import quiet_logging
 
     path = target / "model.onnx"
     # Without the graph passes of this project, which a plain export does not have.
@@ -101,9 +100,6 @@ def _export_openvino(folder: Path, target: Path) -> None:
     """Writes optimum-intel's export of the folder."""
     from optimum.intel import OVModelForSequenceClassification
 
-    from emotion.utils.command import quiet_logging
-
+    options = {"export": True, "compile": False, "trust_remote_code": False}
     with quiet_logging():
-        OVModelForSequenceClassification.from_pretrained(
-            folder, export=True, compile=False, trust_remote_code=False
-        ).save_pretrained(target)
+        OVModelForSequenceClassification.from_pretrained(folder, **options).save_pretrained(target)

@@ -11,8 +11,7 @@ from pydantic import BaseModel
 
 from emotion.data.metrics import softmax
 from emotion.evaluation.peers import COMPILED, TITLES, is_peer
-from emotion.evaluation.predictions import read_predictions, read_seeds, score_again
-from emotion.evaluation.record import read_records
+from emotion.evaluation.record import read_predictions, read_records, read_seeds, score_again
 from emotion.evaluation.schema import Benchmark, Record, Seeds, Timed
 from emotion.evaluation.statistics import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.inference.model_folder import WEIGHT_FILES

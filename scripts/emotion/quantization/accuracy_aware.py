@@ -136,8 +136,8 @@ def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: flo
         # The gap between drop and bound shrinks with the square root of the number of texts.
         needed = math.ceil(effect["rows"] * ((bound - drop) / max(max_drop - drop, 0.01)) ** 2)
         print(
-            f"{format}: {effect['rows']} texts cannot tell whether it loses more than {max_drop:g} points: it may lose "
-            f"{bound:.2f}; about {needed:,} texts would tell"
+            f"{format}: {effect['rows']} texts cannot tell whether it loses more than {max_drop:g} points: it may "
+            f"lose {bound:.2f}; about {needed:,} texts would tell"
         )
     return {"fallback": fallback, **effect, "verdict": verdict, "bytes_to_serve": size, "seconds": seconds}
 

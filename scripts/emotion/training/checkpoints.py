@@ -30,8 +30,7 @@ def find_checkpoint(trainer: Trainer, resume: str | bool | None, run: dict) -> s
     Raises:
         UserError: if the checkpoint belongs to another recipe or to other rows, or the one named is not complete.
     """
-    folder = Path(trainer.args.output_dir)
-    checkpoint = choose_checkpoint(trainer.args, resume, run)
+    folder, checkpoint = Path(trainer.args.output_dir), choose_checkpoint(trainer.args, resume, run)
     trainer.accelerator.wait_for_everyone()  # all have looked before one of them removes anything
     if trainer.is_world_process_zero() and (not checkpoint or checkpoint.parent.resolve() != folder.resolve()):
         _start_run(folder, run)
@@ -40,11 +39,7 @@ def find_checkpoint(trainer: Trainer, resume: str | bool | None, run: dict) -> s
 
 
 def choose_checkpoint(arguments: TrainingArguments, resume: str | bool | None, run: dict) -> Path | None:
-    """Returns the checkpoint named, or the last complete one; None to start from the beginning.
-
-    Raises:
-        UserError: as `find_checkpoint` does.
-    """
+    """Returns the checkpoint named, or the last complete one, or None; raises as `find_checkpoint` does."""
     if str(resume).lower() in ("none", "false"):
         return None
     if str(resume).lower() != "true":
@@ -59,11 +54,10 @@ def choose_checkpoint(arguments: TrainingArguments, resume: str | bool | None, r
         return None
     _check_same_run(folder, run)
     for checkpoint in _newest_first(folder):
-        if fault := _find_fault(checkpoint, arguments):
-            print(f"{checkpoint} {fault}: it is not used")
-            continue
-        print(f"resuming from {checkpoint}")
-        return checkpoint
+        fault = _find_fault(checkpoint, arguments)
+        print(f"{checkpoint} {fault}: it is not used" if fault else f"resuming from {checkpoint}")
+        if not fault:
+            return checkpoint
     print(f"no complete checkpoint in {folder}; starting from the beginning")
     return None
 
@@ -76,10 +70,8 @@ def _check_same_run(folder: Path, run: dict) -> None:
     changed = sorted(key for key in before.keys() | run.keys() if before.get(key) != run.get(key))
     if changed:
         names = ", ".join(changed).replace(ROWS_FIELD, "the rows of train")
-        raise UserError(
-            f"cannot resume {folder}: {names} changed since it started; undo that, or leave out "
-            "--resume_from_checkpoint to start from the beginning"
-        )
+        what = f"cannot resume {folder}: {names} changed since it started"
+        raise UserError(f"{what}; undo that, or leave out --resume_from_checkpoint to start from the beginning")
 
 
 def _start_run(folder: Path, run: dict) -> None:
@@ -96,13 +88,9 @@ def _start_run(folder: Path, run: dict) -> None:
 
 
 class CheckpointCallback(TrainerCallback):
-    """Writes the checksums of each checkpoint, and ends a training whose weights or loss are no longer finite.
+    """Writes the checksums of each checkpoint, and ends a training whose weights or loss are no longer finite."""
 
-    Attributes:
-        resumed_from: the checkpoint that the training goes on from; None for the beginning.
-    """
-
-    resumed_from: str | None = None
+    resumed_from: str | None = None  # the checkpoint that the training goes on from; None for the beginning
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Finds the best checkpoint beside the one that is resumed, wherever they were written."""

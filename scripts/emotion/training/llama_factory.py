@@ -1,6 +1,7 @@
 """LLaMA Factory as a process: the dataset that it reads, its training, and a check of its tokens.
 
-It pins older libraries than this project, so that it runs in an environment of its own.
+It pins older libraries than this project, so that it runs in an environment of its own. A tiny Llama with random
+weights is there to try the command without a Hub; no record of it enters `results/`.
 """
 
 import importlib.metadata
@@ -10,13 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from datasets import load_from_disk
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import get_last_checkpoint
 
 from emotion.inference.likelihood import PromptEncoder
 from emotion.utils.arguments import Recipe
-from emotion.utils.base_model import BaseModel, hub_is_reachable
+from emotion.utils.base_model import RANDOM, BaseModel, hub_is_reachable
 from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, read_json, relative, sha256, write_json, write_text
 
@@ -25,20 +29,44 @@ CLI = ENVIRONMENT / "bin" / "llamafactory-cli"
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 IGNORED = -100  # label of a token that the loss ignores
 CUTOFF = 2048  # tokens of a row, where a recipe names no cutoff_len
+END, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # of Qwen's template
+
+
+def build_tiny_llama(texts: list[str], folder: Path) -> BaseModel:
+    """Saves a tiny Llama in ``folder``, with a byte-level BPE tokenizer that is trained on the texts."""
+    torch.manual_seed(0)
+    bpe = ByteLevelBPETokenizer()
+    special = [END, TURN, END_OF_TURN]
+    bpe.train_from_iterator(texts, vocab_size=2000, min_frequency=0, show_progress=False, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token=END_OF_TURN, pad_token=END
+    )
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,  # a multiple of the 64 weights that share a scale in NF4
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # grouped-query attention
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return BaseModel(name="tiny-llama-with-random-weights", path=str(folder), source=RANDOM)
 
 
 def write_dataset(splits: dict, labels: list[str], instruction: str, folder: Path) -> None:
-    """Writes the rows in the alpaca format, and `dataset_info.json`, which names their files.
-
-    Args:
-        splits: name of a split -> its rows, with `text` and `label`.
-    """
+    """Writes the rows of each split in the alpaca format, and `dataset_info.json`, which names their files."""
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's rows
     files = {}
     for split, rows in splits.items():
-        lines = []
-        for text, label in zip(rows["text"], rows["label"], strict=True):
-            lines.append({"instruction": instruction, "input": text, "output": labels[label]})
+        pairs = zip(rows["text"], rows["label"], strict=True)
+        lines = [{"instruction": instruction, "input": text, "output": labels[label]} for text, label in pairs]
         write_json(folder / f"{split}.json", lines)
         files[f"emotion_{split}"] = {"file_name": f"{split}.json"}
     write_json(folder / "dataset_info.json", files)
@@ -63,7 +91,13 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
     values["resume_from_checkpoint"] = prepare_training(values, work)
     # A file, since LLaMA Factory takes the word `no` of a command line for false.
     write_text(work / "train.yaml", yaml.safe_dump(values, sort_keys=False))
-    process = _start(work / "train.yaml")
+    # Unbuffered: into a pipe, lines would come many at once, and the first loss late.
+    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
+    if not hub_is_reachable():
+        environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    # From the root, to which the recipe's paths are relative
+    process = subprocess.Popen([CLI, "train", work / "train.yaml"], cwd=ROOT, env=environment, **options)
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -80,31 +114,11 @@ def train(recipe: Recipe, base: BaseModel, work: Path, on_first_loss=None) -> No
         sys.exit(process.returncode)
 
 
-def _start(config: Path) -> subprocess.Popen:
-    # Unbuffered: into a pipe, lines would come many at once, and the first loss late.
-    environment = {"LLAMAFACTORY_VERBOSITY": "WARN", **os.environ, "PYTHONUNBUFFERED": "1"}
-    if not hub_is_reachable():
-        environment["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
-    return subprocess.Popen(
-        [CLI, "train", config],
-        cwd=ROOT,  # the recipe's paths are relative to it
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-
-
 def prepare_training(values: dict, work: Path) -> str | None:
-    """Finds the checkpoint to resume from; without one, removes what an earlier training has left.
+    """Finds the checkpoint to resume from; without one, returns None and removes what an earlier training has left.
 
     Args:
         values: the flags of LLaMA Factory; `resume_from_checkpoint` is a path, or True for the last checkpoint.
-
-    Returns:
-        The folder of the checkpoint; None to start from the beginning.
 
     Raises:
         UserError: if the checkpoint belongs to another recipe or to other rows.
@@ -118,10 +132,8 @@ def prepare_training(values: dict, work: Path) -> str | None:
     checkpoint = get_last_checkpoint(training) if resume and training.is_dir() else None
     checkpoint = resume if checkpoint and resume is not True else checkpoint
     if checkpoint and read_json(run_file) != run:
-        raise UserError(
-            f"{relative(training)} belongs to another recipe or to other rows; repeat that command, or leave out "
-            "--resume_from_checkpoint"
-        )
+        what = f"{relative(training)} belongs to another recipe or to other rows"
+        raise UserError(f"{what}; repeat that command, or leave out --resume_from_checkpoint")
     if resume and not checkpoint:
         print(f"nothing to resume in {relative(training)}; starting from the beginning")
     if not checkpoint:
@@ -158,10 +170,8 @@ def check_tokens(splits: dict, labels: list[str], encoder: PromptEncoder, recipe
                     f"is trained stays in {relative(tokens.parent)}"
                 )
             elif counted != [IGNORED] * len(prompt) + answers[label]:
-                raise UserError(
-                    f"{split} row {row}: the loss counts other tokens than those of the answer; leave out "
-                    "train_on_prompt and mask_history"
-                )
+                what = f"{split} row {row}: the loss counts other tokens than those of the answer"
+                raise UserError(f"{what}; leave out train_on_prompt and mask_history")
         if cut:
             print(f"{split}: {cut} of {len(rows)} prompts are longer than cutoff_len and were cut")
 

@@ -30,11 +30,7 @@ CALIBRATION_SAMPLES = 300
 
 
 def prepare_4bit_layers(model, bf16: bool) -> None:
-    """Makes a model in NF4 fit for training on a CPU, in place.
-
-    Args:
-        bf16: whether the training computes in bfloat16.
-    """
+    """Makes a model in NF4 fit for training on a CPU, in place; with ``bf16`` it computes in bfloat16."""
     for parameter in model.parameters():
         # Transformers maps the file into memory: parameters that are left in it keep all of it there, also the FP32
         # weights of the layers that are in NF4 now, 350 MB of BERT-base.
@@ -49,14 +45,11 @@ def prepare_4bit_layers(model, bf16: bool) -> None:
 
 
 def select_layers(model, target_modules: list[str], modules_to_save: list[str]) -> tuple[list[str], list[str]]:
-    """Selects the layers for `LoraConfig`.
+    """Returns the full names of the layers for `LoraConfig`, with an adapter and to save; the latter with the head.
 
     Args:
         target_modules: ends of the names of layers with an adapter; empty for all linear layers of the encoder.
         modules_to_save: ends of the names of layers to train in full, besides the head.
-
-    Returns:
-        The full names of `target_modules`, and `modules_to_save` with the head.
 
     Raises:
         UserError: if one of them fits no layer.
@@ -84,15 +77,12 @@ def _match(endings: list[str], layers: list[str], flag: str) -> list[str]:
 
 
 def merge(model: PeftModel, data: TrainingData, folder: Path, config: BitsAndBytesConfig | None):
-    """Saves the adapter in `folder`/adapter, and merges it into the base.
+    """Saves the adapter in `folder`/adapter, merges it into the base, and returns the merged model in float32.
 
     The adapter was trained beside the quantized weights, so it is added to these and not to the original ones.
 
     Args:
         config: that of the base; None for a float base.
-
-    Returns:
-        The merged model in float32.
     """
     model.peft_config["default"].base_model_name_or_path = data.base.name  # its Hub id, not a path of this machine
     model.save_pretrained(folder / "adapter", save_embedding_layers=False)  # no embedding was trained
@@ -104,10 +94,9 @@ def merge(model: PeftModel, data: TrainingData, folder: Path, config: BitsAndByt
 
 
 def save_merged(merged, data: TrainingData, folder: Path, formats: list[str], seed: int, config) -> dict:
-    """Writes the merged model into ``folder``: `model.safetensors` for Transformers, and INT8 for ONNX Runtime.
+    """Writes the merged float model into ``folder``: `model.safetensors` for Transformers, INT8 for ONNX Runtime.
 
     Args:
-        merged: base and adapter as one float model.
         formats: 'nf4' for `model.safetensors`, 'onnx' for the ONNX file.
         seed: of the draw of calibration samples.
         config: `BitsAndBytesConfig` of `model.safetensors`.
@@ -142,7 +131,6 @@ def save_smallest(
     """Writes `model.safetensors` in the smallest of NF4, BF16 and FP32 that keeps its macro F1 on validation.
 
     Args:
-        float_folder: the merged float model.
         config: `BitsAndBytesConfig`.
         max_drop: of macro F1, as a share.
 

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from emotion.data.dataset import Task, fingerprint, load_task
+from emotion.data.dataset import Task, fingerprint, get_split, load_task, select_train_rows
 from emotion.data.metrics import four_digits, score
-from emotion.data.tokenization import load_training_rows
+from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.inference.model_folder import ROWS_FIELD, artifact_metadata, data_provenance, quantized_by
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
 from emotion.utils.arguments import Recipe, comparable
@@ -43,11 +43,7 @@ from emotion.utils.machine import (
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of this project, which fit themselves to the machine.
-
-    Attributes:
-        publish: whether to push the finished model; `push_to_hub` is off, since the Trainer would push checkpoints.
-    """
+    """`TrainingArguments` with the defaults of this project, which fit themselves to the machine."""
 
     # Optimization
     per_device_train_batch_size: int = 32
@@ -93,7 +89,7 @@ class RecipeTrainingArguments(TrainingArguments):
             raise ValueError(f"--resume_from_checkpoint: no folder {resume}; name a checkpoint, or true for the last")
         if not self.output_dir:
             raise ValueError("name the folder to save into, with --output_dir or in the config")
-        self.publish, self.push_to_hub = self.push_to_hub, False
+        self.publish, self.push_to_hub = self.push_to_hub, False  # the Trainer would push checkpoints
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and has_bf16(self.use_cpu)
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
@@ -105,23 +101,14 @@ class RecipeTrainingArguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads.
-
-    Attributes:
-        base: the model to start from.
-        task: the dataset with all its splits.
-        rows: the rows of train to learn from, with `text` and `label`.
-        tokenizer: that of the base model.
-        train: the same rows as `input_ids` and `label`.
-        validation: the rows of validation in this form.
-    """
+    """What a training reads."""
 
     base: BaseModel
     task: Task
-    rows: Dataset
+    rows: Dataset  # of train to learn from, with `text` and `label`
     tokenizer: PreTrainedTokenizerBase
-    train: Dataset
-    validation: Dataset
+    train: Dataset  # the same rows as `input_ids` and `label`
+    validation: Dataset  # in this form
 
     @property
     def provenance(self) -> dict:
@@ -130,11 +117,10 @@ class TrainingData:
 
 
 def load_training_data(arguments, seed: int, base: BaseModel | None = None, task: Task | None = None) -> TrainingData:
-    """Finds the base model, and loads and tokenizes the dataset.
+    """Finds the base model, and loads and tokenizes the dataset; ``seed`` is that of the draw of `max_train_samples`.
 
     Args:
         arguments: `TaskArguments`; `RowsArguments` suffice where base and task are given.
-        seed: of the draw of `max_train_samples`.
 
     Raises:
         UserError: if one of them cannot be loaded, or the base model is quantized.
@@ -144,18 +130,14 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
         raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
     task = task or load_task(arguments.dataset_name, arguments.dataset_config_name)
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
-    return TrainingData(base, task, *load_training_rows(task, base, arguments, seed=seed))
+    rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
+    tokenizer, validation = load_tokenizer(base.path, arguments.max_seq_length), get_split(task, "validation")
+    tokenized = tokenize(rows, tokenizer, "train"), tokenize(validation, tokenizer, "validation")
+    return TrainingData(base, task, rows, tokenizer, *tokenized)
 
 
 class ClassificationTrainer(Trainer):
-    """The `Trainer` that resumes only from a complete checkpoint, stops when it diverges, and is fast on a CPU.
-
-    Args:
-        recipe: what the run was asked to do.
-        data: what it reads.
-        callbacks: further callbacks.
-        options: the other arguments of `Trainer`.
-    """
+    """The `Trainer` that resumes only from a complete checkpoint, stops when it diverges, and is fast on a CPU."""
 
     def __init__(self, recipe: Recipe, data: TrainingData, callbacks: list | tuple = (), **options):
         self.checkpoints = CheckpointCallback()
@@ -248,17 +230,12 @@ class ClassificationTrainer(Trainer):
 
 
 def compute_metrics(prediction) -> dict:
-    """Scores the predictions of the Trainer's evaluation.
-
-    Args:
-        prediction: `EvalPrediction`, whose ``predictions`` are float logits of shape (rows, classes).
-    """
+    """Scores an `EvalPrediction`, whose ``predictions`` are float logits of shape (rows, classes)."""
     scores = score(prediction.predictions, prediction.label_ids)
-    predicted = len(set(prediction.predictions.argmax(axis=-1)))
     return {
         "macro_f1": scores["macro_f1"],
         "accuracy": scores["accuracy"],
-        "predicted_classes": predicted,  # 1 if the training has collapsed
+        "predicted_classes": len(set(prediction.predictions.argmax(axis=-1))),  # 1 if the training has collapsed
         "rows": len(prediction.label_ids),
     }
 
@@ -268,10 +245,8 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Shows the bar, in the main process and unless `disable_tqdm` is set."""
-        hidden = args.disable_tqdm or not state.is_world_process_zero
-        self.bar = Bar(
-            total=state.max_steps, initial=state.global_step, desc="training", unit=" steps", disable=hidden
-        )
+        look = {"desc": "training", "unit": " steps", "disable": args.disable_tqdm or not state.is_world_process_zero}
+        self.bar = Bar(total=state.max_steps, initial=state.global_step, **look)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Advances the bar."""
