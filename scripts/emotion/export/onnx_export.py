@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emotion.export import graph_passes as passes
+import emotion.export.graph_passes as passes
 from emotion.utils.errors import UserError
 
 FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
