@@ -1,4 +1,5 @@
-"""Copies the weights that the repository tracks: one format of each released variant.
+"""Copies the weights that the repository tracks: one format of each released variant,
+and what `from_pretrained` opens.
 
 `train_seeds.py` has chosen the seed on validation, and the whole model stays in `weights/seeds`. Only files that were
 scored are released: they must be those of the records in `results/metrics`.

@@ -70,7 +70,7 @@ RENAMED = {"model.bf16.safetensors": "model.safetensors"}
 OPENED_AS = {"baseline": "pytorch"}
 SCORES_OF_OPENED = "released"  # folder of the results with the record of what is opened in another format
 LICENSE_FILE = "LICENSE"  # of the weights, which have their encoder's, not that of the code
-BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 150 * 10**6  # upper bounds for a clone
+BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 200 * 10**6  # upper bounds for a clone
 
 # Sizes in config.json that are a dimension of some weight, of BERT and its descendants, and of DistilBERT
 SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")
@@ -180,7 +180,10 @@ def names_to_serve(folder: Path, weights: Path, format: str) -> list[str]:
 def names_to_release(folder: Path, variant: str) -> dict[str, str]:
     """The released files of a model folder, but for the license: name there -> name in the released folder."""
     folder, format = Path(folder), RELEASED[variant]
-    names = names_to_serve(folder, find_formats(folder)[format], format)
+    formats = find_formats(folder)
+    names = names_to_serve(folder, formats[format], format)
+    if "torchao" in formats:  # config.json names its weights, so `from_pretrained` looks for them
+        names += WEIGHT_FILES["torchao"]
     names += [f"adapter/{path.name}" for path in sorted((folder / "adapter").glob("adapter_*"))]  # QLoRA's
     return {name: RENAMED.get(name, name) for name in [*names, RECIPE_FILE]}
 
