@@ -339,10 +339,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def files_in(folder: Path) -> set[str]:
-    return set(contents(folder))
-
-
 def copy_to_edit(artifact: Path, folder: Path) -> Path:
     """A copy of an artifact without its SHA256SUMS, so that what is edited in it is opened."""
     return shutil.copytree(artifact, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import batch_study
-from conftest import ROOT, build_rows, read_json, run_script
+from conftest import ROOT, build_rows, contents, read_json, run_script
 from report.pages import render_study_pages
 
 pytestmark = pytest.mark.cluster
@@ -48,7 +48,6 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(texts, artifact, tmp_path_factory) -> Path:
-    """What the plain engine makes of them."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert run_script("run_batch.py", *args(texts, output, artifact)).returncode == 0
     return output
@@ -56,10 +55,6 @@ def whole(texts, artifact, tmp_path_factory) -> Path:
 
 def args(texts: Path, output: Path, artifact: Path, *more) -> list[str]:
     return [str(word) for word in (texts, output, "--model", artifact, "--shard_rows", SHARD_ROWS, *more)]
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def start(texts: Path, output: Path, artifact: Path, shards: int) -> subprocess.Popen:
