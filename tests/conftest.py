@@ -36,6 +36,9 @@ import run_qat
 import run_qlora
 import train_seeds as seeds
 from emotion.data.dataset import DEFAULT_DATASET, load_task
+from emotion.evaluation.inspection import describe_scheme
+from emotion.inference.model_folder import weights_of
+from emotion.inference.runtimes import open_artifact, predict
 from emotion.utils import hub_requests
 from emotion.utils.base_model import EMBEDDED_MODEL
 from hub_server import WRITE, running_hub
@@ -81,12 +84,11 @@ def as_many_threads_as_at_the_start():
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """A test writes nothing into the repository."""
     monkeypatch.chdir(tmp_path)
 
 
 def build_encoder(folder: Path, kind: str = "bert") -> Path:
-    """A randomly initialised encoder without a head, and a word-level tokenizer, as a model folder."""
+    """A randomly initialized encoder without a head, and a word-level tokenizer, as a model folder."""
     specials = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # the padding has id 1, as RoBERTa wants it
     vocabulary = {word: index for index, word in enumerate(specials + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -96,15 +98,9 @@ def build_encoder(folder: Path, kind: str = "bert") -> Path:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
     names = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        cls_token="[CLS]",
-        pad_token="[PAD]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        model_max_length=64,
-        model_input_names=names,
-    ).save_pretrained(folder)
+    named = {f"{special.strip('[]').lower()}_token": special for special in specials}
+    settings = named | {"model_max_length": 64, "model_input_names": names}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
     torch.manual_seed(0)
     config_class, sizes = ENCODERS[kind]
     AutoModel.from_config(config_class(vocab_size=len(vocabulary), pad_token_id=1, **sizes)).save_pretrained(folder)
@@ -162,7 +158,6 @@ def build_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def colors(build_once) -> Path:
-    """The tiny dataset: three classes with names of their own."""
     splits = {"train": build_rows(480), "validation": build_rows(60), "test": build_rows(90)}
     return build_once("data/colors", lambda folder: save_dataset(folder, splits, color_features()))
 
@@ -175,7 +170,7 @@ def encoder(build_once) -> Path:
 def as_flags(**values) -> list[str]:
     flags = []
     for name, value in values.items():
-        flags += [f"--{name}", str(value)]
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
@@ -189,27 +184,29 @@ def train_flags(encoder: Path, dataset: Path, output: Path, **changes) -> list[s
 
 @pytest.fixture(scope="session")
 def artifact(encoder, colors, build_once) -> Path:
-    """A trained tiny baseline with all its formats."""
     return build_once("weights/baseline", lambda folder: run_baseline.main(train_flags(encoder, colors, folder)))
 
 
 @pytest.fixture(scope="session")
-def baseline_of(colors, build_once):
+def encoder_of(build_once):
+    return lambda kind: build_once(f"encoder/{kind}", lambda folder: build_encoder(folder, kind))
+
+
+@pytest.fixture(scope="session")
+def baseline_of(encoder_of, colors, build_once):
     """A function from a kind of encoder to a baseline that was trained from it, briefly."""
 
     def train(kind: str) -> Path:
-        encoder = build_once(f"encoder/{kind}", lambda folder: build_encoder(folder, kind))
-        flags = {"num_train_epochs": 4}
-        return build_once(
-            f"{kind}/baseline", lambda folder: run_baseline.main(train_flags(encoder, colors, folder, **flags))
-        )
+        def fill(folder: Path) -> None:
+            run_baseline.main(train_flags(encoder_of(kind), colors, folder, num_train_epochs=4))
+
+        return build_once(f"{kind}/baseline", fill)
 
     return train
 
 
 @pytest.fixture(scope="session")
 def quantized(artifact, build_once) -> Path:
-    """That baseline in INT8, in all its formats."""
     return build_once("weights/ptq", lambda folder: run_ptq.main(ptq_flags(artifact, folder)))
 
 
@@ -255,7 +252,6 @@ def real(build_once) -> Path:
 
 @pytest.fixture(scope="session")
 def real_int8(real, build_once) -> Path:
-    """The same in INT8."""
     return build_once("real/ptq", lambda folder: run_ptq.main(ptq_flags(real, folder)))
 
 
@@ -285,9 +281,20 @@ def realigned(model):
 
 
 def run_script(name: str, *args, **options) -> subprocess.CompletedProcess:
-    """A script as a user starts it, in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Another process writes to that folder while the block runs."""
+    code = "import sys; from emotion.utils.files import output_lock\n"
+    code += "with output_lock(sys.argv[1]): print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT / "scripts"}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder.absolute())], **pipes) as other:
+        assert other.stdout.readline() == "\n"
+        yield
+        other.communicate("\n")
 
 
 @pytest.fixture
@@ -312,34 +319,24 @@ def hub(shared_hub, monkeypatch, tmp_path):
     """The server, empty and in order; this process and those that it starts may write there."""
     for kept in (shared_hub.repositories, shared_hub.blobs, shared_hub.faults, shared_hub.requests):
         kept.clear()
-    for name, value in environment(shared_hub, tmp_path).items():
+    settings = {"HF_ENDPOINT": shared_hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(tmp_path / "hub")}
+    settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "ENDPOINT", shared_hub.url)
-    files = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", shared_hub.url + files)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub" / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    template = shared_hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    loaded = {"HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "hub" / "hub")}
+    for name, value in (loaded | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hub_requests, "WAITS_S", (0, 0, 0))
     return shared_hub
-
-
-def environment(hub, home: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": WRITE,
-        "HF_HOME": str(home / "hub"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 SHARED = {"SHA256SUMS", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "recipe.yaml"}
 
 
-def files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def copy_to_edit(artifact: Path, folder: Path) -> Path:
@@ -349,3 +346,33 @@ def copy_to_edit(artifact: Path, folder: Path) -> Path:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit_json(path: Path, place: str, value) -> None:
+    """Sets one field, named with slashes (`~` is one in a name); `...` as the value removes it."""
+    whole = inner = read_json(path)
+    *outer, last = (int(key) if key.isdigit() else key.replace("~", "/") for key in place.split("/"))
+    for key in outer:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    path.write_text(json.dumps(whole), encoding="utf-8")
+
+
+def logits_of(folder: Path, format: str, texts: list[str]):
+    classifier = open_artifact(folder, format, threads=1)
+    return predict(classifier, classifier.encode(texts), batch_size=100)
+
+
+def scheme_of(folder: Path, format: str = "onnx") -> dict:
+    """What a record says of how a model is quantized, counted in its files."""
+    return describe_scheme(open_artifact(folder, format, threads=1), weights_of(folder, format), format)
+
+
+def run_code(code: str, *args, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    """A program in a process of its own, with `emotion` and the commands on its path."""
+    options = {"capture_output": True, "text": True, "timeout": 200} | options
+    environment = (os.environ if env is None else env) | {"PYTHONPATH": str(ROOT / "scripts")}
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=environment, **options)

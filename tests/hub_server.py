@@ -107,28 +107,20 @@ def validate_card(content: str) -> list[str]:
         data = yaml.safe_load(parts[1]) if len(parts) > 2 else {}
     except yaml.YAMLError as error:
         return [f"not YAML: {error}"]
-    errors = []
-    if "license" not in data:
-        errors.append('"license" is required')
+    errors = [] if "license" in data else ['"license" is required']
     for key in ("base_model", "datasets"):
         values = data.get(key, [])
         for value in [values] if isinstance(values, str) else values:
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
                 errors.append(f'"{key}" with value "{value}" is not valid')
-    if "base_model_relation" in data and data["base_model_relation"] not in {
-        "finetune",
-        "quantized",
-        "adapter",
-        "merge",
-    }:
+    if data.get("base_model_relation", "merge") not in {"finetune", "quantized", "adapter", "merge"}:
         errors.append('"base_model_relation" must be one of [finetune, quantized, adapter, merge]')
-    for model in data.get("model-index", []):
-        for result in model.get("results", []):
-            for path in (("task", "type"), ("dataset", "type"), ("dataset", "name")):
-                if not result.get(path[0], {}).get(path[1]):
-                    errors.append(f'"model-index[0].results[0].{".".join(path)}" is required')
-            errors += ['"metrics[0].type" is required' for metric in result["metrics"] if "type" not in metric]
-            errors += ['"metrics[0].value" is required' for metric in result["metrics"] if "value" not in metric]
+    for result in (result for model in data.get("model-index", []) for result in model.get("results", [])):
+        for outer, inner in (("task", "type"), ("dataset", "type"), ("dataset", "name")):
+            if not result.get(outer, {}).get(inner):
+                errors.append(f'"model-index[0].results[0].{outer}.{inner}" is required')
+        for metric in result["metrics"]:
+            errors += [f'"metrics[0].{key}" is required' for key in ("type", "value") if key not in metric]
     return errors
 
 
@@ -192,13 +184,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, body, headers: dict | None = None):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {
-            "Content-Length": str(len(content)),
-            "Content-Type": "application/json",
-            "Access-Control-Allow-Origin": "*",
-            "Access-Control-Expose-Headers": "*",
-            **(headers or {}),
-        }
+        common = {"Content-Length": str(len(content)), "Content-Type": "application/json"}
+        common |= {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "*"}
+        headers = common | (headers or {})
         if isinstance(body, dict) and "error" in body:
             headers["X-Error-Message"] = body["error"]
         if isinstance(self.fault, dict):
@@ -220,8 +208,6 @@ class Handler(BaseHTTPRequestHandler):
             self.write_badly(content)
         else:
             self.wfile.write(content)
-
-    # Who asks, and may they?
 
     @property
     def token(self) -> str | None:
@@ -245,8 +231,6 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repository
 
-    # Writing
-
     def create(self):
         asked = json.loads(self.body)
         owner, kind = asked.get("organization") or "user", asked.get("type") or "model"
@@ -268,16 +252,11 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.find(kind, repo)
         if repository is None or not self.may_write(repo.split("/")[0]):
             return
-        there = repository.at(revision)
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(LFS_ENDINGS) else "regular",
-                "shouldIgnore": False,
-                "oid": etag(file["path"], there[file["path"]]) if file["path"] in there else None,
-            }
-            for file in json.loads(self.body)["files"]
-        ]
+        there, files = repository.at(revision), []
+        for name in (file["path"] for file in json.loads(self.body)["files"]):
+            mode = "lfs" if name.endswith(LFS_ENDINGS) else "regular"
+            oid = etag(name, there[name]) if name in there else None
+            files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.send(200, {"files": files})
 
     def lfs_batch(self, repo, kind=None):
@@ -285,10 +264,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         objects = []
         for wanted in json.loads(self.body)["objects"]:
-            actions = {
-                "upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}", "header": {}},
-                "verify": {"href": f"{self.server.url}/lfs-verify", "header": {}},
-            }
+            places = {"upload": f"lfs/{wanted['oid']}", "verify": "lfs-verify"}
+            actions = {name: {"href": f"{self.server.url}/{path}", "header": {}} for name, path in places.items()}
             objects.append(wanted | ({} if wanted["oid"] in self.server.blobs else {"actions": actions}))
         self.send(200, {"transfer": "basic", "objects": objects})
 
@@ -319,8 +296,6 @@ class Handler(BaseHTTPRequestHandler):
         repository.commits.append(files)
         url = f"{self.server.url}/{repo}/commit/{repository.sha()}"
         self.send(200, {"success": True, "commitOid": repository.sha(), "commitUrl": url})
-
-    # Reading
 
     def info(self, kind, repo, revision="main"):
         if (repository := self.find(kind, repo)) is not None:
@@ -356,11 +331,8 @@ class Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self.send(404, {"error": "Entry not found"}, headers | {"X-Error-Code": "EntryNotFound"})
         content = files[file]
-        headers |= {
-            "ETag": f'"{etag(file, content)}"',
-            "Accept-Ranges": "bytes",
-            "Content-Type": "application/octet-stream",
-        }
+        headers |= {"ETag": f'"{etag(file, content)}"', "Accept-Ranges": "bytes"}
+        headers["Content-Type"] = "application/octet-stream"
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{min(end, len(content)) - 1}/{len(content)}"

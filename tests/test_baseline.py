@@ -1,10 +1,8 @@
 """Training: what is saved, resumed, refused; other encoders; several processes."""
 
-import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +14,15 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments, 
 import predict
 import run_baseline
 import run_evaluation
-from conftest import ENCODERS, ROOT, SHARED, a_full_disk, build_encoder, copy_to_edit, files_in, train_flags
-from emotion.data.metrics import softmax
+from conftest import ENCODERS, ROOT, SHARED, a_full_disk, contents, copy_to_edit, logits_of, read_json, train_flags
 from emotion.inference.model_folder import build_classifier
-from emotion.inference.runtimes import open_artifact
 from emotion.utils import command
 from emotion.utils.errors import UserError
+from mutations import edit_config
 
 
 def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
-    assert files_in(artifact) == SHARED | {"model.bf16.safetensors", "onnx/model.onnx"}
+    assert contents(artifact).keys() == SHARED | {"model.bf16.safetensors", "onnx/model.onnx"}
     assert {path.stat().st_mode & 0o777 for path in artifact.rglob("*") if path.is_file()} == {0o644}
     metadata = yaml.safe_load((artifact / "recipe.yaml").read_text())
     assert metadata["seed"] == 42 and metadata["recipe"]["learning_rate"] == 5e-3
@@ -34,41 +31,31 @@ def test_the_artifact_holds_what_it_needs_and_nothing_else(artifact):
     assert metadata["onnx"]["fused"] is True and metadata["onnx"]["cls_only"] is True
 
 
-def test_the_onnx_file_holds_no_path_of_this_machine(artifact, quantized):
+def test_a_stranger_opens_it_and_finds_no_path_of_this_machine(artifact, quantized):
+    answer = pipeline("text-classification", model=str(artifact))("i see the orange house")
+    assert answer[0]["label"] == "warm" and answer[0]["score"] > 0.5  # the dataset's names
     for path in (artifact / "onnx" / "model.onnx", quantized / "onnx" / "model_quantized.onnx"):
         content = path.read_bytes()
         assert b"site-packages" not in content and str(ROOT).encode() not in content
 
 
-def test_a_stranger_opens_it_with_the_datasets_label_names(artifact):
-    answer = pipeline("text-classification", model=str(artifact))("i see the orange house")
-    assert answer[0]["label"] == "warm" and answer[0]["score"] > 0.5
-
-
 def test_the_three_forms_answer_alike(artifact):
     texts = ["i see a red house", "blue", "the very black sky and the white house today"]
-    logits = {}
-    for format in ("pytorch", "bf16", "onnx"):
-        classifier = open_artifact(artifact, format, threads=1)
-        logits[format] = classifier.logits(classifier.encode(texts))
-        assert logits[format].dtype == np.float32 and classifier.labels == ["warm", "cold", "none"]
+    logits = {format: logits_of(artifact, format, texts) for format in ("pytorch", "bf16", "onnx")}
     np.testing.assert_allclose(logits["onnx"], logits["pytorch"], atol=1e-4)
     assert 0 < np.abs(logits["bf16"] - logits["pytorch"]).max() < 0.2
-    np.testing.assert_allclose(softmax(logits["pytorch"]).sum(axis=-1), 1)
     weights = load_file(artifact / "model.bf16.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
-def test_other_encoders_train_evaluate_and_answer(kind, colors, tmp_path, capsys):
-    encoder = build_encoder(tmp_path / kind, kind)
-    run_baseline.main(train_flags(encoder, colors, tmp_path / "out", attention_dropout=0.1))
+def test_other_encoders_train_evaluate_and_answer(kind, encoder_of, colors, tmp_path, capsys):
+    run_baseline.main(train_flags(encoder_of(kind), colors, tmp_path / "out", attention_dropout=0.1))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     dropout = {"attention_probs_dropout_prob", "attention_dropout"} & vars(model.config).keys()
     assert [getattr(model.config, name) for name in dropout] == [0.1]
     run_evaluation.main([str(tmp_path / "out"), "--format", "onnx", "--results_dir", "results", "--latency_runs", "0"])
-    record = json.loads(Path("results/metrics/baseline-onnx.json").read_text())
-    assert record["quality"]["macro_f1"] > 0.9
+    assert read_json(tmp_path / "results" / "metrics" / "baseline-onnx.json")["quality"]["macro_f1"] > 0.9
     predict.main(["--model", str(tmp_path / "out"), "the blue sky"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("cold ")
 
@@ -87,24 +74,18 @@ def test_the_best_checkpoint_is_saved_whole(encoder, colors, tmp_path, monkeypat
     constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     run_baseline.main(train_flags(encoder, colors, tmp_path / "one", num_train_epochs=1, **constant))
     scores = iter([0.9, 0.1, 0.2])
-    monkeypatch.setattr(
-        run_baseline, "compute_metrics", lambda prediction: {"macro_f1": next(scores), "accuracy": 0.0}
-    )
+    monkeypatch.setattr(run_baseline, "compute_metrics", lambda _: {"macro_f1": next(scores), "accuracy": 0.0})
     run_baseline.main(train_flags(encoder, colors, tmp_path / "best", num_train_epochs=3, **constant))
     one, best = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "best"))
     assert "bert.embeddings.LayerNorm.weight" in one
     assert all(torch.equal(one[name], best[name]) for name in one)
 
 
-def trainer_of(encoder, layerwise_lr_decay):
-    model = build_classifier(str(encoder), ["warm", "cold", "none"], None)
-    arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
-    return run_baseline.BaselineTrainer(layerwise_lr_decay, recipe=None, data=None, model=model, args=arguments)
-
-
 @pytest.mark.parametrize("kind", list(ENCODERS))
-def test_each_layer_learns_slower_than_the_one_above(kind, tmp_path):
-    trainer = trainer_of(build_encoder(tmp_path / kind, kind), layerwise_lr_decay=0.5)
+def test_each_layer_learns_slower_than_the_one_above(kind, encoder_of):
+    model = build_classifier(str(encoder_of(kind)), ["warm", "cold", "none"], None)
+    arguments = TrainingArguments(output_dir="unused", learning_rate=1.0, weight_decay=0.1, use_cpu=True)
+    trainer = run_baseline.BaselineTrainer(0.5, recipe=None, data=None, model=model, args=arguments)
     rates = {}
     for group in trainer.create_optimizer().param_groups:
         for parameter in group["params"]:
@@ -127,9 +108,8 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
 
     monkeypatch.setattr(run_baseline, "save_formats", save_on_a_full_disk)
     flags = train_flags(encoder, colors, out, num_train_epochs=1)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="1"):
         command.run(lambda: run_baseline.main(flags))
-    assert stopped.value.code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: cannot write") and "free some space" in message
     after = contents(out)
@@ -139,39 +119,11 @@ def test_a_disk_that_fills_leaves_the_old_artifact(artifact, encoder, colors, tm
     assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["resumed"] is True
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_folder_that_is_not_ours_is_not_replaced(encoder, colors, tmp_path):
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="holds something else"):
-        run_baseline.main(train_flags(encoder, colors, tmp_path / "precious"))
-    (tmp_path / "file").write_text("")
-    for output, message in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "cannot write in")):
-        with pytest.raises(UserError, match=message):
-            run_baseline.main(train_flags(encoder, colors, output))
-    assert (tmp_path / "precious" / "thesis.txt").read_text() == "all of it"
-
-
 def test_a_classifier_of_other_classes_is_no_base(artifact, tmp_path):
-    base = tmp_path / "two"
-    copy_to_edit(artifact, base)
-    config = json.loads((base / "config.json").read_text())
-    config["id2label"], config["label2id"] = {"0": "no", "1": "yes"}, {"no": 0, "yes": 1}
-    (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is a classifier of 2 classes and the dataset has 3"):
+    base = copy_to_edit(artifact, tmp_path / "two")
+    edit_config(base / "config.json", id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
+    with pytest.raises(UserError, match="2 classes .* 3"):
         build_classifier(str(base), ["warm", "cold", "none"], None)
-
-
-def test_it_logs_to_tensorboard_only_when_asked(encoder, colors, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    flags = train_flags(encoder, colors, tmp_path / "out")
-    run_baseline.main(flags)
-    assert not (tmp_path / "logs").exists()
-    run_baseline.main([*flags, "--report_to", "tensorboard"])
-    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
 
 
 @pytest.mark.processes

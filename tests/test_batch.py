@@ -3,10 +3,10 @@
 import bz2
 import csv
 import gzip
-import hashlib
 import io
 import json
 import lzma
+import os
 import random
 import resource
 import subprocess
@@ -20,52 +20,26 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from filelock import FileLock
 
 import run_batch
-from conftest import ROOT, build_rows, copy_to_edit, read_json, run_script
+from conftest import ROOT, as_flags, build_rows, contents, copy_to_edit, locked, read_json, run_code, run_script
 from emotion import EmotionClassifier
 from emotion.inference import batch_job as shards
 from emotion.inference import batch_reader as rows
-from emotion.inference.batch_job import pieces
 from emotion.inference.batch_reader import RowReader, kind_of, survey
 from emotion.utils.errors import UserError
+from emotion.utils.files import sha256
 
 COUNT = 700
 TEXTS = build_rows(COUNT)["text"]
-HOSTILE = [
-    "",
-    None,
-    " \t ",
-    "red \x00\x01\x1b\x7f sky",
-    "red " * 250_000,
-    "red \udcff\udcfe sky",  # bytes that are no UTF-8, as Python writes them down
-    "\u05d0\u05d3\u05d5\u05dd \u202e blue",
-    'a "quoted", red\n\r\nsky',
-    "red\u2028sky\x85now\x0b",
-    "NA",
-    "\N{PILE OF POO}" * 3,
-    "blue sky",
-]
+HOSTILE = ["", None, " \t ", "red \x00\x01\x1b\x7f sky", "red " * 250_000, "NA", "\N{PILE OF POO}" * 3, "blue sky"]
+HOSTILE += ["red \udcff\udcfe sky", 'a "quoted", red\n\r\nsky']  # bytes that are no UTF-8, as Python writes them down
+HOSTILE += ["\u05d0\u05d3\u05d5\u05dd \u202e blue", "red\u2028sky\x85now\x0b"]
 
 
 def call(*args, **flags) -> Path:
-    """Runs the command in this process; returns the folder of the shards."""
-    flat = []
-    for name, value in flags.items():
-        flat += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    run_batch.main([str(word) for word in (*args, *flat)])
+    run_batch.main([*map(str, args), *as_flags(**flags)])
     return Path(args[-1])
-
-
-def read(output: Path) -> pa.Table:
-    """All rows, as any program reads a folder of Parquet; the manifest does not disturb it."""
-    return pq.read_table(output)
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    """All that a job leaves."""
-    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def encode(kind: str, texts: list) -> bytes:
@@ -89,10 +63,6 @@ def encode(kind: str, texts: list) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
 
 
-def zstd(content: bytes) -> bytes:
-    return pa.compress(content, codec="zstd", asbytes=True)
-
-
 @pytest.fixture
 def table(tmp_path) -> Path:
     (tmp_path / "texts.parquet").write_bytes(encode("parquet", TEXTS))
@@ -110,7 +80,7 @@ def test_every_kind_of_file_gives_the_same_answers(kind, artifact, expected, tmp
     file.write_bytes(encode(kind, TEXTS))
     output = call(file, tmp_path / "out", model=artifact, shard_rows=300)
     assert [path.name for path in sorted(output.glob("*.parquet"))] == [f"part-0000{n}.parquet" for n in range(3)]
-    answers = read(output)
+    answers = pq.read_table(output)
     assert answers["label"].to_pylist() == expected and answers["text"].to_pylist() == TEXTS
     assert set(answers["status"].to_pylist()) == {"ok"}
     if kind in {"csv", "tsv"}:  # which have no types: what was read is what is written
@@ -119,17 +89,17 @@ def test_every_kind_of_file_gives_the_same_answers(kind, artifact, expected, tmp
         assert answers["id"].to_pylist() == list(range(COUNT))
 
 
-@pytest.mark.parametrize(
-    ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd)]
-)
-def test_compressed_files_are_read(ending, compress, tmp_path):
-    content = encode("csv", TEXTS)
-    whole, halves = tmp_path / f"a.csv.{ending}", tmp_path / f"cut.csv.{ending}"
-    whole.write_bytes(compress(content))
-    assert survey("csv", [str(whole)], "text", None).rows == COUNT
-    halves.write_bytes(compress(content)[:-20])
-    with pytest.raises(UserError, match="cut.csv.* cannot be read"):
-        survey("csv", [str(halves)], "text", None)
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
+def test_compressed_files_are_read(ending, tmp_path):
+    codec = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    compress = codec.get(ending, lambda content: pa.compress(content, codec="zstd", asbytes=True))
+    content = compress(encode("csv", TEXTS))
+    whole, cut = tmp_path / f"A.CSV.{ending}", tmp_path / f"cut.csv.{ending}"
+    whole.write_bytes(content)
+    assert kind_of(whole.name) == "csv" and survey("csv", [str(whole)], "text", None).rows == COUNT
+    cut.write_bytes(content[:-20])
+    with pytest.raises(UserError, match="cut.csv"):
+        survey("csv", [str(cut)], "text", None)
 
 
 def test_folders_and_patterns_are_read_in_order(artifact, tmp_path):
@@ -143,9 +113,9 @@ def test_folders_and_patterns_are_read_in_order(artifact, tmp_path):
     for number, word in enumerate(["in", "in/*/*.jsonl"]):
         # A shard may hold rows of several files.
         output = call(tmp_path / word, tmp_path / str(number), model=artifact, shard_rows=130)
-        assert read(output)["text"].to_pylist() == order
+        assert pq.read_table(output)["text"].to_pylist() == order
     output = call(*sorted((tmp_path / "in").rglob("?.jsonl")), tmp_path / "listed", model=artifact)
-    assert read(output)["text"].to_pylist() == order
+    assert pq.read_table(output)["text"].to_pylist() == order
     names = [file["path"] for file in read_json(output / "_manifest.json")["input"]["files"]]
     assert names == ["0/0.jsonl", "0/2.jsonl", "1/1.jsonl"]
 
@@ -158,32 +128,40 @@ def test_hostile_texts_come_out_once(kind, artifact, tmp_path):
     values = [texts[row % len(texts)] if row < 30 or row % len(texts) != 4 else "red" for row in range(count)]
     (tmp_path / f"hostile.{kind}").write_bytes(encode(kind, values))
     output = call(tmp_path / f"hostile.{kind}", tmp_path / "out", model=artifact, shard_rows=3000)
-    answers, counts = read(output).to_pylist(), read_json(output / "_manifest.json")["output"]
+    answers, counts = pq.read_table(output).to_pylist(), read_json(output / "_manifest.json")["output"]
     assert len(answers) == count == counts["rows"] == sum(counts[status] for status in shards.STATUSES)
     for row, answer in enumerate(answers):
         text = values[row]
         if kind != "txt":
             assert int(answer["id"]) == row
         if text is None:
-            assert answer["status"] == ("empty" if kind == "csv" else "null")
+            status = "empty" if kind == "csv" else "null"
         elif not text.strip():
-            assert answer["status"] == "empty"
-        elif len(text) > 10_000:
-            assert answer["status"] == "cut"
+            status = "empty"
         else:
-            assert answer["status"] == ("replaced" if "\udcff" in text else "ok"), text
+            status = "cut" if len(text) > 10_000 else "replaced" if "\udcff" in text else "ok"
+        assert answer["status"] == status, text
         assert (answer["label"] is None) == (answer["status"] in {"null", "empty"}) == (answer["score"] is None)
         if text and "\udcff" not in text:
             assert answer["text"].encode() == text.encode()
     assert counts["cut"] == 3
 
 
-def test_half_a_character_and_bytes_that_are_no_utf8_in_json_are_replaced(artifact, tmp_path):
-    lines = [json.dumps({"text": text}).encode() for text in ("red", "red \ud83d sky", "", "blue \N{PILE OF POO}")]
-    (tmp_path / "a.jsonl").write_bytes(b"\n\n".join([*lines, b'{"text": "blue \xff"}']))
-    answers = read(call(tmp_path / "a.jsonl", tmp_path / "out", model=artifact))
-    assert answers["status"].to_pylist() == ["ok", "replaced", "empty", "ok", "replaced"]
-    assert answers["text"].to_pylist()[1:] == ["red \ufffd sky", "", "blue \N{PILE OF POO}", "blue \ufffd"]
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "statuses"),
+    [
+        ("a.csv", b"\xef\xbb\xbftext\nred\n\nblue\n", ["red", "", "blue"], ["ok", "empty", "ok"]),  # one column
+        ("a.jsonl", b'{"text": "red \\ud83d sky"}\n\n{"text": ""}', ["red \ufffd sky", ""], ["replaced", "empty"]),
+        ("a.jsonl", b'{"text": "blue \xff"}', ["blue \ufffd"], ["replaced"]),
+        ("a.csv", b"text\n", [], []),
+    ],
+)
+def test_odd_rows_come_out(name, content, texts, statuses, artifact, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    output = call(tmp_path / name, tmp_path / "out", model=artifact)
+    assert len(read_json(output / "_manifest.json")["shards"]) == len(list(output.glob("part-*"))) == bool(texts)
+    answers = pq.read_table(output).to_pylist() if texts else []
+    assert [(row["text"], row["status"]) for row in answers] == list(zip(texts, statuses, strict=True))
 
 
 def test_json_lines_of_different_shapes_have_one_schema(artifact, tmp_path, monkeypatch):
@@ -194,16 +172,10 @@ def test_json_lines_of_different_shapes_have_one_schema(artifact, tmp_path, monk
         {"text": "blue " * 30},
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    answers = read(call(tmp_path / "a.jsonl", tmp_path / "out", model=artifact, shard_rows=1)).to_pylist()
+    answers = pq.read_table(call(tmp_path / "a.jsonl", tmp_path / "out", model=artifact, shard_rows=1)).to_pylist()
     assert [row["n"] for row in answers] == [1.0, 2.5, None] and [row["list"] for row in answers] == [None, [1], None]
     assert [row["day"] for row in answers] == ["2026-01-01", "now", None]
     assert [row["status"] for row in answers] == ["ok", "null", "ok"]
-
-
-def test_an_empty_line_of_a_csv_with_one_column_is_a_row(artifact, tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\nred\n\nblue\n")
-    answers = read(call(tmp_path / "a.csv", tmp_path / "out", model=artifact))
-    assert answers["status"].to_pylist() == ["ok", "empty", "ok"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "txt"])
@@ -224,24 +196,9 @@ def test_any_range_is_read(kind, tmp_path, monkeypatch):
         assert got == TEXTS[start:stop]
 
 
-def test_pieces_depend_on_the_rows_alone(monkeypatch):
-    monkeypatch.setattr(shards, "PIECE_ROWS", 40)
-    monkeypatch.setattr(shards, "PIECE_BYTES", 500)
-    texts = [*TEXTS[:200], "x" * 800, None, *TEXTS[200:]]
-    whole, sizes = pa.record_batch({"text": texts}), []
-    for size in (1, 7, 64, 1000):
-        parts = (whole.slice(start, size) for start in range(0, len(texts), size))
-        made = list(pieces(parts, "text"))
-        assert [text for piece in made for text in piece["text"].to_pylist()] == texts
-        sizes.append([len(piece) for piece in made])
-        for piece in made:
-            assert len(piece) == 1 or sum(len(text or "") for text in piece["text"].to_pylist()) <= 500
-    assert sizes[0] == sizes[1] == sizes[2] == sizes[3] and max(sizes[0]) <= 40
-
-
 def test_all_columns_of_an_answer(artifact, table, tmp_path):
     output = call(table, tmp_path / "out", model=artifact, top_k=2, probabilities=True, keep_columns="id")
-    answers = read(output)
+    answers = pq.read_table(output)
     assert answers.column_names == [
         *("id", "label", "score", "label_2", "score_2"),
         *("probability_warm", "probability_cold", "probability_none", "status"),
@@ -281,36 +238,13 @@ def test_the_manifest_tells_what_was_done(artifact, table, tmp_path):
     output = call(table, tmp_path / "out", model=artifact, shard_rows=300)
     manifest = read_json(output / "_manifest.json")
     assert manifest["complete"] and manifest["output"]["rows"] == COUNT == manifest["output"]["ok"]
-    [file] = manifest["input"]["files"]
-    assert file == {
-        "path": "texts.parquet",
-        "rows": COUNT,
-        "bytes": table.stat().st_size,
-        "sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
-    }
-    weights = (artifact / "onnx" / "model.onnx").read_bytes()
-    assert manifest["model"]["sha256"]["onnx/model.onnx"] == hashlib.sha256(weights).hexdigest()
-    assert [shard["rows"] for shard in manifest["shards"]] == [300, 300, 100]
-    for shard in manifest["shards"]:
-        assert shard["sha256"] == hashlib.sha256((output / shard["path"]).read_bytes()).hexdigest()
+    read = {"path": "texts.parquet", "rows": COUNT, "bytes": table.stat().st_size, "sha256": sha256(table)}
+    assert manifest["input"]["files"] == [read]
+    assert manifest["model"]["sha256"]["onnx/model.onnx"] == sha256(artifact / "onnx" / "model.onnx")
+    shards = [(f"part-0000{number}.parquet", rows) for number, rows in enumerate((300, 300, 100))]
+    assert [(shard["path"], shard["rows"]) for shard in manifest["shards"]] == shards
+    assert all(shard["sha256"] == sha256(output / shard["path"]) for shard in manifest["shards"])
     assert str(tmp_path) not in (output / "_manifest.json").read_text(encoding="utf-8")
-
-
-def damage_nothing(output: Path) -> None:
-    pass
-
-
-def lose_a_shard(output: Path) -> None:
-    (output / "part-00001.parquet").unlink()
-
-
-def cut_a_shard(output: Path) -> None:
-    path = output / "part-00002.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def lose_a_record(output: Path) -> None:
-    (output / ".done" / "part-00000.json").unlink()
 
 
 def stop_in_the_middle(output: Path) -> None:
@@ -322,14 +256,21 @@ def stop_in_the_middle(output: Path) -> None:
     (output / "_manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"}))
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_nothing, lose_a_shard, cut_a_shard, lose_a_record, stop_in_the_middle], ids=lambda f: f.__name__
-)
+DAMAGES = {
+    "nothing": lambda output: None,
+    "a shard is lost": lambda output: (output / "part-00001.parquet").unlink(),
+    "a shard is cut": lambda output: os.truncate(output / "part-00002.parquet", 100),
+    "a record is lost": lambda output: (output / ".done" / "part-00000.json").unlink(),
+    "stopped in the middle": stop_in_the_middle,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_second_call_makes_what_is_missing(damage, artifact, table, tmp_path, capsys):
     flags = {"model": artifact, "shard_rows": 300}
     output = call(table, tmp_path / "out", **flags)
     printed, whole = capsys.readouterr().out, contents(output)
-    damage(output)
+    DAMAGES[damage](output)
     call(table, output, **flags)
     assert capsys.readouterr().out == printed and contents(output) == whole
     written = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
@@ -340,13 +281,13 @@ def test_a_second_call_makes_what_is_missing(damage, artifact, table, tmp_path, 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"top_k": 2}, "flags.top_k was 1, and is 2"),
-        ({"shard_rows": 200}, "flags.shard_rows was 300, and is 200"),
-        ({"output_format": "csv"}, "flags.output_format was 'parquet', and is 'csv'"),
-        ({"keep_columns": "id"}, "columns.text was 'string', and is None"),
-        ({"format": "bf16"}, "model.format was 'onnx', and is 'bf16'"),
-        ({"model": "other"}, "model.sha256.onnx/model.onnx was"),
-        ({"input": "other"}, "input.files.0.bytes was"),
+        ({"top_k": 2}, "flags.top_k"),
+        ({"shard_rows": 200}, "flags.shard_rows"),
+        ({"output_format": "csv"}, "flags.output_format"),
+        ({"keep_columns": "id"}, "columns.text"),
+        ({"format": "bf16"}, "model.format"),
+        ({"model": "other"}, "model.sha256.onnx/model.onnx"),
+        ({"input": "other"}, "input.files.0.bytes"),
     ],
 )
 def test_another_question_into_the_same_folder_is_refused(changed, reason, artifact, table, tmp_path):
@@ -360,7 +301,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
     if changed.get("input"):
         changed = {}
         table.write_bytes(encode("parquet", [*TEXTS[:-1], "another one"]))
-    with pytest.raises(UserError, match=f"out holds the output of another job: {reason}"):
+    with pytest.raises(UserError, match=f"out .*{reason}"):
         call(table, output, **(flags | changed))
     assert contents(output) == whole
 
@@ -368,35 +309,35 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
 @pytest.mark.parametrize(
     ("files", "args", "message"),
     [
-        ({}, ["nowhere.csv", "out"], "no input nowhere.csv"),
-        ({}, ["*.csv", "out"], "no input"),
-        ({"a.csv": b"text\nred\n"}, ["a.csv"], "name the input and the output"),
+        ({}, ["nowhere.csv", "out"], "nowhere.csv"),
+        ({}, ["*.csv", "out"], r"\*.csv"),
+        ({"a.csv": b"text\nred\n"}, ["a.csv"], "output"),
         ({"a.csv": b"text\nred\n"}, ["a.csv", "out", "--shard_rows", "0"], "--shard_rows"),
-        ({"a.csv": b"text\nred\n", "out/notes": b""}, ["a.csv", "out"], "out holds something else"),
-        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx: unknown extension"),
-        ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),
-        ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
+        ({"a.csv": b"text\nred\n", "out/notes": b""}, ["a.csv", "out"], "out holds"),
+        ({"a.xlsx": b""}, ["a.xlsx", "out"], "a.xlsx"),
+        ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], "csv, txt"),
+        ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
-        ({"a.csv": b""}, ["a.csv", "out"], "a.csv cannot be read: it is empty"),
-        ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv has no column 'text'; it has t, n"),
-        ({"a.csv": b"text\nr\n"}, ["a.csv", "out", "--keep_columns", "n"], "a.csv has no column 'n'; it has text"),
-        ({"a.csv": b"text,text\nred,1\n"}, ["a.csv", "out"], "a.csv has two columns 'text'"),
-        ({"a.csv": b"text,label\nred,1\n"}, ["a.csv", "out"], "the input has a column label .* --prefix predicted_"),
-        ({"a.csv": b"n,text\n1,a\n1,b,c\n"}, ["a.csv", "out"], "a.csv .* line 3: expected 2 columns, got 3"),
-        ({"a.csv": b'n,text\n1,r\n2,"red\n3,r\n'}, ["a.csv", "out"], "line 3: a quote is never closed"),
-        ({"a.csv": b'text\n"red\n' + b"x\n" * 1000}, ["a.csv", "out"], "line 2: field larger than"),
-        ({"a.txt": b"red\n" + b"x" * 1000}, ["a.txt", "out"], "line 2 is longer than 300"),
-        ({"in/a.csv": b"text\nr\n", "in/b.csv": b"n,text\n1,r\n"}, ["in", "out"], "b.csv .* the columns n;"),
-        ({"a.jsonl": b'[{"text": "red"}]'}, ["a.jsonl", "out"], "a.jsonl cannot be read: .*one object per line"),
-        ({"a.jsonl": b'{"text": "r", "text": "b"}'}, ["a.jsonl", "out"], "a.jsonl .* line 1: 'text' is there twice"),
+        ({"a.csv": b""}, ["a.csv", "out"], "a.csv"),
+        ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv .*'text'; it has t, n"),
+        ({"a.csv": b"text\nr\n"}, ["a.csv", "out", "--keep_columns", "n"], "a.csv .*'n'"),
+        ({"a.csv": b"text,text\nred,1\n"}, ["a.csv", "out"], "a.csv .*two .*'text'"),
+        ({"a.csv": b"text,label\nred,1\n"}, ["a.csv", "out"], "label .*--prefix"),
+        ({"a.csv": b"n,text\n1,a\n1,b,c\n"}, ["a.csv", "out"], "a.csv .* line 3: "),
+        ({"a.csv": b'n,text\n1,r\n2,"red\n3,r\n'}, ["a.csv", "out"], "line 3: a quote"),
+        ({"a.csv": b'text\n"red\n' + b"x\n" * 1000}, ["a.csv", "out"], "line 2: "),
+        ({"a.txt": b"red\n" + b"x" * 1000}, ["a.txt", "out"], "line 2 .*300"),
+        ({"in/a.csv": b"text\nr\n", "in/b.csv": b"n,text\n1,r\n"}, ["in", "out"], "b.csv .* n;"),
+        ({"a.jsonl": b'[{"text": "red"}]'}, ["a.jsonl", "out"], "a.jsonl .*object"),
+        ({"a.jsonl": b'{"text": "r", "text": "b"}'}, ["a.jsonl", "out"], "a.jsonl .* line 1: 'text'"),
         ({"a.jsonl": b'{"text": "r", "n": 12345678901234567890}'}, ["a.jsonl", "out"], "a.jsonl .* 64 bits"),
         ({"a.jsonl": b'{"text": "", "n": 9007199254740993}\n{"n": 0.5}'}, ["a.jsonl", "out"], "a.jsonl .* 900719"),
         ({"a.jsonl": b'{"text": ' + b"[" * 8000 + b"]" * 8000 + b"}"}, ["a.jsonl", "out"], "a.jsonl .* line 1"),
         ({"a.jsonl": b'{"n": ' + b"[" * 40 + b"]" * 40 + b', "text": ""}'}, ["a.jsonl", "out"], "column n .* nested"),
-        ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl", "out"], "column text of a.jsonl holds int64, no texts"),
-        ({"a.jsonl": b'{"n": 5}'}, ["a.jsonl", "out"], "a.jsonl has no column 'text'; it has n"),
-        ({"a.parquet": b"PAR1 it is not"}, ["a.parquet", "out"], "a.parquet cannot be read"),
-        ({"in/a.txt.gz": gzip.compress(b"red\n"), "in/b.txt.gz": b"no"}, ["in", "out"], "b.txt.gz cannot be read"),
+        ({"a.jsonl": b'{"text": 5}'}, ["a.jsonl", "out"], "text of a.jsonl .*int64"),
+        ({"a.jsonl": b'{"n": 5}'}, ["a.jsonl", "out"], "a.jsonl .*'text'"),
+        ({"a.parquet": b"PAR1 it is not"}, ["a.parquet", "out"], "a.parquet"),
+        ({"in/a.txt.gz": gzip.compress(b"red\n"), "in/b.txt.gz": b"no"}, ["in", "out"], "b.txt.gz"),
     ],
 )
 def test_what_cannot_be_done_is_said(files, args, message, artifact, tmp_path, monkeypatch):
@@ -409,31 +350,21 @@ def test_what_cannot_be_done_is_said(files, args, message, artifact, tmp_path, m
     assert "\n" not in str(error.value) and not list(tmp_path.glob("out/part-*"))
 
 
-def test_ray_is_an_extra(artifact, table, tmp_path, monkeypatch):
+def test_ray_is_an_extra_and_two_at_once_are_refused(artifact, table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "emotion.inference.batch_ray", raising=False)
     with pytest.raises(UserError, match="--engine ray needs Ray"):
         call(table, tmp_path / "out", model=artifact, engine="ray")
-
-
-def test_two_at_once_are_refused(artifact, table, tmp_path):
-    output = call(table, tmp_path / "out", model=artifact)
-    with FileLock(tmp_path / ".out.lock"), pytest.raises(UserError, match="another process is writing"):
-        call(table, output, model=artifact)
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="another process is writing"):
+        call(table, tmp_path / "out", model=artifact)
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(table):
     source = survey("parquet", [str(table)], "text", None)
     for texts in (TEXTS[:-1], [*TEXTS, "red"]):
         table.write_bytes(encode("parquet", texts))
-        with pytest.raises(UserError, match=f"had {COUNT} rows when they were counted and has {len(texts)} now"):
+        with pytest.raises(UserError, match=f"texts.parquet .*{COUNT} .*{len(texts)}"):
             list(RowReader(source)._batches(0, 0))
-
-
-def test_no_rows_are_no_shards(artifact, tmp_path, capsys):
-    (tmp_path / "a.csv").write_text("text\n", encoding="utf-8")
-    output = call(tmp_path / "a.csv", tmp_path / "out", model=artifact)
-    assert read_json(output / "_manifest.json")["shards"] == [] and not list(output.glob("part-*"))
 
 
 def test_a_dataset_of_the_hub_is_found_by_its_splits(colors, artifact, tmp_path, monkeypatch):
@@ -443,9 +374,7 @@ def test_a_dataset_of_the_hub_is_found_by_its_splits(colors, artifact, tmp_path,
     def build_from_folder(name, config):
         assert (name, config) == ("user/colors", None)
         builder = build(str(colors))
-        files = {
-            split: [f"{here}/{Path(one).name}" for one in all] for split, all in builder.config.data_files.items()
-        }
+        files = {name: [f"{here}/{Path(one).name}" for one in all] for name, all in builder.config.data_files.items()}
         return SimpleNamespace(config=SimpleNamespace(data_files=files))
 
     def download(repo_id, filename, repo_type, revision):
@@ -455,28 +384,13 @@ def test_a_dataset_of_the_hub_is_found_by_its_splits(colors, artifact, tmp_path,
     monkeypatch.setattr(datasets, "load_dataset_builder", build_from_folder)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     output = call("user/colors", tmp_path / "out", split="test", model=artifact, prefix="predicted_")
-    answers = read(output)
+    answers = pq.read_table(output)
     assert answers["label"].to_pylist() == [0, 1, 2] * 30
     assert answers["predicted_label"].to_pylist()[:3] == ["warm", "cold", "none"]
     [file] = read_json(output / "_manifest.json")["input"]["files"]
     assert file["path"] == f"{here}/test.parquet"
-    with pytest.raises(UserError, match="user/colors has no split 'dev'; it has train, validation, test"):
+    with pytest.raises(UserError, match="split 'dev'"):
         call("user/colors", tmp_path / "other", split="dev", model=artifact)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("a.csv", "csv"),
-        ("A.CSV.GZ", "csv"),
-        ("a.ndjson.zst", "jsonl"),
-        ("a.parquet.gz", None),
-        ("a.gz", None),
-        ("a", None),
-    ],
-)
-def test_endings(name, kind):
-    assert kind_of(name) == kind
 
 
 def test_torch_is_not_imported(artifact, table, tmp_path):
@@ -484,8 +398,7 @@ def test_torch_is_not_imported(artifact, table, tmp_path):
         "import sys, run_batch; run_batch.main(sys.argv[1:])\n"
         "heavy = {'torch', 'datasets', 'sklearn', 'ray'} & set(sys.modules); assert not heavy, heavy"
     )
-    args = [sys.executable, "-c", code, str(table), str(tmp_path / "out"), "--model", str(artifact)]
-    done = subprocess.run(args, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
+    done = run_code(code, table, tmp_path / "out", "--model", artifact, env={"PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"out: {COUNT} rows, {COUNT} ok\n") and "\r" not in done.stderr  # no bar in a pipe
 
@@ -501,7 +414,7 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(artifact, table, tmp_
     assert done.stderr.splitlines()[-1].startswith("error: cannot write")
     assert not list((tmp_path / "out").glob("*part*"))
     assert run_script("run_batch.py", *args).returncode == 0
-    assert read(tmp_path / "out").num_rows == COUNT
+    assert pq.read_table(tmp_path / "out").num_rows == COUNT
 
 
 @pytest.mark.processes

@@ -25,7 +25,6 @@ def tracked_records():
 
 @pytest.fixture
 def records(tracked_records):
-    """A copy of the tracked records, which a test may change."""
     return copy.deepcopy(tracked_records)
 
 
@@ -35,7 +34,7 @@ def of(records, variant, format):
 
 def test_the_metadata_is_what_the_hub_wants(records):
     text = render_card(records, "ptq", "user/bert-emotion-ptq")
-    assert validate_card(text) == []
+    assert validate_card(text) == [] and text.index("\n## Usage\n") < text.index("\n## Results\n")
     data = ModelCard(text).data.to_dict()
     assert data["base_model"] == "user/bert-emotion-baseline"  # the model that it was quantized from
     assert data["base_model_relation"] == "quantized" and data["license"] == "apache-2.0"
@@ -52,11 +51,9 @@ def test_each_score_is_that_of_the_record(records):
     record = of(records, "ptq", "torchao")  # what from_pretrained opens
     quality = record.quality
     (result,) = ModelCard(render_card(records, "ptq", "user/mine")).data.to_dict()["model-index"][0]["results"]
-    assert {metric["name"]: metric["value"] for metric in result["metrics"]} == {
-        "Macro F1": quality.macro_f1,
-        "Accuracy": quality.accuracy,
-        **{f"F1 {label}": value for label, value in quality.per_class_f1.items()},
-    }
+    expected = {"Macro F1": quality.macro_f1, "Accuracy": quality.accuracy}
+    expected |= {f"F1 {label}": value for label, value in quality.per_class_f1.items()}
+    assert {metric["name"]: metric["value"] for metric in result["metrics"]} == expected
     assert result["dataset"]["args"] == {"sha256_of_rows": record.provenance.dataset_fingerprint}
     assert result["dataset"]["split"] == "test"
 
@@ -72,6 +69,7 @@ def test_each_score_is_that_of_the_record(records):
         ("throughput_per_s.value", 987.6, "| 987.6 |"),
         ("latency_ms.p95", None, "| - |"),
         ("environment.cpu", "Some CPU", "Some CPU, 2 threads"),
+        ("encoder.width", 96, " layers of 96, "),
         ("scheme.quantized_layers", 35, "| 35 of 38 |"),
         ("scheme.activations", "int4 imagined", "| int4 imagined |"),
         ("quality.expected_calibration_error", 0.0567, "5.67 % (ONNX Runtime)"),
@@ -80,7 +78,8 @@ def test_each_score_is_that_of_the_record(records):
 def test_a_figure_that_changes_in_the_record_changes_in_the_text(dotted, value, shown, records):
     before = render_card(records, "ptq", "user/mine")
     section, key = dotted.split(".")
-    setattr(getattr(of(records, "ptq", "onnx"), section), key, value)
+    for record in records if section == "encoder" else [of(records, "ptq", "onnx")]:
+        setattr(getattr(record, section), key, value)
     after = render_card(records, "ptq", "user/mine")
     assert shown in after and before.count(shown) < after.count(shown)
 
@@ -92,33 +91,20 @@ def test_a_figure_that_changes_in_the_record_changes_in_the_text(dotted, value, 
         (lambda record: record.sha256.clear(), "sha256"),
         (lambda record: record.quality.per_class_f1.pop("love"), "love"),
         (lambda record: record.environment.packages.pop("onnxruntime"), "onnxruntime"),
+        (lambda record: setattr(record.quality, "split", "validation"), "not for a card"),
+        (lambda record: setattr(record.provenance, "dataset_source", "sample"), "not for a card"),
+        (lambda record: setattr(record.provenance, "dataset_fingerprint", record.name), "not scored on the same rows"),
     ],
 )
-def test_what_is_missing_stops_the_rendering(damage, message, records):
+def test_what_is_missing_or_not_comparable_gets_no_card(damage, message, records):
     for record in records:
         damage(record)
     with pytest.raises(UserError, match=message):
         render_card(records, "ptq", "user/mine")
 
 
-@pytest.mark.parametrize(
-    ("section", "changes"),
-    [
-        ("quality", {"split": "validation"}),
-        ("provenance", {"dataset_source": "sample"}),
-        ("provenance", {"dataset_fingerprint": "other"}),
-    ],
-)
-def test_what_is_not_comparable_gets_no_card(section, changes, records):
-    for key, value in changes.items():
-        setattr(getattr(of(records, "ptq", "onnx"), section), key, value)
-    with pytest.raises(UserError, match="not for a card|not scored on the same rows"):
-        render_card(records, "ptq", "user/mine")
-
-
 def test_no_gap_is_left_and_twice_is_the_same(records, tmp_path):
     cards = render_cards(records, tmp_path)
-    # A generative model is compared with and never published.
     published = {record.variant for record in records if record.format != "adapter"}
     assert {path.name for path in cards} == {f"{variant}.md" for variant in published}
     for path, text in cards.items():
@@ -128,16 +114,12 @@ def test_no_gap_is_left_and_twice_is_the_same(records, tmp_path):
     assert render_cards(copy.deepcopy(records), tmp_path) == cards
 
 
-def test_the_12_layer_encoder_has_a_license(records):
+@pytest.mark.parametrize("base_model", ["tiny-bert", "/home/me/bert"])
+def test_another_dataset_and_a_local_base_model_are_not_linked(base_model, records):
     for record in records:
         record.provenance.base_model = BASE_SIZE_MODEL
     data = ModelCard(render_card(records, "baseline", "user/mine")).data.to_dict()
     assert (data["base_model"], data["license"]) == (BASE_SIZE_MODEL, "apache-2.0")
-    assert ModelCard(render_card(records, "ptq", "user/mine")).data.license == "apache-2.0"
-
-
-@pytest.mark.parametrize("base_model", ["tiny-bert", "/home/me/bert"])
-def test_another_dataset_and_a_local_base_model_are_not_linked(base_model, records):
     for record in records:
         record.provenance.dataset, record.provenance.base_model = "colors", base_model
     text = render_card(records, "baseline", "user/mine")
@@ -146,29 +128,14 @@ def test_another_dataset_and_a_local_base_model_are_not_linked(base_model, recor
     assert "base_model" not in data and "base_model_relation" not in data and data["license"] == "other"
 
 
-def test_usage_comes_before_results(records):
-    text = render_card(records, "qat-int4", "user/mine")
-    titles = ("Usage", "Variants", "Results", "Training and quantization", "Limitations", "Citation")
-    places = [text.index(f"\n## {title}\n") for title in titles]
-    assert places == sorted(places) and "sha256sum --check SHA256SUMS" in text
-
-
-def test_the_encoder_is_named_with_its_size(records):
-    for record in records:
-        record.encoder.layers, record.encoder.width, record.encoder.parameters = 7, 96, 1_234_567
-    opening = render_card(records, "ptq", "user/mine").split("\n# ")[1].split("\n|")[0]
-    assert f"[{EMBEDDED_MODEL}](" in opening and "(7 layers of 96, 1.2 million parameters)" in opening
-
-
 def test_means_over_seeds_come_first(records):
     seeds = read_means(ROOT / "results")
     (row,) = [row for row in seeds if (row["variant"], row["format"]) == ("ptq", "onnx")]
     row["macro_f1"], row["seeds"] = {"mean": 0.12345, "standard_deviation": 0.0678}, [1, 2, 3, 4]
     results = render_card(records, "ptq", "user/mine", seeds=seeds).split("## Results")[1]
     assert results.index("| ONNX Runtime | 4 | 12.35 ± 6.78 |") < results.index("| ptq, ONNX Runtime |")
-    assert "seed 42, chosen by the baseline's validation score" in results
     without = render_card(records, "ptq", "user/mine").split("## Results")[1]
-    assert "±" not in without and "chosen" not in without and "seed 42, at commit" in without
+    assert "seed 42, chosen" in results and "±" not in without and "chosen" not in without
 
 
 def test_outlier_channels_and_fallbacks_are_shown(records):
@@ -201,17 +168,9 @@ def test_the_other_variants_are_linked(records):
     assert "me/mood-qat)" not in render_card(records, "ptq", "me/mood-ptq", seeds=seeds)
 
 
-@pytest.mark.parametrize(
-    ("repo_id", "other"),
-    [
-        ("me/bert-emotion-ptq", "me/bert-emotion-baseline"),
-        ("me/mood-ptq", "me/mood-baseline"),
-        ("mood-ptq", "mood-baseline"),
-        ("me/optq", "me/bert-emotion-baseline"),
-    ],
-)
-def test_the_name_of_a_sibling(repo_id, other):
-    assert sibling(repo_id, "ptq", "baseline") == other
+def test_the_name_of_a_sibling():
+    for repo_id, other in {"me/mood-ptq": "me/mood-baseline", "me/optq": "me/bert-emotion-baseline"}.items():
+        assert sibling(repo_id, "ptq", "baseline") == other
 
 
 @pytest.mark.parametrize(("variant", "name"), [("baseline", ""), ("qat", "baseline."), ("qlora", "")])

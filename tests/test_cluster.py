@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import ROOT, build_rows, run_script
+from conftest import ROOT, build_rows, contents, run_script
 
 pytestmark = pytest.mark.cluster
 SHARD_ROWS, SHARDS = 1500, 24
@@ -46,7 +46,6 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(texts, artifact, tmp_path_factory) -> Path:
-    """What the plain engine makes of them."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert run_script("run_batch.py", *args(texts, output, artifact)).returncode == 0
     return output
@@ -54,10 +53,6 @@ def whole(texts, artifact, tmp_path_factory) -> Path:
 
 def args(texts: Path, output: Path, artifact: Path, *more) -> list[str]:
     return [str(word) for word in (texts, output, "--model", artifact, "--shard_rows", SHARD_ROWS, *more)]
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def start(texts: Path, output: Path, artifact: Path, shards: int) -> subprocess.Popen:

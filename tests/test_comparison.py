@@ -1,21 +1,16 @@
 """The paired tests, the pictures and the report."""
 
-import json
-import os
 import re
 import resource
 import shutil
 import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from sklearn.metrics import confusion_matrix, f1_score
 
-import render_report
-import run_evaluation
-from conftest import ROOT, read_json
+from conftest import ROOT, edit_json, read_json, run_code
 from emotion.data import metrics as task_scores
 from emotion.data.metrics import macro_f1_interval, resampled_macro_f1
 from emotion.evaluation.schema import Record, read_study
@@ -31,7 +26,6 @@ LABELS = RNG.choice(3, size=2000, p=[0.6, 0.3, 0.1])
 
 
 def answers_of(errors: int, seed: int) -> np.ndarray:
-    """Logits (rows, 3) of a classifier that is wrong on so many rows, drawn at random."""
     rng = np.random.default_rng(seed)
     answers = LABELS.copy()
     wrong = rng.choice(len(LABELS), size=errors, replace=False)
@@ -52,20 +46,21 @@ def test_the_bootstrap_is_that_of_resampled_rows():
     before, after = answers_of(200, seed=1).argmax(axis=-1), answers_of(260, seed=2).argmax(axis=-1)
     scores = resampled_macro_f1(LABELS, before, after, classes=3, resamples=2000)
     drawn = np.random.default_rng(3).integers(len(LABELS), size=(300, len(LABELS)))
-    plain = np.array(
-        [[f1_score(LABELS[rows], one[rows], average="macro") for rows in drawn] for one in (before, after)]
-    )
+    plain = []
+    for one in (before, after):
+        plain.append(np.array([f1_score(LABELS[rows], one[rows], average="macro") for rows in drawn]))
     change, plain_change = scores[1] - scores[0], plain[1] - plain[0]
     assert change.mean() == pytest.approx(plain_change.mean(), abs=0.002)
     assert change.std() == pytest.approx(plain_change.std(), rel=0.15)
     exact = resampled_macro_f1(LABELS, before, after, classes=3, resamples=0)[:, 0]
     assert exact == pytest.approx([f1_score(LABELS, one, average="macro") for one in (before, after)])
-
-
-def test_a_class_that_is_only_predicted_counts():
-    scores = resampled_macro_f1(np.array([0, 0, 1]), np.array([0, 2, 1]), classes=3, resamples=0)
+    interval = macro_f1_interval(np.eye(3)[before], LABELS)
+    assert interval == pytest.approx(np.percentile(plain[0], [2.5, 97.5]), abs=0.01)
+    assert interval == macro_f1_interval(np.eye(3)[before], LABELS)
+    # A class that is only predicted counts.
+    exact = resampled_macro_f1(np.array([0, 0, 1]), np.array([0, 2, 1]), classes=3, resamples=0)
     expected = f1_score([0, 0, 1], [0, 2, 1], average="macro", labels=[0, 1, 2], zero_division=0)
-    assert scores[0, 0] == pytest.approx(expected)
+    assert exact[0, 0] == pytest.approx(expected)
 
 
 def test_a_bootstrap_in_pieces_is_the_same(monkeypatch):
@@ -85,18 +80,18 @@ def test_many_classes_take_little_memory(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     low, high = macro_f1_interval(logits, labels)
     assert low < f1_score(labels, answers, average="macro", labels=range(classes), zero_division=0) and low < high
-    matrix = np.zeros((classes, classes), dtype=int)
-    np.add.at(matrix, (labels, answers), 1)
-    names = [str(index) for index in range(classes)]
     record = Record.read(ROOT / "results" / "metrics" / "ptq-onnx.json")
-    record.quality.labels, record.quality.confusion_matrix = names, matrix
+    record.quality.labels = [str(index) for index in range(classes)]
+    record.quality.confusion_matrix = confusion_matrix(labels, answers, labels=range(classes))
     plot_confusion_matrix(record, tmp_path / "many")
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert classes > MOST_NAMED and grown_kb < 500_000
     assert plt.imread(tmp_path / "many.png").shape[0] < 4000
 
 
-def test_holm_of_a_known_case():
+def test_holm_and_the_interval_over_seeds_of_known_cases():
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 2.484, 2 + 2.484], abs=0.001)
+    assert mean_interval([1.0]) is None
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([0.2]) == [0.2]
 
@@ -110,12 +105,8 @@ def test_verdicts():
         "better": answers_of(40, seed=1),
     }
     found = compare_with(reference, others, LABELS)
-    assert {name: one["verdict"] for name, one in found.items()} == {
-        "same": "same answers",
-        "alike": "no loss",
-        "worse": "worse",
-        "better": "better",
-    }
+    verdicts = {"same": "same answers", "alike": "no loss", "worse": "worse", "better": "better"}
+    assert {name: one["verdict"] for name, one in found.items()} == verdicts
     assert found["same"]["flips"] == 0 and found["worse"]["flips"] == 200
     assert found["worse"]["change"] < 0 and found["worse"]["p_mcnemar_holm"] < 0.001
     assert found["alike"]["p_macro_f1_holm"] > 0.05
@@ -129,6 +120,12 @@ def test_few_rows_support_nothing():
     one = compare_with(reference, {"alike": change_rows(reference, 3, seed=3)}, rows)["alike"]
     assert one["flips"] == 3 and one["verdict"] == "undecided"
     assert one["minimum_detectable_effect"] > NO_LOSS_MARGIN
+    # McNemar's test counts rows, not scores.
+    right = np.flatnonzero(reference.argmax(axis=-1) == rows)[:6]
+    after = reference.copy()
+    after[right] = np.roll(after[right], 1, axis=1)
+    one = compare_with(reference, {"one": after}, rows)["one"]
+    assert (one["lost"], one["won"]) == (6, 0) and one["p_mcnemar"] == pytest.approx(2 / 2**6)
 
 
 def test_no_loss_is_seldom_said_of_a_loss_as_large_as_the_margin():
@@ -144,47 +141,26 @@ def test_no_loss_is_seldom_said_of_a_loss_as_large_as_the_margin():
     assert wrong <= 4  # 1.5 expected
 
 
-def test_mcnemar_counts_rows_not_scores():
-    reference = answers_of(100, seed=1)
-    right = np.flatnonzero(reference.argmax(axis=-1) == LABELS)[:6]
-    after = reference.copy()
-    after[right] = np.roll(after[right], 1, axis=1)
-    one = compare_with(reference, {"one": after}, LABELS)["one"]
-    assert (one["lost"], one["won"]) == (6, 0) and one["p_mcnemar"] == pytest.approx(2 / 2**6)
-
-
-def test_the_interval_over_seeds():
-    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 2.484, 2 + 2.484], abs=0.001)
-    assert mean_interval([1.0]) is None
-
-
 def test_pictures_are_the_same_again_and_a_changed_one_is_found(tmp_path):
     study = read_study(ROOT / "results" / "ptq_sensitivity.json")
     plot_sensitivity(study, tmp_path / "one")
     plot_sensitivity(study, tmp_path / "two")
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     assert {path.name for path in tmp_path.iterdir()} == {"one.png", "two.png"}  # one format alone
-    assert one.read_bytes() == two.read_bytes()
-    assert same_picture(one, two)
+    assert one.read_bytes() == two.read_bytes() and same_picture(one, two)
     study.layers[0]["mean_logit_shift"] += 0.5
     plot_sensitivity(study, tmp_path / "two")
-    assert not same_picture(one, two)
-    assert not same_picture(one, tmp_path / "three.png")
-
-
-def test_a_picture_may_differ_in_the_last_digit(tmp_path):
-    """One step of 255 in one of 40,000 pixels is another processor's rounding; a visible mark is not."""
+    assert not same_picture(one, two) and not same_picture(one, tmp_path / "three.png")
+    # One step of 255 in one of 40,000 pixels is another processor's rounding; a visible mark is not.
     pixels = np.full((200, 200, 3), 128, dtype=np.uint8)
-    plt.imsave(tmp_path / "one.png", pixels)
+    plt.imsave(one, pixels)
     pixels[7, 7, 1] += 1
-    plt.imsave(tmp_path / "two.png", pixels)
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
-    assert same_picture(tmp_path / "one.png", tmp_path / "two.png")
+    plt.imsave(two, pixels)
+    assert one.read_bytes() != two.read_bytes() and same_picture(one, two)
     pixels[5:9, 5:9] = 0
-    plt.imsave(tmp_path / "two.png", pixels)
-    assert not same_picture(tmp_path / "one.png", tmp_path / "two.png")
-    plt.imsave(tmp_path / "two.png", pixels[:199])
-    assert not same_picture(tmp_path / "one.png", tmp_path / "two.png")
+    for changed in (pixels, pixels[:199]):
+        plt.imsave(two, changed)
+        assert not same_picture(one, two)
 
 
 def test_each_tracked_picture_of_the_results_is_shown_on_a_tracked_page():
@@ -211,10 +187,7 @@ def test_rendering_needs_neither_torch_nor_a_quantizer():
         "import sys, render_report; render_report.main(['--print_only']); "
         "print({'torch', 'onnxruntime', 'openvino', 'torchao'} & sys.modules.keys())"
     )
-    environ = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True, timeout=200, env=environ
-    )
+    done = run_code(code, cwd=ROOT / "tools")
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("set()")
 
@@ -227,7 +200,6 @@ def report_folder(tmp_path):
 
 
 def words_of_report(folder) -> str:
-    """The text of the report, without its layout."""
     import typst
 
     source, inputs = folder / "docs" / "report.typ", inputs_of(folder)
@@ -243,74 +215,32 @@ def test_the_report_reads_the_records(report_folder):
     source, inputs = report_folder / "docs" / "report.typ", inputs_of(report_folder)
     options = {"root": report_folder, "ignore_system_fonts": True, "sys_inputs": inputs}
     assert 4 <= len(typst.compile(source, format="png", ppi=20, **options)) <= 6
-    change_seeds(report_folder, "qat-int4", mean=0.123456)
-    assert compile_report(report_folder) != report
-
-
-def change_seeds(folder, variant, **changes) -> None:
-    """Changes the mean macro F1 of a variant's forms in the comparison."""
-    path = folder / "results" / "comparison.json"
-    comparison = read_json(path)
-    for row in comparison["seeds"]:
-        if row["variant"] == variant:
-            row["macro_f1"] |= changes
-    path.write_text(json.dumps(comparison))
-
-
-def test_the_report_leads_with_the_recommendation_and_means(report_folder):
-    change_seeds(report_folder, "qat-int4", mean=0.123456, standard_deviation=0.0789)
-    words = words_of_report(report_folder)
-    summary, rest = words.split("Summary. ")[1].split("The question", 1)
-    assert "qat-int4" in summary and "12.35 % (7.89)" in summary
-    assert "all-MiniLM-L6-v2" in rest and "all-mpnet-base-v2" in rest
-
-
-def test_the_report_shows_a_single_training_without_a_deviation(report_folder):
     path = report_folder / "results" / "comparison.json"
-    comparison = read_json(path)
-    comparison["seeds"] = []
-    path.write_text(json.dumps(comparison))
-    (row,) = [row for row in comparison["rows"] if row["name"] == "qat-int4-onnx"]
-    words = words_of_report(report_folder)
-    assert f" {row['megabytes']:.1f} {100 * row['macro_f1']:.2f} – " in words and "trainings" not in words
+    number = [row["variant"] for row in read_json(path)["seeds"]].index("qat-int4")
+    edit_json(path, f"seeds/{number}/macro_f1/mean", 0.123456)
+    assert compile_report(report_folder) != report and "12.35 %" in words_of_report(report_folder)
 
 
-def test_the_report_shows_no_time_of_a_resumed_training(report_folder):
-    path = report_folder / "results" / "metrics" / "qat-int4-onnx.json"
-    record = read_json(path)
-    record["provenance"]["training"] |= {"cpu_seconds": 3 * 60, "resumed": False}
-    path.write_text(json.dumps(record))
-    assert " qat-int4 3.0 min " in words_of_report(report_folder)
-    record["provenance"]["training"]["resumed"] = True
-    path.write_text(json.dumps(record))
-    assert " qat-int4 – " in words_of_report(report_folder)
+def test_the_report_shows_no_deviation_of_one_training_and_no_time_of_a_resumed_one(report_folder):
+    path, record = (report_folder / "results" / name for name in ("comparison.json", "metrics/qat-int4-onnx.json"))
+    edit_json(path, "seeds", [])
+    edit_json(record, "provenance/training/cpu_seconds", 3 * 60)
+    (row,) = [row for row in read_json(path)["rows"] if row["name"] == "qat-int4-onnx"]
+    for resumed, shown in ((False, " qat-int4 3.0 min "), (True, " qat-int4 – ")):
+        edit_json(record, "provenance/training/resumed", resumed)
+        words = words_of_report(report_folder)
+        assert f" {row['megabytes']:.1f} {100 * row['macro_f1']:.2f} – " in words and shown in words
 
 
-def test_the_report_says_what_it_lacks(report_folder):
-    (report_folder / "results" / "metrics" / "baseline-pytorch.json").unlink()
-    with pytest.raises(UserError, match="report.typ: .*baseline-pytorch.json"):
-        compile_report(report_folder)
-    assert compile_report(report_folder / "results") is None
-
-
-def test_the_report_does_without_what_was_not_measured(report_folder):
-    for path in (report_folder / "results").glob("*.*"):
+def test_the_report_does_without_what_was_not_measured_and_says_what_it_lacks(report_folder):
+    results = report_folder / "results"
+    for path in results.glob("*.*"):
         if path.name not in {"comparison.json", "dataset.png"}:
             path.unlink()
-    shutil.rmtree(report_folder / "results" / "figures", ignore_errors=True)
-    shutil.rmtree(report_folder / "results" / "benchmark")
+    shutil.rmtree(results / "figures", ignore_errors=True)
+    shutil.rmtree(results / "benchmark")
     assert compile_report(report_folder).startswith(b"%PDF")
-
-
-def test_a_record_that_contradicts_its_predictions_is_refused(artifact, tmp_path):
-    results = tmp_path / "results"
-    run_evaluation.main([str(artifact), "--results_dir", str(results), "--latency_runs", "0"])
-    path = results / "metrics" / "baseline-pytorch.json"
-    record = read_json(path)
-    record["quality"]["confusion_matrix"][0][0] += 1
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="'quality.confusion_matrix' is not what .*baseline-pytorch.parquet gives"):
-        render_report.main([str(results), "--print_only"])
-    (results / "predictions" / "baseline-pytorch.parquet").unlink()
-    with pytest.raises(UserError, match="no file .*baseline-pytorch.parquet"):
-        render_report.main([str(results), "--print_only"])
+    (results / "metrics" / "baseline-pytorch.json").unlink()
+    with pytest.raises(UserError, match="report.typ: .*baseline-pytorch.json"):
+        compile_report(report_folder)
+    assert compile_report(results) is None

@@ -47,13 +47,10 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
     "path",
     [
         "/secret",
-        "/../secret",
-        "/weights/../secret",
         "/weights/../../secret",
         "/weights/%2e%2e/secret",
         "/weights/..%2fsecret",
         "//secret",
-        "/weights/qat/../../secret",
         "/demo.py",
         "/weights/" + 300 * "a",
     ],

@@ -1,6 +1,5 @@
-"""From strings to labels, as another program uses it: order, batches, threads, formats, errors."""
+"""From strings to labels, by the class and by predict.py: order, batches, threads, formats, streams, errors."""
 
-import copy
 import gc
 import json
 import os
@@ -9,17 +8,20 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, WORDS, build_rows, copy_to_edit
+import run_ptq
+import run_qat
+from conftest import ROOT, WORDS, build_rows, contents, copy_to_edit, ptq_flags, qat_flags, run_code, run_script
 from emotion import EmotionClassifier
 from emotion.inference.emotion_classifier import CHUNK, FEW
-from emotion.inference.runtimes import TOKENS, batches_by_tokens
+from emotion.utils.base_model import read_recipe_of
 from emotion.utils.errors import UserError
-from hub_server import Repository, running_hub
+from hub_server import Repository
 
 # Of 0 to 80 words, some longer than the model takes; more than a chunk, so that chunks must be put together in order
 MANY = [" ".join(WORDS[(row + word) % len(WORDS)] for word in range(row % 81)) for row in range(CHUNK + 500)]
@@ -66,25 +68,20 @@ def test_many_texts_are_answered_as_one_by_one(classifier):
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])
 def test_the_number_of_threads_changes_nothing(format, quantized):
-    logits = []
-    for threads in (1, 2, 3, 3):
-        logits.append(EmotionClassifier.from_pretrained(quantized, format, threads).logits(MANY))
-    for other in logits[1:]:
-        np.testing.assert_array_equal(other, logits[0])
+    first = EmotionClassifier.from_pretrained(quantized, format, 1).logits(MANY)
+    for threads in (2, 3, 3):
+        other = EmotionClassifier.from_pretrained(quantized, format, threads).logits(MANY)
+        np.testing.assert_array_equal(other, first)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_runtime_answers(format, quantized):
-    classifier = EmotionClassifier.from_pretrained(quantized, format, threads=2)
-    labels = [answer["label"] for answer in classifier.classify(["red", "blue", "white sky"] * 20)]
-    assert labels == ["warm", "cold", "none"] * 20
-
-
-def test_the_lightest_format_is_taken(quantized, tmp_path):
-    folder = tmp_path / "copy"
-    copy_to_edit(quantized, folder)
+def test_every_runtime_answers_and_the_lightest_one_is_taken(quantized, tmp_path):
+    folder = copy_to_edit(quantized, tmp_path / "copy")
     for format in FORMATS:
-        assert EmotionClassifier.from_pretrained(folder).format == format
+        classifier = EmotionClassifier.from_pretrained(folder, threads=2)
+        labels = [answer["label"] for answer in classifier.classify(["red", "blue", "white sky"] * 20)]
+        assert classifier.format == format and labels == ["warm", "cold", "none"] * 20
+        copied = pickle.loads(pickle.dumps(EmotionClassifier.from_pretrained(quantized, format)))
+        assert copied.format == format and copied.classify(["red"])[0]["label"] == "warm"
         shutil.rmtree(folder / format, ignore_errors=True)
 
 
@@ -105,30 +102,10 @@ def test_a_stream_without_end_is_answered(classifier):
 
 def test_several_threads_may_ask_at_once(artifact):
     classifier = EmotionClassifier.from_pretrained(artifact, threads=2)
-    expected, answers = classifier.logits(MANY[:200]), [None] * 4
-
-    def ask(place: int) -> None:
-        answers[place] = classifier.logits(MANY[:200])
-
-    askers = [threading.Thread(target=ask, args=(place,)) for place in range(len(answers))]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
-    for answer in answers:
-        np.testing.assert_array_equal(answer, expected)
-
-
-def test_batches_hold_texts_of_nearly_the_same_length():
-    lengths = np.random.default_rng(0).integers(2, 100, size=1000)
-    token_ids = [[0] * length for length in [*lengths, TOKENS + 1, 3 * TOKENS]]
-    batches = batches_by_tokens(token_ids)
-    assert sorted(np.concatenate(batches)) == list(range(len(token_ids)))
-    for batch in batches[:-2]:
-        longest, shortest = max(lengths[batch]), min(lengths[batch])
-        assert longest * len(batch) <= TOKENS and longest <= shortest * 9 / 8
-    assert [len(batch) for batch in batches[-2:]] == [1, 1]  # longer than a batch may be, and answered
-    assert batches_by_tokens([]) == []
+    expected = classifier.logits(MANY[:200])
+    with ThreadPoolExecutor(4) as pool:
+        for answer in pool.map(classifier.logits, [MANY[:200]] * 4):
+            np.testing.assert_array_equal(answer, expected)
 
 
 @pytest.mark.parametrize("texts", [["red"], ["red"] * (FEW + 1)], ids=["one", "many"])
@@ -141,8 +118,7 @@ def test_neither_torch_nor_transformers_is_imported(format, texts, quantized):
         "print({answer['label'] for answer in classifier.classify(texts)})\n"
         "heavy = {'torch', 'transformers', 'pandas', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
     )
-    args = [sys.executable, "-c", code, str(quantized), format, json.dumps(texts)]
-    done = subprocess.run(args, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""})
+    done = run_code(code, quantized, format, json.dumps(texts), env={"PATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "{'warm'}\n"
 
@@ -175,27 +151,17 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_process_answers(format, quantized, artifact):
     """40 texts before, 40 in the child and in its child, as under `gunicorn --preload`; then all three end."""
     folder = artifact if format == "pytorch" else quantized
-    command = [sys.executable, "-c", FORKED, str(folder), format, "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = run_code(FORKED, folder, format, 2)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("format", [*FORMATS, "pytorch"])
-def test_a_copy_answers_in_every_format(format, quantized, artifact):
-    folder = artifact if format == "pytorch" else quantized
-    classifier = EmotionClassifier.from_pretrained(folder, format, threads=2)
-    for other in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
-        np.testing.assert_array_equal(other.logits(["red", "blue sky"]), classifier.logits(["red", "blue sky"]))
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["red", None], "text 1 .* is None, no string"),
-        (["red"] * (CHUNK + 3) + [float("nan")], f"text {CHUNK + 3} .* is nan, no string"),
-        ([("red", "blue")], "text 0 .* no string"),
-        (["red \ud83d"], "text 0 .* half a character at 4"),
+        (["red", None], "text 1 .* None"),
+        (["red"] * (CHUNK + 3) + [float("nan")], f"text {CHUNK + 3} .* nan"),
+        ([("red", "blue")], "text 0 "),
+        (["red \ud83d"], "text 0 .* 4"),
     ],
 )
 def test_an_item_that_is_no_text_is_named(texts, message, classifier):
@@ -208,44 +174,134 @@ def test_mistakes_of_the_caller_are_said_at_once(classifier, artifact):
     for ask in (classifier.classify, classifier.classify_stream, classifier.logits):
         with pytest.raises(TypeError, match=r"write \[text\]"):
             ask("red")
-    with pytest.raises(UserError, match="top_k 0: it takes 1 or more"):
+    with pytest.raises(UserError, match="top_k 0"):
         classifier.classify_stream(["red"], top_k=0)
-    with pytest.raises(UserError, match="has no format 'gguf'; it has pytorch, bf16, onnx"):
-        EmotionClassifier.from_pretrained(artifact, "gguf")
-    with pytest.raises(UserError, match="no format 'gguf'; take one of pytorch"):
-        EmotionClassifier.from_pretrained("user/colors", "gguf")
-    with pytest.raises(UserError, match="no folder nowhere"):
-        EmotionClassifier.from_pretrained("nowhere")
+    for folder, noun in ((artifact, "'gguf'; .* bf16"), ("user/colors", "'gguf'; .* pytorch"), ("nowhere", "nowhere")):
+        with pytest.raises(UserError, match=noun):
+            EmotionClassifier.from_pretrained(folder, "gguf")
 
 
-def test_a_repository_of_the_hub_is_opened(quantized, tmp_path):
-    files = {}
-    for path in quantized.rglob("*"):
-        if path.is_file() and "onnx" not in path.parts and path.name != "SHA256SUMS":
-            files[path.relative_to(quantized).as_posix()] = path.read_bytes()
+def test_a_repository_of_the_hub_is_opened(quantized, hub):
+    files = {name: data for name, data in contents(quantized).items() if not name.startswith(("onnx", "SHA256"))}
     code = (
         "from emotion import EmotionClassifier; classifier = EmotionClassifier.from_pretrained('user/colors')\n"
         "print(classifier.format, classifier.classify(['red'])[0]['label'])"
     )
-    with running_hub() as hub:
-        hub.repositories["user/colors"] = Repository(commits=[files])
-        # In a process of its own: huggingface_hub reads these while it loads.
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        environment = os.environ | settings | {"PYTHONPATH": str(ROOT / "scripts"), "HF_HUB_DISABLE_XET": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    hub.repositories["user/colors"] = Repository(commits=[files])
+    done = run_code(code)  # in a process of its own: huggingface_hub reads its settings while it loads
     assert done.stdout == "openvino warm\n", done.stderr
     assert "model.safetensors" not in hub.downloads("user/colors")
 
 
-def test_pytorch_is_called_by_the_callers_own_thread(artifact, monkeypatch):
-    # A second thread would bring a second team of PyTorch's threads, and both would be slower.
-    classifier, callers = EmotionClassifier.from_pretrained(artifact, "pytorch", threads=2), set()
-    forward = classifier.runtime.model.forward
+# Neighbors that stretch the range of a batch: the longest text, one token repeated, other alphabets, nothing
+NEIGHBORS = [" ".join(WORDS) * 2, "sky " * 40, "красный blå 红色 ☃", "", "!?" * 30, *build_rows(20)["text"]]
+ROWS = build_rows(40)["text"]
 
-    def watched(*args, **options):
-        callers.add(threading.current_thread())
-        return forward(*args, **options)
 
-    monkeypatch.setattr(classifier.runtime.model, "forward", watched)
-    classifier.classify(build_rows(90)["text"])
-    assert callers == {threading.current_thread()}
+def gap_between(folder, format: str = "onnx") -> float:
+    """The largest difference of a logit between a text alone and the same text in batches of all kinds."""
+    classifier = EmotionClassifier.from_pretrained(folder, format, threads=1)
+    alone = np.concatenate([classifier.logits([text]) for text in ROWS])
+    together = classifier.logits(ROWS)
+    mixed = classifier.logits([*NEIGHBORS, *ROWS, *NEIGHBORS])[len(NEIGHBORS) : len(NEIGHBORS) + len(ROWS)]
+    backwards = classifier.logits(ROWS[::-1])[::-1]
+    return max(float(np.abs(alone - other).max()) for other in (together, mixed, backwards))
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("method", [run_ptq, run_qat])
+def test_a_text_has_one_answer(method, bits, artifact, tmp_path):
+    flags, changes = (ptq_flags, {"max_f1_drop": 100}) if method is run_ptq else (qat_flags, {"num_train_epochs": 1})
+    method.main(flags(artifact, tmp_path / "out", bits=bits, **changes, formats="onnx"))
+    assert gap_between(tmp_path / "out") <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "roberta", "mpnet"])
+def test_other_encoders_have_one_answer_per_text(kind, baseline_of, tmp_path):
+    run_ptq.main(ptq_flags(baseline_of(kind), tmp_path / kind, max_f1_drop=100, formats="onnx"))
+    assert gap_between(tmp_path / kind) <= 1e-5
+
+
+def test_dynamic_ranges_alone_depend_on_the_neighbors(quantized, artifact, tmp_path):
+    assert max(gap_between(quantized, format) for format in ("torchao", "onnx", "openvino")) <= 1e-5
+    flags = {"activation_quantization": "dynamic", "formats": "onnx"}
+    run_ptq.main(ptq_flags(artifact, tmp_path / "ptq", max_f1_drop=100, **flags))
+    assert read_recipe_of(tmp_path / "ptq")["variant"] == "ptq-dynamic"
+    assert gap_between(tmp_path / "ptq") > 1e-3
+
+
+def test_sentences_of_the_command_line(artifact):
+    texts = ("i see the blue sky", "a red house")
+    for more, cut in (((), 0), (("blue " * 5000, "\N{SNOWMAN} ünknown wörds"), 1)):
+        done = run_script("predict.py", "--model", artifact, *texts, *more)
+        assert done.returncode == 0 and done.stderr.count("cut") == len(done.stderr.splitlines()) == cut
+        answers = [line.split("\t") for line in done.stdout.splitlines()]
+        assert len(answers) == len(texts + more)
+        assert [(scores.split()[0], text) for scores, text in answers[:2]] == [("cold", texts[0]), ("warm", texts[1])]
+
+
+def test_all_classes_as_json_and_empty_lines_in_their_place(artifact):
+    done = run_script("predict.py", "--model", artifact, "--json", "--top_k", 9, input="the gray sky\n\nblue\n")
+    answer, empty, last = (json.loads(line) for line in done.stdout.splitlines())
+    assert last["label"] == "cold" and empty["error"] == "empty text" and "label" not in empty
+    assert done.returncode == 1 and "error: 1 " in done.stderr
+    assert answer["text"] == "the gray sky" and answer["label"] == "none" == answer["top_k"][0]["label"]
+    scores = [one["score"] for one in answer["top_k"]]
+    assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-4) and len(scores) == 3
+
+
+def test_a_line_is_answered_before_the_next_one_comes(artifact):
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "--model", str(artifact)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    for line, label in (("the red house", "warm"), ("violet", "cold"), ("gray", "none")):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith(label)
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+    watchdog.cancel()
+
+
+def test_many_lines_take_flat_memory(artifact, tmp_path):
+    """Twenty times the lines, the same peak; a line that is split between two reads stays whole."""
+    code = (
+        "import predict, resource, sys; predict.main(['--model', sys.argv[1]])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    peaks = []
+    for lines in (2_000, 40_000):
+        file = tmp_path / "many.txt"
+        file.write_text("".join(f"the {('red', 'blue', 'black')[row % 3]} sky\n" for row in range(lines)))
+        with file.open() as stream:
+            done = run_code(code, artifact, stdin=stream)
+        answers = done.stdout.splitlines()
+        assert len(answers) == lines
+        assert [line.split()[0] for line in answers] == (["warm", "cold", "none"] * lines)[:lines]
+        peaks.append(int(done.stderr))
+    assert peaks[1] < peaks[0] * 1.1
+
+
+def test_a_reader_that_goes_away_is_no_error(artifact):
+    command = f"set -o pipefail; yes red | {sys.executable} {ROOT}/scripts/predict.py --model {artifact} | head -n 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert len(done.stdout.splitlines()) == 3 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere", "text"], "nowhere"),
+        (["--file", "nowhere.txt"], "--file nowhere.txt"),
+        (["--file", "a.csv"], "--file a.csv is a table"),
+        (["--file", "a.Parquet"], "--file a.Parquet is a table"),
+        (["--file", "lines.txt.gz"], "--file lines.txt.gz is a table"),
+        (["--top_k", "0", "text"], "--top_k"),
+        (["--file", "a.txt", "text"], "--file"),
+    ],
+)
+def test_what_cannot_be_answered_is_said(args, message):
+    done = run_script("predict.py", *args)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -9,13 +9,13 @@ import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http, close_session
 
-import mutations_hub
 from conftest import run_script, seeds_for
 from emotion.hub.upload import upload
 from emotion.inference import emotion_classifier as download
 from emotion.utils import command, hub_requests
 from emotion.utils.errors import UserError
 from hub_server import WRITE, Fault, Repository
+from mutations import inject_fault
 
 REPOSITORY = "user/model"
 FILES = {
@@ -71,9 +71,6 @@ def check_line(message: str) -> None:
     assert len(message) < 500 and message.isprintable() and WRITE not in message, message
 
 
-# Waiting
-
-
 @pytest.mark.parametrize(
     ("headers", "waited"),
     [
@@ -94,30 +91,82 @@ def test_the_wait_that_is_asked_for_is_kept_and_bounded(method, headers, waited,
     if method == "HEAD":
         hold(hub)
     # The library asks once more for the headers, and a few times more where no wait is asked for.
-    times = (2 if method == "HEAD" else 1) if waited else 1
-    hub.faults.append(
-        Fault(method, "config.json" if method == "HEAD" else "/objects/batch", (429, b"", headers), times)
-    )
+    times = 2 if method == "HEAD" and waited else 1
+    path = "config.json" if method == "HEAD" else "/objects/batch"
+    hub.faults.append(Fault(method, path, (429, b"", headers), times))
     fetch() if method == "HEAD" else publish()
     if waited:
         assert waits == [waited]
         line = capsys.readouterr().err
-        assert f"status 429); trying again in {waited} s" in line
-        assert ("though it asks for" in line) == (waited == 120)
+        assert "status 429" in line and f" {waited} s" in line
 
 
-# Publishing
+def test_a_repository_of_something_else_is_left_alone_and_a_private_one_stays_private(hub, waits):
+    hub.repositories[REPOSITORY] = Repository(commits=[{".gitattributes": b"", "thesis.pdf": b"years of work"}])
+    with pytest.raises(UserError, match="user/model"):
+        publish()
+    assert len(hub.repositories[REPOSITORY].commits) == 1
+    hub.repositories[REPOSITORY] = Repository(private=True)
+    publish()
+    assert hub.repositories[REPOSITORY].private
+
+
+def test_a_file_that_the_hub_ignores_is_named(hub, waits):
+    ignored = [{"path": name, "uploadMode": "regular", "shouldIgnore": name == "config.json"} for name in FILES]
+    hub.faults.append(Fault("POST", "/preupload/", (200, {"files": ignored})))
+    with pytest.raises(UserError, match="config.json"):
+        publish()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("POST", "/api/repos/create", 429, times=2),
+        Fault("POST", "/api/validate-yaml", 500),
+        Fault("POST", "/objects/batch", "cut"),
+        Fault("PUT", "/lfs/", "cut"),
+        Fault("POST", "/commit/", "cut"),
+        Fault("POST", "/commit/", 500),
+        Fault("POST", "/commit/", "slow"),
+        # The commit is not made, and the second try finds that out.
+        Fault("POST", "/commit/", (200, {"success": True})),
+        Fault("GET", "model_quantized.onnx", "cut"),
+        Fault("GET", "model_quantized.onnx", "stall"),
+        Fault("GET", "model_quantized.onnx", "trickle"),
+        Fault("GET", "model_quantized.onnx", "shorter"),
+        Fault("GET", "model_quantized.onnx", "longer"),
+        Fault("GET", "model_quantized.onnx", 500, times=2),
+        Fault("GET", "tokenizer.json", {"Content-Encoding": "gzip"}),
+        Fault("HEAD", "config.json", {"ETag": None}),
+        Fault("HEAD", "config.json", {"X-Repo-Commit": None}),
+        Fault("HEAD", "config.json", (200, b"<html>Sign in</html>")),
+        Fault("HEAD", "config.json", 500),
+        Fault("HEAD", "config.json", "hang"),
+    ],
+    ids=lambda fault: f"{fault.method} {fault.action}",
+)
+def test_what_passes_is_tried_again(fault, hub, waits):
+    hub.faults.append(fault)
+    if fault.method in {"POST", "PUT"}:
+        publish()
+        assert is_published(hub) and len(hub.repositories[REPOSITORY].commits) == 2
+    else:
+        hold(hub)
+        assert is_whole(fetch())
+    assert not fault.times
+
+
+TO_ITSELF = {"Location": "/user/model/resolve/main/config.json"}
 
 
 @pytest.mark.parametrize(
     ("request_", "action", "message"),
     [
-        ("POST /objects/batch", (200, QUOTA), "private storage limit reached"),
-        ("POST /objects/batch", 403, "may not do that with user/model .the server was told"),
-        ("POST /objects/batch", 413, "status 413"),
+        # What a publisher is told
+        ("POST /objects/batch", (200, QUOTA), "private storage limit"),
+        ("POST /objects/batch", 403, "may not do that with user/model"),
         ("PUT /lfs/", 507, "status 507"),
-        ("PUT /lfs/", 401, "does not know this token"),
-        ("POST /commit/", 401, "does not know this token"),
+        ("POST /commit/", 401, "this token"),
         ("POST /preupload/", (403, b"quota\nof the \x1b[2J" + WRITE.encode()), "quota of the .2J.the token."),
         ("POST /preupload/", (418, b"x" * 9999, {"Content-Type": "text/plain"}), "status 418. .x+ ...$"),
         ("POST /preupload/", (400, ["a list"]), "status 400"),
@@ -129,109 +178,42 @@ def test_the_wait_that_is_asked_for_is_kept_and_bounded(method, headers, waited,
         ("POST /preupload/", (302, b""), "no useful answer"),
         ("POST /preupload/", "hang", "no useful answer"),
         ("PUT /lfs/", "hang", "no useful answer"),
-        ("POST /commit/", (200, {"success": True}), None),  # the commit is not made: the second try finds that out
-    ],
-)
-def test_what_a_publisher_is_told(request_, action, message, hub, waits, capsys):
-    method, path = request_.split()
-    hub.faults.append(Fault(method, path, action, times=1 if message is None else FOREVER))
-    if message is None:
-        publish()
-        assert len(hub.repositories[REPOSITORY].commits) == 2
-        return
-    start = time.monotonic()
-    with pytest.raises(UserError, match=message) as caught:
-        publish()
-    check_line(str(caught.value))
-    assert WRITE not in capsys.readouterr().err and time.monotonic() - start < 20
-    assert REPOSITORY not in hub.repositories or len(hub.repositories[REPOSITORY].commits) == 1
-
-
-def test_a_repository_of_something_else_is_left_alone(hub, waits):
-    hub.repositories[REPOSITORY] = Repository(commits=[{".gitattributes": b"", "thesis.pdf": b"years of work"}])
-    with pytest.raises(UserError, match="user/model holds something else"):
-        publish()
-    assert len(hub.repositories[REPOSITORY].commits) == 1
-
-
-def test_a_private_repository_stays_private(hub, waits):
-    hub.repositories[REPOSITORY] = Repository(private=True)
-    publish()
-    assert hub.repositories[REPOSITORY].private
-
-
-def test_a_file_that_the_hub_ignores_is_named(hub, waits):
-    ignored = [{"path": name, "uploadMode": "regular", "shouldIgnore": name == "config.json"} for name in FILES]
-    hub.faults.append(Fault("POST", "/preupload/", (200, {"files": ignored})))
-    with pytest.raises(UserError, match="did not take config.json"):
-        publish()
-
-
-# Fetching
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("GET", "model_quantized.onnx", "cut"),
-        Fault("GET", "model_quantized.onnx", "stall"),
-        Fault("GET", "model_quantized.onnx", "trickle"),
-        Fault("GET", "model_quantized.onnx", "shorter"),
-        Fault("GET", "model_quantized.onnx", "longer"),
-        Fault("GET", "model_quantized.onnx", 500, times=2),
-        Fault("GET", "tokenizer.json", 503),
-        Fault("GET", "tokenizer.json", {"Content-Encoding": "gzip"}),
-        Fault("HEAD", "config.json", {"ETag": None}),
-        Fault("HEAD", "config.json", {"X-Repo-Commit": None}),
-        Fault("HEAD", "config.json", (200, b"<html>Sign in</html>")),
-        Fault("HEAD", "config.json", 500),
-        Fault("HEAD", "config.json", "hang"),
-    ],
-    ids=lambda fault: f"{fault.method} {fault.action}",
-)
-def test_what_passes_is_fetched_again(fault, hub, waits):
-    hold(hub)
-    hub.faults.append(fault)
-    assert is_whole(fetch()) and not fault.times
-
-
-@pytest.mark.parametrize(
-    ("request_", "action", "message"),
-    [
-        ("HEAD config.json", (404, {}, {"ETag": 'W/"2-a/b+c="'}), "no repository user/model on the Hub"),
+        # What a reader is told
+        ("HEAD config.json", (404, {}, {"ETag": 'W/"2-a/b+c="'}), "user/model"),
         ("HEAD config.json", {"ETag": None}, "no useful answer.*ETag"),
         ("HEAD config.json", {"ETag": '"../../../outside"'}, "ETag cannot be"),
         ("HEAD config.json", {"X-Linked-ETag": "/outside"}, "X-Linked-ETag cannot be"),
         ("HEAD config.json", {"X-Repo-Commit": "../outside"}, "X-Repo-Commit cannot be"),
         ("HEAD tokenizer.json", {"X-Repo-Commit": "0" * 40}, "X-Repo-Commit cannot be"),
         ("HEAD config.json", (200, b"<html>Sign in</html>"), "no useful answer"),
-        ("HEAD config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "no useful answer"),
+        ("HEAD config.json", (307, b"", TO_ITSELF), "no useful answer"),
         ("HEAD config.json", (302, b""), "no useful answer"),
         ("HEAD config.json", 500, "status 500"),
         ("HEAD config.json", "hang", "no useful answer"),
         ("GET config.json", (302, b"", {"Location": "http://127.0.0.1:9/nowhere"}), "ConnectError|127.0.0.1/nowhere"),
-        ("GET config.json", (307, b"", {"Location": "/user/model/resolve/main/config.json"}), "no useful answer"),
+        ("GET config.json", (307, b"", TO_ITSELF), "no useful answer"),
         ("GET model_quantized.onnx", "cut", "no useful answer"),
         ("GET model_quantized.onnx", "trickle", "fewer than 1,000 bytes a second"),
         ("GET model_quantized.onnx", "endless", "larger than"),
-        ("GET model_quantized.onnx", "shorter", "Consistency check failed"),
-        ("GET model_quantized.onnx", "longer", "Consistency check failed"),
-        ("GET model_quantized.onnx", 500, "busy or failing .status 500"),
-        ("GET model_quantized.onnx", 401, "does not know this token"),
+        ("GET model_quantized.onnx", "shorter", "Consistency check"),
+        ("GET model_quantized.onnx", "longer", "Consistency check"),
+        ("GET model_quantized.onnx", 500, "status 500"),
+        ("GET model_quantized.onnx", 401, "this token"),
     ],
 )
-def test_what_a_reader_is_told(request_, action, message, hub, waits, capsys, tmp_path):
-    hold(hub)
+def test_what_does_not_pass_is_one_line(request_, action, message, hub, waits, capsys, tmp_path):
     method, path = request_.split()
-    hub.faults.append(Fault(method, path, action, times=FOREVER))
-    start = time.monotonic()
+    hub.faults.append(Fault(method, path, action, FOREVER))
+    publishing, start = path.startswith("/"), time.monotonic()
+    if not publishing:
+        hold(hub)
     with pytest.raises(UserError, match=message) as caught:
-        fetch()
+        publish() if publishing else fetch()
     check_line(str(caught.value))
     printed = capsys.readouterr().err
     assert WRITE not in printed and bool(printed) >= bool(waits)  # no second try in silence
-    assert time.monotonic() - start < 20 and sum(waits) <= 30
-    assert not list(tmp_path.rglob("outside*"))
+    assert time.monotonic() - start < 20 and sum(waits) <= 60 and not list(tmp_path.rglob("outside*"))
+    assert REPOSITORY not in hub.repositories or len(hub.repositories[REPOSITORY].commits) == 1
 
 
 def test_a_failing_hub_does_not_keep_from_the_cache(hub, waits):
@@ -251,14 +233,6 @@ def test_where_nothing_listens_nobody_asks_again(hub, waits, monkeypatch, capsys
     assert capsys.readouterr().err == ""
 
 
-# The cache
-
-
-def predict(hub, tmp_path, offline: str, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-    return run_script("predict.py", "--model", REPOSITORY, "text")
-
-
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "onnx/model_quantized.onnx"])
 def test_half_a_download_is_no_model_offline(missing, hub, waits, tmp_path, monkeypatch):
     hold(hub)
@@ -266,9 +240,10 @@ def test_half_a_download_is_no_model_offline(missing, hub, waits, tmp_path, monk
     blob = pointer.resolve()
     blob.rename(f"{blob}.12345678.incomplete")  # as a killed download leaves it
     pointer.unlink()
-    done = predict(hub, tmp_path, "1", monkeypatch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = run_script("predict.py", "--model", REPOSITORY, "text")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "user/model is not whole in the cache, and HF_HUB_OFFLINE" in done.stderr
+    assert "user/model" in done.stderr and "HF_HUB_OFFLINE" in done.stderr
     assert is_whole(fetch())  # and with the Hub the rest comes
 
 
@@ -276,9 +251,9 @@ def test_a_cache_that_cannot_be_written_is_named(hub, waits, tmp_path, monkeypat
     hold(hub)
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "taken"))
-    done = predict(hub, tmp_path, "0", monkeypatch)
+    done = run_script("predict.py", "--model", REPOSITORY, "text")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert re.search(r"taken.*HF_HOME names another place", done.stderr), done.stderr
+    assert re.search(r"taken.*HF_HOME", done.stderr), done.stderr
 
 
 def test_no_command_shows_the_token(hub, capsys, monkeypatch):
@@ -294,9 +269,6 @@ def test_no_command_shows_the_token(hub, capsys, monkeypatch):
     assert "error: the Hub says:" in printed and "Traceback" in printed and WRITE not in printed
 
 
-# Whatever else
-
-
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", seeds_for(4))
 def test_no_fault_of_a_hub_is_more_than_a_line(seed, hub, waits, capsys, tmp_path, monkeypatch, record_property):
@@ -308,15 +280,11 @@ def test_no_fault_of_a_hub_is_more_than_a_line(seed, hub, waits, capsys, tmp_pat
         attempt = draw.choice((publish, fetch))
         if attempt is fetch:
             hold(hub)
-        fault = mutations_hub.inject(hub, draw)
+        fault = inject_fault(hub, draw)
         start = time.monotonic()
         try:
             result = attempt()
-            assert (
-                is_whole(result)
-                if attempt is fetch
-                else FILES.items() <= hub.repositories[REPOSITORY].commits[-1].items()
-            )
+            assert is_whole(result) if attempt is fetch else is_published(hub)
         except UserError as error:
             check_line(str(error))
         except Exception as error:

@@ -12,9 +12,11 @@ import threading
 import tracemalloc
 from argparse import SUPPRESS
 from dataclasses import is_dataclass
+from types import SimpleNamespace
 
 import pytest
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -23,20 +25,23 @@ import run_baseline
 import run_ptq
 import run_qat
 import run_qlora
-from conftest import ROOT, seeds_for
+from conftest import ROOT, run_script, seeds_for
 from emotion import EmotionClassifier
 from emotion.data import tokenization as tokens
 from emotion.data.dataset import Task, load_task
 from emotion.data.tokenization import TextEncoder
 from emotion.utils import command
-from emotion.utils.arguments import make_parser, parse_args_and_config
+from emotion.utils.arguments import make_parser, parse_args_and_config, resolve_config
 from emotion.utils.base_model import EMBEDDED_MODEL, find_base_model
+from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
-from emotion.utils.machine import THREADS, choose_threads
-from mutations_inputs import DATASETS, LETTERS, draw_config, draw_dataset, draw_flag, draw_text
+from emotion.utils.files import sha256
+from emotion.utils.machine import SCRIPTS, THREADS, choose_threads
+from mutations import DATASETS, LETTERS, draw_config, draw_dataset, draw_flag, draw_text
 
-LIGHT = {"predict", "demo"}  # their flags are no dataclasses, whose parser would load torch
-COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in LIGHT)
+COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+METHODS = {"baseline": run_baseline, "ptq": run_ptq, "qat": run_qat, "qlora": run_qlora}
 
 
 class Loaded(Exception):
@@ -45,17 +50,12 @@ class Loaded(Exception):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    def refuse(*args):
-        raise Loaded
-
-    for module in (run_baseline, run_qlora):
-        monkeypatch.setattr(module, "load_training_data", refuse)
-    for module in (run_ptq, run_qat):
-        monkeypatch.setattr(module, "load_task_of", refuse)
+    for module in METHODS.values():
+        name = "load_training_data" if module in (run_baseline, run_qlora) else "load_task_of"
+        monkeypatch.setattr(module, name, lambda *args: raise_(Loaded()))
 
 
 def end_of(main, capsys) -> tuple[int, str]:
-    """The status with which a command's process would end, and its standard error."""
     with pytest.raises(SystemExit) as end:
         command.run(main)
     return end.value.code, capsys.readouterr().err
@@ -66,35 +66,20 @@ def end_of(main, capsys) -> tuple[int, str]:
     [
         (run_baseline, "seed", "-1", "--seed: "),
         (run_baseline, "seed", "9" * 5000, "--seed"),
-        (run_baseline, "learning_rate", "-1", "--learning_rate: "),
         (run_baseline, "learning_rate", "nan", "--learning_rate: "),
         (run_baseline, "num_train_epochs", "0", "--num_train_epochs: "),
-        (run_baseline, "num_train_epochs", "inf", "--num_train_epochs: "),
-        (run_baseline, "weight_decay", "-1", "--weight_decay: "),
-        (run_baseline, "warmup_steps", "-0.1", "--warmup_steps: "),
-        (run_baseline, "per_device_train_batch_size", "0", "--per_device_train_batch_size: "),
         (run_baseline, "per_device_eval_batch_size", "1" + "0" * 30, "1000000000"),
-        (run_baseline, "max_grad_norm", "-1", "--max_grad_norm: "),
-        (run_baseline, "max_seq_length", "0", "--max_seq_length: "),
-        (run_baseline, "max_train_samples", "0", "--max_train_samples: "),
-        (run_baseline, "attention_dropout", "-1", "--attention_dropout: "),
-        (run_baseline, "layerwise_lr_decay", "0", "--layerwise_lr_decay: "),
         (run_baseline, "metric_for_best_model", "f1", "--metric_for_best_model: "),
         (run_baseline, "report_to", "nobody", "--report_to: "),
         (run_baseline, "accelerator_config", "nowhere.json", "FileNotFoundError"),
         (run_baseline, "deepspeed", "nowhere.json", ""),
-        (run_baseline, "output_dir", "caf\udce9", "is not UTF-8"),
-        (run_baseline, "output_dir", "a\0b", "character of value 0"),
-        (run_qlora, "lora_r", "0", "--lora_r: "),
-        (run_qlora, "lora_dropout", "1", "--lora_dropout: "),
+        (run_baseline, "output_dir", "caf\udce9", "UTF-8"),
+        (run_baseline, "output_dir", "a\0b", "value 0"),
         (run_qlora, "init_lora_weights", "zero", "--init_lora_weights: "),
         (run_qlora, "formats", "gguf", "--formats: "),
         (run_qat, "quantize_after", "-1", "--quantize_after: "),
-        (run_qat, "model_name_or_path", "nowhere", "no folder nowhere"),
-        (run_ptq, "bits", "7", "--bits: "),
+        (run_qat, "model_name_or_path", "nowhere", "nowhere"),
         (run_ptq, "max_f1_drop", "-101", "--max_f1_drop: "),
-        (run_ptq, "num_calibration_samples", "0", "--num_calibration_samples: "),
-        (run_ptq, "model_name_or_path", "nowhere", "no folder nowhere"),
     ],
 )
 def test_a_value_without_a_meaning_is_refused_before_anything_is_loaded(
@@ -107,14 +92,13 @@ def test_a_value_without_a_meaning_is_refused_before_anything_is_loaded(
 
 
 def classes_of(name: str) -> list:
-    """The dataclasses whose fields are the flags of a command."""
     module = importlib.import_module(name)
     tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8"))
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     return [vars(module)[one] for one in defined if is_dataclass(vars(module)[one]) and one.endswith("Arguments")]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "predict"])  # which has no dataclass
 def test_every_number_that_a_flag_takes_has_a_range_that_its_help_shows(name):
     classes = classes_of(name)
     assert classes
@@ -172,16 +156,12 @@ def test_random_configs_end_in_one_line_or_are_taken(seed, encoder, tmp_path, re
     [
         (b"seed: -1", "--seed"),
         (b"learning_rate: .nan", "--learning_rate"),
-        (b"learning_rate: [1, 2]", "--learning_rate: .* list"),
-        (b"learning_rate: null", "--learning_rate: .* nothing"),
-        (b"learning_rate: true", "--learning_rate: .*True"),
+        (b"learning_rate: [1, 2]", "--learning_rate"),
+        (b"learning_rate: null", "--learning_rate"),
         (b"bf16: 5", "--bf16"),
-        (b"target_modules: [[1]]", "--target_modules: .* list"),
-        (b"output_dir: 2026-11-26", "--output_dir: .* date"),
-        (b"output_dir: no", "--output_dir: .* bool"),
-        (b"output_dir: {a: 1}", "--output_dir: .* dict"),
-        (b"seed: 1\nseed: 2", "line 1: 'seed' is there 2 times"),
-        (b"lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is there 2 times"),
+        (b"output_dir: 2026-11-26", "--output_dir"),
+        (b"output_dir: {a: 1}", "--output_dir"),
+        (b"seed: 1\nseed: 2", "line 1: 'seed'"),
         (b"1: 2", "'1'"),
         (b"help: x", "'help'"),
         (b"no_bf16: true", "'no_bf16'"),
@@ -191,39 +171,26 @@ def test_random_configs_end_in_one_line_or_are_taken(seed, encoder, tmp_path, re
         (b"seed: " + b"[" * 5_000, "not valid YAML"),
         (b"#" * 100_001, "100,001 bytes"),
         (b"per_model: {a: {seed: 1}}", "'per_model'"),
+        (b"learning_rat: 1", "learning_rat.* learning_rate"),
+        (b"num_train_epochs: many", "config.yaml: --num_train_epochs"),
+        (b"eval_strategy: sometimes", "--eval_strategy|sometimes"),
     ],
 )
 def test_a_config_that_is_none_is_refused(content, message, encoder, tmp_path):
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=message) as error:
         parse_args_and_config(run_qlora.ARGUMENTS, ["config.yaml", "--model_name_or_path", "a", "--output_dir", "out"])
-    assert re.search(message, str(error.value)) and len(str(error.value).splitlines()) == 1
-
-
-def test_a_config_may_write_out_a_mapping(tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        "lr_scheduler_kwargs: {num_cycles: 2}\noutput_dir: out\ntarget_modules: query"
-    )
-    arguments, training, _ = parse_args_and_config(run_qlora.ARGUMENTS, ["config.yaml", "--model_name_or_path", "a"])
-    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.target_modules == ["query"]
+    assert len(str(error.value).splitlines()) == 1
 
 
 # Valid datasets
-GOOD = {
-    "good",
-    "text of a megabyte",
-    "text of one long word",
-    "text of zero characters",
-    "one row each",
-    "100 classes",
-}
-GOOD |= {"no train", "no validation", "no test", "classes without letters", "classes of two lines"}
+GOOD = {"good", "text of a megabyte", "text of one long word", "text of zero characters", "one row each"}
+GOOD |= {"100 classes", "no train", "no validation", "no test", "classes without letters", "classes of two lines"}
 # By chance, or the library's own choice
 EITHER = {"Parquet with flipped bits", "program", "card of other columns", "saved to disk"}
 
 
 def opens(folder, kind: str) -> bool:
-    """Whether a dataset opens, and not as an error of several lines."""
     try:
         return isinstance(load_task(str(folder)), Task)
     except UserError as error:
@@ -289,24 +256,17 @@ def test_a_text_that_is_cut_before_the_tokenizer_has_the_same_tokens(kind, encod
     assert shortened > 10 and cutting.texts_cut >= shortened
 
 
-def test_of_an_endless_text_a_bounded_part_is_tokenised(encoder):
-    read = []
+def test_of_an_endless_text_a_bounded_part_is_tokenized(encoder):
+    watched, read = TextEncoder(encoder), []
 
-    class Watched(TextEncoder):
-        def __init__(self, folder):
-            super().__init__(folder)
-            tokenizer, self._tokenizer = self._tokenizer, self
-            self.encode, self.encode_batch_fast = self.watch(tokenizer.encode), self.watch(tokenizer.encode_batch_fast)
+    def watch(function):
+        return lambda texts: (read.append(len(texts if isinstance(texts, str) else texts[0])), function(texts))[1]
 
-        def watch(self, function):
-            return lambda texts: (read.append(len(texts if isinstance(texts, str) else texts[0])), function(texts))[1]
-
-    watched = Watched(encoder)
+    whole = watched._tokenizer
+    watched._tokenizer = SimpleNamespace(encode=watch(whole.encode), encode_batch_fast=watch(whole.encode_batch_fast))
     for text in ("s" * 20_000_000, "sky " * 5_000_000, " " * 20_000_000 + "sky"):
         watched([text])
-    assert watched.texts_cut == 3
-    assert max(read) <= tokens.LETTERS[-1] * watched._max_length
-    assert read[-3:] != [20_000_000] * 3
+    assert watched.texts_cut == 3 and 0 < max(read) <= tokens.LETTERS[-1] * watched._max_length
 
 
 def test_a_line_without_an_end_takes_bounded_memory(capsys):
@@ -363,41 +323,32 @@ def test_words_and_output_of_other_encodings(artifact):
     assert b'"\\ud83d\\ude00 \\u00e9"' in done.stdout  # JSON, not Python's own escapes
 
 
-@pytest.mark.parametrize(
-    ("closed", "status", "error"),
-    [
-        ("<&-", 1, "error: standard input is closed; give sentences or --file\n"),
-        ("red >&-", 0, ""),
-        ("red 2>&-", 0, ""),
-    ],
-)
-def test_a_closed_stream_is_no_traceback(closed, status, error, artifact):
+@pytest.mark.parametrize(("closed", "status"), [("<&-", 1), ("red >&-", 0), ("red 2>&-", 0)])
+def test_a_closed_stream_is_no_traceback(closed, status, artifact):
     command = f"{sys.executable} {ROOT}/scripts/predict.py --model {artifact} {closed}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (status, error)
+    assert done.returncode == done.stderr.count("\n") == done.stderr.count("error: standard input") == status
 
 
 def raise_(error):
     raise error
 
 
-def write_past_the_end():
-    """As torch.save on a disk that fills up."""
-    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 14144 vs 14102")
+# As of torch.save on a disk that fills up
+PAST_THE_END = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 14144 vs 14102")
 
 
 @pytest.mark.parametrize(
     ("main", "message"),
     [
-        (lambda: (_ for _ in ()).throw(UserError("two\nlines")), "two lines"),
-        (lambda: (_ for _ in ()).throw(UserError("x" * 10**6)), "xxx ... xxx"),
+        (lambda: raise_(UserError("two\nlines")), "two lines"),
+        (lambda: raise_(UserError("x" * 10**6)), "xxx ... xxx"),
         (lambda: open("nowhere/file"), "nowhere/file: No such file or directory"),  # noqa: PTH123, SIM115
-        (lambda: open("/"), "/: Is a directory"),  # noqa: PTH123, SIM115
         (lambda: open("x" * 5000), "File name too long"),  # noqa: PTH123, SIM115
-        (lambda: importlib.import_module("nobody_has_this"), "pip install -r requirements.txt installs it"),
-        (lambda: transformers.get_scheduler("cosine_with_min_lr", None, 1, None), "EMOTION_TRACEBACK=1 shows where"),
-        (lambda: raise_(MemoryError()), "take smaller batches"),
-        (write_past_the_end, "the disk is full"),
+        (lambda: importlib.import_module("nobody_has_this"), "pip install"),
+        (lambda: transformers.get_scheduler("cosine_with_min_lr", None, 1, None), "EMOTION_TRACEBACK=1"),
+        (lambda: raise_(MemoryError()), "smaller batches"),
+        (lambda: raise_(PAST_THE_END), "the disk is full"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(main, message, capsys):
@@ -405,25 +356,115 @@ def test_what_a_user_can_mend_is_one_line(main, message, capsys):
     assert status == 1 and message in error and error.count("\n") == 1 and len(error) < 2100
 
 
-@pytest.mark.parametrize(
-    "main",
-    [
-        lambda: {}["key"],
-        lambda: int("x"),
-        lambda: [][1],
-        lambda: None.name,
-        lambda: importlib.import_module("emotion.x"),
-    ],
-)
+@pytest.mark.parametrize("main", [lambda: {}["key"], lambda: importlib.import_module("emotion.x")])
 def test_a_mistake_of_the_program_keeps_its_traceback(main, capsys):
     status, error = end_of(main, capsys)
     assert status == 1 and "Traceback" in error
 
 
-def test_the_boundary_prints_into_any_stream(monkeypatch):
-    for encoding in ("ascii", "latin-1", "utf-8"):
-        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        monkeypatch.setattr(sys, "stdout", stream)
-        command.run(lambda: print("\u2603 caf\udce9"))
-        stream.flush()
-        assert stream.buffer.getvalue().endswith(b"caf\\udce9\n")
+def write_config(folder, **values):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder / "out"), **values}))
+    return str(path)
+
+
+def test_a_flag_overrides_the_config(encoder, tmp_path):
+    config = write_config(tmp_path, model_name_or_path=str(encoder), learning_rate=1e-3, weight_decay=0.5)
+    args = [config, "--learning_rate", "2e-3", "--adam_beta1", "0.8"]
+    arguments, training, used = parse_args_and_config(run_baseline.ARGUMENTS, args)
+    assert (training.learning_rate, training.weight_decay) == (2e-3, 0.5)
+    assert arguments.model_name_or_path == str(encoder)
+    assert used.values["learning_rate"] == 2e-3 and used.values["weight_decay"] == 0.5
+    assert used.values["max_seq_length"] == 128  # a default of ours
+    assert used.values["adam_beta1"] == 0.8 and "adam_beta2" not in used.values  # of a library: what is not usual
+    assert used.sha256 == sha256(tmp_path / "config.yaml")
+    config = write_config(tmp_path, lr_scheduler_kwargs={"num_cycles": 2}, target_modules="query")
+    arguments, training, _ = parse_args_and_config(run_qlora.ARGUMENTS, [config, "--model_name_or_path", "a"])
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and arguments.target_modules == ["query"]
+
+
+def test_without_a_config_the_defaults_hold():
+    arguments, hub, used = parse_args_and_config(run_ptq.ARGUMENTS, ["--model_name_or_path", "any"])
+    assert arguments.bits == 8 and arguments.output_dir == "weights/ptq" and used.path is used.sha256 is None
+    for args in ([], ["missing.yaml"], ["weights/baseline"], ["--bit", "4", "--model_name_or_path", "any"]):
+        with pytest.raises(UserError, match=args[0] if args else "--model_name_or_path"):
+            parse_args_and_config(run_ptq.ARGUMENTS, args)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_config_is_valid_and_holds_only_what_differs_from_the_defaults(path):
+    command_of = METHODS[path.stem.split("-")[0]]
+    args = ["--model_name_or_path", "any", "--output_dir", "out"]
+    used = resolve_config(command_of.ARGUMENTS, [path, *args]).values
+    usual = resolve_config(command_of.ARGUMENTS, args).values
+    given = yaml.safe_load(path.read_text())
+    assert given.pop("output_dir").endswith(f"/{path.stem}")
+    given.pop("model_name_or_path", None)
+    assert {name for name in used if used[name] != usual.get(name)} == given.keys()
+
+
+def test_an_encoder_has_a_config_for_each_method():
+    encoders, names = {path.parent.name for path in CONFIGS}, {path.stem for path in CONFIGS}
+    assert encoders == {"bert-base-uncased", "minilm", "mpnet-base"} and len(CONFIGS) == 3 * len(names)
+
+
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_an_error_is_one_line_and_a_status(traceback, monkeypatch):
+    monkeypatch.setenv("EMOTION_TRACEBACK", traceback)
+    done = run_script("run_evaluation.py", "nowhere")
+    *lines, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith("error: no folder nowhere") and not done.stdout
+    assert bool(lines) == ("Traceback" in done.stderr) == bool(traceback)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_short_and_begins_with_what_a_command_does(name, monkeypatch, capsys):
+    script = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, "__main__", script)  # as if it had been started
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    about, _, flags = capsys.readouterr().out.partition("\noptions:\n")
+    shown = re.findall(r"^  (--\w+)", flags, flags=re.MULTILINE)
+    assert f"scripts/{name}.py" in about and shown and len(shown) == len(set(shown)) <= 50  # each flag once
+    assert str(ROOT) not in flags  # no default of a machine's own folders
+
+
+def test_help_shows_ranges_and_the_defaults_of_the_config(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "__main__", run_qat)
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit):
+        run_qat.main([str(ROOT / "configs" / "minilm" / "qat-int4.yaml"), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--per_device_train_batch_size \{1 or more\} The batch size .{0,60}default: 32", shown)
+    assert re.search(r"--bits \{8,4,2\} [^-]*default: 4", shown) and "--adam_beta1" not in shown
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(False, 0), (False, 30), (True, 30)])
+def test_a_log_gets_plain_lines_and_a_terminal_keeps_none(terminal, seconds, monkeypatch, capsys):
+    def work(error=None):
+        for _ in Bar(range(3), desc="outer"):
+            for step in Bar(range(40), desc="inner"):
+                if step == 20:
+                    Bar.write("in the middle")
+                    if error:
+                        raise error
+
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(command, "LINE_S", seconds)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(command, "_prepare_streams", lambda: None)
+    work()
+    assert capsys.readouterr().out == "in the middle\n" * 3
+    shown = stream.getvalue()
+    if terminal:
+        assert "outer" in shown and shown.endswith(" \r")  # the last bar is wiped away
+        with pytest.raises(SystemExit):
+            command.run(lambda: work(UserError("no more")))
+        assert stream.getvalue().endswith(" \rerror: no more\n")
+    else:
+        lines = shown.splitlines()
+        assert bool(lines) == (seconds == 0)  # quick work leaves no line in a log
+        assert all(re.match(r"(inner|outer): \d+ of (3|40), ", line) for line in lines)

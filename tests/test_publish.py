@@ -12,10 +12,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import run_baseline
 import run_evaluation
 import run_ptq
 import run_publish
-from conftest import ROOT, build_rows, copy_to_edit, run_script, train_flags
+from conftest import ROOT, build_rows, copy_to_edit, run_code, run_script, train_flags
 from emotion.data.metrics import softmax
 from emotion.evaluation.record import read_records
 from emotion.inference.model_folder import HOW_TO_GET, RELEASED, find_formats, weights_of
@@ -36,7 +37,6 @@ def folders(artifact, quantized, trained, adapted):
 
 @pytest.fixture(scope="module")
 def results(folders, tmp_path_factory):
-    """The records of every format of every variant."""
     results = tmp_path_factory.mktemp("scored")
     for folder in folders.values():
         for format in find_formats(folder):
@@ -54,9 +54,6 @@ def test_a_clone_can_publish_each_of_its_folders(variant, capsys):
 
 def publish(folder, results, *flags, repo_id="user/bert-emotion"):
     run_publish.main([str(folder), "--repo_id", repo_id, "--results_dir", str(results), *flags])
-
-
-# What arrives
 
 
 @pytest.mark.processes
@@ -103,9 +100,8 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
 
     classifier = open_artifact(folder, root, threads=1)
     probabilities = softmax(classifier.logits(classifier.encode(TEXTS[:3])))
-    for row, single, batched in zip(
-        probabilities, report["widget"]["single"], report["widget"]["batched"], strict=True
-    ):
+    widget = report["widget"]
+    for row, single, batched in zip(probabilities, widget["single"], widget["batched"], strict=True):
         order = row.argsort()[::-1]
         assert [one["label"] for one in single[0]] == [classifier.labels[index] for index in order[:5]]
         np.testing.assert_allclose([one["score"] for one in single[0]], row[order[:5]], atol=1e-4)
@@ -117,25 +113,25 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
         assert {one["label"]: one["score"] for one in example["output"]} == measured[example["text"]]
 
 
-def test_publishing_again_commits_only_changes(folders, results, hub):
-    publish(folders["ptq"], results)
-    publish(folders["ptq"], results)
+def test_publishing_again_commits_only_changes(folders, results, hub, tmp_path):
+    for _ in range(2):
+        publish(folders["qlora"], results)
     repository = hub.repositories["user/bert-emotion"]
     assert len(repository.commits) == 2
+    for name, content in repository.commits[-1].items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert read_sums(tmp_path / "copy").keys() == repository.commits[-1].keys() - {SUMS_FILE, ".gitattributes"}
+    check_sums(tmp_path / "copy")
     repository.commits[-1]["old.bin"] = b"old"
-    publish(folders["ptq"], results)
+    publish(folders["qlora"], results)
     assert "old.bin" not in repository.commits[-1]
 
 
-@pytest.mark.parametrize(
-    ("variant", "names"),
-    [
-        ("ptq", [".env", "training_args.bin", "checkpoint-7/optimizer.pt"]),
-        ("qlora", ["adapter/adapter_notes.txt", "adapter/adapter_model.safetensors.bak"]),
-    ],
-)
-def test_only_what_was_scored_is_uploaded(variant, names, folders, results, hub, tmp_path, capsys):
-    folder = shutil.copytree(folders[variant], tmp_path / variant)
+def test_only_what_was_scored_is_uploaded(folders, results, hub, tmp_path, capsys):
+    folder = shutil.copytree(folders["qlora"], tmp_path / "qlora")
+    names = [".env", "training_args.bin", "checkpoint-7/optimizer.pt"]
+    names += ["adapter/adapter_notes.txt", "adapter/adapter_model.safetensors.bak"]
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
@@ -171,25 +167,18 @@ def test_a_dry_run_sends_nothing(folders, results, hub, capsys, monkeypatch):
     size = (folders["qlora"] / "model.safetensors").stat().st_size
     assert f"{size:>12,}  model.safetensors" in shown and "adapter/adapter_config.json" in shown
     assert "base_model_relation" not in shown  # a base of no repository
-    assert "# BERT emotion classifier, QLoRA" in shown and "nothing was sent" in shown
     assert not hub.requests
 
 
-def test_weights_that_changed_after_scoring_are_refused(folders, results, hub, tmp_path):
-    folder = tmp_path / "ptq"
-    copy_to_edit(folders["ptq"], folder)
+def test_weights_that_changed_after_scoring_or_that_all_could_read_are_refused(folders, results, hub, tmp_path):
+    folder = copy_to_edit(folders["ptq"], tmp_path / "ptq")
     with (folder / "onnx" / "model_quantized.onnx").open("ab") as file:
         file.write(b" ")
-    with pytest.raises(
-        UserError, match=r"model_quantized.onnx was not scored as it is now; run python .* --format onnx"
-    ):
+    with pytest.raises(UserError, match="model_quantized.onnx .* --format onnx"):
         publish(folder, results)
     assert not hub.requests
-
-
-def test_a_public_repository_is_no_private_one(folders, results, hub):
-    hub.repositories["user/bert-emotion"] = Repository()
-    with pytest.raises(UserError, match="exists and everybody can read it"):
+    hub.repositories["user/bert-emotion"] = Repository()  # which everybody can read
+    with pytest.raises(UserError, match="user/bert-emotion"):
         publish(folders["ptq"], results, "--private")
     assert len(hub.repositories["user/bert-emotion"].commits) == 1
 
@@ -230,54 +219,12 @@ def test_a_model_of_the_hub_is_quantized(folders, results, hub, colors, tmp_path
     assert made.read_bytes() == expected.read_bytes()
 
 
-def test_the_trainer_itself_pushes_nothing(hub, tmp_path):
-    training = RecipeTrainingArguments(output_dir=str(tmp_path / "out"), push_to_hub=True, hub_model_id="user/mine")
-    assert training.publish and not training.push_to_hub
-
-
-# What may go wrong
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("POST", "/api/repos/create", 429, times=2),
-        Fault("POST", "/api/validate-yaml", 500),
-        Fault("POST", "/preupload/", 503),
-        Fault("POST", "/objects/batch", "cut"),
-        Fault("PUT", "/lfs/", "cut"),
-        Fault("PUT", "/lfs/", 500),
-        Fault("POST", "/commit/", "cut"),
-        Fault("POST", "/commit/", 500),
-        Fault("POST", "/commit/", "slow"),
-    ],
-    ids=lambda fault: f"{fault.action} at {fault.path.strip('/').split('/')[-1]}",
-)
-def test_what_passes_is_tried_again(fault, folders, results, hub):
-    hub.faults.append(fault)
-    publish(folders["ptq"], results)
-    assert fault.times == 0
-    files = hub.repositories["user/bert-emotion"].commits[-1]
-    assert len(hub.repositories["user/bert-emotion"].commits) == 2
-    assert files["model.safetensors"] == (folders["ptq"] / "model.safetensors").read_bytes()
-
-
-def test_an_upload_that_fails_leaves_the_repository_as_it_was(folders, results, hub, capsys):
-    publish(folders["baseline"], results)
-    before = list(hub.repositories["user/bert-emotion"].commits)
-    hub.faults.append(Fault("POST", "/api/validate-yaml", 500, times=99))
-    with pytest.raises(UserError, match="the Hub is busy or failing .status 500."):
-        publish(folders["ptq"], results)
-    assert hub.repositories["user/bert-emotion"].commits == before
-    assert capsys.readouterr().err.count("trying again") == 3
-
-
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ("hf_unknown", "the Hub does not know this token"),
+        ("hf_unknown", "this token"),
         (READ, "may not do that with user/bert-emotion"),
-        (None, "no token for the Hub; run `hf auth login`"),
+        (None, "hf auth login"),
     ],
 )
 def test_who_may_not_write_is_told_so(token, message, folders, results, hub, monkeypatch):
@@ -287,74 +234,40 @@ def test_who_may_not_write_is_told_so(token, message, folders, results, hub, mon
     assert not hub.repositories
 
 
-@pytest.mark.parametrize("name", ["user/a b", "alone", "user/two/three"])
-def test_a_wrong_name_is_said(name, folders, results, hub):
-    with pytest.raises(UserError, match=f"'{name}' (is no name for a repository|names no owner)"):
-        publish(folders["ptq"], results, repo_id=name)
-    assert not hub.requests
-
-
-def test_no_network_is_said_in_one_line(folders, results, hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    words = ["run_publish.py", folders["ptq"], "--repo_id", "user/bert-emotion", "--results_dir", results]
-    done = run_script(*words)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: the Hub (http://127.0.0.1:9) cannot be reached"]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--push_to_hub", "true"], "name the repository with --hub_model_id"),
-        (["--push_to_hub", "true", "--hub_model_id", "alone"], "names no owner"),
-        (["--hub_token", "hf_x"], "others can read a command line"),
+        (["--push_to_hub", "true"], "--hub_model_id"),
+        (["--push_to_hub", "true", "--hub_model_id", "alone"], "'alone'"),
+        (["--hub_token", "hf_x"], "--hub_token|hub_token"),
     ],
 )
 def test_what_cannot_be_published_is_said_before_the_training(flags, message, hub, encoder, colors, tmp_path):
-    import run_baseline
-
     with pytest.raises(UserError, match=message):
         run_baseline.main([*train_flags(encoder, colors, tmp_path / "out"), *flags])
     assert not hub.requests and not (tmp_path / "out").exists()
-
-
-# predict.py on a repository
+    training = RecipeTrainingArguments(output_dir=str(tmp_path / "out"), push_to_hub=True, hub_model_id="user/mine")
+    assert training.publish and not training.push_to_hub  # never the Trainer itself
 
 
 def test_predict_takes_only_what_it_needs(folders, results, hub, tmp_path):
     publish(folders["ptq"], results)
     hub.requests.clear()
     code = (
-        "import sys; sys.argv = ['predict.py', '--model', 'user/bert-emotion', 'a red house'];"
-        "import predict; predict.main();"
-        "heavy = {'torch', 'transformers', 'optimum', 'openvino', 'datasets', 'pandas', 'sklearn', 'onnx'};"
+        "import sys, predict; predict.main(['--model', 'user/bert-emotion', 'a red house'])\n"
+        "heavy = {'torch', 'transformers', 'optimum', 'openvino', 'datasets', 'pandas', 'sklearn', 'onnx'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts")}
     hub.faults.append(Fault("GET", "model_quantized.onnx", "cut"))
     for offline in ("0", "1"):  # the second time from the cache
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": offline}
-        )
+        done = run_code(code, env=os.environ | {"HF_HUB_OFFLINE": offline})
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("warm")
-    assert set(hub.downloads("user/bert-emotion")) == {
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "onnx/model_quantized.onnx",
-        "SHA256SUMS",
-    }
-
-
-def test_the_sums_are_those_of_what_was_published(folders, results, hub, tmp_path):
-    publish(folders["qlora"], results)
-    files = hub.repositories["user/bert-emotion"].commits[-1]
-    for name, content in files.items():
-        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "copy" / name).write_bytes(content)
-    assert read_sums(tmp_path / "copy").keys() == files.keys() - {SUMS_FILE, ".gitattributes"}
-    check_sums(tmp_path / "copy")
+    needed = {"config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx", "SHA256SUMS"}
+    assert set(hub.downloads("user/bert-emotion")) == needed
+    done = run_script("predict.py", "--model", "user/bert-emotion", "--format", "openvino", "a red house")
+    assert done.stdout.startswith("warm"), done.stderr
+    assert "openvino/openvino_model.bin" in hub.downloads("user/bert-emotion")
 
 
 def test_a_download_that_is_not_what_was_published_is_refused(folders, results, hub):
@@ -368,20 +281,9 @@ def test_a_download_that_is_not_what_was_published_is_refused(folders, results, 
     assert run_script("predict.py", *words, "--skip_checksum").stdout.startswith("hot")
 
 
-def test_another_format_comes_with_its_files(folders, results, hub, tmp_path):
-    publish(folders["ptq"], results)
-    done = run_script("predict.py", "--model", "user/bert-emotion", "--format", "openvino", "a red house")
-    assert done.stdout.startswith("warm"), done.stderr
-    assert "openvino/openvino_model.bin" in hub.downloads("user/bert-emotion")
-
-
 @pytest.mark.parametrize(
     ("endpoint", "offline", "message"),
-    [
-        (None, "0", "no repository user/nowhere|user/nowhere is not there"),
-        ("http://127.0.0.1:9", "0", "cannot be reached"),
-        (None, "1", "HF_HUB_OFFLINE is set"),
-    ],
+    [(None, "0", "user/nowhere"), ("http://127.0.0.1:9", "0", "http://127.0.0.1:9"), (None, "1", "HF_HUB_OFFLINE")],
 )
 def test_a_repository_that_cannot_be_had_is_said(endpoint, offline, message, hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint or hub.url)

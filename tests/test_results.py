@@ -1,6 +1,5 @@
 """What is rendered from the records: tables, the README, pages; the benchmark, the seeds and the dataset study."""
 
-import json
 import re
 import shutil
 
@@ -15,24 +14,23 @@ import run_baseline
 import run_benchmark
 import run_evaluation
 import train_seeds
-import train_seeds as seeds
-from conftest import ROOT, copy_to_edit, read_json
+from conftest import ROOT, contents, copy_to_edit, edit_json, read_json
 from emotion.evaluation import benchmark, roofline
+from emotion.evaluation.peers import PROCESSORS
 from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Seeds
 from emotion.hub.comparison import list_means, score_ensemble
-from emotion.hub.render import markdown_table, shorten
+from emotion.hub.render import shorten
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
-from emotion.utils.machine import ARM, PROCESSORS, class_of
-from report.pages import find_line, list_lines, render_block, render_page, summary_table
+from emotion.utils.machine import ARM, class_of
+from report.pages import find_line, list_lines, render_block, summary_table
 
 SHORT_RUN = "--rounds 3 --texts 20 --batches 2 --threads 1 --cold_starts 1".split()
 
 
 @pytest.fixture(scope="module")
 def measured(artifact, tmp_path_factory):
-    """Records of two formats and an interleaved run of them."""
     folder = tmp_path_factory.mktemp("measured")
     for format in ("pytorch", "onnx"):
         run_evaluation.main([str(artifact), "--format", format, "--results_dir", str(folder), "--latency_runs", "200"])
@@ -44,14 +42,12 @@ def measured(artifact, tmp_path_factory):
     run = read_json(folder / "run.json")
     # By hand, since these tests pass where instructions are hidden too.
     (folder / "benchmark").mkdir()
-    (folder / "run.json").rename(
-        folder / "benchmark" / f"{class_of(run['environment']['instruction_sets']) or ARM}.json"
-    )
+    name = class_of(run["environment"]["instruction_sets"]) or ARM
+    (folder / "run.json").rename(folder / "benchmark" / f"{name}.json")
     return folder
 
 
 def run_file(folder):
-    """The file of the interleaved run among results."""
     (path,) = [path for path in (folder / "benchmark").glob("*.json") if path.stem in PROCESSORS]
     return path
 
@@ -87,59 +83,41 @@ def test_the_block_shows_the_records_and_nothing_else_changes(page, tmp_path):
     assert "**" not in page  # no single seed's number in bold
 
 
-def test_rendering_twice_changes_nothing(page, tmp_path):
+def test_rendering_twice_changes_nothing_and_an_edit_by_hand_is_found(page, tmp_path):
     render_report.main(page)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = contents(tmp_path)
     render_report.main([*page, "--check"])
     render_report.main(page)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_a_page_that_was_edited_by_hand_is_found(page, tmp_path):
-    render_report.main(page)
+    assert contents(tmp_path) == before
     readme = tmp_path / "README.md"
     readme.write_text(readme.read_text().replace("| baseline, FP32 ", "| the best "))
-    with pytest.raises(UserError, match="not what the records say: .*README.md"):
+    with pytest.raises(UserError, match="README.md"):
         render_report.main([*page, "--check"])
-
-
-def test_a_missing_field_stops_the_renderer(page, tmp_path):
-    path = tmp_path / "results" / "metrics" / "baseline-onnx.json"
-    record = read_json(path)
-    del record["latency_ms"]["p95"]
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="baseline-onnx.json: 'latency_ms.p95'"):
-        render_report.main(page)
-    assert "outdated" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        (("provenance", "dataset_source"), "sample", "not for the README"),
-        (("provenance", "train_dataset_source"), "sample", "not for the README"),
-        (("provenance", "recipe"), {"max_train_samples": 100}, "is a short run .max_train_samples in its recipe."),
-        (("quality", "split"), "validation", "not for the README"),
-        (("provenance", "dataset_fingerprint"), "other", "not scored on the same rows"),
+        ("latency_ms/p95", ..., "baseline-onnx.json: 'latency_ms.p95'"),
+        ("provenance/dataset_source", "sample", "not for the README"),
+        ("provenance/train_dataset_source", "sample", "not for the README"),
+        ("provenance/recipe", {"max_train_samples": 100}, "max_train_samples"),
+        ("quality/split", "validation", "not for the README"),
+        ("provenance/dataset_fingerprint", "other", "not scored on the same rows"),
     ],
 )
-def test_what_is_not_comparable_does_not_enter_the_readme(field, value, message, page, tmp_path):
-    path = tmp_path / "results" / "metrics" / "baseline-onnx.json"
-    record = read_json(path)
-    record[field[0]][field[1]] = value
-    path.write_text(json.dumps(record))
+def test_what_is_missing_or_not_comparable_does_not_enter_the_readme(field, value, message, page, tmp_path):
+    edit_json(tmp_path / "results" / "metrics" / "baseline-onnx.json", field, value)
     with pytest.raises(UserError, match=message):
         render_report.main(page)
+    assert "outdated" in (tmp_path / "README.md").read_text()
 
 
-def test_a_readme_without_markers_is_left_alone(page, tmp_path):
+def test_a_readme_without_markers_is_left_alone_and_no_records_are_said(page, tmp_path):
     (tmp_path / "README.md").write_text("# Title\n")
     with pytest.raises(UserError, match="needs one line"):
         render_report.main(page)
     assert (tmp_path / "README.md").read_text() == "# Title\n"
-
-
-def test_no_records_is_said(tmp_path):
     with pytest.raises(UserError, match="no records in"):
         render_report.main([str(tmp_path), "--print_only"])
 
@@ -160,23 +138,14 @@ def test_the_benchmark_divides_what_one_run_measured(measured, artifact):
         assert run["artifacts"][f"baseline:{peer}"]["precision"] == "int8"
     assert run["artifacts"]["baseline:openvino-plain"]["equal_labels"] > 0.95
     assert all(one["latency_ms"]["runs"] == 60 for one in run["artifacts"].values())
-    assert first["latency_ms"]["runs"] == 60
     ratio = first["latency_ms"]["p50"] / other["latency_ms"]["p50"]
     spread = other["times_faster_at_batch_1"]
-    assert 0 < spread["min"] <= spread["median"] <= spread["max"]
-    assert spread["min"] * 0.7 <= ratio <= spread["max"] * 1.4
-
-
-def test_end_to_end_speed_is_measured_and_shown(measured, page, tmp_path):
-    run = read_json(run_file(measured))
-    assert run["texts_end_to_end_a_round"] == 64
+    assert 0 < spread["min"] <= spread["median"] <= spread["max"] and run["texts_end_to_end_a_round"] == 64
     for one in run["artifacts"].values():
         assert 0 < one["end_to_end_per_s"]["min"] <= one["end_to_end_per_s"]["max"]
         assert set(one["noise"]) == {"batch_1", "batch_32", "end_to_end"}
     assert run["artifacts"][run["compared_with"]]["times_faster_end_to_end"]["median"] == 1
-    render_report.main(page)
-    text = (tmp_path / "results" / "comparison.md").read_text()
-    assert "end to end, texts/s" in text and "64 texts" in text
+    assert spread["min"] * 0.7 <= ratio <= spread["max"] * 1.4
 
 
 def test_every_round_draws_texts_of_the_same_lengths():
@@ -199,14 +168,10 @@ def test_the_page_names_noisy_models(page, tmp_path):
     path = run_file(tmp_path / "results")
     run = read_json(path)
     assert run["too_noisy"] == benchmark.list_noisy(run["artifacts"])
-    path.write_text(json.dumps(run | {"too_noisy": ["baseline:onnx"]}))
+    edit_json(path, "too_noisy", ["baseline:onnx"])
     render_report.main(page)
-    assert re.search("Too noisy.*`baseline:onnx`", (tmp_path / "results" / "comparison.md").read_text())
-
-
-def test_the_benchmark_names_what_is_not_there(artifact):
-    with pytest.raises(UserError, match="has no format 'gguf'"):
-        run_benchmark.main([f"{artifact}:gguf"])
+    text = (tmp_path / "results" / "comparison.md").read_text()
+    assert re.search("noisy.*`baseline:onnx`", text) and "64 texts" in text  # end to end
 
 
 @pytest.mark.processes
@@ -222,13 +187,14 @@ def test_a_compiled_model_is_timed(artifact, tmp_path):
 def test_the_benchmark_says_what_cannot_be_opened(artifact, tmp_path):
     copy_to_edit(artifact, tmp_path / "broken")
     (tmp_path / "broken" / "onnx" / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(UserError, match="cannot be opened by ONNX Runtime"):
-        run_benchmark.main([f"{tmp_path / 'broken'}:onnx"])
+    for format, noun in (("onnx", "ONNX Runtime"), ("gguf", "'gguf'")):
+        with pytest.raises(UserError, match=noun):
+            run_benchmark.main([f"{tmp_path / 'broken'}:{format}"])
 
 
 @pytest.mark.parametrize("seeds", [["42", "42"], ["1", "2", "1"]])
 def test_a_seed_counts_once(seeds, tmp_path):
-    with pytest.raises(UserError, match=f"--seeds {' '.join(seeds)}: it takes one seed at least, and each once"):
+    with pytest.raises(UserError, match=f"--seeds {' '.join(seeds)}"):
         train_seeds.main(["ptq", "--seeds", *seeds, "--weights_dir", str(tmp_path), "--results_dir", str(tmp_path)])
 
 
@@ -247,10 +213,10 @@ def test_seeds_are_scored_and_the_best_on_validation_is_kept(encoder, colors, tm
     assert chosen == (tmp_path / "weights" / "seeds" / f"baseline-{best['seed']}" / "model.safetensors").read_bytes()
     artifact = tmp_path / "weights" / "seeds" / "baseline-1"
     values = resolve_config(run_baseline.ARGUMENTS, [config]).values
-    assert seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
-    assert seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
-    assert not seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
-    assert not seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
+    assert train_seeds.is_up_to_date(artifact, values | {"seed": 1}, None)
+    assert train_seeds.is_up_to_date(artifact, values | {"seed": 1.0}, None)  # a number is what it is worth
+    assert not train_seeds.is_up_to_date(artifact, values | {"seed": 2}, None)
+    assert not train_seeds.is_up_to_date(artifact, values | {"seed": 1, "num_train_epochs": 2}, None)
 
     (tmp_path / "ptq.yaml").write_text("formats: [onnx]\nnum_calibration_samples: 30\n")
     train_seeds.main(["ptq", *words])
@@ -270,20 +236,14 @@ def test_a_seed_with_another_format_counts_in_that_format():
     runs = []
     for seed, root in ((1, "nf4"), (2, "bf16")):
         runs.append({"seed": seed, "validation_macro_f1": None, "formats": {root: scores, "onnx": scores}})
-    summary = {"variant": "qlora", "chosen_seed": 1, "runs": runs, **seeds.summarize(runs)}
+    summary = {"variant": "qlora", "chosen_seed": 1, "runs": runs, **train_seeds.summarize(runs)}
     rows = list_means([(Seeds.check(summary, "qlora.json"), [])])
     assert {row["format"]: row["seeds"] for row in rows} == {"nf4": [1], "onnx": [1, 2], "bf16": [2]}
 
 
 def baseline_config(folder, encoder, colors):
-    values = {
-        "model_name_or_path": str(encoder),
-        "dataset_name": str(colors),
-        "learning_rate": 5e-3,
-        "bf16": False,
-        "num_train_epochs": 1,
-    }
-    (folder / "baseline.yaml").write_text(yaml.safe_dump(values))
+    values = {"model_name_or_path": str(encoder), "dataset_name": str(colors), "learning_rate": 5e-3, "bf16": False}
+    (folder / "baseline.yaml").write_text(yaml.safe_dump(values | {"num_train_epochs": 1}))
     return folder / "baseline.yaml"
 
 
@@ -293,19 +253,12 @@ def families():
 
 
 def test_the_readme_shows_means_of_nine_rows_at_most(families):
-    lines = list_lines(families[0].comparison)
-    table = summary_table(lines).splitlines()
+    table = summary_table(list_lines(families[0].comparison)).splitlines()
     assert len(table) - 2 <= 7 and render_block(families, ROOT).count("\n| all-mpnet-base-v2 ") == 2
-    head = [cell.strip() for cell in table[0].split("|")[1:-1]]
-    assert head[:6] == ["variant", "seeds", "macro F1 %", "change, points", "accuracy %", "size MB"]
-    assert head[6:] == ["latency ms, AVX-512 VNNI", "speedup, AVX-512 VNNI"]
     summary = read_json(ROOT / "results" / "seeds" / "qat-int4.json")["formats"]["onnx"]["macro_f1"]
     (row,) = [line for line in table if line.startswith("| qat-int4 ")]
     assert f" {100 * summary['mean']:.2f} ± {100 * summary['standard_deviation']:.2f} |" in row and "**" not in row
-
-
-def test_one_seed_is_not_shown_as_a_mean(families):
-    """A results folder may have records and no summary over seeds."""
+    # One seed is not shown as a mean.
     comparison = families[0].comparison | {"seeds": []}
     line = find_line(comparison, "qat-int4")
     assert line["macro_f1"]["standard_deviation"] is None and line["change"] is None
@@ -313,22 +266,7 @@ def test_one_seed_is_not_shown_as_a_mean(families):
     assert "±" not in table and all(row.split("|")[2].strip() == "1" for row in table.splitlines()[2:])
 
 
-def test_a_page_names_the_commits_of_all_that_its_means_are_of(families):
-    for family in families:
-        about, expected = family.comparison["about"], set()
-        for record in family.records:
-            if record.provenance.base_model == about["base_model"]:
-                expected.add(record.provenance.git_commit)
-        for row in family.comparison["seeds"]:
-            for seed in row["seeds"]:
-                path = family.folder / "seeds" / str(seed) / "metrics" / f"{row['variant']}-{row['format']}.json"
-                expected.add(read_json(path)["provenance"]["git_commit"])
-        assert set(about["made_at"]) == expected
-        page = render_page(family, [])
-        assert ", ".join(one[:7] for one in about["made_at"]) in page
-
-
-def test_the_ensemble_is_that_of_the_probabilities(families):
+def test_the_ensemble_is_that_of_the_probabilities_of_the_same_rows(families, tmp_path):
     results, shares = ROOT / "results" / "seeds", []
     for seed in families[0].comparison["ensemble"]["seeds"]:
         labels, logits = read_predictions(results / str(seed) / "predictions" / "baseline-pytorch.parquet")
@@ -336,27 +274,20 @@ def test_the_ensemble_is_that_of_the_probabilities(families):
     expected = f1_score(labels, np.mean(shares, axis=0).argmax(axis=1), average="macro")
     assert families[0].comparison["ensemble"]["macro_f1"] == pytest.approx(expected)
     assert families[1].comparison["ensemble"] is None  # one seed is none
-
-
-def test_an_ensemble_of_other_rows_is_refused(tmp_path):
     shutil.copytree(ROOT / "results" / "seeds", tmp_path / "seeds")
     path = tmp_path / "seeds" / "43" / "predictions" / "baseline-pytorch.parquet"
     table = parquet.read_table(path)
     parquet.write_table(table.slice(0, 100), path)
     summary = Seeds.read(tmp_path / "seeds" / "baseline.json")
-    with pytest.raises(UserError, match="43/predictions/baseline-pytorch.parquet is not of the rows"):
+    with pytest.raises(UserError, match="43/predictions/baseline-pytorch.parquet"):
         score_ensemble(summary, tmp_path, list("abcdef"))
 
 
-def test_no_result_is_of_code_that_was_changed():
+def test_a_commit_is_short_and_no_result_is_of_code_that_was_changed():
+    assert shorten("95508beb9d1bdb53-dirty") == "95508be-dirty" and shorten(None) == "unknown"
     paths = sorted((ROOT / "results").rglob("*.json"))
     assert len(paths) > 100
     assert [path for path in paths if '-dirty"' in path.read_text(encoding="utf-8")] == []
-
-
-def test_a_commit_is_seven_digits_and_says_what_was_changed():
-    assert shorten("95508beb9d1bdb53") == "95508be" and shorten("95508beb9d1bdb53-dirty") == "95508be-dirty"
-    assert shorten(None) == "unknown"
 
 
 def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
@@ -372,8 +303,3 @@ def test_pages_and_pictures_of_the_studies_are_compared_too(page, tmp_path):
         render_report.main([*page, "--check"])
     named = re.findall(r"(\w+\.\w+)[,;]", str(error.value))
     assert sorted(named) == ["bits.png", "dataset.md", "dataset.png", "rounding.png"]
-
-
-def test_tables_line_up():
-    table = markdown_table(["name", "n"], [["a", "1"], ["longer", "100"]])
-    assert table == "| name   |   n |\n|--------|----:|\n| a      |   1 |\n| longer | 100 |\n"

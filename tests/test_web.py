@@ -142,7 +142,6 @@ def test_the_snippet_of_the_readme_runs_on_a_folder(real_int8, python_scores, tm
 
 @pytest.fixture(scope="module")
 def variants(real, real_int8, tmp_path_factory) -> Path:
-    """A folder like `weights/`, with the models that the demo page offers."""
     folder = tmp_path_factory.mktemp("weights")
     (folder / "baseline").symlink_to(real)
     (folder / "qat").symlink_to(real_int8)
@@ -156,7 +155,6 @@ def variants(real, real_int8, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The demo page's folder as it is published."""
     folder = tmp_path_factory.mktemp("page")
     for name, content in run_publish.collect_page(ROOT / "docs" / "demo", FIRST).items():
         (folder / name).write_bytes(content)

@@ -1,5 +1,6 @@
-"""The documentation: its commands, flags, make targets and links exist, and the README's snippets and commands run."""
+"""The repository: its commands, flags, make targets and links exist, its snippets run, its imports have one order."""
 
+import ast
 import dataclasses
 import importlib
 import os
@@ -7,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,6 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of the Bash blocks, and the commands in inline code."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return lines + re.findall(r"`((?:make|python) [^`\n]+)`", page.read_text(encoding="utf-8"))
 
@@ -43,7 +44,7 @@ def flags_of(script: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_command_and_its_flags_exist(page):
+def test_each_command_with_its_flags_and_each_target_of_make_exist(page):
     for command in commands(page):
         if script := SCRIPT.search(command):
             assert (ROOT / script[0]).is_file(), command
@@ -52,10 +53,6 @@ def test_each_command_and_its_flags_exist(page):
             assert flags <= flags_of(script[2]), command
             configs = [argument for argument in arguments if argument.startswith("configs/")]
             assert all((ROOT / config).is_file() for config in configs), command
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_target_and_variable_of_make_exists(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in commands(page):
         name, *arguments = shlex.split(command, comments=True) or [""]
@@ -117,7 +114,6 @@ def test_each_python_block_answers(code, clone):
 
 @pytest.mark.processes
 def test_the_commands_that_answer_answer(clone):
-    """Those that need no Hub, as a shell runs them."""
     local = [line for line in commands(README) if re.search(r"scripts/(predict|run_batch)\.py", line)]
     local = [line for line in local if "user/" not in line]
     assert local
@@ -153,3 +149,60 @@ def test_the_steps_run_one_after_the_other(clone, encoder, colors):
     assert (clone / "build" / "results" / "metrics" / "ptq-onnx.json").is_file()
     for name in ("baseline", "ptq", "qat-int4", "qlora"):
         assert (clone / "weights" / "mine" / name / "SHA256SUMS").is_file()
+
+
+SCRIPTS = ROOT / "scripts"
+ORDER = ["utils", "data", "inference", "evaluation", "export", "quantization", "training", "hub"]
+METHODS = ["run_baseline", "run_ptq", "run_qat", "run_qlora"]
+MODULES = {}  # name -> its file
+for place in (SCRIPTS, ROOT / "studies", ROOT / "tools"):
+    for path in sorted(place.rglob("*.py")):
+        MODULES[".".join(path.relative_to(place).with_suffix("").parts).removesuffix(".__init__")] = path
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of this project that a file imports, inside its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & MODULES.keys() or {node.module}
+    return found & MODULES.keys()
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def folder_of(module: str) -> str | None:
+    """`emotion.data.tokenization` -> `data`; None for a command and for the package itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "emotion" and len(parts) > 2 else None
+
+
+def test_there_is_one_version():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    release = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert release[1] == version
+    assert f"version: {version}\ndate-released: {release[2]}\n" in citation
+
+
+def test_scripts_holds_ten_commands_and_the_package_eight_folders():
+    commands = [path.stem for path in SCRIPTS.glob("*.py")]
+    assert len(commands) == 10 and all(name == "predict" or name.startswith("run_") for name in commands)
+    folders = {path.name for path in (SCRIPTS / "emotion").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ORDER)
+
+
+def test_a_folder_imports_only_those_before_it_and_nothing_imports_commands_studies_or_tools():
+    list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, naming a circle
+    for module, imported in IMPORTS.items():
+        for other in imported:
+            if folder_of(module) and folder_of(other):
+                assert ORDER.index(folder_of(other)) <= ORDER.index(folder_of(module)), f"{module} imports {other}"
+            if MODULES[module].is_relative_to(SCRIPTS):
+                assert other.split(".")[0] == "emotion", f"{module} imports {other}"
+            if MODULES[module].is_relative_to(ROOT / "studies"):
+                assert not MODULES[other].is_relative_to(ROOT / "tools"), f"{module} imports {other}"
