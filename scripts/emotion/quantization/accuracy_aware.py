@@ -104,9 +104,7 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
     """Yields the name of each step and its plan, from the cheapest on; what a step needs is measured in its turn."""
     yield "plain", plan
     if format == "onnx" and (outliers := find_outliers(plan, rows)):
-        plan = update_plan(replace(plan, outliers=outliers), arguments)
-        if plan.ranges:  # narrower without the outliers
-            plan = replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
+        plan = _measure_again(update_plan(replace(plan, outliers=outliers), arguments), rows, arguments)
         yield f"channel splitting, {sum(map(len, outliers.values()))} channels", plan
     if format == "onnx" and plan.ranges:
         for rule in RULES:
@@ -120,7 +118,14 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
     for count in FLOAT_COUNTS:
         names = [name for row in ranked[:count] for name in row["names"]]
         changed = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
-        yield f"float, {count} layers", update_plan(plan, changed)
+        yield f"float, {count} layers", _measure_again(update_plan(plan, changed), rows, arguments)
+
+
+def _measure_again(plan: Plan, rows: CalibrationRows, arguments: AccuracyAwareArguments) -> Plan:
+    """The plan with the ranges of its layers, which are narrower without outlier channels."""
+    if not plan.ranges:
+        return plan
+    return replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
 
 
 def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, max_drop: float) -> dict:

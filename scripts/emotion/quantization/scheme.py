@@ -24,7 +24,7 @@ from emotion.quantization.activation_ranges import RULES, measure_ranges
 from emotion.quantization.int8 import cls_only_layers
 from emotion.quantization.layers import CalibrationRows, Plan, find_layers, float_reasons
 from emotion.quantization.lowbit import check_group_size, choose_scales
-from emotion.quantization.outlier_channels import find_outliers, weight_without_outliers
+from emotion.quantization.outlier_channels import find_outliers, find_pairs, weight_without_outliers
 from emotion.utils.arguments import COUNT, Range, Recipe
 from emotion.utils.base_model import RECIPE_FILE, BaseModel, read_recipe_of
 from emotion.utils.command import Bar
@@ -223,7 +223,9 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
 def update_plan(plan: Plan, arguments: SchemeArguments) -> Plan:
     """Chooses layers and scales for a plan whose outlier channels have changed, or for other arguments."""
     layers = find_layers(plan.model, arguments.modules_to_not_convert)
-    plan = replace(plan, layers=layers, scales={}, compensated={})
+    pairs = find_pairs(plan.model, layers.linear)  # a pair with a layer in float is not split
+    outliers = {name: channels for name, channels in plan.outliers.items() if name in pairs}
+    plan = replace(plan, layers=layers, scales={}, compensated={}, outliers=outliers)
     if arguments.bits == 8:  # the libraries choose the scales
         return plan
     names = [*layers.linear, *layers.embeddings]
