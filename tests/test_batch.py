@@ -309,6 +309,18 @@ def cut_a_shard(output: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def flip_a_shard(output: Path) -> None:
+    path = output / "part-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[100:200] = bytes(byte ^ 255 for byte in content[100:200])
+    path.write_bytes(content)
+
+
+def edit_a_record(output: Path) -> None:
+    path = output / ".done" / "part-00001.json"
+    path.write_text(json.dumps(read_json(path) | {"ok": 10**6}), encoding="utf-8")
+
+
 def lose_a_record(output: Path) -> None:
     (output / ".done" / "part-00000.json").unlink()
 
@@ -323,7 +335,9 @@ def stop_in_the_middle(output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_nothing, lose_a_shard, cut_a_shard, lose_a_record, stop_in_the_middle], ids=lambda f: f.__name__
+    "damage",
+    [damage_nothing, lose_a_shard, cut_a_shard, flip_a_shard, edit_a_record, lose_a_record, stop_in_the_middle],
+    ids=lambda f: f.__name__,
 )
 def test_a_second_call_makes_what_is_missing(damage, artifact, table, tmp_path, capsys):
     flags = {"model": artifact, "shard_rows": 300}
@@ -377,6 +391,9 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], r"files of several kinds \(csv, txt\)"),
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
+        ({"a/b.parquet": b""}, ["a/**/*.parquet", "a/out"], r"a/\*\*/\*.parquet finds .*a/out/part-00000.parquet"),
+        ({"a/b/c.json": b"{}"}, ["a/*/*.json", "a/out"], "finds .*a/out/_manifest.json, which this command writes"),
+        ({"out/_manifest.json": b"{}", "a.csv": b"text\nr\n"}, ["a.csv", "out"], "manifest.json has no 'model_name'"),
         ({"a.csv": b""}, ["a.csv", "out"], "a.csv cannot be read: it is empty"),
         ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv has no column 'text'; it has t, n"),
         ({"a.csv": b"text\nr\n"}, ["a.csv", "out", "--keep_columns", "n"], "a.csv has no column 'n'; it has text"),
