@@ -17,7 +17,7 @@ from pathlib import Path
 from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import COUNT, configure_parser
 from emotion.utils.command import run
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, visible
 from emotion.utils.files import ROOT
 from emotion.utils.machine import THREADS
 
@@ -126,7 +126,8 @@ def answer(classifier, texts: list[str], args) -> int:
             lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
         else:
             shown = "  ".join(f"{label['label']} {label['score']:.4f}" for label in classes)
-            lines.append(f"{shown}\t{text.strip()}")
+            # On a terminal a text of a stranger could move the cursor; a pipe gets it as it is.
+            lines.append(f"{shown}\t{visible(text.strip()) if sys.stdout.isatty() else text.strip()}")
     print("\n".join(lines), flush=True)  # a pipe would hold the lines back, and their reader waits for each
     return len(texts) - len(full)
 

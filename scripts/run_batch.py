@@ -8,11 +8,22 @@ The same command resumes a job that was interrupted. See docs/many_texts.md.
     python scripts/run_batch.py texts.parquet /shared/answers --engine ray
 """
 
+import os
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from emotion.inference.batch_job import Answers, Job, ShardWriter, begin_job, finish_job, lock_job, plan_columns
+from emotion.inference.batch_job import (
+    MANIFEST,
+    Answers,
+    Job,
+    ShardWriter,
+    begin_job,
+    finish_job,
+    lock_job,
+    plan_columns,
+)
 from emotion.inference.batch_reader import find_files, survey
 from emotion.inference.emotion_classifier import EmotionClassifier, find_model
 from emotion.inference.model_folder import RECOMMENDED
@@ -64,7 +75,7 @@ def main(argv=None) -> None:
     (args,) = parse_args((BatchArguments,), positional="paths", argv=argv)
     *inputs, output = args.paths
     kind, names = find_files(inputs, args.dataset_config, args.split)
-    check_apart(inputs, names, Path(output))
+    check_apart(inputs, names, Path(output), args.output_format)
     folder = find_model(args.model, args.format)
     classifier = EmotionClassifier.from_pretrained(folder, args.format, args.threads)
     with lock_job(Path(output)):
@@ -91,12 +102,19 @@ def main(argv=None) -> None:
     print(f"{output}: {summary}")
 
 
-def check_apart(inputs: list[str], names: list[str], output: Path) -> None:
+def check_apart(inputs: list[str], names: list[str], output: Path, format: str) -> None:
     """Raises `UserError` if the next call would read the shards as input."""
     pairs = [(output, Path(name)) for name in inputs] + [(Path(name), output) for name in names]
     for inner, outer in pairs:
         if outer.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
             raise UserError(f"{inner} lies in {outer}: input and output must be apart; name another folder")
+    for pattern in inputs:
+        full = Path(pattern).absolute()
+        for file in (output.absolute() / MANIFEST, output.absolute() / f"part-00000.{format}"):
+            same_depth = "**" in full.parts or len(full.parts) == len(file.parts)
+            # `**` stands for any number of folders, and `fnmatch` takes `*` for them too.
+            if same_depth and fnmatch(str(file), str(full).replace(f"**{os.sep}", "*")):
+                raise UserError(f"{pattern} finds {file}, which this command writes; name another folder")
 
 
 def write_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:

@@ -28,15 +28,14 @@ from emotion.inference.model_folder import LICENSE_FILE, RECOMMENDED, RELEASED, 
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
-from emotion.utils.errors import UserError, check_repo_id
-from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_files, sha256, without_path
+from emotion.utils.errors import TOKEN, UserError, check_repo_id
+from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_files, read_sums, sha256, without_path
 from emotion.utils.machine import code_url
 
 PAGE = "index.html"  # a folder with it is a Space
 SCORES = "results/metrics/"  # folder of the records in a model's repository
 # What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
 OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", LICENSE_FILE)
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")  # the format of the Hub's tokens
 PAGE_MODEL = "MODEL_ID"  # the placeholder in the page for the beginning of its repositories' names
 
 
@@ -71,7 +70,7 @@ def main(argv=None) -> None:
     else:
         if not args.skip_checksum:
             check_sums(folder)
-        files = collect_artifact(folder, Path(args.results_dir), args.repo_id)
+        files = collect_artifact(folder, Path(args.results_dir), args.repo_id, not args.skip_checksum)
     refuse_tokens(files)
     list_files(files, folder)
     if args.dry_run:  # needs no token and no network
@@ -87,7 +86,7 @@ def refuse_tokens(files: dict[str, Path | bytes]) -> None:
     own = get_token()
     for name, content in files.items():
         content = content if isinstance(content, bytes) else content.read_bytes()
-        if TOKEN.search(content) or (own and own.encode() in content):
+        if re.search(TOKEN.encode(), content) or (own and own.encode() in content):
             raise UserError(f"{name} holds a token of the Hub; take it out, and get a new token")
 
 
@@ -103,8 +102,11 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
     print(f"{total:>12,}  bytes in {len(files)} files; left out: {left_out}")
 
 
-def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """Collects the files of a model's repository, all as they were scored: name there -> a file, or its content."""
+def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = True) -> dict[str, Path | bytes]:
+    """Collects the files of a model's repository, all as they were scored: name there -> a file, or its content.
+
+    With ``verify``, of a folder with SHA256SUMS only the files that it names.
+    """
     recipe, records = read_recipe_of(folder), read_records(results)
     variant = recipe.get("variant", folder.resolve().name)
     # The released baseline is opened in another format than it was scored in; that record is in a folder of its own.
@@ -116,7 +118,10 @@ def collect_artifact(folder: Path, results: Path, repo_id: str) -> dict[str, Pat
         files |= {name: folder / name for name in record.sha256}
         name = f"{record.name}.json"
         files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
-    files |= {name: folder / name for name in OPTIONAL_FILES if (folder / name).is_file()}
+    sums = read_sums(folder) if verify else None
+    optional = [name for name in OPTIONAL_FILES if (folder / name).is_file() and (sums is None or name in sums)]
+    files |= {name: folder / name for name in optional}
+    check_sums(folder, [name for name in files if files[name] == folder / name], verify)  # no link leads elsewhere
     if recipe:
         # Without the local paths of the folders that it read
         files[RECIPE_FILE] = yaml.safe_dump(without_path(recipe), sort_keys=False, allow_unicode=True).encode()

@@ -256,10 +256,24 @@ def stop_in_the_middle(output: Path) -> None:
     (output / "_manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"}))
 
 
+def flip_a_shard(output: Path) -> None:
+    path = output / "part-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[100:200] = bytes(byte ^ 255 for byte in content[100:200])
+    path.write_bytes(content)
+
+
+def edit_a_record(output: Path) -> None:
+    path = output / ".done" / "part-00001.json"
+    path.write_text(json.dumps(read_json(path) | {"ok": 10**6}), encoding="utf-8")
+
+
 DAMAGES = {
     "nothing": lambda output: None,
     "a shard is lost": lambda output: (output / "part-00001.parquet").unlink(),
     "a shard is cut": lambda output: os.truncate(output / "part-00002.parquet", 100),
+    "a shard has other bytes": flip_a_shard,
+    "a record is edited": edit_a_record,
     "a record is lost": lambda output: (output / ".done" / "part-00000.json").unlink(),
     "stopped in the middle": stop_in_the_middle,
 }
@@ -318,6 +332,9 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"in/a.csv": b"", "in/b.txt": b""}, ["in", "out"], "csv, txt"),
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
+        ({"a/b.parquet": b""}, ["a/**/*.parquet", "a/out"], "a/out/part-00000.parquet"),
+        ({"a/b/c.json": b"{}"}, ["a/*/*.json", "a/out"], "a/out/_manifest.json"),
+        ({"out/_manifest.json": b"{}", "a.csv": b"text\nr\n"}, ["a.csv", "out"], "model_name"),
         ({"a.csv": b""}, ["a.csv", "out"], "a.csv"),
         ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv .*'text'; it has t, n"),
         ({"a.csv": b"text\nr\n"}, ["a.csv", "out", "--keep_columns", "n"], "a.csv .*'n'"),

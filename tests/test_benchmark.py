@@ -18,14 +18,13 @@ import run_benchmark
 from conftest import ROOT, build_rows, copy_to_edit, edit_json, logits_of, read_json
 from emotion.evaluation import benchmark, ctranslate2_peer, peers, roofline
 from emotion.evaluation.benchmark import Protocol, interleave
-from emotion.evaluation.peers import PROCESSORS
 from emotion.export import peers as made_peers
 from emotion.hub.model_card import render_card
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import files_to_serve
 from emotion.utils import machine as processor
 from emotion.utils.errors import UserError
-from emotion.utils.machine import class_of, find_processor_class
+from emotion.utils.machine import PROCESSORS, class_of, find_processor_class
 from report.pages import render_table
 from test_comparison import words_of_report
 

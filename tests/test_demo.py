@@ -9,6 +9,9 @@ import pytest
 import demo
 from emotion.utils.errors import UserError
 
+TYPES = {"js": "text/javascript", "mjs": "text/javascript", "wasm": "application/wasm"}
+LIBRARY = "libraries/onnxruntime-web/dist/"
+
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
@@ -16,18 +19,20 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "LIBRARIES", tmp_path / "libraries")
     (tmp_path / "libraries" / "@huggingface" / "transformers").mkdir(parents=True)
     (tmp_path / "weights" / "qat").mkdir(parents=True)
-    for name in ("secret", "weights/qat/config.json", "libraries/a.js", "libraries/a.mjs", "libraries/a.wasm"):
+    for name in ("secret", "weights/qat/config.json", "weights/qat/.env", *(f"{LIBRARY}a.{end}" for end in TYPES)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
+    (tmp_path / "weights" / "qat" / "tokenizer.json").symlink_to(tmp_path / "secret")
     with demo.make_server(0, tmp_path / "weights") as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # asks often whether to stop
         yield server
         server.shutdown()
 
 
-def ask(server, path: str):
+def ask(server, path: str, **headers):
     """The path as it stands: no client in between that mends it."""
     connection = http.client.HTTPConnection(*server.server_address, timeout=10)
-    connection.request("GET", path)
+    connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     return answer.status, answer.read().decode(errors="replace"), answer.headers
 
@@ -37,10 +42,17 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
     assert server.server_address[0] == "127.0.0.1"  # it listens to this machine alone
     assert status == 200 and "Emotion of a text" in page and headers["Cache-Control"] == "no-store"
     assert ask(server, "/weights/qat/config.json")[:2] == (200, "weights/qat/config.json")
-    types = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
-    for ending, kind in types.items():
-        status, body, headers = ask(server, f"/node_modules/a{ending}")
-        assert (status, body, headers["Content-Type"]) == (200, f"libraries/a{ending}", kind)
+    assert headers["X-Content-Type-Options"] == "nosniff" and "sha256-" in headers["Content-Security-Policy"]
+    for ending, kind in TYPES.items():
+        name = f"{LIBRARY}a.{ending}"
+        status, body, headers = ask(server, f"/node_modules/{name.removeprefix('libraries/')}")
+        assert (status, body, headers["Content-Type"]) == (200, name, kind)
+
+
+def test_the_server_answers_to_no_other_name(server):
+    assert ask(server, "/", Host="localhost:8000")[0] == 200
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
+        assert ask(server, "/weights/qat/config.json", Host=host)[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,10 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
         "/weights/..%2fsecret",
         "//secret",
         "/demo.py",
+        "/weights/",
+        "/weights/qat/",
+        "/weights/qat/.env",
+        "/weights/qat/tokenizer.json",  # a link to the secret
         "/weights/" + 300 * "a",
     ],
 )

@@ -167,7 +167,7 @@ TO_ITSELF = {"Location": "/user/model/resolve/main/config.json"}
         ("POST /objects/batch", 403, "may not do that with user/model"),
         ("PUT /lfs/", 507, "status 507"),
         ("POST /commit/", 401, "this token"),
-        ("POST /preupload/", (403, b"quota\nof the \x1b[2J" + WRITE.encode()), "quota of the .2J.the token."),
+        ("POST /preupload/", (403, b"quota\nof the \x1b[2J" + WRITE.encode()), r"quota of the \\x1b.2J.the token."),
         ("POST /preupload/", (418, b"x" * 9999, {"Content-Type": "text/plain"}), "status 418. .x+ ...$"),
         ("POST /preupload/", (400, ["a list"]), "status 400"),
         ("POST /repos/create", (200, b"<html>Sign in</html>"), "no useful answer"),

@@ -16,14 +16,13 @@ import run_evaluation
 import train_seeds
 from conftest import ROOT, contents, copy_to_edit, edit_json, read_json
 from emotion.evaluation import benchmark, roofline
-from emotion.evaluation.peers import PROCESSORS
 from emotion.evaluation.record import read_predictions
 from emotion.evaluation.schema import Seeds
 from emotion.hub.comparison import list_means, score_ensemble
 from emotion.hub.render import shorten
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
-from emotion.utils.machine import ARM, class_of
+from emotion.utils.machine import ARM, PROCESSORS, class_of
 from report.pages import find_line, list_lines, render_block, summary_table
 
 SHORT_RUN = "--rounds 3 --texts 20 --batches 2 --threads 1 --cold_starts 1".split()

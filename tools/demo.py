@@ -8,8 +8,11 @@ for Transformers; if PyTorch is installed, it is exported to ONNX for the browse
 """
 
 import argparse
+import base64
 import contextlib
+import hashlib
 import os
+import re
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -18,11 +21,25 @@ from pathlib import Path
 from emotion.utils.arguments import Range, configure_parser
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, atomic_write, sha256
+from emotion.utils.files import ROOT, atomic_write, check_file, sha256
 
 PAGE = ROOT / "docs" / "demo"
 LIBRARIES = ROOT / "tests" / "web" / "node_modules"
 FP32 = Path("baseline") / "onnx" / "model.onnx"  # as the page asks for it
+# All that the page asks for
+ASKED = re.compile(
+    r"/(index\.html)?|/weights/\w[\w.-]*/((config|tokenizer|tokenizer_config)\.json|onnx/model(_quantized)?\.onnx)"
+    r"|/node_modules/(@huggingface/transformers|onnxruntime-web)/dist/[\w.-]+\.(m?js|wasm)"
+)
+HOSTS = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
+
+
+def content_policy() -> str:
+    """The page's Content-Security-Policy: its own script, by its hash, and what this server sends."""
+    (script,) = re.findall(rb'<script type="module">(.*?)</script>', (PAGE / "index.html").read_bytes(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    scripts = f"script-src 'self' 'sha256-{digest}' 'wasm-unsafe-eval' blob:"
+    return f"default-src 'self'; {scripts}; style-src 'unsafe-inline'; connect-src 'self' blob: data:; base-uri 'none'"
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -39,6 +56,20 @@ class Handler(SimpleHTTPRequestHandler):
         self.folders = folders
         super().__init__(*arguments, directory=str(PAGE))
 
+    def send_head(self):
+        if not HOSTS.fullmatch(self.headers.get("Host") or ""):  # a site that gave its name this machine's address
+            return self.send_error(403)
+        path = self.path.partition("?")[0]
+        if not ASKED.fullmatch(path):
+            return self.send_error(404)
+        found, parts = self.translate_path(path), path.split("/")
+        try:
+            if len(parts) > 2:  # a model or a library, whose own folder may be a link
+                check_file(found, Path(self.directory) / parts[2])
+        except UserError:
+            return self.send_error(404)
+        return super().send_head()
+
     def translate_path(self, path):
         first, _, rest = path.lstrip("/").partition("/")
         for folder in self.folders.get(first, [PAGE]):
@@ -50,6 +81,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     def end_headers(self):
         self.send_header("Cache-Control", "no-store")  # a replaced model is loaded again
+        self.send_header("Content-Security-Policy", content_policy())
+        self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
     def copyfile(self, source, outputfile):

@@ -9,7 +9,7 @@ import numpy as np
 
 from emotion.utils.arguments import COUNT, DROPOUT, Range
 from emotion.utils.base_model import hub_is_reachable
-from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.errors import UserError, check_label, check_repo_id
 from emotion.utils.files import ROOT
 
 DEFAULT_DATASET = "dair-ai/emotion"
@@ -83,6 +83,8 @@ def load_task(name: str, config_name: str | None = None) -> Task:
         labels = labels or names
         _check_names(names, labels, f"{name}, {split}")
         _check_rows(rows, split, len(labels))
+    for label in labels:
+        check_label(label, f"{name}: the name of a class")
     if source == "sample":
         name = "sample (written by this project)"  # not the default's name: it is other data
     elif source == "folder" and name != DEFAULT_DATASET:  # a local copy of the default holds the same rows

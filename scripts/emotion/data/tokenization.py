@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from emotion.utils.errors import UserError, one_line
-from emotion.utils.files import read_fields
+from emotion.utils.files import check_file, read_fields
 
 # How many characters of a text are read for each token that the model takes. The first number is three times what
 # English has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
@@ -44,8 +44,7 @@ class TextEncoder:
         settings = read_fields(self._file.with_name("tokenizer_config.json"), json.loads, SETTINGS)
         model = read_fields(self._file.with_name("config.json"), json.loads, {"vocab_size?": int})
         with one_line(f"{self._file} cannot be used"):
-            if self._file.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise ValueError(f"it has more than {MAX_TOKENIZER_BYTES:,} bytes")
+            check_file(self._file, folder, MAX_TOKENIZER_BYTES)
             self._tokenizer = Tokenizer.from_file(str(self._file))
             # tokenizer.json may hold the padding and the length of its last use. Texts are padded per batch, by `pad`,
             # and truncated as in training.
@@ -54,6 +53,8 @@ class TextEncoder:
             self._tokenizer.enable_truncation(max_length=self._max_length)
             frame = self._tokenizer.encode("").ids
         self._rows = model.get("vocab_size")
+        if self._rows is not None and not 0 < self._rows < MAX_TOKENIZER_BYTES:
+            raise UserError(f"{self._file.with_name('config.json')}: 'vocab_size' cannot be {self._rows!r:.40}")
         self.pad_id = self._id_of(settings["pad_token"])
         for name in ("cls_token", "sep_token"):  # by which many encoders read a text
             if settings.get(name) and self._id_of(settings[name]) not in frame:

@@ -217,7 +217,7 @@ def describe_provenance(recipe: dict, task: Task, rows) -> dict:
         recipe: the model's recipe.yaml; empty for a folder without one, whose values are then null.
     """
     made = recipe.get("provenance", {})
-    return {
+    described = {
         "base_model": made.get("base_model"),
         "base_model_source": made.get("base_model_source"),
         "dataset": task.name,
@@ -226,8 +226,9 @@ def describe_provenance(recipe: dict, task: Task, rows) -> dict:
         "dataset_fingerprint": fingerprint(rows),
         "train_rows": made.get("train_rows"),
         "train_fingerprint": made.get("train_fingerprint"),
-        "recipe": without_path(recipe["recipe"]) if recipe else None,  # records are published: no local paths
+        "recipe": recipe["recipe"] if recipe else None,
         "quantizing_seconds": recipe.get("seconds"),
         **{name: recipe.get(name) for name in COPIED},
         "git_commit": made.get("git_commit"),
     }
+    return without_path(described)  # records are published

@@ -13,7 +13,7 @@ from annotated_types import Predicate
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from emotion.inference.model_folder import WEIGHT_FILES
-from emotion.utils.errors import FILE_NAME, UserError
+from emotion.utils.errors import FILE_NAME, UserError, visible
 from emotion.utils.files import read_json
 from emotion.utils.machine import ARM, class_of
 
@@ -23,8 +23,8 @@ SUMMARIZED = ("macro_f1", "accuracy", "change", "flips")  # over seeds, on test
 
 
 def is_one_line(text: str) -> bool:
-    """Whether a text has one line: a second one would end a row of a table."""
-    return bool(text.strip()) and text.splitlines() == [text]
+    """Whether a text has one line, all of which can be seen: a second one would end a row of a table."""
+    return bool(text.strip()) and visible(text) == text
 
 
 def is_inside_folder(name: str) -> bool:

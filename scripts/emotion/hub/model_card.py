@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from emotion.data.dataset import DEFAULT_DATASET
 from emotion.evaluation.schema import Benchmark, Example, Provenance, Record
-from emotion.hub.render import complete, render
+from emotion.hub.render import Markdown, complete, render
 from emotion.inference.model_folder import RECOMMENDED, RELEASED, WEIGHT_FILES
 from emotion.utils.arguments import PLACES
 from emotion.utils.base_model import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
@@ -87,7 +87,7 @@ def render_card(
     with complete(f"the card of {variant}"):
         data = _metadata(own, repo_id)
         compared = own if variant == BASELINE else baseline + own
-        fields |= {"card_data": data.to_yaml(), "tags": data.tags, "compared": compared}
+        fields |= {"card_data": Markdown(data.to_yaml()), "tags": data.tags, "compared": compared}
         fields |= _collect_facts(own) | _collect_times(compared, runs or {})
         # A seed whose NF4 lost too much has another format.
         formats = {record.format for record in own}

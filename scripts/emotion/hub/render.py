@@ -4,6 +4,7 @@ A table is a block `{% filter table %}` with a line per row and `¦` between its
 """
 
 import contextlib
+import re
 from pathlib import Path
 
 import jinja2
@@ -11,14 +12,17 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
+from pydantic import BaseModel
 
 from emotion.evaluation.schema import Record
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, visible
 from emotion.utils.files import atomic_write
 from emotion.utils.machine import PROCESSORS
 
 matplotlib.use("Agg")  # draws into files; the default looks for a screen
 PALETTE = "colorblind"
+# What begins HTML, an entity, a link, code or a cell; a list, a heading or a fence would need a line of its own
+MARKUP = re.compile(r"[<&\[`|](?!#\d+;)|¦")
 MOST_NAMED = 30  # classes; of more, nobody could read the names and numbers, and a picture would take gigabytes
 
 
@@ -32,8 +36,30 @@ def complete(what: str):
         raise UserError(f"{what} cannot be written: {error}; measure it again") from error
 
 
-def render(template: Path, **fields) -> str:
-    """Renders a template, with those beside it; a missing field raises `UndefinedError`, see `complete`."""
+class Markdown(str):
+    """A text that is Markdown already, which `escape` leaves as it is."""
+
+    __slots__ = ()
+
+
+def escape(value):
+    """A value with each string in it, keys too, as Markdown that shows it and does nothing else."""
+    if isinstance(value, str) and not isinstance(value, Markdown):
+        return MARKUP.sub(lambda found: f"&#{ord(found[0])};", visible(value))
+    if isinstance(value, dict):
+        return {escape(key): escape(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape(inner) for inner in value]
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: escape(inner) for name, inner in value})
+    return value
+
+
+def render(template: Path, **fields) -> Markdown:
+    """Renders a template, with those beside it, from `escape`d fields.
+
+    A missing field raises `UndefinedError`, see `complete`.
+    """
     # By default a missing field would be empty, and a line with nothing but a tag would leave a line in the page.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
@@ -56,7 +82,7 @@ def render(template: Path, **fields) -> str:
         "spread": _spread,
         "table": _table,
     }
-    return environment.get_template(template.name).render(**fields)
+    return Markdown(environment.get_template(template.name).render(**escape(fields)))
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -112,7 +138,9 @@ def shorten(commit: str | None) -> str:
 @contextlib.contextmanager
 def styled():
     """Gives figures the style of this project; matplotlib's own settings stay as they are."""
-    with seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
+    # A "$" in a name is no mathematics.
+    plain = matplotlib.rc_context({"text.parse_math": False})
+    with plain, seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
         yield
 
 

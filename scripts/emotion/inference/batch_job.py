@@ -26,12 +26,13 @@ from emotion.inference.batch_reader import HUB_PREFIX, RowReader, Source
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import files_to_serve
 from emotion.utils.errors import UserError, one_line
-from emotion.utils.files import atomic_write, output_lock, read_json, relative, sha256, write_json
+from emotion.utils.files import MAX_RESULT_BYTES, atomic_write, output_lock, read_fields, relative, sha256, write_json
 
 PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely idle between two pieces
 PIECE_BYTES = 16 << 20  # of text: pieces of long texts have fewer rows, so that memory stays flat
 # The status of a row's text, of which the first that applies is written
 STATUSES = ("null", "empty", "cut", "replaced", "ok")
+RECORD_KINDS = {"rows": int, "bytes": int, "sha256": str, **{f"{status}?": int for status in STATUSES}}
 DONE = ".done"  # folder of the records of finished shards; readers of tables skip names that begin so
 MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # all other formats are PyTorch's
@@ -89,9 +90,14 @@ class Job:
         path, record = self.path(number), self.record(number)
         if not (path.is_file() and record.is_file()):
             return None
-        done = read_json(record)
-        # A shard that was cut or written over after it was done is written again.
-        return done if path.stat().st_size == done["bytes"] else None
+        # A shard that was changed after it was done, or whose record was, is written again.
+        with contextlib.suppress(UserError):
+            done = read_fields(record, json.loads, RECORD_KINDS)
+            counted = sum(done.get(status, 0) for status in STATUSES)
+            same_size = done["bytes"] == path.stat().st_size
+            if same_size and done["rows"] == counted == self.rows_of(number) and done["sha256"] == sha256(path):
+                return done
+        return None
 
     def rows_of(self, number: int) -> int:
         """How many rows a shard has."""
@@ -283,15 +289,18 @@ def begin_job(job: Job) -> dict:
     """Writes the manifest, or raises `UserError` with the first difference to the one that is there; returns it."""
     path, manifest = job.output / MANIFEST, manifest_of(job)
     if not path.is_file():
-        write_json(path, {"model_name": relative(job.folder), **manifest, "complete": False})
+        manifest = {"model_name": relative(job.folder), **manifest}
+        write_json(path, manifest | {"complete": False})
         return manifest
-    before, now = _flatten(read_json(path)), _flatten(manifest)
+    earlier = read_fields(path, json.loads, {"model_name": str}, MAX_RESULT_BYTES)
+    before, now = _flatten(earlier), _flatten(manifest)
     names = [name for name in dict.fromkeys([*now, *before]) if name.split(".")[0] in manifest]
     for name in names:
         if before.get(name) != now.get(name):
             difference = f"{name} was {before.get(name)!r:.80}, and is {now.get(name)!r:.80}"
             raise UserError(f"{job.output} holds the output of another job: {difference}; name another folder")
-    return manifest
+    # The name of the first call stays: a copy of the model is the same model.
+    return {"model_name": earlier["model_name"], **manifest}
 
 
 def _flatten(value, name: str = "") -> dict:
@@ -312,12 +321,9 @@ def finish_job(job: Job, manifest: dict) -> dict:
     for number in job.shards:
         record = job.find_done(number)
         if record is None:
-            raise UserError(f"{job.path(number)} is missing; run the command again")
+            raise UserError(f"{job.path(number)} is missing or damaged; run the command again")
         for status in STATUSES:
             counts[status] += record.get(status, 0)
         shards.append({"path": job.path(number).name, **record})
-    # The name of the first call stays: a copy of the model is the same model.
-    name = read_json(job.output / MANIFEST)["model_name"]
-    complete = {"model_name": name, **manifest, "output": counts, "shards": shards, "complete": True}
-    write_json(job.output / MANIFEST, complete)
+    write_json(job.output / MANIFEST, {**manifest, "output": counts, "shards": shards, "complete": True})
     return counts

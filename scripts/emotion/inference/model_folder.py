@@ -12,7 +12,7 @@ from pathlib import Path
 from emotion.data.dataset import Task, fingerprint
 from emotion.utils.arguments import PLACES, Recipe
 from emotion.utils.base_model import RECIPE_FILE, BaseModel
-from emotion.utils.errors import UserError, one_line
+from emotion.utils.errors import UserError, check_label, one_line
 from emotion.utils.files import (
     FolderKind,
     atomic_folder,
@@ -41,6 +41,7 @@ WEIGHT_FILES = {
 }
 # The fields of config.json that are read here
 CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant_method": str}, "vocab_size?": int}
+CONFIG_KINDS["architectures?"] = (list, type(None))
 # `quant_method` in config.json -> formats of `model.safetensors`; None for float weights. A language model classifies
 # only with its adapter.
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
@@ -145,7 +146,11 @@ def quantized_by(folder: Path) -> str | None:
 
 def read_config(folder: Path) -> dict:
     """Reads config.json; raises `UserError` if it is missing or malformed."""
-    return read_fields(Path(folder) / "config.json", json.loads, CONFIG_KINDS)
+    path = Path(folder) / "config.json"
+    config = read_fields(path, json.loads, CONFIG_KINDS)
+    if not all(isinstance(name, str) for name in config.get("architectures") or []):
+        raise UserError(f"{path}: 'architectures' holds something else than names; download it again")
+    return config
 
 
 def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
@@ -153,10 +158,9 @@ def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
     folder, formats = Path(folder), find_formats(folder)
     if format not in formats:
         raise UserError(f"{folder} has no format '{format}'; it has {', '.join(formats)}")
-    if verify:
-        names = names_to_serve(folder, formats[format], format)
-        # The Hub's cache may lack recipe.yaml.
-        check_sums(folder, [*names, RECIPE_FILE] if (folder / RECIPE_FILE).exists() else names)
+    names = names_to_serve(folder, formats[format], format)
+    # The Hub's cache may lack recipe.yaml.
+    check_sums(folder, [*names, RECIPE_FILE] if (folder / RECIPE_FILE).exists() else names, verify)
     return formats[format]
 
 
@@ -202,6 +206,8 @@ def open_model(auto_class: str, folder, **options):
     """
     import transformers  # here: ONNX files do not need it
 
+    if (Path(folder) / "adapter_config.json").is_file():  # by which Transformers would open another model
+        raise UserError(f"{folder} holds an adapter; merge it into its model, or move adapter_config.json away")
     # A pickle or Python code from a repository could run anything on this machine.
     options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     # For a wrong value in config.json, Transformers may raise any kind of error.
@@ -213,9 +219,10 @@ def build_config(path: str, labels: list[str], attention_dropout: float | None):
     """The configuration of a base model with these labels; arguments and errors as of `build_classifier`."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with one_line(f"{path} cannot be opened"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     # Transformers would replace a head of another size by a random one.
-    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    trained = "SequenceClassification" in str(config.architectures)  # of any type, in a stranger's file
     if trained and config.num_labels != len(labels):
         raise UserError(f"{path} is a classifier of {config.num_labels} classes and the dataset has {len(labels)}")
     config.num_labels = len(labels)
@@ -257,8 +264,7 @@ def load_trained_classifier(folder: Path, verify: bool = True, **options):
     Its files are compared with SHA256SUMS unless ``verify`` is False.
     """
     name = f"model.{options['variant']}.safetensors" if options.get("variant") else "model.safetensors"
-    if verify:
-        check_sums(folder, ["config.json", name])
+    check_sums(folder, ["config.json", name], verify)
     check_sizes(Path(folder) / name)
     model, report = open_model(CLASSIFIER, folder, ignore_mismatched_sizes=True, **options)
     if report["mismatched_keys"]:  # (name, shape in the file, shape by config.json)
@@ -338,9 +344,7 @@ def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
     labels = {}  # in order; each is there once
     for number in range(width):  # the keys of JSON are strings
         label = names.get(str(number))
-        # predict.py prints one line per answer.
-        if not isinstance(label, str) or len(label.splitlines()) != 1 or not label.strip():
-            raise UserError(f"{config}: the name of label {number} is {label!r:.40}, and not one line of text")
+        check_label(label, f"{config}: the name of label {number}")
         if labels.setdefault(label, number) != number:
             raise UserError(f"{config} names two labels {label!r:.40}")
     return list(labels)

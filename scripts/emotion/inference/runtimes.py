@@ -10,6 +10,8 @@ They raise `UserError` if the file cannot be opened. A runtime is imported when 
 Runtime needs neither torch nor transformers.
 """
 
+import mmap
+import re
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -50,6 +52,7 @@ class OnnxClassifier:
         options.inter_op_num_threads = 1  # the graph is a chain: there are no two operators to run side by side
         self._weights = weights
         with one_line(f"{weights} cannot be opened by ONNX Runtime"):
+            check_is_one_file(weights)
             self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
         inputs, outputs = onnx_types(self._session.get_inputs()), self._session.get_outputs()
         check_graph(weights, inputs, onnx_types(outputs))
@@ -63,6 +66,14 @@ class OnnxClassifier:
         arrays = self.encode.pad(token_ids)
         with one_line(f"{self._weights} cannot answer"):
             return self._session.run(["logits"], {name: arrays[name] for name in self._inputs})[0]
+
+
+def check_is_one_file(weights: Path) -> None:
+    """Raises `UserError` if an ONNX file leaves weights to other files, which nobody has compared with a checksum."""
+    with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # The field that names the other file; before it is its length, in one byte or in a longer form.
+        if any(content[found.start() - 1] in b"\x08\0" for found in re.finditer(b"location", content)):
+            raise UserError(f"{weights} has its weights in another file; save it as one file")
 
 
 def onnx_types(values) -> dict[str, tuple[str, int]]:

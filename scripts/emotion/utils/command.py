@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from emotion.utils.errors import UserError, mask_token, raised_by
+from emotion.utils.errors import UserError, mask_token, printable, raised_by, visible
 from emotion.utils.machine import is_main_process
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
@@ -69,9 +69,9 @@ def run(main) -> None:
         for bar in list(getattr(tqdm, "_instances", ())):  # so that the error has a line of its own
             bar.close()
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
-            print(mask_token(traceback.format_exc()), end="", file=sys.stderr)
+            print(*map(visible, mask_token(traceback.format_exc()).splitlines()), sep="\n", file=sys.stderr)
         if message:
-            print(f"error: {shorten(mask_token(message))}", file=sys.stderr)
+            print(f"error: {shorten(message)}", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
@@ -85,8 +85,8 @@ def _prepare_streams() -> None:
 
 
 def shorten(message: str) -> str:
-    """A message as one line, without its middle if it is very long."""
-    line = " ".join(message.split())
+    """A message as one `printable` line, without its middle if it is very long."""
+    line = printable(message, longest=None)
     return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
 
 

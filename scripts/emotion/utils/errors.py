@@ -3,6 +3,7 @@
 import contextlib
 import re
 import sys
+import unicodedata
 from pathlib import PureWindowsPath
 
 LONGEST_REASON = 300  # characters; some libraries put a page into their message
@@ -10,10 +11,17 @@ LONGEST_REASON = 300  # characters; some libraries put a page into their message
 REPO_ID = re.compile(r"(?!.*(--|\.\.))(\w([\w.-]*\w)?/)?\w([\w.-]{0,94}\w)?(?<!\.git)", re.ASCII)
 # A folder's own name may become a variant's, so that letters of any language and blanks are allowed.
 FILE_NAME = r"\w[\w .+=-]*"
+TOKEN = r"hf_[A-Za-z0-9]{30,}"  # the format of the Hub's tokens
+# Unicode's categories of characters that move the cursor, turn the writing, end a line, or are half a character;
+# words of Persian and emoji need the joiners, which do none of that.
+UNSEEN, JOINERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}, "\u200c\u200d"
 
 
 class UserError(Exception):
     """An error that the user can fix, printed as one line: it names the file, flag or row, and says what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), longest=None)
 
 
 def raised_by(error: BaseException) -> str:
@@ -24,18 +32,24 @@ def raised_by(error: BaseException) -> str:
     return trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
 
 
+def visible(text: str) -> str:
+    """A string of a stranger (a label, a name, a value) with an escape for each character that nobody sees."""
+    safe = (letter in JOINERS or unicodedata.category(letter) not in UNSEEN for letter in text)
+    pairs = zip(text, safe, strict=True)
+    return "".join(letter if ok else letter.encode("unicode_escape").decode() for letter, ok in pairs)
+
+
 def mask_token(text: str) -> str:
-    """A text without the user's token for the Hub: a server may send back what it was sent."""
+    """A text without tokens for the Hub: a server may send back what it was sent."""
     hub = sys.modules.get("huggingface_hub")  # which alone sends it
     token = hub and hub.get_token()
-    return text.replace(token, "(the token)") if token else text
+    return re.sub(TOKEN, "(a token)", text.replace(token, "(the token)") if token else text)
 
 
-def printable(text: str) -> str:
-    """What a server sent, as one line of bounded length, without control characters and without the token."""
-    text = mask_token(text)[: 10 * LONGEST_REASON]
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
+def printable(text: str, longest: int | None = LONGEST_REASON) -> str:
+    """What a stranger or a server wrote, as one `visible` line of bounded length, without a token."""
+    text = visible(" ".join(mask_token(text).split()))
+    return text if longest is None or len(text) <= longest else f"{text[:longest]} ..."
 
 
 @contextlib.contextmanager
@@ -75,6 +89,12 @@ def check_line(name, where) -> None:
     """Raises `UserError` unless the name of a model or of a dataset is one line without markup, or None."""
     if name is not None and (not isinstance(name, str) or not name.isprintable() or set(name) & set('<>`|"')):
         raise UserError(f"{where}: {name!r} is no name of a model or a dataset; it takes one line without markup")
+
+
+def check_label(label, where) -> None:
+    """Raises `UserError` unless the name of a class is one line of text, all of which can be seen."""
+    if not isinstance(label, str) or not label.strip() or visible(label) != label:
+        raise UserError(f"{where} is {label!r:.40}, and not one line of text without control characters; rename it")
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from emotion.utils.errors import UserError, check_inside, reason_of
 
@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository
 LOCK_TIMEOUT_S = 600  # to wait for another process; reached only where it has died and the disk frees no locks
 MAX_BYTES = 4_000_000  # of a settings file; the config.json of a model has some thousand
 MAX_RESULT_BYTES = 100_000_000  # of a file of results
+# How a path of a machine begins; and such paths, of two parts and more, inside a text, but not the end of an address
+PATH_START = re.compile(r"file:/|(~[\w.-]*|\.{0,2})/|([A-Za-z]:|\.{1,2}|\\)[/\\]")
+PART = r"[^\s/\\,;:'\"()\[\]<>|]+"
+PATH_INSIDE = re.compile(
+    rf"(?<![\w:/.~-])((file:/*|~[\w.-]*|\.{{1,2}})?(/+{PART}){{2,}}/?|([A-Za-z]:|\\)(\\{PART}){{2,}})"
+)
 SUMS_FILE = "SHA256SUMS"  # of every file of a model folder, as `sha256sum` writes and checks it
 
 
@@ -43,10 +49,34 @@ def relative(path: Path) -> str:
 
 
 def without_path(value):
-    """A recipe's value with each absolute path replaced by its last part; a mapping is searched recursively."""
+    """A value of a recipe or record with each path of this machine cut to its last part, in mappings and lists too."""
     if isinstance(value, dict):
-        return {key: without_path(inner) for key, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        return {without_path(key): without_path(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_path(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if PATH_START.match(value) and "\n" not in value:  # nothing but a path, which may hold blanks
+        return PureWindowsPath(value).name or value
+    return PATH_INSIDE.sub(lambda found: PureWindowsPath(found[0]).name, value)
+
+
+def check_file(path: Path, folder: Path | None = None, max_bytes: int | None = None) -> None:
+    """Checks a file that a stranger may have made, before it is opened.
+
+    Raises `UserError` unless it is a regular file of at most ``max_bytes`` that no link leads out of the ``folder``,
+    or, in the Hub's cache, out of the blobs of its repository.
+    """
+    target = _target(path)
+    if not target.is_file():
+        raise UserError(f"{path} is a {_type_of(target)}; name a file" if target.exists() else f"no file {path}")
+    if max_bytes is not None and (size := target.stat().st_size) > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes, and {max_bytes:,} at most can be right")
+    if folder is not None:
+        root = Path(folder).resolve()
+        places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+        if not any(target.is_relative_to(place) for place in places):
+            raise UserError(f"{path} is a link out of {folder}; put the file itself there")
 
 
 def sha256(path: Path) -> str:
@@ -79,6 +109,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
     path = Path(folder) / SUMS_FILE
     if not path.exists():
         return None
+    check_file(path, folder, MAX_BYTES)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -96,19 +127,25 @@ def read_sums(folder: Path) -> dict[str, str] | None:
     return sums
 
 
-def check_sums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Compares files of a folder, by default all that it names, with its SHA256SUMS; a folder without one passes.
+def check_sums(folder: Path, names: Iterable[str] | None = None, verify: bool = True) -> None:
+    """Checks files of a folder before they are opened, with `check_file` and against its SHA256SUMS, if it has one.
+
+    Args:
+        names: all that SHA256SUMS names by default.
+        verify: whether SHA256SUMS is read.
 
     Raises:
         UserError: naming the first file that is missing, that SHA256SUMS does not name, or that differs from it.
     """
-    folder, sums = Path(folder), read_sums(folder)
-    if sums is None:
-        return
-    for name in sums if names is None else names:
-        if not (folder / name).is_file():
+    folder = Path(folder)
+    sums = read_sums(folder) if verify else None
+    for name in (sums or ()) if names is None else names:
+        if not (folder / name).exists():
+            if sums is None:  # what needs the file says so
+                continue
             raise UserError(f"{folder} has no {name}; make or download it again")
-        if sums.get(name) != sha256(folder / name):
+        check_file(folder / name, folder)
+        if sums is not None and sums.get(name) != sha256(folder / name):
             how = "differs from" if name in sums else "is not named in"
             raise UserError(
                 f"{folder / name} {how} {folder / SUMS_FILE}; make or download it again. If the change is yours, "
@@ -326,14 +363,10 @@ def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_byt
     inside. A key that the file may leave out ends with "?". The file may have more keys.
     """
     path = Path(path)
+    check_file(path, max_bytes=max_bytes)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ValueError(f"it has {size:,} bytes, and {max_bytes:,} at most can be right")
         values = parse(path.read_text(encoding="utf-8"))
-        _check_is_json(values, size)
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}") from error
+        _check_is_json(values, path.stat().st_size)
     except Exception as error:  # not text, not JSON, nested too deeply: each parser has errors of its own
         raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
     _check_types(values, types, str(path))
