@@ -51,7 +51,8 @@ def build_classifier(folder, kind: str, sizes: dict, **changes):
     torch.manual_seed(0)
     ids = {"pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
     labels = dict(enumerate(COLORS))
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), id2label=labels, **ids, **sizes, **changes)
+    # A row more, for the token [MASK], which the tokenizers of Transformers add
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer) + 1, id2label=labels, **ids, **sizes, **changes)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     model.save_pretrained(folder)
     return model
