@@ -9,6 +9,7 @@ If the model folder has an ONNX file, neither torch nor transformers is imported
 """
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -26,6 +27,8 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".bz2
 BATCH = 32  # lines that are classified together at most; no line waits for others
 CHUNK = 1 << 14  # bytes read at once: some hundred lines
 READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take the byte 26 for the end of a file
+# Byte order marks, and the encodings that read them
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 LINE = 1 << 20  # bytes of a line that are read: hundreds of pages
 
 
@@ -88,11 +91,21 @@ def read_batches(args):
     return read_lines(os.open(args.file, READ_BYTES))  # a bare descriptor: Python's own files fill a buffer first
 
 
+def read_chunks(descriptor: int):
+    """Yields the bytes of a stream, in UTF-8 where a byte order mark names its encoding."""
+    chunk = os.read(descriptor, CHUNK)
+    encoding = next((name for mark, name in MARKS.items() if chunk.startswith(mark)), None)
+    decoder = codecs.getincrementaldecoder(encoding)(errors="replace") if encoding else None
+    while chunk:
+        yield decoder.decode(chunk).encode(errors="replace") if decoder else chunk
+        chunk = os.read(descriptor, CHUNK)
+
+
 def read_lines(descriptor: int):
     """Yields lists of at most `BATCH` lines, without waiting for more; cuts lines at `LINE` bytes, with a warning."""
     rest = bytearray()  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
     ended = 0  # lines so far
-    while chunk := os.read(descriptor, CHUNK):
+    for chunk in read_chunks(descriptor):
         first, *lines = chunk.split(b"\n")
         if len(rest) <= LINE < len(rest) + len(first):
             print(f"line {ended + 1} is longer than {LINE:,} bytes; the rest of it is not read", file=sys.stderr)

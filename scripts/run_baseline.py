@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from emotion.data.dataset import TaskArguments
-from emotion.export.onnx_export import export_onnx
+from emotion.export.onnx_export import check_export, try_export
 from emotion.hub.upload import push_to_hub
 from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
 from emotion.quantization.layers import find_stack
@@ -63,6 +63,7 @@ def main(argv=None) -> None:
         # Load the dataset, then the encoder with a new classification head
         data = load_training_data(arguments, training.seed)
         model = build_classifier(data.base.path, data.task.labels, arguments.attention_dropout)
+        check_export(data.base.path, data.task.labels, data.tokenizer)
 
         # Train; afterwards the model has the weights of the best checkpoint on validation
         trainer = BaselineTrainer(
@@ -134,13 +135,13 @@ def count_layers_above(model) -> dict[str, int]:
 
 
 def save_formats(model, tokenizer, folder: Path) -> dict:
-    """Saves the model in BF16, in FP32, and in FP32 for ONNX Runtime; returns the result of `export_onnx`."""
+    """Saves the model in BF16, in FP32, and in FP32 for ONNX Runtime; returns the result of `try_export`."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, variant="bf16", save_original_format=False)
     # Second, so that config.json is that of the FP32 model
     model.float().save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     saved = AutoModelForSequenceClassification.from_pretrained(folder)
-    return export_onnx(saved, tokenizer, folder / "onnx" / "model.onnx")
+    return try_export(saved, tokenizer, folder / "onnx" / "model.onnx")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from emotion.data.dataset import Task, get_split, load_task_of
-from emotion.data.metrics import softmax
 from emotion.evaluation.inspection import describe_encoder, describe_scheme
 from emotion.evaluation.protocol import measure_quality, measure_speed
 from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenance, write_record
@@ -157,7 +156,7 @@ def classify_examples(classifier: EmotionClassifier) -> list[dict]:
     answers = []
     for emotion, text in EXAMPLES:
         # One at a time, as the card's readers do: in a batch, dynamic INT8 has one range for all its texts.
-        (probabilities,) = softmax(classifier.logits([text])).tolist()
+        (probabilities,) = classifier.probabilities(classifier.logits([text])).tolist()
         scores = dict(zip(classifier.labels, probabilities, strict=True))
         answers.append({"text": text, "meant": emotion, "scores": scores})
     return answers

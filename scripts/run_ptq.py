@@ -48,9 +48,9 @@ def main(argv=None) -> None:
         task = load_task_of(base_metadata, arguments.dataset_name)
         count = arguments.num_calibration_samples
         print(f"{base.path}   calibration: {count} rows of {task.name} ({task.source}), train")
-        calibration, validation = load_samples(task, base.path, count, arguments.seed)
 
-        with with_onnx_export(base.path) as folder:
+        with with_onnx_export(base.path, arguments) as folder:
+            calibration, validation = load_samples(task, folder, count, arguments.seed)
             # Load the model and choose its layers, and below 8 bits their scales
             model = load_trained_classifier(folder)
             plan = make_plan(folder, model, arguments, calibration)

@@ -74,17 +74,17 @@ ARGUMENTS = (QatArguments, QatTrainingArguments)
 
 def main(argv=None) -> None:
     arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv)
-    base, base_metadata = scheme.check_scheme(arguments)
+    base, base_metadata = scheme.check_scheme(arguments, training=True)
     with lock_output_dir(training.output_dir, arguments, recipe):
         set_seed(training.seed)
 
         # Load the dataset
         task = load_task_of(base_metadata, arguments.dataset_name)
         data = load_training_data(arguments, training.seed, base, task)
-        samples = scheme.load_samples(task, base.path, arguments.num_calibration_samples, training.seed)
 
         # Load the model and insert fake quantizers
-        with scheme.with_onnx_export(base.path) as folder:
+        with scheme.with_onnx_export(base.path, arguments) as folder:
+            samples = scheme.load_samples(task, folder, arguments.num_calibration_samples, training.seed)
             plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, samples[0])
         metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)
         if arguments.fake_quantize:

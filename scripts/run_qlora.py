@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, set_seed
 
 from emotion.data.dataset import TaskArguments
+from emotion.export.onnx_export import check_export
 from emotion.hub.upload import push_to_hub
 from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
 from emotion.quantization.nf4 import find_float_modules, initialize_loftq
@@ -109,6 +110,8 @@ def main(argv=None) -> None:
         data = load_training_data(arguments, training.seed)
         base, labels = data.base.path, data.task.labels
         model = build_model(base, labels, arguments, training.bf16)
+        if "onnx" in arguments.formats and not check_export(base, labels, data.tokenizer):
+            arguments.formats = [format for format in arguments.formats if format != "onnx"]
         trained, total = model.get_nb_trainable_parameters()
         print(f"trained: {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)")
 

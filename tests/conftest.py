@@ -89,22 +89,33 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def build_encoder(folder: Path, kind: str = "bert") -> Path:
     """A randomly initialized encoder without a head, and a word-level tokenizer, as a model folder."""
+    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
+    tokenizer = build_tokenizer("[CLS] $A [SEP]", model_max_length=64, model_input_names=names)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config_class, sizes = ENCODERS[kind]
+    AutoModel.from_config(config_class(vocab_size=len(tokenizer), pad_token_id=1, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer(template: str, **options) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer, whose special tokens stand as the template of `tokenizers` has them."""
     specials = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # the padding has id 1, as RoBERTa wants it
     vocabulary = {word: index for index, word in enumerate(specials + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+        single=template, special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
-    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
-    named = {f"{special.strip('[]').lower()}_token": special for special in specials}
-    settings = named | {"model_max_length": 64, "model_input_names": names}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
-    torch.manual_seed(0)
-    config_class, sizes = ENCODERS[kind]
-    AutoModel.from_config(config_class(vocab_size=len(vocabulary), pad_token_id=1, **sizes)).save_pretrained(folder)
-    return folder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="[CLS]",
+        pad_token="[PAD]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        **options,
+    )
 
 
 def build_rows(count: int) -> dict:

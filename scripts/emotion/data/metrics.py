@@ -106,6 +106,16 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
+def probabilities(logits: np.ndarray, multi_label: bool = False) -> np.ndarray:
+    """The score of each label, float64, as a pipeline of Transformers gives it: one sigmoid each with ``multi_label``.
+
+    Args:
+        logits: float array (rows, labels).
+        multi_label: whether a text may have several labels; otherwise scores are those of `softmax`.
+    """
+    return 1 / (1 + np.exp(-logits.astype(np.float64).clip(-700, 700))) if multi_label else softmax(logits)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities over the last axis, float64, in the shape of the logits."""
     # Without its maximum no exponent is positive, so none overflows.

@@ -14,11 +14,14 @@ from emotion.utils.files import check_file, read_fields
 # English has. The last one is a bound: an endless word, or a megabyte of spaces, never gives enough tokens.
 LETTERS = (16, 128, 1024)
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
+LONGEST_TEXT = 512  # tokens, where neither the tokenizer nor the model has a limit
+LARGEST_LIMIT = 10**9  # what a tokenizer without a limit says is far above it
 SHARE = 16  # texts per thread at least: to hand over fewer would take as long
 MAX_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
 # What is read of tokenizer_config.json
 TOKEN = (str, dict)
 SETTINGS = {"model_max_length": (int, float), "pad_token": TOKEN, "cls_token?": (*TOKEN, type(None))}
+SETTINGS |= {"padding_side?": str, "pad_token_type_id?": int}
 SETTINGS["sep_token?"] = SETTINGS["cls_token?"]
 
 
@@ -28,6 +31,7 @@ class TextEncoder:
     Texts are truncated at the `model_max_length` of the folder's tokenizer_config.json; ``threads`` tokenize many.
 
     Attributes:
+        max_length: the number of tokens at which texts are truncated.
         pad_id: the id of the padding token.
         texts_cut: the number of texts that were truncated so far.
 
@@ -49,9 +53,11 @@ class TextEncoder:
             # tokenizer.json may hold the padding and the length of its last use. Texts are padded per batch, by `pad`,
             # and truncated as in training.
             self._tokenizer.no_padding()
-            self._max_length = int(settings["model_max_length"])
-            self._tokenizer.enable_truncation(max_length=self._max_length)
+            self.max_length = min(int(settings["model_max_length"]), LARGEST_LIMIT)
+            self._tokenizer.enable_truncation(max_length=self.max_length)
             frame = self._tokenizer.encode("").ids
+            self.token_types = TokenTypes(self._tokenizer)
+        self._pads_left = settings.get("padding_side") == "left"
         self._rows = model.get("vocab_size")
         if self._rows is not None and not 0 < self._rows < MAX_TOKENIZER_BYTES:
             raise UserError(f"{self._file.with_name('config.json')}: 'vocab_size' cannot be {self._rows!r:.40}")
@@ -74,7 +80,7 @@ class TextEncoder:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
-        beginnings = [shorten(text, self._tokenizer, self._max_length) for text in texts]
+        beginnings = [shorten(text, self._tokenizer, self.max_length) for text in texts]
         with one_line(f"{self._file} cannot be used"):
             encodings = self._encode(beginnings)
         self.texts_cut += count_cut(encodings, texts, beginnings)
@@ -90,6 +96,10 @@ class TextEncoder:
         shares = [texts[start : start + size] for start in range(0, len(texts), size)]
         return list(chain.from_iterable(self._pool.map(encode, shares)))
 
+    def takes(self, name: str) -> bool:
+        """Whether a model in PyTorch needs this input: it sets token types to zeros by itself."""
+        return name != "token_type_ids" or self.token_types.used
+
     def pieces(self, token_ids: list[int]) -> list[str]:
         """The tokens of these ids."""
         return [self._tokenizer.id_to_token(token_id) for token_id in token_ids]
@@ -103,13 +113,39 @@ class TextEncoder:
         shape = (len(token_ids), max(map(len, token_ids)))
         ids = np.full(shape, self.pad_id, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
+        types = np.zeros(shape, dtype=np.int64)
         for row, tokens in enumerate(token_ids):
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
+            place = slice(shape[1] - len(tokens), None) if self._pads_left else slice(len(tokens))
+            ids[row, place] = tokens
+            mask[row, place] = 1
+            if self.token_types.used:
+                types[row, place] = self.token_types(len(tokens))
         # OpenVINO would take zeros for rows that the embedding table does not have.
         if self._rows and ids.max() >= self._rows:
             raise UserError(f"{self._file} gives the id {ids.max()}, and config.json names {self._rows} tokens")
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, dtype=np.int64)}
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+class TokenTypes:
+    """The token types of a text, from the `tokenizers.Tokenizer`: those of its special tokens may differ (XLNet).
+
+    Attributes:
+        used: whether any type is not 0.
+    """
+
+    def __init__(self, tokenizer):
+        # Of one word, whatever it is: its tokens stand between the special ones.
+        encoding = tokenizer.encode("a")
+        inner = [index for index, special in enumerate(encoding.special_tokens_mask) if not special]
+        first, last = (inner[0], inner[-1] + 1) if inner else (0, 0)
+        self._before, self._after = encoding.type_ids[:first], encoding.type_ids[last:]
+        self._inner = encoding.type_ids[first] if inner else 0
+        self.used = any(encoding.type_ids)
+
+    def __call__(self, length: int) -> list[int]:
+        """Returns the types of a text of so many tokens, special ones included."""
+        inner = length - len(self._before) - len(self._after)
+        return ([*self._before, *[self._inner] * inner, *self._after])[-length:]
 
 
 def shorten(text: str, tokenizer, max_length: int) -> str:
@@ -142,26 +178,37 @@ def count_cut(encodings: list, texts: list[str], beginnings: list[str]) -> int:
 def load_tokenizer(path: str, max_length: int):
     """Loads the tokenizer of a folder or Hub id and sets its `model_max_length`, which is saved with it.
 
+    A tokenizer without a padding token gets the one of config.json, or the token that ends a text.
+
     Args:
         max_length: in tokens; the tokenizer's own limit and the number of the model's positions may be smaller.
 
     Raises:
-        UserError: if ``path`` has no tokenizer.
+        UserError: if ``path`` has no tokenizer, or none of the library `tokenizers`.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
+    with one_line(f"{path}: no tokenizer can be loaded from it"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer can be loaded from it: {str(error).splitlines()[0]}") from error
-    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: it has no tokenizer.json, and AutoTokenizer makes none; add one")
+    if tokenizer.pad_token is None:
+        own = None if config.pad_token_id is None else tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        tokenizer.pad_token = own or tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    tokenizer.model_max_length = min(max_length, longest_text(tokenizer, config))
+    return tokenizer
+
+
+def longest_text(tokenizer, config) -> int:
+    """The number of tokens that tokenizer and model both take; `LONGEST_TEXT` if neither has a limit."""
+    # A model with relative positions has no number of them, or says -1 (XLNet).
+    positions = getattr(config, "max_position_embeddings", None) or -1
     # RoBERTa numbers positions from the padding's id + 1 on, so the first rows of its table never hold a token.
     if config.model_type in POSITIONS_AFTER_PADDING:
         positions -= config.pad_token_id + 1
-    # A tokenizer without a limit says 10^30, and a model without positions has none to count.
-    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, positions)
-    return tokenizer
+    limits = [limit for limit in (tokenizer.model_max_length, positions) if 0 < limit < LARGEST_LIMIT]
+    return min(limits, default=LONGEST_TEXT)
 
 
 def tokenize(rows, tokenizer, split: str):

@@ -232,7 +232,7 @@ def _stored_matrix(node, constants: dict, dequantized: dict) -> Matrix | None:
 
 def _split_product(operator: str, matrix: Matrix) -> list[Matrix]:
     """One matrix per linear layer: a product may hold several, side by side, and is then named after all of them."""
-    names = matrix.name.split()
+    names = [name for name in matrix.name.split() if not name.startswith("#")]  # the number of a shared layer
     if "Attention" in operator and len(names) != 3:
         names = [matrix.name] * 3  # another exporter's graph: query, key and value without their names
     return [replace(matrix, name=name) for name in names or [""]]

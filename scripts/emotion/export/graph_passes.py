@@ -4,11 +4,14 @@
     join_heads          the reshapes around that operator go: it splits and joins the heads itself
     keep_cls_token      the last layer computes the [CLS] token alone, where the head reads no other
     pack_projections    query, key and value become one product
+    share_matrices      equal weights are stored once (ALBERT's layers share theirs)
     write_sums          residual sums are written so that ONNX Runtime does not slow them down when it opens the file
     merge_products      dynamic INT8: rounding, product, scaling and bias become one operator
 
 The graph is the exporter's for Transformers' encoders. Where a pattern is not found, nothing is changed.
 """
+
+from collections import Counter
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from onnx import helper, numpy_helper
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 FIRST = "/first"  # ends the name of a tensor that holds the [CLS] token of another
+SMALLEST_SHARED = 1024  # bytes of a matrix that is worth a look for equal ones
+NUMBER = "#"  # begins what a name has beside those of its modules
 SCORES = 5  # the input of attention that is added to its scores: (batch, heads, tokens of the queries, tokens)
 # Operators that work token by token -> the inputs that hold tokens: (batch, tokens, width). Attention does so for its
 # queries alone.
@@ -270,7 +275,7 @@ def _constants_with_sign(graph, producers: dict, name: str) -> list:
         product, bias = projection
         names = [product.input[1], bias.input[1]]
     elif product is not None and product.op_type == "DynamicQuantizeMatMul" and len(product.input) == 5:
-        names = [product.input[2], product.input[4]]  # its scales and its bias
+        names = [name for name in (product.input[2], product.input[4]) if name]  # its scales and its bias, if any
     else:
         return []
     readers = graph.input_name_to_nodes()
@@ -282,7 +287,8 @@ def _constants_with_sign(graph, producers: dict, name: str) -> list:
 def name_nodes(graph, model) -> list[str]:
     """Names each node that holds a linear layer or an embedding after the module; a product of several after all.
 
-    The exporter gives nodes names of its own, so a node is recognised by its weights, which are the module's.
+    The exporter gives nodes names of its own, so a node is recognised by its weights, which are the module's. Where
+    several nodes compute one module (ALBERT), all but the first also get a number; `modules_of` takes it off.
     ``graph`` is the model's GraphProto, with each residual sum written as a sum; see `write_sums`.
 
     Returns:
@@ -296,7 +302,7 @@ def name_nodes(graph, model) -> list[str]:
             for array in (weight, weight.T):
                 owners.setdefault(np.ascontiguousarray(array).tobytes(), name)
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) == 2}
-    named = []
+    named, counts = [], Counter()
     for node in graph.node:
         for array in (arrays[name] for name in node.input if name in arrays):
             # Of query, key and value all three, or the last two, may be one product: their weights lie side by side.
@@ -304,10 +310,34 @@ def name_nodes(graph, model) -> list[str]:
                 parts = np.array_split(array, count, axis=1)
                 modules = [owners.get(np.ascontiguousarray(part).tobytes()) for part in parts]
                 if None not in modules:
-                    node.name = " ".join(modules)
+                    name = " ".join(modules)
+                    node.name = f"{name} {NUMBER}{counts[name]}" if counts[name] else name
+                    counts[name] += 1
                     named.append(node.name)
                     break
     return named
+
+
+def modules_of(name: str) -> list[str]:
+    """The modules that a node computes, by the name that `name_nodes` gave it and ONNX Runtime's quantizer may end."""
+    return [part for part in name.removesuffix("_quant").split() if not part.startswith(NUMBER)]
+
+
+def share_matrices(graph) -> None:
+    """Stores equal matrices once."""
+    kept, renamed = {}, {}
+    for tensor in graph.model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.ndim == 2 and array.nbytes >= SMALLEST_SHARED:
+            first = kept.setdefault((array.dtype, array.shape, array.tobytes()), tensor.name)
+            if first != tensor.name:
+                renamed[tensor.name] = first
+    if not renamed:
+        return
+    for node in graph.nodes():
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    graph.prune_graph()
 
 
 def merge_products(graph) -> None:

@@ -4,6 +4,7 @@ Rewriting must change no answer. The file is compared with the PyTorch model bef
 is kept instead if the rewritten one differs, or if the architecture has none.
 """
 
+import contextlib
 import copy
 import inspect
 from pathlib import Path
@@ -11,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import emotion.export.graph_passes as passes
-from emotion.utils.errors import UserError
+from emotion.data.tokenization import LONGEST_TEXT, TokenTypes, longest_text
+from emotion.export import graph_passes as passes
+from emotion.inference.model_folder import build_classifier, build_config
+from emotion.utils.errors import UserError, reason_of
+from emotion.utils.files import scratch_folder
 
 FUSED_ATTENTION = "onnx_multi_head_attention"  # the name under which Transformers knows the attention below
 IR_VERSION = 9  # the newest that ONNX Runtime 1.17 opens
 TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both compute in FP32
-# (texts, tokens). The first shape is traced; the others show that the file froze neither number.
+# (texts, tokens). The first shape is traced; the others show that the file froze neither number. The longest text that
+# the model takes is added, up to 1,024 tokens: windows of attention and tables of positions end there.
 SAMPLE_SHAPES = ((2, 7), (1, 12), (3, 5))
+LARGEST_FILE = 2**31  # bytes; protobuf, ONNX's format, takes no more
+# Families whose export a test checks for every release: `check_export` need not try them
+EXPORTED = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "albert", "modernbert"}
 
 
 def _join_heads(states: torch.Tensor) -> torch.Tensor:
@@ -48,6 +56,28 @@ def _padding_mask(attention_mask=None, **kwargs):
     return attention_mask.to(torch.int32)
 
 
+class ExportError(UserError):
+    """An architecture that has no ONNX file: the error names the library that cannot make one or read it."""
+
+
+def check_export(base: str, labels: list[str], tokenizer) -> bool:
+    """Whether a classifier on a base model, a folder or Hub id, can be exported; says before a training if not."""
+    if build_config(base, labels, None).model_type in EXPORTED:
+        return True
+    with scratch_folder() as temporary:
+        return bool(try_export(build_classifier(base, labels, None), tokenizer, Path(temporary) / "model.onnx"))
+
+
+def try_export(model, tokenizer, path: Path) -> dict:
+    """Calls `export_onnx`; if there is no such file, prints why and returns an empty dictionary."""
+    try:
+        return export_onnx(model, tokenizer, path)
+    except ExportError as error:
+        path.unlink(missing_ok=True)
+        print(f"left out: onnx; {error}")
+        return {}
+
+
 def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     """Writes the classifier to ``path`` as one FP32 file; without ``rewrite``, it is the export that anyone gets.
 
@@ -55,11 +85,11 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     (batch, labels).
 
     Returns:
-        `fused` (bool), `cls_only` (bool: whether the last layer computes the [CLS] token alone) and
-        `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
+        `fused` (bool: whether attention is one operator), `cls_only` (bool: whether the last layer computes the [CLS]
+        token alone) and `largest_logit_gap` to the PyTorch model, for the artifact's recipe.
 
     Raises:
-        UserError: if not even the plain graph answers as the model does.
+        ExportError: if not even the plain graph can be made and answers as the model does.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -67,45 +97,67 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     AttentionInterface.register(FUSED_ATTENTION, _fused_attention)
     AttentionMaskInterface.register(FUSED_ATTENTION, _padding_mask)
     model = copy.deepcopy(model).cpu().float().eval()  # a copy: another attention is put into it below
+    model.config.use_cache = False  # of a decoder: its keys and values would be outputs
+    name = f"{type(model).__name__} has no ONNX file"
+    if 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGEST_FILE:
+        raise ExportError(f"{name}: it would be larger than 2 GB, the limit of one file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    samples = [_sample_inputs(model, tokenizer, shape) for shape in SAMPLE_SHAPES]
-    gap = float("inf")
-    # Whether to rewrite the graph, and to compute the [CLS] token alone in its last layer: the plainer, the later.
-    attempts = [(True, True), (True, False)] if rewrite else []
-    for fused, cls_only in [*attempts, (False, False)]:
-        try:
-            found = _write(model, samples[0], path, fused, cls_only)
-            gap = _largest_gap(model, samples, path)
-        except Exception:  # an architecture without this attention, or a pattern that a pass does not know
-            if not fused:
-                raise
-            continue
-        if gap <= TOLERANCE:
-            return {"fused": fused, "cls_only": found, "largest_logit_gap": gap}
-    raise UserError(f"the ONNX file does not answer as the model: a logit differs by {gap:.3g}; nothing was saved")
+    samples = sample_inputs(model, tokenizer)
+    if rewrite and (found := _export_rewritten(model, samples, path)):
+        return found
+    try:
+        library = "PyTorch's exporter cannot make it"
+        _write(model, samples[0], path, "eager")
+        library = "ONNX Runtime cannot run it"
+        gap = largest_gap(model, samples, path)
+    except Exception as error:  # the exporter's own error is a page of advice, and its cause the reason
+        raise ExportError(f"{name}: {library} ({reason_of(error.__cause__ or error):.200})") from error
+    if not gap <= TOLERANCE:
+        raise ExportError(f"{name}: the exported graph does not answer as the model, a logit differs by {gap:.3g}")
+    return {"fused": False, "cls_only": False, "largest_logit_gap": gap}
+
+
+def _export_rewritten(model, samples: list[dict[str, torch.Tensor]], path: Path) -> dict | None:
+    """Writes the file rewritten for speed; returns what `export_onnx` does, or None if no such file answers alike."""
+    # An architecture without this attention, or a pattern that a pass does not know, may raise any error.
+    with contextlib.suppress(Exception):
+        _write(model, samples[0], path, FUSED_ATTENTION)
+        exported = path.read_bytes()
+        for cls_only in (True, False):  # the plainer, the later
+            with contextlib.suppress(Exception):
+                path.write_bytes(exported)
+                found = _rewrite(model, path, cls_only)
+                if (gap := largest_gap(model, samples, path)) <= TOLERANCE:
+                    return {**found, "largest_logit_gap": gap}
+    return None
+
+
+def sample_inputs(model, tokenizer) -> list[dict[str, torch.Tensor]]:
+    """Inputs of several shapes to compare a file with its model on, the longest last."""
+    longest = min(longest_text(tokenizer, model.config), 2 * LONGEST_TEXT)
+    return [_sample_inputs(model, tokenizer, shape) for shape in (*SAMPLE_SHAPES, (2, longest))]
 
 
 def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Random token ids, int64 of this shape, under the input names that tokenizer and model share."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(shape, dtype=torch.int64)
-    mask[-1, -2:] = 0  # the last text is two tokens shorter, so that a mask without effect would show
+    # The last text is two tokens shorter, so that a mask without effect would show.
+    padding = slice(2) if tokenizer.padding_side == "left" else slice(-2, None)
+    mask[-1, padding] = 0
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
     # The padding id stands exactly where the mask is 0: RoBERTa counts its positions by the id, not by the mask.
     ids = ids.where((ids != tokenizer.pad_token_id) & mask.bool(), tokenizer.pad_token_id + 1)
     ids = ids.where(mask.bool(), tokenizer.pad_token_id)
-    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    types = torch.zeros_like(ids) + torch.tensor(TokenTypes(tokenizer.backend_tokenizer)(shape[1]))
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     taken = set(inspect.signature(model.forward).parameters) & set(tokenizer.model_input_names)
     return {name: tensor for name, tensor in inputs.items() if name in taken}
 
 
-def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, cls_only: bool) -> bool:
-    """Exports the graph by tracing ``inputs``, and rewrites it if it is to be ``fused``.
-
-    Returns:
-        Whether some part of the graph computes the [CLS] token alone.
-    """
-    model.set_attn_implementation(FUSED_ATTENTION if fused else "eager")
+def _write(model, inputs: dict[str, torch.Tensor], path: Path, attention: str) -> None:
+    """Exports the graph by tracing ``inputs``, with an attention that Transformers knows by name."""
+    model.set_attn_implementation(attention)
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any length
     program = torch.onnx.export(
         model,
@@ -122,11 +174,14 @@ def _write(model, inputs: dict[str, torch.Tensor], path: Path, fused: bool, cls_
         node.metadata_props.clear()
     program.model.ir_version = IR_VERSION
     program.save(path, external_data=False)
-    return _rewrite(model, path, cls_only) if fused else False
 
 
-def _rewrite(model, path: Path, cls_only: bool) -> bool:
-    """Rewrites the file of the model for speed, and names its nodes after its layers; returns what `_write` does."""
+def _rewrite(model, path: Path, cls_only: bool) -> dict[str, bool]:
+    """Rewrites the file of the model for speed, and names its nodes after its layers.
+
+    Returns:
+        `fused` and `cls_only` of `export_onnx`, as the graph has them.
+    """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
@@ -143,22 +198,26 @@ def _rewrite(model, path: Path, cls_only: bool) -> bool:
     passes.pack_projections(graph)
     passes.name_nodes(graph.model.graph, model)
     passes.write_sums(graph, "Sub")
+    passes.share_matrices(graph)
     graph.save_model_to_file(str(path))
     # A head that reads all tokens leaves the pass nothing to do.
-    return any(name.endswith(passes.FIRST) for node in graph.nodes() for name in node.output)
+    return {
+        "fused": any(node.op_type in {"Attention", "MultiHeadAttention"} for node in graph.nodes()),
+        "cls_only": any(name.endswith(passes.FIRST) for node in graph.nodes() for name in node.output),
+    }
 
 
-def _largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
+def largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
     """The largest difference of a logit between the file and the model in PyTorch, over all samples."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)  # errors only
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     model.set_attn_implementation("eager")  # the fused one is a placeholder, which cannot compute
-    gap = 0.0
+    gap, taken = 0.0, {value.name for value in session.get_inputs()}  # a graph without token types drops them
     for inputs in samples:
         with torch.no_grad():
             expected = model(**inputs).logits.numpy()
-        (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()})
+        (found,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items() if name in taken})
         gap = np.maximum(gap, np.abs(found - expected).max())  # not a number, if any logit is none
     return float(gap)

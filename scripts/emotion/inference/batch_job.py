@@ -21,7 +21,6 @@ import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
-from emotion.data.metrics import softmax
 from emotion.inference.batch_reader import HUB_PREFIX, RowReader, Source
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import files_to_serve
@@ -149,7 +148,7 @@ class ShardWriter:
         """Labels, scores and probabilities of the rows ``full``, int64 (texts,), by their logits; null in others."""
         answers, labels = self._job.answers, self._classifier.labels
         probabilities = np.zeros((rows, len(labels)), dtype=np.float32)
-        probabilities[full] = softmax(logits)
+        probabilities[full] = self._classifier.probabilities(logits)
         without = ~np.isin(np.arange(rows), full)
         # Stable, as in `EmotionClassifier`: of equal scores the first label wins.
         order = np.argsort(-probabilities, axis=-1, kind="stable")

@@ -8,17 +8,25 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 
-from emotion.data.metrics import softmax
-from emotion.inference.model_folder import HOW_TO_GET, SHARED_FILES, WEIGHT_FILES, find_formats, names_to_serve
+from emotion.data.metrics import probabilities
+from emotion.inference.model_folder import (
+    HOW_TO_GET,
+    SHARED_FILES,
+    WEIGHT_FILES,
+    find_formats,
+    is_multi_label,
+    names_to_serve,
+)
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
 from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import SUMS_FILE, check_sums, read_sums
@@ -55,6 +63,7 @@ class EmotionClassifier:
     Attributes:
         labels (`list[str]`): the names of the classes, in the order of the logits.
         format (`str`): the format that is open.
+        multi_label (`bool`): whether a text may have several labels; then each has a sigmoid score of its own.
 
     Example:
 
@@ -69,6 +78,7 @@ class EmotionClassifier:
     def __init__(self, folder: Path, format: str, threads: int, open_runtime=open_artifact):
         self._folder, self.format, self._threads, self._open_runtime = folder, format, threads, open_runtime
         self._open()
+        self.multi_label = is_multi_label(folder)
         self._folder = Path(folder).absolute()  # to open it again, whatever the working folder is then
 
     def _open(self) -> None:
@@ -135,7 +145,8 @@ class EmotionClassifier:
 
         Returns:
             `list`: for each text, in order, a dictionary ``{"label": str, "score": float}``, or for another ``top_k``
-            than 1 a list of them, most probable first. A score is the softmax probability of the label.
+            than 1 a list of them, most probable first. A score is the softmax probability of the label, or its
+            sigmoid where a text may have several labels.
 
         Raises:
             TypeError: if ``texts`` is a single string.
@@ -150,13 +161,17 @@ class EmotionClassifier:
         come.
         """
         check_is_batch(texts)
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k {top_k}: it takes 1 or more, or None for all labels")
+        if top_k is not None and (not isinstance(top_k, Integral) or top_k is True or top_k < 1):
+            raise UserError(f"top_k {top_k!r:.40}: it takes a number, 1 or more, or None for all labels")
         return self._label_all(texts, top_k)
 
     def _label_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
         for logits in self._logits_in_chunks(texts):
-            yield from to_labels(logits, self.labels, top_k)
+            yield from to_labels(self.probabilities(logits), self.labels, top_k)
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Returns the scores of `classify` for logits, float64 of shape `(texts, labels)`."""
+        return probabilities(logits, self.multi_label)
 
     def logits(self, texts: Iterable[str], progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Returns the logits, float32 of shape `(texts, labels)` in the order of the texts; raises as `classify` does.
@@ -228,9 +243,8 @@ def start_batches(runtime, pool: ThreadPoolExecutor | None, token_ids: list[list
     return started
 
 
-def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
-    """Yields the result of `EmotionClassifier.classify` for each row of the logits, float `(texts, labels)`."""
-    probabilities = softmax(logits)
+def to_labels(probabilities: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:
+    """Yields the result of `EmotionClassifier.classify` for each row of probabilities, float `(texts, labels)`."""
     # Stable: of equal scores the first label wins, as with `argmax` in the evaluation.
     order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k]
     scores = np.take_along_axis(probabilities, order, axis=-1)
@@ -240,9 +254,13 @@ def to_labels(logits: np.ndarray, labels: list[str], top_k: int | None) -> Itera
 
 
 def check_is_batch(texts) -> None:
-    """Raises `TypeError` for a string, whose characters would be classified one by one."""
+    """Raises `TypeError` for a string, a mapping or a table, whose characters, keys or columns are no texts."""
     if isinstance(texts, str | bytes):
         raise TypeError("texts must be a list of strings, not a single one; write [text]")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        raise TypeError(f"texts must be a list of strings, not a {type(texts).__name__}; pass its column of texts")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be a list of strings, not a {type(texts).__name__}")
 
 
 def check_texts(texts: list, position: int) -> None:
@@ -304,6 +322,18 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple
         except UserError as error:  # the cache would give the same file again
             raise UserError(f"{error}. To fetch it anew, first run `hf cache rm model/{repo_id}`") from error
     return folder
+
+
+def fetch_all(repo_id: str) -> Path:
+    """Downloads all that Transformers may read of a repository, float weights in any form; raises as `fetch`."""
+    from huggingface_hub import snapshot_download
+
+    from emotion.utils.hub_requests import ask_hub, endpoint_answers
+
+    patterns = [f"*.{ending}" for ending in ("json", "txt", "model", "safetensors")] + ["pytorch_model*.bin"]
+    offline = not endpoint_answers()
+    download = partial(snapshot_download, repo_id, allow_patterns=patterns, local_files_only=offline)
+    return Path(ask_hub(download, repo_id))
 
 
 def _download(repo_id: str, formats: list[str], optional: tuple[str, ...], offline: bool) -> tuple[Path, list[str]]:

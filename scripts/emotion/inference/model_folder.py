@@ -28,6 +28,9 @@ from emotion.utils.machine import git_commit, is_main_process, package_versions
 
 # What every format needs beside its weights
 SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Float weights that Transformers opens, whole or in shards; the commands open the first one alone
+SHARDS = ".index.json"
+FLOAT_FILES = ("model.safetensors", f"model.safetensors{SHARDS}", "pytorch_model.bin", f"pytorch_model.bin{SHARDS}")
 # Format -> file names of its weights, in the order of preference. The order of the formats is one of preference too.
 WEIGHT_FILES = {
     "pytorch": ("model.safetensors",),
@@ -42,6 +45,10 @@ WEIGHT_FILES = {
 # The fields of config.json that are read here
 CONFIG_KINDS = {"id2label?": (dict, type(None)), "quantization_config?": {"quant_method": str}, "vocab_size?": int}
 CONFIG_KINDS["architectures?"] = (list, type(None))
+CONFIG_KINDS["problem_type?"] = (str, type(None))
+MULTI_LABEL = "multi_label_classification"  # a `problem_type`: a text may have several labels, one sigmoid each
+# Labels of models that compare two texts
+PAIR_LABELS = {"entailment", "contradiction", "not_entailment", "paraphrase", "not_equivalent"}
 # `quant_method` in config.json -> formats of `model.safetensors`; None for float weights. A language model classifies
 # only with its adapter.
 FORMATS_OF_ROOT = {None: ("pytorch", "bf16"), "torchao": ("torchao",), "bitsandbytes": ("nf4",)}
@@ -79,6 +86,8 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 LAYERS = ("num_hidden_layers", "n_layers")
 # Weights that a file may hold in excess: older libraries saved position ids, and a pooler that the head does not use.
 UNUSED = ("position_ids", "pooler.dense.weight", "pooler.dense.bias")
+# Heads of pretraining, by the beginnings of their weights' names
+PRETRAINING_HEADS = ("cls.", "lm_head.", "mlm.", "vocab_", "predictions.", "generator_", "discriminator_")
 
 METADATA_FIELDS = {"variant", "recipe", "recipe_sha256", "seed", "provenance", "training", "versions"}
 RUN_FILE = "training_run.json"  # beside the checkpoints of a training: its recipe, its rows and its processes
@@ -153,6 +162,21 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def is_multi_label(folder: Path) -> bool:
+    """Whether a text may have several of the labels, by the `problem_type` in config.json."""
+    return read_config(folder).get("problem_type") == MULTI_LABEL
+
+
+def check_problem(name: str | Path, labels: list[str], problem_type: str | None, training: bool = False) -> None:
+    """Raises `UserError` for a model of a problem that this project does not solve, or, in ``training``, not train."""
+    if problem_type == "regression" or len(labels) == 1:
+        raise UserError(f"{name} predicts a number (regression); take a classifier with two or more labels")
+    if training and problem_type == MULTI_LABEL:
+        raise UserError(f"{name} gives a text several labels ({MULTI_LABEL}), which run_ptq.py takes and no training")
+    if PAIR_LABELS & {str(label).lower() for label in labels}:
+        raise UserError(f"{name} compares two texts ({', '.join(labels)}); take a model that classifies single ones")
+
+
 def weights_of(folder: Path, format: str, verify: bool = True) -> Path:
     """Returns the weights file of one format, and checks its files unless ``verify`` is False; raises `UserError`."""
     folder, formats = Path(folder), find_formats(folder)
@@ -209,7 +233,7 @@ def open_model(auto_class: str, folder, **options):
     if (Path(folder) / "adapter_config.json").is_file():  # by which Transformers would open another model
         raise UserError(f"{folder} holds an adapter; merge it into its model, or move adapter_config.json away")
     # A pickle or Python code from a repository could run anything on this machine.
-    options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    options = {"use_safetensors": True, **options, "trust_remote_code": False, "output_loading_info": True}
     # For a wrong value in config.json, Transformers may raise any kind of error.
     with one_line(f"{folder} cannot be opened"):
         return getattr(transformers, auto_class).from_pretrained(folder, **options)
@@ -266,6 +290,13 @@ def load_trained_classifier(folder: Path, verify: bool = True, **options):
     name = f"model.{options['variant']}.safetensors" if options.get("variant") else "model.safetensors"
     check_sums(folder, ["config.json", name], verify)
     check_sizes(Path(folder) / name)
+    return open_trained(folder, **options)
+
+
+def open_trained(folder: Path, **options):
+    """Opens a fine-tuned classifier through Transformers; raises `UserError` as `load_trained_classifier`."""
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in FLOAT_FILES[:2]):
+        options["use_safetensors"] = False  # a pickle, of which Transformers reads tensors alone (`weights_only`)
     model, report = open_model(CLASSIFIER, folder, ignore_mismatched_sizes=True, **options)
     if report["mismatched_keys"]:  # (name, shape in the file, shape by config.json)
         name, found, expected = sorted(report["mismatched_keys"])[0]
@@ -274,6 +305,7 @@ def load_trained_classifier(folder: Path, verify: bool = True, **options):
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{folder} is not a trained classifier: it has no weights for {missing}; fine-tune it first")
     unused = sorted(name for name in report["unexpected_keys"] if not name.endswith(UNUSED))
+    unused = [name for name in unused if not name.startswith(PRETRAINING_HEADS)]
     if unused:  # fewer layers, say: the rest would answer something
         raise UserError(f"{folder}: its weights hold {unused[0]}, which the model of config.json does not have")
     return model
@@ -299,9 +331,12 @@ def check_sizes(weights: Path) -> None:
 
     with one_line(f"{weights} cannot be read"), safe_open(weights, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+        has_positions = any("position" in name for name in file.keys())  # noqa: SIM118
     config = read_config(weights.parent)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
     for key in SIZES + LAYERS:
+        if key == "max_position_embeddings" and not has_positions:  # relative ones have no table
+            continue
         most = len(shapes) if key in LAYERS else largest
         if isinstance(config.get(key), int) and config[key] > most:
             raise UserError(f"{weights.parent}: config.json asks for {key} {config[key]}, and the weights have less")
@@ -338,7 +373,9 @@ def new_artifact(folder: Path, metadata: dict):
 def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
     """Reads the labels, in the order of the ``width`` logits of ``weights``; raises `UserError` for a wrong one."""
     config = Path(folder) / "config.json"
-    names = read_config(folder).get("id2label") or {}
+    found = read_config(folder)
+    names = found.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # which Transformers does not store
+    check_problem(folder, [""] if width == 1 else [*names.values(), ""], found.get("problem_type"))
     if width != len(names):
         raise UserError(f"{weights} gives {width} logits and config.json names {len(names)} labels")
     labels = {}  # in order; each is there once

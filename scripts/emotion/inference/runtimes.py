@@ -171,9 +171,8 @@ class TorchClassifier:
 
         arrays = self.encode.pad(token_ids)
         with torch.inference_mode(), one_line(f"{self._weights} cannot answer"):
-            # Without token types, which every model sets to zeros
-            ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
-            return self.model(input_ids=ids, attention_mask=mask).logits.float().numpy()  # NumPy has no bfloat16
+            inputs = {name: torch.from_numpy(array) for name, array in arrays.items() if self.encode.takes(name)}
+            return self.model(**inputs).logits.float().numpy()  # NumPy has no bfloat16
 
 
 class GenerativeClassifier(TorchClassifier):

@@ -76,7 +76,8 @@ def quantize_with_accuracy_control(
         UserError: if no fallback suffices and `allow_drop` is false.
     """
     copy_shared_files(plan.folder, folder)
-    reference = logits_of(plan.folder, "onnx", validation)
+    # The FP32 file answers as the weights do, and faster; a model without an export has none.
+    reference = logits_of(plan.folder, "onnx" if has_export(plan) else "pytorch", validation)
     few = validation.first(SENSITIVITY_TEXTS)
     sensitivity = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
     kept_in_float = float_reasons(plan.model, plan.layers, arguments.modules_to_not_convert)
@@ -112,7 +113,8 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
                 yield f"ranges by {rule}", replace(plan, ranges=measure_ranges(plan, rows, rule))
     if arguments.bits < 8:
         yield "GPTQ", apply_gptq(plan, rows)
-    if arguments.allow_drop:  # the result is saved in any case, and measuring every layer takes minutes
+    # With `allow_drop` the result is saved in any case, and measuring every layer takes minutes.
+    if arguments.allow_drop or not has_export(plan):
         return
     ranked = sorted(sensitivity(), key=lambda row: -row["mean_logit_shift"])
     for count in FLOAT_COUNTS:
@@ -126,6 +128,11 @@ def _measure_again(plan: Plan, rows: CalibrationRows, arguments: AccuracyAwareAr
     if not plan.ranges:
         return plan
     return replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
+
+
+def has_export(plan: Plan) -> bool:
+    """Whether there is an FP32 file for ONNX Runtime, by which layers are measured."""
+    return (plan.folder / "onnx" / "model.onnx").is_file()
 
 
 def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, max_drop: float) -> dict:

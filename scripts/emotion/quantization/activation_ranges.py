@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from onnx import helper, numpy_helper
 
-from emotion.export.graph_passes import MICROSOFT, tidy
+from emotion.export.graph_passes import MICROSOFT, modules_of, tidy
 from emotion.quantization.layers import CalibrationRows, Plan, watch_inputs
 
 # How a range is chosen from the activations that the calibration texts show: their extremes, the range whose rounding
@@ -108,7 +108,7 @@ def fix_ranges(graph, ranges: dict[str, tuple[float, float]]) -> None:
     producers = graph.output_name_to_node()
     for node in graph.get_nodes_by_op_type("DynamicQuantizeMatMul"):
         states, weight, scales, _, bias = node.input
-        integers, scale, zero = _quantize(graph, states, ranges[_layers_of(node)[0]])
+        integers, scale, zero = _quantize(graph, states, ranges[modules_of(node.name)[0]])
         inputs = [integers, weight, scale, scales, zero, "", bias]
         graph.remove_node(node)
         graph.add_node(
@@ -116,14 +116,9 @@ def fix_ranges(graph, ranges: dict[str, tuple[float, float]]) -> None:
         )
     for node in graph.get_nodes_by_op_type("QAttention"):
         rounding = producers[node.input[0]]
-        integers, scale, zero = _quantize(graph, rounding.input[0], ranges[_layers_of(node)[0]])
+        integers, scale, zero = _quantize(graph, rounding.input[0], ranges[modules_of(node.name)[0]])
         node.input[0], node.input[3], node.input[6] = integers, scale, zero
     tidy(graph)
-
-
-def _layers_of(node) -> list[str]:
-    """The layers whose product a node computes; `name_nodes` has named it so."""
-    return node.name.removesuffix("_quant").split()
 
 
 def _quantize(graph, states: str, span: tuple[float, float]) -> tuple[str, str, str]:

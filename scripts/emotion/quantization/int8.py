@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 
-from emotion.export.graph_passes import cls_only_products, merge_products, name_nodes, unpack_attention, write_sums
+from emotion.export.graph_passes import (
+    cls_only_products,
+    merge_products,
+    modules_of,
+    name_nodes,
+    share_matrices,
+    unpack_attention,
+    write_sums,
+)
 from emotion.inference.model_folder import load_trained_classifier, save_compact, weights_of
 from emotion.quantization.activation_ranges import fix_ranges
 from emotion.quantization.layers import CalibrationRows, Plan, names_in_float
@@ -66,7 +74,7 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     graph = load_float_graph(weights_of(plan.folder, "onnx")).model
     chosen = {*plan.layers.linear, *plan.layers.embeddings}
-    nodes = [name for name in name_nodes(graph.graph, plan.model) if set(name.split()) <= chosen]
+    nodes = [name for name in name_nodes(graph.graph, plan.model) if set(modules_of(name)) <= chosen]
     split_channels(graph.graph, plan)  # finds the pairs by the names of the nodes
     with quiet_logging():
         quantize_dynamic(
@@ -82,6 +90,7 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     write_sums(graph, "Sub")
     if plan.ranges:
         fix_ranges(graph, plan.ranges)
+    share_matrices(graph)
     graph.save_model_to_file(str(path))
 
 
@@ -102,7 +111,10 @@ def cls_only_layers(plan: Plan) -> list[str]:
 
     # A file that computes the [CLS] token alone is the exporter's, which has named its nodes after the layers.
     graph = OnnxModel(onnx.load(weights_of(plan.folder, "onnx")))
-    return [name for node in cls_only_products(graph) for name in node.name.split()]
+    alone = cls_only_products(graph)
+    # A module that several layers share (ALBERT) sees all tokens in the others.
+    shared = {name for node in graph.nodes() if node not in alone for name in modules_of(node.name)}
+    return [name for node in alone for name in modules_of(node.name) if name not in shared]
 
 
 def quantize_openvino(

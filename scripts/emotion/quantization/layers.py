@@ -74,7 +74,7 @@ def watch_inputs(model, names: list[str], rows: CalibrationRows, see, texts: int
     with torch.inference_mode():
         for ids in Bar(rows.token_ids[:texts], desc="activations"):  # one by one: padding would count as input
             arrays = rows.encoder.pad([ids])
-            inputs = {name: torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask")}
+            inputs = {name: torch.from_numpy(array) for name, array in arrays.items() if rows.encoder.takes(name)}
             model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
     for hook in hooks:
         hook.remove()
@@ -100,7 +100,7 @@ def find_layers(model, modules_to_not_convert: list[str] = ()) -> Layers:
         modules_to_not_convert: beginnings of the names of layers that stay in float.
 
     Raises:
-        UserError: if one of them fits no layer.
+        UserError: if one of them fits no layer, or the encoder has no linear layers.
     """
     stack, width = f"{find_stack(model)}.", model.get_input_embeddings().embedding_dim
     linear, embeddings = [], []
@@ -110,6 +110,8 @@ def find_layers(model, modules_to_not_convert: list[str] = ()) -> Layers:
         # Token types have two rows, and relative positions (MPNet) one number per head: nothing to save there.
         elif isinstance(part, torch.nn.Embedding) and part.embedding_dim == width and part.num_embeddings > 2:
             embeddings.append(name)
+    if not linear:
+        raise UserError(f"{type(model).__name__} has no torch.nn.Linear to quantize, but layers of another kind")
     for prefix in modules_to_not_convert:
         if not any(name.startswith(prefix) for name in linear + embeddings):
             raise UserError(

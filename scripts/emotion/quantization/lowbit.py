@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from emotion.export.graph_passes import modules_of
 from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT, LEVELS
 from emotion.quantization.int8 import quantize_onnx
 from emotion.quantization.layers import CalibrationRows, Layers, Plan, watch_inputs
@@ -264,9 +265,10 @@ def write_lowbit_onnx(plan: Plan, path: Path) -> None:
     constants = {tensor.name for tensor in graph.graph.initializer}
     for node in list(graph.graph.node):  # a copy of the list, since the packer changes the graph's own
         # `name_nodes` has named the nodes: the attention operator has three names, of query, key and value.
-        names = node.name.removesuffix("_quant").split()
+        names = modules_of(node.name)
         int8_weights = [name for name in node.input if name in constants and name.endswith("_quantized")]
         if names and int8_weights and set(names) <= set(layers.linear):
+            constants.remove(int8_weights[0])  # another node may share it
             packer.replace_weight(int8_weights[0], [codes[name] for name in names], [scales[name] for name in names])
         elif node.op_type == "Gather" and node.name in layers.embeddings:
             packer.replace_look_up(node, codes[node.name], scales[node.name])

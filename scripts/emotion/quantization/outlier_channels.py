@@ -11,6 +11,7 @@ W1', b1' and W2' are W1, b1 and W2 with zeros in the place of U: their shapes st
 """
 
 import copy
+from collections import Counter
 
 import numpy as np
 import torch
@@ -63,15 +64,19 @@ def find_outliers(plan: Plan, rows: CalibrationRows) -> dict[str, list[int]]:
 
 
 def largest_inputs(plan: Plan, names: list[str], rows: CalibrationRows) -> dict[str, torch.Tensor]:
-    """The largest absolute value of each input channel of the layers named, float32 (channels,) each."""
-    largest = {}
+    """The largest absolute value of each input channel of the layers named, float32 (channels,) each.
+
+    Layers that a text passes several times (ALBERT's) are left out: only one of their products could be split.
+    """
+    largest, calls = {}, Counter()
 
     def see(name, inputs):
         found = inputs.abs().amax(dim=0)
         largest[name] = torch.maximum(largest.get(name, found), found)
+        calls[name] += 1
 
     watch_inputs(plan.model, names, rows, see, texts=TEXTS)
-    return largest
+    return {name: found for name, found in largest.items() if calls[name] <= len(rows.token_ids[:TEXTS])}
 
 
 def weight_without_outliers(plan: Plan, name: str) -> torch.Tensor:

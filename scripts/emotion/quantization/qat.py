@@ -100,7 +100,7 @@ def save_converted(
     if runtime == "onnx":
         logits["converted"] = predict(ModelInMemory(to_integers(plan.model), encoder), token_ids)
     with scratch_folder() as scratch:
-        plan = convert_to_float(plan, tokenizer, Path(scratch))
+        plan = convert_to_float(plan, tokenizer, Path(scratch), formats_to_make(arguments))
         copy_shared_files(plan.folder, folder)
         for format in formats_to_make(arguments):
             seconds[format] = save_format(plan, folder, format, calibration, arguments)
@@ -113,12 +113,12 @@ def save_converted(
     return {"seconds": seconds, "forms": score_stages(logits, validation.labels)} | outlier_metadata(plan.outliers)
 
 
-def convert_to_float(plan: Plan, tokenizer, folder: Path) -> Plan:
+def convert_to_float(plan: Plan, tokenizer, folder: Path, formats) -> Plan:
     """Saves the trained float weights in plain layers, in PyTorch and ONNX; returns a plan for that folder."""
     scales, ranges = convert(plan.model)  # those of the checkpoint, if the training was resumed
     plan.model.save_pretrained(folder)
     model = load_trained_classifier(folder).eval()  # without the Trainer's wrappers
-    save_float_onnx(model, folder, tokenizer)
+    save_float_onnx(model, folder, tokenizer, formats)
     return replace(plan, folder=folder, model=model, scales=scales, ranges=ranges)
 
 

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from emotion.data.dataset import Task, get_split, stratified_sample
-from emotion.data.tokenization import TextEncoder
-from emotion.export.onnx_export import export_onnx
-from emotion.inference.emotion_classifier import fetch, find_model
+from emotion.data.tokenization import LARGEST_LIMIT, TextEncoder, load_tokenizer
+from emotion.export.onnx_export import TOLERANCE, ExportError, export_onnx, largest_gap, sample_inputs
+from emotion.inference.emotion_classifier import fetch, fetch_all, find_model
 from emotion.inference.model_folder import (
     BITS,
+    FLOAT_FILES,
     artifact_metadata,
-    find_formats,
+    check_problem,
     load_trained_classifier,
+    open_trained,
     quantized_by,
+    read_config,
     weights_of,
 )
 from emotion.quantization.activation_ranges import RULES, measure_ranges
@@ -85,8 +87,8 @@ class SchemeArguments:
     )
 
 
-def check_scheme(arguments: SchemeArguments) -> tuple[BaseModel, dict]:
-    """Checks the flags and the model to quantize, before anything is loaded.
+def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[BaseModel, dict]:
+    """Checks the flags and the model to quantize, or with ``training`` to train, before anything is loaded.
 
     Returns:
         The model, whose `path` is its (downloaded) folder and whose `name` is that of its own base model; and the
@@ -101,14 +103,16 @@ def check_scheme(arguments: SchemeArguments) -> tuple[BaseModel, dict]:
     for format in formats or ():
         if format not in formats_of(arguments.bits):
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
-    folder = find_model(name, "pytorch")
+    folder = find_float_model(name)
     is_local = folder == Path(name)
-    if not is_local:
-        fetch(name, ["pytorch"], optional=(RECIPE_FILE,))  # which names its base model and its dataset
-    find_formats(folder)  # raises if this is no model folder
-    if quantizer := quantized_by(folder):
+    if (folder / "config.json").is_file() and (quantizer := quantized_by(folder)):
         raise UserError(f"{folder} is quantized already (by {quantizer}); name the float model it was made from")
-    weights_of(folder, "pytorch")  # raises if the folder has none
+    found = [file for file in FLOAT_FILES if (folder / file).is_file()]
+    if not found or found[0] == FLOAT_FILES[0]:
+        weights_of(folder, "pytorch")  # raises if this is no model folder, or its weights are damaged or missing
+    config = read_config(folder)
+    labels = [*(config.get("id2label") or {"0": "", "1": ""}).values()]
+    check_problem(folder, labels, config.get("problem_type"), training)
     metadata = read_recipe_of(folder)
     provenance = metadata.get("provenance", {})
     base = BaseModel(
@@ -117,6 +121,19 @@ def check_scheme(arguments: SchemeArguments) -> tuple[BaseModel, dict]:
         source=provenance.get("base_model_source", "folder" if is_local else "hub"),
     )
     return base, metadata
+
+
+def find_float_model(name: str) -> Path:
+    """The folder of that name, or the downloaded files of a repository; raises `UserError` if there is neither."""
+    try:
+        folder = find_model(name, "pytorch")
+        if folder != Path(name):
+            fetch(name, ["pytorch"], optional=(RECIPE_FILE,))  # which names its base model and its dataset
+        return folder
+    except UserError:
+        with contextlib.suppress(UserError):  # a repository of another program, in any form that Transformers opens
+            return fetch_all(name)
+        raise
 
 
 def name_variant(method: str, bits: int, ranges: str = "") -> str:
@@ -178,25 +195,75 @@ def load_samples(
 
 
 @contextlib.contextmanager
-def with_onnx_export(folder: str | Path):
-    """Yields a fine-tuned folder, or a temporary copy with the FP32 file for ONNX Runtime that the folder lacks."""
-    if "onnx" in find_formats(folder):
-        yield Path(folder)
+def with_onnx_export(folder: str | Path, arguments: SchemeArguments):
+    """Yields a fine-tuned folder that has an FP32 file for ONNX Runtime, if a format needs it, or a temporary copy.
+
+    The folder itself serves if all of it can be opened as it is, and its file gives the logits of its weights. If an
+    export fails, the formats that need it are left out of ``arguments``, with a line that says why.
+
+    Raises:
+        UserError: if Transformers cannot open the folder.
+        ExportError: if no format is left.
+    """
+    folder, is_complete = Path(folder), _is_complete(Path(folder))
+    needs_export = any(format != "torchao" for format in formats_to_make(arguments))
+    tokenizer = load_tokenizer(str(folder), LARGEST_LIMIT)
+    model = (load_trained_classifier if is_complete else open_trained)(folder, dtype=torch.float32).eval()
+    find_layers(model)  # raises if there is nothing to quantize
+    if is_complete and (not needs_export or _has_its_logits(folder, model, tokenizer)):
+        yield folder
         return
-    print(f"{folder} has no FP32 file for ONNX Runtime; one is made for this run")
     with scratch_folder() as temporary:
-        copy = Path(temporary) / Path(folder).name
-        model = load_trained_classifier(folder, dtype=torch.float32)
+        copy = Path(temporary) / folder.name
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(copy)
-        save_float_onnx(model, copy, AutoTokenizer.from_pretrained(folder))
+        tokenizer.save_pretrained(copy)
+        if needs_export:
+            print(f"{folder} has no FP32 file for ONNX Runtime that answers as its weights; one is made for this run")
+            export_or_leave_out(model, tokenizer, copy, arguments)
         yield copy
 
 
-def save_float_onnx(model, folder: Path, tokenizer) -> None:
-    """Saves a model in FP32 for ONNX Runtime, with its tokenizer and configuration."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder has all that a text encoder and a classifier read; Transformers opens more forms of both."""
+    try:
+        encoder = TextEncoder(folder)
+        limit = load_tokenizer(str(folder), LARGEST_LIMIT).model_max_length
+        return (folder / FLOAT_FILES[0]).is_file() and encoder.max_length <= limit
+    except UserError:
+        return False
+
+
+def _has_its_logits(folder: Path, model, tokenizer) -> bool:
+    """Whether the folder's FP32 file for ONNX Runtime answers as the model; no other file can serve as reference."""
+    try:
+        weights = weights_of(folder, "onnx")
+        file = folder / "onnx" / "model.onnx"
+        return weights == file and largest_gap(model, sample_inputs(model, tokenizer), file) <= TOLERANCE
+    except Exception:  # none, of other inputs, or of operators that this release does not know
+        return False
+
+
+def export_or_leave_out(model, tokenizer, folder: Path, arguments: SchemeArguments) -> None:
+    """Exports the model; if that fails, leaves the formats that need it out of ``arguments``, with a line on why."""
+    try:
+        export_onnx(model, tokenizer, folder / "onnx" / "model.onnx")
+    except ExportError as error:
+        (folder / "onnx" / "model.onnx").unlink(missing_ok=True)
+        asked = formats_to_make(arguments)
+        arguments.formats = [format for format in asked if format == "torchao"]
+        if not arguments.formats or not getattr(arguments, "fake_quantize", True):  # a control is an ONNX file
+            raise
+        print(f"left out: {', '.join(format for format in asked if format != 'torchao')}; {error}")
+
+
+def save_float_onnx(model, folder: Path, tokenizer, formats=FORMATS) -> None:
+    """Saves a model in FP32 for ONNX Runtime, if ``formats`` need that, with its tokenizer and configuration."""
     tokenizer.save_pretrained(folder)
     model.config.save_pretrained(folder)
-    export_onnx(model, tokenizer, folder / "onnx" / "model.onnx")
+    if any(format != "torchao" for format in formats):
+        export_onnx(model, tokenizer, folder / "onnx" / "model.onnx")
 
 
 def make_plan(folder: Path, model, arguments: SchemeArguments, rows: CalibrationRows | None = None) -> Plan:
@@ -211,6 +278,8 @@ def make_plan(folder: Path, model, arguments: SchemeArguments, rows: Calibration
         UserError: if `modules_to_not_convert` fits no layer, or the group size does not divide the width of a layer.
     """
     plan = Plan(Path(folder), model, find_layers(model, arguments.modules_to_not_convert))
+    if not plan.layers.linear:
+        raise UserError(f"--modules_to_not_convert names all linear layers of {type(model).__name__}")
     if "onnx" in formats_to_make(arguments):
         plan = replace(plan, cls_only=cls_only_layers(plan))
         if arguments.split_outliers:

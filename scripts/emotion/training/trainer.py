@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -23,12 +24,18 @@ from transformers.training_args import OptimizerNames
 from emotion.data.dataset import Task, fingerprint, get_split, load_task, select_train_rows
 from emotion.data.metrics import four_digits, score
 from emotion.data.tokenization import load_tokenizer, tokenize
-from emotion.inference.model_folder import ROWS_FIELD, artifact_metadata, data_provenance, quantized_by
+from emotion.inference.model_folder import (
+    ROWS_FIELD,
+    artifact_metadata,
+    check_problem,
+    data_provenance,
+    quantized_by,
+)
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
 from emotion.utils.arguments import Recipe, comparable
 from emotion.utils.base_model import BaseModel, find_base_model
 from emotion.utils.command import Bar
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import ROOT
 from emotion.utils.hub_requests import check_can_publish
 from emotion.utils.machine import (
@@ -128,6 +135,9 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
     base = base or find_base_model(arguments.model_name_or_path)
     if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
         raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
+    with one_line(f"{base.path} cannot be opened"):
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    check_problem(base.path, [*config.id2label.values()], config.problem_type, training=True)
     task = task or load_task(arguments.dataset_name, arguments.dataset_config_name)
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
     rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)

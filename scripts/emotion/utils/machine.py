@@ -101,8 +101,8 @@ THREADS = Range(1, max(64, 8 * count_processors()))
 def choose_threads(threads: int | None, root: Path = Path("/")) -> int:
     """``threads`` if given and allowed, else `OMP_NUM_THREADS`, at most ``count_processors(root)``."""
     if threads is not None:
-        if threads not in THREADS:
-            raise UserError(f"threads {threads}: it takes {THREADS}")
+        if not isinstance(threads, int) or isinstance(threads, bool) or threads not in THREADS:
+            raise UserError(f"threads {threads!r:.40}: it takes {THREADS}")
         return threads
     processors, wanted = count_processors(root), integer_setting("OMP_NUM_THREADS")
     return min(processors, wanted) if wanted and wanted > 0 else processors
