@@ -13,7 +13,8 @@ import pytest
 
 from conftest import ROOT
 from emotion.evaluation.schema import read_study
-from emotion.inference.model_folder import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RELEASED
+from emotion.utils.files import RECOMMENDED
 from report.pages import validation_scores
 
 README = ROOT / "README.md"

@@ -25,12 +25,11 @@ from emotion.inference.model_folder import (
     HOW_TO_GET,
     LICENSE_FILE,
     OPENED_AS,
-    RECOMMENDED,
     RELEASED,
     SCORES_OF_OPENED,
 )
 from emotion.utils.errors import UserError
-from emotion.utils.files import check_covered, write_json
+from emotion.utils.files import RECOMMENDED, check_covered, write_json
 
 OF_TEST = ("baseline", "ptq", "qlora")
 
