@@ -1,149 +1,16 @@
 """Classifies sentences from the command line, a file or standard input, and prints one line per sentence.
 
-If the model folder has an ONNX file, neither torch nor transformers is imported.
+If the model folder has an ONNX file, neither torch nor transformers is imported. `bert-emotion`, of the installed
+package, is the same command.
 
-    python scripts/predict.py "i didnt feel humiliated"
+    python scripts/predict.py "i feel so happy that you came"
     python scripts/predict.py --file texts.txt --top_k 3
     python scripts/predict.py --model user/bert-emotion-ptq "i miss my old home"
     tail -f log.txt | python scripts/predict.py --json
 """
 
-import argparse
-import codecs
-import json
-import os
-import sys
-from pathlib import Path
-
-from emotion.inference.model_folder import RECOMMENDED
-from emotion.utils.arguments import COUNT, configure_parser
+from emotion.inference.predict import main
 from emotion.utils.command import run
-from emotion.utils.errors import UserError, visible
-from emotion.utils.files import ROOT
-from emotion.utils.machine import THREADS
-
-# Extensions of the files that run_batch.py reads; their bytes would be classified as texts.
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".gz", ".bz2", ".xz", ".zst")
-BATCH = 32  # lines that are classified together at most; no line waits for others
-CHUNK = 1 << 14  # bytes read at once: some hundred lines
-READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take the byte 26 for the end of a file
-# Byte order marks, and the encodings that read them
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-LINE = 1 << 20  # bytes of a line that are read: hundreds of pages
-
-
-def main(argv=None) -> None:
-    """Classifies all sentences that the command line names; raises `UserError` at the end if some were empty."""
-    args = parse_arguments(argv)
-    batches = read_batches(args)  # before the model loads, so that a missing file is named at once
-
-    # Imported here, so that --help and a wrong flag need neither NumPy nor the tokenizer.
-    from emotion import EmotionClassifier
-
-    if args.model is None:
-        args.model = str(ROOT / "weights" / RECOMMENDED)
-        # Beside the answers, not among them.
-        print(f"answered by weights/{RECOMMENDED}; --model takes another", file=sys.stderr)
-    classifier = EmotionClassifier.from_pretrained(
-        args.model, args.format, args.threads, verify=not args.skip_checksum
-    )
-    empty = sum(answer(classifier, texts, args) for texts in batches)
-    if classifier.texts_cut:
-        print(f"{classifier.texts_cut} texts were longer than the model takes and were cut", file=sys.stderr)
-    if empty:  # an error only now, since the other texts have their answers
-        raise UserError(f"{empty} of the texts were empty and got no answer")
-
-
-def parse_arguments(argv=None) -> argparse.Namespace:
-    """The flags of the command line; `HfArgumentParser`, which the other commands use, would load torch."""
-    parser = configure_parser(argparse.ArgumentParser())
-    parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
-    parser.add_argument("--model", help=f"model folder, or user/name on the Hub; weights/{RECOMMENDED} if not given")
-    parser.add_argument("--format", help="format to open; ONNX if the folder has it")
-    parser.add_argument("--file", help="file with one text per line")
-    parser.add_argument("--top_k", type=int, default=1, choices=COUNT, help="number of classes to show")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
-    parser.add_argument("--skip_checksum", action="store_true", help="open files that differ from SHA256SUMS")
-    args = parser.parse_args(argv)
-    if args.texts and args.file:
-        raise UserError("give sentences or --file, not both")
-    return args
-
-
-def read_batches(args):
-    """An iterator over lists of texts; from a file or a stream, of the lines that are there already."""
-    if args.texts:
-        # Python keeps bytes that are not UTF-8 as surrogates.
-        return iter([[os.fsencode(text).decode(errors="replace") for text in args.texts]])
-    if not args.file:
-        if not sys.stdin:
-            raise UserError("standard input is closed; give sentences or --file")
-        return read_lines(sys.stdin.fileno())
-    if args.file.lower().endswith(TABLES):
-        raise UserError(
-            f"--file {args.file} is a table or compressed, and this command takes plain lines; "
-            f"call python scripts/run_batch.py {args.file} OUTPUT"
-        )
-    # A pipe is no regular file, and has lines all the same.
-    if not Path(args.file).exists() or Path(args.file).is_dir():
-        raise UserError(f"--file {args.file}: no such file, or a folder")
-    return read_lines(os.open(args.file, READ_BYTES))  # a bare descriptor: Python's own files fill a buffer first
-
-
-def read_chunks(descriptor: int):
-    """Yields the bytes of a stream, in UTF-8 where a byte order mark names its encoding."""
-    chunk = os.read(descriptor, CHUNK)
-    encoding = next((name for mark, name in MARKS.items() if chunk.startswith(mark)), None)
-    decoder = codecs.getincrementaldecoder(encoding)(errors="replace") if encoding else None
-    while chunk:
-        yield decoder.decode(chunk).encode(errors="replace") if decoder else chunk
-        chunk = os.read(descriptor, CHUNK)
-
-
-def read_lines(descriptor: int):
-    """Yields lists of at most `BATCH` lines, without waiting for more; cuts lines at `LINE` bytes, with a warning."""
-    rest = bytearray()  # of a line whose end has not been read yet; bytes, since a character may be cut in two as well
-    ended = 0  # lines so far
-    for chunk in read_chunks(descriptor):
-        first, *lines = chunk.split(b"\n")
-        if len(rest) <= LINE < len(rest) + len(first):
-            print(f"line {ended + 1} is longer than {LINE:,} bytes; the rest of it is not read", file=sys.stderr)
-        rest += first[: max(0, LINE + 1 - len(rest))]
-        if not lines:
-            continue
-        lines = [bytes(rest[:LINE]), *lines]
-        rest = bytearray(lines.pop())
-        ended += len(lines)
-        for start in range(0, len(lines), BATCH):
-            yield [line.decode(errors="replace") for line in lines[start : start + BATCH]]
-    if rest:  # a last line without a line end
-        yield [rest[:LINE].decode(errors="replace")]
-
-
-def answer(classifier, texts: list[str], args) -> int:
-    """Prints one line for every text, in order; returns the number of empty texts."""
-    full = [text.strip() for text in texts if text.strip()]
-    answers = iter(classifier.classify(full, top_k=args.top_k))
-    lines = []
-    # Where the output cannot show every character, JSON has escapes of its own.
-    ascii_alone = not sys.stdout.encoding.lower().startswith("utf")
-    for text in texts:
-        if not text.strip():
-            lines.append(json.dumps({"text": text, "error": "empty text"}) if args.json else "(empty)")
-            continue
-        classes = [next(answers)] if args.top_k == 1 else next(answers)
-        for label in classes:
-            label["score"] = round(label["score"], 6)
-        if args.json:
-            lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
-        else:
-            shown = "  ".join(f"{label['label']} {label['score']:.4f}" for label in classes)
-            # On a terminal a text of a stranger could move the cursor; a pipe gets it as it is.
-            lines.append(f"{shown}\t{visible(text.strip()) if sys.stdout.isatty() else text.strip()}")
-    print("\n".join(lines), flush=True)  # a pipe would hold the lines back, and their reader waits for each
-    return len(texts) - len(full)
-
 
 if __name__ == "__main__":
     run(main)

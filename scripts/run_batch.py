@@ -14,23 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from emotion.inference.batch_job import (
-    MANIFEST,
-    Answers,
-    Job,
-    ShardWriter,
-    begin_job,
-    finish_job,
-    lock_job,
-    plan_columns,
-)
-from emotion.inference.batch_reader import find_files, survey
-from emotion.inference.emotion_classifier import EmotionClassifier, find_model
-from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT
+from emotion.utils.files import recommended_model
 from emotion.utils.machine import THREADS
 
 INPUT = "files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), folders, patterns, or a Hub dataset"
@@ -47,9 +34,7 @@ class BatchArguments:
     keep_columns: list[str] | None = field(default=None, metadata={"help": "Columns to keep; all if not given."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     split: str = field(default="train", metadata={"help": "Split of a dataset of the Hub."})
-    model: str = field(
-        default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Model folder, or user/name on the Hub."}
-    )
+    model: str = field(default=str(recommended_model()), metadata={"help": "Model folder, or user/name on the Hub."})
     format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
     top_k: int = field(default=1, metadata={"help": "Labels per row, each with a score.", "choices": COUNT})
     probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
@@ -73,6 +58,12 @@ class BatchArguments:
 def main(argv=None) -> None:
     """Writes all shards that the output folder lacks, then completes its manifest."""
     (args,) = parse_args((BatchArguments,), positional="paths", argv=argv)
+
+    # Imported here, so that --help and a wrong flag need neither PyArrow nor NumPy.
+    from emotion.inference.batch_job import Answers, Job, begin_job, finish_job, lock_job, plan_columns
+    from emotion.inference.batch_reader import find_files, survey
+    from emotion.inference.emotion_classifier import EmotionClassifier, find_model
+
     *inputs, output = args.paths
     kind, names = find_files(inputs, args.dataset_config, args.split)
     check_apart(inputs, names, Path(output), args.output_format)
@@ -104,6 +95,8 @@ def main(argv=None) -> None:
 
 def check_apart(inputs: list[str], names: list[str], output: Path, format: str) -> None:
     """Raises `UserError` if the next call would read the shards as input."""
+    from emotion.inference.batch_job import MANIFEST
+
     pairs = [(output, Path(name)) for name in inputs] + [(Path(name), output) for name in names]
     for inner, outer in pairs:
         if outer.is_dir() and inner.resolve().is_relative_to(outer.resolve()):
@@ -117,8 +110,10 @@ def check_apart(inputs: list[str], names: list[str], output: Path, format: str) 
                 raise UserError(f"{pattern} finds {file}, which this command writes; name another folder")
 
 
-def write_shards(job: Job, classifier: EmotionClassifier, engine: str) -> None:
-    """Writes the shards that are missing, with a progress bar."""
+def write_shards(job, classifier, engine: str) -> None:
+    """Writes the shards that are missing of a `Job`, with a progress bar."""
+    from emotion.inference.batch_job import ShardWriter
+
     missing = [number for number in job.shards if job.find_done(number) is None]
     done = job.source.rows - sum(job.rows_of(number) for number in missing)
     with Bar(total=job.source.rows, initial=done, desc="texts", unit=" rows", unit_scale=True) as bar:

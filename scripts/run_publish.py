@@ -16,27 +16,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import get_token
 
-from emotion.evaluation.record import read_records
-from emotion.evaluation.schema import Record
-from emotion.hub.comparison import read_benchmarks, read_means
-from emotion.hub.model_card import order, render_card
-from emotion.hub.render import plot_confusion_matrix
-from emotion.hub.upload import upload
-from emotion.inference.model_folder import LICENSE_FILE, RECOMMENDED, RELEASED, SCORES_OF_OPENED, find_formats
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import TOKEN, UserError, check_repo_id
-from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_files, read_sums, sha256, without_path
+from emotion.utils.files import (
+    RECOMMENDED,
+    ROOT,
+    SUMS_FILE,
+    check_sums,
+    format_sums,
+    has_files,
+    read_sums,
+    sha256,
+    without_path,
+)
 from emotion.utils.machine import code_url
 
 PAGE = "index.html"  # a folder with it is a Space
 SCORES = "results/metrics/"  # folder of the records in a model's repository
 # What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
-OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", LICENSE_FILE)
+OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "LICENSE")
 PAGE_MODEL = "MODEL_ID"  # the placeholder in the page for the beginning of its repositories' names
+
+
+# What reads records and draws is imported by the functions that need it: --help and a wrong flag wait for none of it.
 
 
 @dataclass
@@ -78,11 +83,15 @@ def main(argv=None) -> None:
         return
     repo_type, marker = ("space", PAGE) if is_page else ("model", SCORES)
     message = f"Publish {folder.resolve().name}"
+    from emotion.hub.upload import upload
+
     print(f"published: {upload(files, args.repo_id, repo_type, args.private, message, marker)}")
 
 
 def refuse_tokens(files: dict[str, Path | bytes]) -> None:
     """Raises `UserError` if a file contains this user's token, or what looks like another one."""
+    from huggingface_hub import get_token
+
     own = get_token()
     for name, content in files.items():
         content = content if isinstance(content, bytes) else content.read_bytes()
@@ -107,6 +116,12 @@ def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = T
 
     With ``verify``, of a folder with SHA256SUMS only the files that it names.
     """
+    from emotion.evaluation.record import read_records
+    from emotion.hub.comparison import read_benchmarks, read_means
+    from emotion.hub.model_card import order, render_card
+    from emotion.hub.render import plot_confusion_matrix
+    from emotion.inference.model_folder import SCORES_OF_OPENED
+
     recipe, records = read_recipe_of(folder), read_records(results)
     variant = recipe.get("variant", folder.resolve().name)
     # The released baseline is opened in another format than it was scored in; that record is in a folder of its own.
@@ -143,8 +158,10 @@ def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = T
     return files
 
 
-def find_scored(folder: Path, records: list[Record]) -> list[Record]:
+def find_scored(folder: Path, records: list) -> list:
     """Returns the records of the files as they are now; raises `UserError` for a format without one."""
+    from emotion.inference.model_folder import find_formats
+
     scored = [record for record in records if record.sha256 and has_files(folder, record.sha256)]
     for format, weights in find_formats(folder).items():
         name = weights.relative_to(folder).as_posix()
@@ -156,6 +173,8 @@ def find_scored(folder: Path, records: list[Record]) -> list[Record]:
 
 def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
     """Returns the files of the demo page, which loads ``model_id`` and the repositories of the other variants."""
+    from emotion.inference.model_folder import RELEASED
+
     named = re.fullmatch(rf"(.+/.+)-({'|'.join(RELEASED)})", model_id)
     if not named:  # the names of the other repositories would be unknown
         raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")

@@ -15,12 +15,12 @@ import numpy as np
 
 from emotion.data.dataset import get_split, load_task_of
 from emotion.evaluation.protocol import WARMUP_RUNS, choose_timed, summarize_latency
-from emotion.inference.model_folder import RECOMMENDED, files_to_serve
+from emotion.inference.model_folder import files_to_serve
 from emotion.utils.arguments import COUNT, parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, relative, write_json
+from emotion.utils.files import RECOMMENDED, ROOT, relative, write_json
 from emotion.utils.machine import THREADS, choose_threads, describe_run
 
 WEB = ROOT / "tests" / "web"  # with the JavaScript libraries

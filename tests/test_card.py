@@ -11,10 +11,11 @@ from emotion.evaluation.record import read_records
 from emotion.evaluation.schema import Example
 from emotion.hub.comparison import read_means
 from emotion.hub.model_card import clearest, render_card, render_cards, sibling
-from emotion.inference.model_folder import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RELEASED
 from emotion.utils import machine
 from emotion.utils.base_model import BASE_SIZE_MODEL, EMBEDDED_MODEL
 from emotion.utils.errors import UserError
+from emotion.utils.files import RECOMMENDED
 from hub_server import validate_card
 
 

@@ -17,7 +17,8 @@ from sklearn.metrics import f1_score
 from conftest import ROOT
 from emotion import EmotionClassifier
 from emotion.data.dataset import load_task
-from emotion.inference.model_folder import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RELEASED
+from emotion.utils.files import RECOMMENDED
 from release import MACRO_F1_MARGIN
 
 PATH = ROOT / "notebooks" / "inference_evaluation.ipynb"

@@ -19,9 +19,9 @@ import run_ptq
 import run_publish
 from conftest import ROOT, contents, edit_json
 from emotion import EmotionClassifier
-from emotion.inference.model_folder import HOW_TO_GET, LICENSE_FILE, OPENED_AS, RECOMMENDED, RELEASED, SCORES_OF_OPENED
+from emotion.inference.model_folder import HOW_TO_GET, LICENSE_FILE, OPENED_AS, RELEASED, SCORES_OF_OPENED
 from emotion.utils.errors import UserError
-from emotion.utils.files import check_covered, write_json
+from emotion.utils.files import RECOMMENDED, check_covered, write_json
 
 OF_TEST = ("baseline", "ptq", "qlora")
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import emotion
 from conftest import ROOT
 from emotion.evaluation.schema import read_study
-from emotion.inference.model_folder import RECOMMENDED, RELEASED
+from emotion.inference.model_folder import RELEASED
+from emotion.utils.files import RECOMMENDED
 from report.pages import validation_scores
 
 README = ROOT / "README.md"
@@ -182,11 +184,10 @@ def folder_of(module: str) -> str | None:
 
 
 def test_there_is_one_version():
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     release = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = (ROOT / "CITATION.cff").read_text()
-    assert release[1] == version
-    assert f"version: {version}\ndate-released: {release[2]}\n" in citation
+    assert release[1] == emotion.__version__
+    assert f"version: {release[1]}\ndate-released: {release[2]}\n" in citation
 
 
 def test_scripts_holds_ten_commands_and_the_package_eight_folders():

@@ -19,9 +19,10 @@ import run_publish
 from conftest import ROOT, read_json
 from emotion.data.metrics import softmax
 from emotion.hub.model_card import TEMPLATE
-from emotion.inference.model_folder import RECOMMENDED, weights_of
+from emotion.inference.model_folder import weights_of
 from emotion.inference.runtimes import open_artifact, predict
 from emotion.utils.errors import UserError
+from emotion.utils.files import RECOMMENDED
 from hub_server import Repository, running_hub
 
 pytestmark = pytest.mark.web

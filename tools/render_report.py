@@ -19,12 +19,11 @@ from emotion.evaluation.record import MPNET_BASE
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import Family, read_family
 from emotion.hub.model_card import render_cards
-from emotion.inference.model_folder import RECOMMENDED
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RANDOM
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
-from emotion.utils.files import ROOT, write_bytes
+from emotion.utils.files import RECOMMENDED, ROOT, write_bytes
 from report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
 from report.pages import render_block, render_page, render_study_pages, render_table, render_times
 

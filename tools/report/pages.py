@@ -8,7 +8,8 @@ from emotion.evaluation.record import MPNET_BASE, read_records
 from emotion.evaluation.schema import Benchmark, Bits, read_study
 from emotion.hub.comparison import REFERENCE, Family, find_reference, processors_of
 from emotion.hub.render import complete, render
-from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT, RECOMMENDED, RELEASED, SCORES_OF_OPENED
+from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT, RELEASED, SCORES_OF_OPENED
+from emotion.utils.files import RECOMMENDED
 from emotion.utils.machine import PROCESSORS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"

@@ -12,11 +12,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from emotion.data.dataset import DEFAULT_DATASET
 from emotion.evaluation.schema import Benchmark, Example, Provenance, Record
 from emotion.hub.render import Markdown, complete, render
-from emotion.inference.model_folder import RECOMMENDED, RELEASED, WEIGHT_FILES
+from emotion.inference.model_folder import RELEASED, WEIGHT_FILES
 from emotion.utils.arguments import PLACES
 from emotion.utils.base_model import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
 from emotion.utils.errors import REPO_ID, UserError
-from emotion.utils.files import ROOT
+from emotion.utils.files import RECOMMENDED, ROOT
 from emotion.utils.machine import PROCESSORS
 
 TEMPLATE = ROOT / "model_cards" / "template.md"

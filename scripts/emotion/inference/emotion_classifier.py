@@ -29,7 +29,7 @@ from emotion.inference.model_folder import (
 )
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
 from emotion.utils.errors import UserError, check_repo_id
-from emotion.utils.files import SUMS_FILE, check_sums, read_sums
+from emotion.utils.files import SUMS_FILE, check_sums, read_sums, recommended_model
 from emotion.utils.machine import choose_threads
 
 # The formats to look for if none is given, the fastest for one text first. A repository's `model.safetensors` is
@@ -58,7 +58,8 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class EmotionClassifier:
     """Classifies texts. A copy, a pickle and a forked process open the folder again; threads may share an instance.
 
-    Open it with `from_pretrained`; ``open_runtime`` replaces `open_artifact`, with the same arguments.
+    `EmotionClassifier()` opens the recommended model, `from_pretrained` another folder or a repository of the Hub;
+    ``open_runtime`` replaces `open_artifact`, with the same arguments. A call is `classify` of a text or of several.
 
     Attributes:
         labels (`list[str]`): the names of the classes, in the order of the logits.
@@ -69,17 +70,25 @@ class EmotionClassifier:
 
     ```python
     >>> from emotion import EmotionClassifier
-    >>> classifier = EmotionClassifier.from_pretrained("weights/qat-int4")
-    >>> classifier.classify(["i miss my old home"])
-    [{'label': 'sadness', 'score': 0.99}]
+    >>> classifier = EmotionClassifier()
+    >>> classifier("i miss my old home")
+    {'label': 'sadness', 'score': 0.99}
     ```
     """
 
-    def __init__(self, folder: Path, format: str, threads: int, open_runtime=open_artifact):
-        self._folder, self.format, self._threads, self._open_runtime = folder, format, threads, open_runtime
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        format: str | None = None,
+        threads: int | None = None,
+        open_runtime=open_artifact,
+    ):
+        self._folder = recommended_model() if folder is None else Path(folder)
+        self.format = format or choose_format(self._folder, verify=True)
+        self._threads, self._open_runtime = choose_threads(threads), open_runtime
         self._open()
-        self.multi_label = is_multi_label(folder)
-        self._folder = Path(folder).absolute()  # to open it again, whatever the working folder is then
+        self.multi_label = is_multi_label(self._folder)
+        self._folder = self._folder.absolute()  # to open it again, whatever the working folder is then
 
     def _open(self) -> None:
         """Opens the runtime for this process."""
@@ -112,12 +121,17 @@ class EmotionClassifier:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, format: str | None = None, threads: int | None = None, verify: bool = True
+        cls,
+        model: str | Path | None = None,
+        format: str | None = None,
+        threads: int | None = None,
+        verify: bool = True,
     ) -> "EmotionClassifier":
         """Opens a model folder, or a repository of the Hub, of which it downloads one format.
 
         Args:
-            model (`str` or `Path`): a folder, or a repository id on the Hub: "owner/name".
+            model (`str` or `Path`, *optional*): a folder, or a repository id on the Hub: "owner/name"; defaults to the
+                recommended model.
             format (`str`, *optional*): "onnx", "openvino", "pytorch", "bf16", "torchao", "nf4" or "adapter"; defaults
                 to ONNX, else OpenVINO, else the first that the folder has.
             threads (`int`, *optional*): defaults to `OMP_NUM_THREADS`, at most all processors of this process.
@@ -127,7 +141,7 @@ class EmotionClassifier:
             UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
         """
         threads = choose_threads(threads)
-        folder = find_model(str(model), format, verify)
+        folder = recommended_model() if model is None else find_model(str(model), format, verify)
         format = format or choose_format(folder, verify)
         return cls(folder, format, threads, partial(open_artifact, verify=verify))
 
@@ -135,6 +149,10 @@ class EmotionClassifier:
     def texts_cut(self) -> int:
         """The number of texts so far that were longer than the model takes and were truncated."""
         return self.runtime.encode.texts_cut
+
+    def __call__(self, texts: str | Iterable[str], top_k: int | None = 1) -> dict | list:
+        """As `classify`; for a single string its answer alone."""
+        return self.classify([texts], top_k)[0] if isinstance(texts, str) else self.classify(texts, top_k)
 
     def classify(self, texts: Iterable[str], top_k: int | None = 1) -> list:
         """Returns the most probable labels of each text.
@@ -256,7 +274,7 @@ def to_labels(probabilities: np.ndarray, labels: list[str], top_k: int | None) -
 def check_is_batch(texts) -> None:
     """Raises `TypeError` for a string, a mapping or a table, whose characters, keys or columns are no texts."""
     if isinstance(texts, str | bytes):
-        raise TypeError("texts must be a list of strings, not a single one; write [text]")
+        raise TypeError("texts must be a list of strings, not a single one; write [text], or classifier(text)")
     if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
         raise TypeError(f"texts must be a list of strings, not a {type(texts).__name__}; pass its column of texts")
     if not isinstance(texts, Iterable):

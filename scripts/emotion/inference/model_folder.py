@@ -71,7 +71,6 @@ BRANCH = "/outliers"  # part of the names of the nodes of an ONNX file that comp
 # Released variant -> its format: all formats would be 600 MB. ONNX is the fastest for one text, and the browser's; the
 # baseline comes in half the bytes of FP32, and QLoRA as it was trained, in 4 bits with the adapter beside it.
 RELEASED = {"baseline": "bf16", "ptq": "onnx", "qat": "onnx", "qat-int4": "onnx", "qat-int2": "onnx", "qlora": "nf4"}
-RECOMMENDED = "qat-int4"  # the best file of QAT on validation; a seventh of FP32
 # The baseline's file gets the name that `from_pretrained` opens. config.json makes it compute in float32: in bfloat16
 # two labels of 2,000 differ on another processor, and macro F1 by 0.2 points.
 RENAMED = {"model.bf16.safetensors": "model.safetensors"}

@@ -1,7 +1,7 @@
 """The command line: dataclasses give the flags, a flat YAML file gives values, and a flag overrides the file.
 
 `HfArgumentParser` of Transformers reads the flags; the file comes first, as with TRL's `TrlParser`. A value is checked
-against the range or the choices in the metadata of its field.
+against the range or the choices in the metadata of its field. Commands without a config need no Transformers.
 """
 
 import argparse
@@ -11,13 +11,15 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from emotion.utils.errors import UserError, raised_by
+from emotion.utils.errors import UsageError, UserError, raised_by
 from emotion.utils.files import ROOT, sha256
 
 UNBOUNDED = 10**9  # the largest number a flag takes: the libraries cannot hold every integer that Python can
@@ -105,20 +107,62 @@ def comparable(values: dict) -> dict[str, str]:
 
 
 def parse_args(classes, positional: str, argv=None) -> tuple:
-    """Parses ``VALUE [VALUE ...] [--flag value ...]`` into dataclasses.
+    """Parses ``VALUE [VALUE ...] [--flag value ...]`` into dataclasses, without loading another library.
 
     Args:
-        classes: dataclasses whose fields are the flags.
+        classes: dataclasses whose fields are the flags: strings, numbers, booleans, choices and lists.
         positional: the flag that takes the values before the first flag.
         argv: the command line without the program's name; `sys.argv[1:]` if not given.
 
     Raises:
-        UserError: naming the flag that is unknown, or whose value does not fit.
+        UsageError: naming the flag that is unknown, or whose value does not fit.
     """
     values, flags = _split(argv)
     # An ordinary flag, so that `--help` shows it and it may be written out as well
-    parser = make_parser(classes, f"[{positional} ...] [--flag value ...]")
-    return _into_dataclasses(parser, _parse_known(parser, [f"--{positional}", *values, *flags] if values else flags))
+    parser = configure_parser(argparse.ArgumentParser(usage=f"%(prog)s [{positional} ...] [--flag value ...]"))
+    for one in classes:
+        _add_fields(parser, one)
+    given = vars(parse_plain(parser, [f"--{positional}", *values, *flags] if values else flags))
+    try:
+        return tuple(one(**{item.name: given[item.name] for item in fields(one)}) for one in classes)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def parse_plain(parser, argv=None) -> argparse.Namespace:
+    """Parses with `argparse`; `--top-k` is `--top_k`, and an unknown flag a `UsageError` that names a similar one."""
+    for name, action in list(parser._option_string_actions.items()):
+        parser._option_string_actions.setdefault(name.replace("_", "-"), action)
+    return _parse_known(parser, list(sys.argv[1:] if argv is None else argv))
+
+
+def _add_fields(parser, arguments) -> None:
+    """Adds the flags that `HfArgumentParser` makes of a dataclass."""
+    hints = get_type_hints(arguments)
+    for one in fields(arguments):
+        kind, options = hints[one.name], {"help": one.metadata.get("help"), "choices": one.metadata.get("choices")}
+        if isinstance(kind, UnionType):
+            kind = get_args(kind)[0]  # the other is None
+        if get_origin(kind) is Literal:
+            kind, options["choices"] = str, get_args(kind)
+        elif get_origin(kind) is list:
+            kind, options["nargs"] = get_args(kind)[0], "+"
+        elif kind is bool:
+            kind = _to_bool
+            options |= {"nargs": "?", "const": True, "metavar": "{true,false}"}
+        if options["choices"] and len(list(options["choices"])) > MAX_CHOICES_IN_HELP:
+            options["metavar"] = one.name.upper()
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        required = default is MISSING
+        parser.add_argument(
+            f"--{one.name}", type=kind, default=None if required else default, required=required, **options
+        )
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() not in {"true", "false"}:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() == "true"
 
 
 def parse_args_and_config(classes, argv=None, default: Path | None = None) -> tuple:
@@ -172,7 +216,7 @@ def parse_with_other_flags(classes, default: Path, argv=None) -> tuple:
         if not equals:
             value = next(rest, None)
         if not name.startswith("--") or value is None or value.startswith("--"):
-            raise UserError(f"{flag}: expected flags with one value each, --flag value")
+            raise UsageError(f"{flag}: expected flags with one value each, --flag value")
         try:
             number = json.loads(value.lower())  # not by YAML, which reads `no` as false and 1e-4 as a string
             value = number if isinstance(number, int | float) else value
@@ -189,8 +233,7 @@ def make_parser(classes, usage: str):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading and writing files; a training shows its own
-    # No abbreviations: a misspelt flag must be an error, and not another flag.
-    parser = configure_parser(HfArgumentParser(classes, allow_abbrev=False, usage=f"%(prog)s {usage}"))
+    parser = configure_parser(HfArgumentParser(classes, usage=f"%(prog)s {usage}"))
     inherited = {}
     for base in chain.from_iterable(one.__mro__[1:] for one in classes):
         inherited |= getattr(base, "__dataclass_fields__", {})
@@ -213,14 +256,15 @@ def make_parser(classes, usage: str):
 
 
 def configure_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Makes a parser raise `UserError` and begin its help with the docstring of the running script; returns it."""
+    """Makes a parser raise `UsageError` and begin its help with the docstring of the running script; returns it."""
 
     def fail(message: str):
-        raise UserError(message.removeprefix("argument "))
+        raise UsageError(message.removeprefix("argument "))
 
     parser.error = fail
+    parser.allow_abbrev = False  # a misspelt flag must be an error, and not another flag
     parser.formatter_class = HelpFormatter
-    parser.description = (sys.modules["__main__"].__doc__ or "").strip("\n")
+    parser.description = (sys.modules["__main__"].__doc__ or parser.description or "").strip("\n")
     return parser
 
 
@@ -309,7 +353,7 @@ def _split_config(argv, default: Path | None) -> tuple[Path | None, list[str]]:
     """The config that the command line names, or the default, and the rest of the command line."""
     values, flags = _split(argv)
     if len(values) > 1 or (values and not values[0].endswith((".yaml", ".yml"))):
-        raise UserError(f"expected a config that ends in .yaml, then flags; got: {' '.join(values)}")
+        raise UsageError(f"expected a config that ends in .yaml, then flags; got: {' '.join(values)}")
     return (Path(values[0]) if values else default), flags
 
 
@@ -327,17 +371,19 @@ def _check_string(value: str) -> None:
     try:
         value.encode()  # Python keeps bytes that are not UTF-8 as surrogates
     except UnicodeEncodeError as error:
-        raise UserError(f"{value.encode(errors='backslashreplace').decode():.80} is not UTF-8; write it so") from error
+        raise UsageError(
+            f"{value.encode(errors='backslashreplace').decode():.80} is not UTF-8; write it so"
+        ) from error
     if "\0" in value:
-        raise UserError(f"{value!r:.80} holds a character of value 0; leave it out")
+        raise UsageError(f"{value!r:.80} holds a character of value 0; leave it out")
     if value.endswith("=--"):  # argparse would make an empty list of it
-        raise UserError(f"{value:.80}: '--' is no value")
+        raise UsageError(f"{value:.80}: '--' is no value")
 
 
 def _parse_known(parser, flags: list[str]) -> argparse.Namespace:
     namespace, unknown = parser.parse_known_args(flags)
     if unknown:
-        raise UserError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), parser)}")
+        raise UsageError(f"unknown flag {unknown[0]}.{_did_you_mean(unknown[0].lstrip('-'), parser)}")
     return namespace
 
 
@@ -349,7 +395,7 @@ def _into_dataclasses(parser, namespace: argparse.Namespace) -> tuple:
         if raised_by(error) == "emotion" and not isinstance(error, ValueError):
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"{kind}{error}") from error
+        raise UsageError(f"{kind}{error}") from error
 
 
 def _own_fields(classes) -> set[str]:

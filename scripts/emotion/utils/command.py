@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from emotion.utils.errors import UserError, mask_token, printable, raised_by, visible
+from emotion.utils.errors import UserError, mask_token, printable, raised_by, say_what_to_install, visible
 from emotion.utils.machine import is_main_process
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
@@ -72,7 +72,7 @@ def run(main) -> None:
             print(*map(visible, mask_token(traceback.format_exc()).splitlines()), sep="\n", file=sys.stderr)
         if message:
             print(f"error: {shorten(message)}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 1))
 
 
 def _prepare_streams() -> None:
@@ -104,7 +104,7 @@ def _message_of(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return "the memory is not enough; take smaller batches, shorter texts or a smaller model"
     if isinstance(error, ModuleNotFoundError) and error.name.split(".")[0] != "emotion":
-        return f"{text}; pip install -r requirements.txt installs it"
+        return say_what_to_install(error)
     if isinstance(error, ValueError | ImportError | NotImplementedError) and raised_by(error) in CHECKING:
         return f"{text} ({TRACEBACK_VARIABLE}=1 shows where)"
     is_of_writing = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"

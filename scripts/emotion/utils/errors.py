@@ -20,8 +20,21 @@ UNSEEN, JOINERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}, "\u200c\u200d"
 class UserError(Exception):
     """An error that the user can fix, printed as one line: it names the file, flag or row, and says what to do."""
 
+    status = 1  # of the process
+
     def __str__(self) -> str:
         return printable(super().__str__(), longest=None)
+
+
+class UsageError(UserError):
+    """A wrong call: a flag that is unknown or lacks its value, or a value that it does not take."""
+
+    status = 2  # as with argparse
+
+
+def say_what_to_install(error: ModuleNotFoundError) -> str:
+    """The message about a library that only the full environment has."""
+    return f"{error}; pip install -r requirements.txt installs it"
 
 
 def raised_by(error: BaseException) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from emotion.utils.errors import UserError, check_inside, reason_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent  # of the repository
+RECOMMENDED = "qat-int4"  # the best file of QAT on validation; a seventh of FP32
+PACKAGED = Path(__file__).resolve().parent.parent / "model"  # the same files, in an installed package
 LOCK_TIMEOUT_S = 600  # to wait for another process; reached only where it has died and the disk frees no locks
 MAX_BYTES = 4_000_000  # of a settings file; the config.json of a model has some thousand
 MAX_RESULT_BYTES = 100_000_000  # of a file of results
@@ -31,6 +33,11 @@ PATH_INSIDE = re.compile(
     rf"(?<![\w:/.~-])((file:/*|~[\w.-]*|\.{{1,2}})?(/+{PART}){{2,}}/?|([A-Za-z]:|\\)(\\{PART}){{2,}})"
 )
 SUMS_FILE = "SHA256SUMS"  # of every file of a model folder, as `sha256sum` writes and checks it
+
+
+def recommended_model() -> Path:
+    """The folder of the recommended model: the installed package's, or that of the clone."""
+    return PACKAGED if PACKAGED.is_dir() else ROOT / "weights" / RECOMMENDED
 
 
 @dataclass(frozen=True)
