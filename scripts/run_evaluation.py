@@ -18,7 +18,15 @@ from emotion.evaluation.inspection import describe_encoder, describe_scheme
 from emotion.evaluation.protocol import measure_quality, measure_speed
 from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenance, write_record
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import WEIGHT_FILES, adapter_bytes, files_to_serve, find_formats, weights_of
+from emotion.inference.model_folder import (
+    MULTI_LABEL,
+    WEIGHT_FILES,
+    adapter_bytes,
+    files_to_serve,
+    find_formats,
+    is_multi_label,
+    weights_of,
+)
 from emotion.utils.arguments import COUNT, Range, parse_args
 from emotion.utils.base_model import RANDOM, read_recipe_of
 from emotion.utils.command import Bar, run
@@ -77,6 +85,8 @@ def main(argv=None) -> None:
     folder, results = Path(args.artifact), Path(args.results_dir)
     format = args.format or next(iter(find_formats(folder)))
     weights = weights_of(folder, format, not args.skip_checksum)
+    if is_multi_label(folder):
+        raise UserError(f"{folder} gives a text several labels ({MULTI_LABEL}), and a dataset has one for each here")
     recipe, threads = read_recipe_of(folder), choose_threads(args.threads)
     variant = recipe.get("variant", folder.resolve().name)
     check_name(variant, folder)

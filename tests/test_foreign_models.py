@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-import predict
 import run_baseline
+import run_evaluation
 import run_ptq
 import run_qat
 import run_qlora
@@ -19,6 +19,7 @@ from conftest import SIZES, ptq_flags, qat_flags, qlora_flags, read_json, train_
 from emotion import EmotionClassifier
 from emotion.data.tokenization import TextEncoder, load_tokenizer
 from emotion.export import onnx_export
+from emotion.inference import predict
 from emotion.inference.model_folder import FLOAT_FILES, find_formats, load_trained_classifier
 from emotion.quantization import scheme
 from emotion.utils.errors import UserError
@@ -191,6 +192,8 @@ def test_several_labels_have_a_sigmoid_each(folder, colors, tmp_path, capsys):
     predict.main(["--model", str(folder), "--json", "--top_k", "9", TEXTS[0]])
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])["top_k"]
     assert [one["score"] for one in shown] == pytest.approx([one["score"] for one in expected], abs=1e-4)
+    with pytest.raises(UserError, match="several labels"):
+        run_evaluation.main([str(folder), "--dataset_name", str(colors), "--results_dir", str(tmp_path)])
 
 
 PROBLEMS = {
