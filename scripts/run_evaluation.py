@@ -85,8 +85,6 @@ def main(argv=None) -> None:
     folder, results = Path(args.artifact), Path(args.results_dir)
     format = args.format or next(iter(find_formats(folder)))
     weights = weights_of(folder, format, not args.skip_checksum)
-    if is_multi_label(folder):
-        raise UserError(f"{folder} gives a text several labels ({MULTI_LABEL}), and a dataset has one for each here")
     recipe, threads = read_recipe_of(folder), choose_threads(args.threads)
     variant = recipe.get("variant", folder.resolve().name)
     check_name(variant, folder)
@@ -124,6 +122,8 @@ def main(argv=None) -> None:
 
 def check_arguments(args: EvaluationArguments, recipe: dict, path: Path) -> None:
     """Raises `UserError` if the flags do not fit together, or the record ``path`` cannot be written or published."""
+    if is_multi_label(args.artifact):
+        raise UserError(f"{args.artifact} gives a text several labels ({MULTI_LABEL}); a dataset has one for each")
     if args.latency_runs and args.latency_runs < 200:
         raise UserError(f"--latency_runs {args.latency_runs}: a latency needs at least 200 runs, or 0 for none")
     results = Path(args.results_dir)

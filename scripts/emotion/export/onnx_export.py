@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from emotion.data.tokenization import LONGEST_TEXT, TokenTypes, longest_text
 from emotion.export import graph_passes as passes
@@ -62,10 +63,18 @@ class ExportError(UserError):
 
 def check_export(base: str, labels: list[str], tokenizer) -> bool:
     """Whether a classifier on a base model, a folder or Hub id, can be exported; says before a training if not."""
-    if build_config(base, labels, None).model_type in EXPORTED:
+    config = build_config(base, labels, None)
+    with torch.device("meta"):  # shapes without memory
+        fits = size_of(AutoModelForSequenceClassification.from_config(config)) < LARGEST_FILE
+    if fits and config.model_type in EXPORTED:
         return True
     with scratch_folder() as temporary:
         return bool(try_export(build_classifier(base, labels, None), tokenizer, Path(temporary) / "model.onnx"))
+
+
+def size_of(model) -> int:
+    """The bytes of a model in FP32."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def try_export(model, tokenizer, path: Path) -> dict:
@@ -99,7 +108,7 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     model = copy.deepcopy(model).cpu().float().eval()  # a copy: another attention is put into it below
     model.config.use_cache = False  # of a decoder: its keys and values would be outputs
     name = f"{type(model).__name__} has no ONNX file"
-    if 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGEST_FILE:
+    if size_of(model) >= LARGEST_FILE:
         raise ExportError(f"{name}: it would be larger than 2 GB, the limit of one file")
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = sample_inputs(model, tokenizer)
