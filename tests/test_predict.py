@@ -1,6 +1,8 @@
 """predict.py as a user calls it: words, files, a stream; light and quick."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -94,13 +96,13 @@ def test_empty_lines_keep_their_place_and_are_reported(artifact):
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer.get("label") for answer in answers] == ["warm", None, "cold"]
     assert answers[1]["error"] == "empty text"
-    assert done.returncode == 1 and "error: 1 of the texts were empty" in done.stderr
+    assert done.returncode == 1 and "error: 1 text was empty" in done.stderr
 
 
 def test_long_and_strange_texts_are_answered(artifact):
     done = run_script("predict.py", "--model", artifact, "blue " * 5000, "\N{SNOWMAN} ünknown wörds")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
-    assert "1 texts were longer than the model takes and were cut" in done.stderr
+    assert "1 text was longer than the model takes and cut" in done.stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(artifact):
@@ -110,17 +112,52 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "message", "status"),
     [
-        (["--model", "nowhere", "text"], "error: no folder nowhere; take one that the repository holds"),
-        (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file"),
-        (["--file", "a.csv"], "error: --file a.csv is a table or compressed, and this command takes plain lines; "),
-        (["--file", "a.Parquet"], "error: --file a.Parquet is a table"),
-        (["--file", "lines.txt.gz"], "error: --file lines.txt.gz is a table or compressed"),
-        (["--top_k", "0", "text"], "error: --top_k"),
-        (["--file", "a.txt", "text"], "error: give sentences or --file, not both"),
+        (["--model", "nowhere", "text"], "error: no folder nowhere; take one that the repository holds", 1),
+        (["--file", "nowhere.txt"], "error: --file nowhere.txt: no such file", 1),
+        (["--file", "a.csv"], "error: --file a.csv is a table or compressed, and this command takes plain lines; ", 1),
+        (["--file", "a.Parquet"], "error: --file a.Parquet is a table", 1),
+        (["--file", "lines.txt.gz"], "error: --file lines.txt.gz is a table or compressed", 1),
+        (["--top_k", "0", "text"], "error: --top_k", 2),
+        (["--top-k", "0", "text"], "error: --top_k", 2),
+        (["--tpo_k", "1", "text"], "error: unknown flag --tpo_k. Did you mean top_k?", 2),
+        (["--file", "a.txt", "text"], "error: give sentences or --file, not both", 2),
     ],
 )
-def test_what_cannot_be_answered_is_said(args, message):
+def test_what_cannot_be_answered_is_said(args, message, status):
     done = run_script("predict.py", *args)
-    assert done.returncode == 1 and done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+    assert done.returncode == status and done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+
+
+def test_a_terminal_gets_a_prompt_and_an_interruption_its_own_word():
+    """The recommended model, since nothing is trained here."""
+    master, terminal = os.openpty()
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py")]
+    process = subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(100, process.kill)
+    watchdog.start()
+    os.write(master, b"i feel so happy\n")
+    assert process.stdout.readline().startswith("joy")
+    shown = ""
+    while shown.count("> ") < 2:  # until it waits for another text
+        shown += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate()
+    watchdog.cancel()
+    assert "Ctrl-D ends" in shown and (process.returncode, rest) == (130, "\nerror: interrupted\n")
+    os.close(master), os.close(terminal)
+
+
+@pytest.mark.parametrize("name", ["predict.py", "run_batch.py", "run_publish.py"])
+def test_flags_are_parsed_before_any_heavy_import(name):
+    """A wrong flag, with every library masked that is not Python's own or tqdm."""
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "for name in 'numpy torch transformers pyarrow pydantic matplotlib onnxruntime tokenizers'.split(): "
+        "sys.modules[name] = None\n"
+        "sys.path.insert(0, sys.argv[1]); path = f'{sys.argv[1]}/{sys.argv[2]}'; sys.argv = [path, '--typo']\n"
+        "runpy.run_path(path, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "scripts"), name], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

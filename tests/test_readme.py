@@ -36,7 +36,8 @@ def commands(page: Path) -> list[str]:
 def flags_of(script: str) -> set[str]:
     """The names of all flags of a command: the fields of its dataclasses, or what it gives to argparse."""
     module = importlib.import_module(script)
-    names = set(re.findall(r'add_argument\(\s*"--(\w+)"', Path(module.__file__).read_text(encoding="utf-8")))
+    path = Path(module.main.__code__.co_filename)
+    names = set(re.findall(r'add_argument\(\s*"--(\w+)"', path.read_text(encoding="utf-8")))
     for value in vars(module).values():
         if isinstance(value, type) and dataclasses.is_dataclass(value):
             names |= {field.name for field in dataclasses.fields(value)}

@@ -263,7 +263,7 @@ def test_predict_takes_the_recommended_variant_and_says_so(capsys):
     predict.main(["i miss my old home", "i feel so happy that you came"])
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == ["sadness", "joy"]
-    assert shown.err == f"answered by weights/{RECOMMENDED}; --model takes another\n"
+    assert shown.err == f"answered by {RECOMMENDED}; --model takes another\n"
 
 
 def test_each_way_to_get_a_model_is_named():

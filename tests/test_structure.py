@@ -77,6 +77,16 @@ def test_studies_import_no_tools():
             assert not others, f"{module} imports {others}"
 
 
+def test_errors_of_the_hub_come_from_its_own_library():
+    """Which HTTP library it uses changes with its version."""
+    http = {"aiohttp", "httpx", "httpx2", "requests", "urllib3"}
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not http & {name.split(".")[0] for name in names}, path
+
+
 def test_another_script_is_started_in_one_place():
     """A script as a process: `run_script` alone knows how."""
     for path in MODULES.values():
