@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -290,18 +291,53 @@ def test_a_reader_that_goes_away_is_no_error(artifact):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "message", "status"),
     [
-        (["--model", "nowhere", "text"], "nowhere"),
-        (["--file", "nowhere.txt"], "--file nowhere.txt"),
-        (["--file", "a.csv"], "--file a.csv is a table"),
-        (["--file", "a.Parquet"], "--file a.Parquet is a table"),
-        (["--file", "lines.txt.gz"], "--file lines.txt.gz is a table"),
-        (["--top_k", "0", "text"], "--top_k"),
-        (["--file", "a.txt", "text"], "--file"),
+        (["--model", "nowhere", "text"], "nowhere", 1),
+        (["--file", "nowhere.txt"], "--file nowhere.txt", 1),
+        (["--file", "a.csv"], "--file a.csv is a table", 1),
+        (["--file", "a.Parquet"], "--file a.Parquet is a table", 1),
+        (["--file", "lines.txt.gz"], "--file lines.txt.gz is a table", 1),
+        (["--top_k", "0", "text"], "--top_k", 2),
+        (["--top-k", "0", "text"], "--top_k", 2),
+        (["--tpo_k", "1", "text"], "top_k", 2),
+        (["--file", "a.txt", "text"], "--file", 2),
     ],
 )
-def test_what_cannot_be_answered_is_said(args, message):
+def test_what_cannot_be_answered_is_said(args, message, status):
     done = run_script("predict.py", *args)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
+    assert done.returncode == status and done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_terminal_gets_a_prompt_and_an_interruption_its_own_word():
+    """The recommended model, since nothing is trained here."""
+    master, terminal = os.openpty()
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py")]
+    process = subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(100, process.kill)
+    watchdog.start()
+    os.write(master, b"i feel so happy\n")
+    assert process.stdout.readline().startswith("joy")
+    shown = ""
+    while shown.count("> ") < 2:  # until it waits for another text
+        shown += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate()
+    watchdog.cancel()
+    assert "Ctrl-D ends" in shown and (process.returncode, rest) == (130, "\nerror: interrupted\n")
+    os.close(master), os.close(terminal)
+
+
+@pytest.mark.parametrize("name", ["predict.py", "run_batch.py", "run_publish.py"])
+def test_flags_are_parsed_before_any_heavy_import(name):
+    """A wrong flag, with every library masked that is not Python's own or tqdm."""
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "for name in 'numpy torch transformers pyarrow pydantic matplotlib onnxruntime tokenizers'.split(): "
+        "sys.modules[name] = None\n"
+        "sys.path.insert(0, sys.argv[1]); path = f'{sys.argv[1]}/{sys.argv[2]}'; sys.argv = [path, '--typo']\n"
+        "runpy.run_path(path, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "scripts"), name], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -62,6 +62,13 @@ def test_the_class_answers_without_unix():
     assert json.loads(done.stdout) == LABELS * 30
 
 
+def test_without_a_name_the_recommended_model_answers_a_text_or_several():
+    classifier = pickle.loads(pickle.dumps(EmotionClassifier()))
+    assert classifier(TEXTS[0])["label"] == LABELS[0]
+    assert classifier(TEXTS) == classifier.classify(TEXTS) == EmotionClassifier.from_pretrained(MODEL).classify(TEXTS)
+    assert len(classifier(TEXTS[0], top_k=None)) == len(classifier.labels)
+
+
 def test_the_command_answers_without_unix(tmp_path):
     """From words, and from a file with Windows' line ends and its old end of a file, the byte 26."""
     (tmp_path / "texts.txt").write_bytes("\r\n".join([TEXTS[0], f"\x1a {TEXTS[1]}", TEXTS[2]]).encode())

@@ -232,4 +232,4 @@ def test_predict_takes_the_recommended_variant_and_says_so(capsys):
     predict.main(["i miss my old home", "i feel so happy that you came"])
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == ["sadness", "joy"]
-    assert f"weights/{RECOMMENDED}" in shown.err and f"weights/{RECOMMENDED}" in HOW_TO_GET
+    assert f"by {RECOMMENDED}" in shown.err and f"weights/{RECOMMENDED}" in HOW_TO_GET

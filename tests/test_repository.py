@@ -38,7 +38,8 @@ def commands(page: Path) -> list[str]:
 def flags_of(script: str) -> set[str]:
     """The names of all flags of a command: the fields of its dataclasses, or what it gives to argparse."""
     module = importlib.import_module(script)
-    names = set(re.findall(r'add_argument\(\s*"--(\w+)"', Path(module.__file__).read_text(encoding="utf-8")))
+    path = Path(module.main.__code__.co_filename)
+    names = set(re.findall(r'add_argument\(\s*"--(\w+)"', path.read_text(encoding="utf-8")))
     for value in vars(module).values():
         if isinstance(value, type) and dataclasses.is_dataclass(value):
             names |= {field.name for field in dataclasses.fields(value)}
@@ -207,3 +208,13 @@ def test_a_folder_imports_only_those_before_it_and_nothing_imports_commands_stud
                 assert other.split(".")[0] == "emotion", f"{module} imports {other}"
             if MODULES[module].is_relative_to(ROOT / "studies"):
                 assert not MODULES[other].is_relative_to(ROOT / "tools"), f"{module} imports {other}"
+
+
+def test_errors_of_the_hub_come_from_its_own_library():
+    """Which HTTP library it uses changes with its version."""
+    http = {"aiohttp", "httpx", "httpx2", "requests", "urllib3"}
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not http & {name.split(".")[0] for name in names}, path

@@ -132,9 +132,17 @@ def read_lines(descriptor: int, prompt: str = ""):
 
 
 def read_chunk(descriptor: int, prompt: str) -> bytes:
-    if prompt:
+    """What there is to read; empty at the end."""
+    if not prompt:
+        return os.read(descriptor, CHUNK)
+    chunk = b""
+    try:
         print(prompt, end="", file=sys.stderr, flush=True)
-    return os.read(descriptor, CHUNK)
+        chunk = os.read(descriptor, CHUNK)
+    finally:
+        if not chunk:  # Ctrl-D or Ctrl-C: what comes next has a line of its own
+            print(file=sys.stderr)
+    return chunk
 
 
 def answer(classifier, texts: list[str], args) -> int:
