@@ -6,6 +6,7 @@ quantization, training, hub.
 
 import logging
 import os
+from urllib.parse import urlsplit
 
 # Libraries read these while they load, so commands import this package before any of them. A value that the user has
 # set stays.
@@ -13,6 +14,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its thread would also kee
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # TextEncoder divides the texts among its threads
 for _name in ("torch.utils._pytree", "torch.utils.cpp_extension", "bitsandbytes"):  # they log while they load
     logging.getLogger(_name).setLevel(logging.ERROR)
+_endpoint = os.environ.get("HF_ENDPOINT", "")
+try:
+    urlsplit(_endpoint)
+except ValueError as _error:  # huggingface_hub would end with a traceback while it loads
+    raise SystemExit(f"error: HF_ENDPOINT {_endpoint}: {_error}; write https://host, or unset it") from None
 
 
 def __getattr__(name: str):
