@@ -216,6 +216,9 @@ GOOD = {
     "text of zero characters",
     "one row each",
     "100 classes",
+    "labels without names",
+    "labels as words",
+    "CSV",
 }
 GOOD |= {"no train", "no validation", "no test", "classes without letters", "classes of two lines"}
 # By chance, or the library's own choice

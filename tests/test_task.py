@@ -34,13 +34,17 @@ def test_a_folder_saved_to_disk_opens_too(tmp_path):
     [
         ({"sentence": ["a"], "label": [0]}, None, "no column 'text'"),
         ({"text": ["a"], "labels": [0]}, None, "no column 'label'"),
-        ({"text": ["a", "b"], "label": ["joy", "fear"]}, None, "column 'label' is string"),
-        ({"text": ["a", "b"], "label": [0, 1]}, INTEGERS, "column 'label' is int64"),
+        ({"text": ["a", "b"], "label": ["joy", None]}, None, "train row 1: label is None"),
+        ({"text": ["a", "b"], "label": ["joy", " "]}, None, "train row 1: label is ' '"),
+        ({"text": ["a", "b"], "label": [1, 1]}, INTEGERS, "column 'label' has 1 classes"),
+        ({"text": ["a", "b"], "label": [0.5, 1.5]}, None, "column 'label' is float64"),
+        ({"text": ["a", "b"], "label": ["0.5", "1"]}, None, "column 'label' holds numbers such as 0.5"),
+        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, None, "column 'label' holds List, several labels a text"),
         ({"text": ["a", "b"], "label": [0, -1]}, NAMED, "train row 1: label -1 is outside 0..2"),
         ({"text": ["a", "b"], "label": [0, None]}, NAMED, "train row 1: label None is outside 0..2"),
         ({"text": ["a", "  "], "label": [0, 1]}, NAMED, "train row 1: text is '  '"),
         ({"text": ["a", None], "label": [0, 1]}, NAMED, "train row 1: text is None"),
-        ({"text": [1, 2], "label": [0, 1]}, None, "column 'label' is int64"),
+        ({"text": [1, 2], "label": [0, 1]}, None, "train row 0: text is 1"),
         ({"text": [1, 2], "label": [0, 1]}, NUMBERS, "train row 0: text is 1"),
     ],
 )
@@ -54,7 +58,7 @@ def test_a_wrong_dataset_is_refused(columns, features, message, tmp_path):
 def test_what_is_not_there_is_said(colors):
     with pytest.raises(UserError, match="no split 'dev'; it has"):
         get_split(load_task(str(colors)), "dev")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder or file"):
         load_task("./nowhere")
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         load_task("someone/something")
