@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emotion.data.dataset import Task, get_split, load_task_of
+from emotion.data.dataset import DatasetArguments, Task, get_split, load_task_of
 from emotion.evaluation.benchmark import (
     NOISE_LIMIT,
     Protocol,
@@ -55,7 +55,7 @@ def main(argv=None) -> None:
     output = choose_file(arguments.output) if arguments.output else None  # an error now, not after the timing
     named = skip_unsupported([split_name(name) for name in arguments.artifacts])
     first_folder = named[0][0]  # for the dataset, and the architecture that the roofline counts
-    task = load_task_of(read_recipe_of(first_folder), arguments.dataset_name)
+    task = load_task_of(read_recipe_of(first_folder), DatasetArguments(arguments.dataset_name))
     print(f"texts: {task.name} ({task.source}), test")
     rows, arguments.threads = get_split(task, "test"), choose_threads(arguments.threads)
     texts, labels = list(rows["text"]), [task.labels[label] for label in rows["label"]]

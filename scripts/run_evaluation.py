@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emotion.data.dataset import Task, get_split, load_task_of
+from emotion.data.dataset import DatasetArguments, get_split, load_task_of, with_validation
 from emotion.evaluation.inspection import describe_encoder, describe_scheme
 from emotion.evaluation.protocol import measure_quality, measure_speed
 from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenance, write_record
@@ -58,15 +58,13 @@ EXAMPLES = (
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(DatasetArguments):
     """Which model is scored, and on which rows."""
 
-    artifact: str = field(metadata={"help": "The model folder."})
+    artifact: str = field(kw_only=True, metadata={"help": "The model folder."})
     format: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset; that of the training by default."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     split: str = field(default="test", metadata={"help": "Split."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Score the first rows.", "choices": COUNT})
     threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
@@ -92,13 +90,13 @@ def main(argv=None) -> None:
     if format == "bf16" and not has_bf16(use_cpu=True):
         print(f"left out: {folder} ({format}); this processor has no bfloat16 products, and emulates them slowly")
         return
-    task = load_task_of(recipe, args.dataset_name, args.dataset_config_name)
+    classifier = EmotionClassifier.from_pretrained(folder, format, threads, not args.skip_checksum)
+    task = load_task_of(recipe, args, classifier.labels)
+    task = with_validation(task) if args.split == "validation" else task
     rows = get_split(task, args.split)
     rows = rows.select(range(min(args.max_eval_samples or len(rows), len(rows))))
     print(f"{variant}: {folder} ({format}) on {task.name} ({task.source}), {args.split}: {len(rows)} texts")
-
-    classifier = EmotionClassifier.from_pretrained(folder, format, threads, not args.skip_checksum)
-    logits = predict(classifier, folder, task, rows)
+    logits = predict(classifier, rows)
     labels = np.asarray(rows["label"])
     quality = measure_quality(logits, labels, task, rows, args.split) | {"texts_cut": classifier.texts_cut}
     record = {
@@ -136,13 +134,8 @@ def check_arguments(args: EvaluationArguments, recipe: dict, path: Path) -> None
         raise UserError(f"a record of {why} does not belong into results/; name another folder with --results_dir")
 
 
-def predict(classifier: EmotionClassifier, folder: Path, task: Task, rows) -> np.ndarray:
-    """Computes the logits of each row, float32 (rows, classes); raises `UserError` if the dataset has other labels."""
-    # Their order too: the index of a logit is its class.
-    if classifier.labels != task.labels:
-        found, wanted = classifier.labels, task.labels
-        answered = f"{folder} answers {len(found)} labels ({', '.join(found)})"
-        raise UserError(f"{answered}, {task.name} has {len(wanted)} ({', '.join(wanted)})")
+def predict(classifier: EmotionClassifier, rows) -> np.ndarray:
+    """Computes the logits of each row, float32 (rows, classes)."""
     with Bar(total=len(rows), desc="scored") as bar:
         logits = classifier.logits(rows["text"], bar.update)
     if classifier.texts_cut:

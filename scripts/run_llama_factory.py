@@ -27,7 +27,15 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig
 
-from emotion.data.dataset import DEFAULT_DATASET, DrawArguments, Task, get_split, load_task, select_train_rows
+from emotion.data.dataset import (
+    DEFAULT_DATASET,
+    DrawArguments,
+    Task,
+    get_split,
+    load_task,
+    select_train_rows,
+    with_validation,
+)
 from emotion.data.metrics import four_digits
 from emotion.inference.likelihood import PromptEncoder, has_chat_template
 from emotion.inference.model_folder import ARTIFACT, artifact_metadata, data_provenance, new_artifact, open_model
@@ -83,7 +91,7 @@ def main(argv=None) -> None:
     # The rows of a second run would replace those that LLaMA Factory trains on.
     with output_lock(folder), output_lock(work):
         # Load the dataset, then the base model
-        task = load_task(arguments.dataset_name, arguments.dataset_config_name)
+        task = with_validation(load_task(arguments.dataset_name, arguments.dataset_config_name))
         rows = select_train_rows(get_split(task, "train"), arguments, seed=recipe.values["seed"])
         if tiny:
             base = build_tiny_llama(rows["text"], work / "base")

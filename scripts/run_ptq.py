@@ -2,10 +2,12 @@
 
 The model folder holds the same layers in 8 bits for Transformers (`model.safetensors`, torchao), for ONNX Runtime and
 transformers.js (`onnx/model_quantized.onnx`), and for OpenVINO (`openvino/`, NNCF): made by `quantize_torchao`,
-`quantize_onnx` and `quantize_openvino` in emotion/quantization/int8.py. The test split is not read.
+`quantize_onnx` and `quantize_openvino` in emotion/quantization/int8.py. The test split is not read. Where
+there are texts alone, the labels of the quantized model are compared with those in FP32.
 
     python scripts/run_ptq.py --model_name_or_path weights/baseline
     python scripts/run_ptq.py configs/minilm/ptq-int4.yaml --model_name_or_path weights/baseline --formats onnx
+    python scripts/run_ptq.py --model_name_or_path user/classifier --dataset_name texts.txt
 """
 
 import emotion  # noqa: F401 (first: it sets what the libraries below read while they load)
@@ -14,9 +16,9 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 
 from dataclasses import dataclass, field
 
-from emotion.data.dataset import load_task_of
+from emotion.data.dataset import DatasetArguments, load_task_of
 from emotion.hub.upload import HubArguments, push_to_hub
-from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
+from emotion.inference.model_folder import head_labels, load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization.accuracy_aware import AccuracyAwareArguments, quantize_with_accuracy_control
 from emotion.quantization.scheme import check_scheme, load_samples, make_plan, quantized_metadata, with_onnx_export
 from emotion.utils.arguments import parse_args_and_config
@@ -24,7 +26,7 @@ from emotion.utils.command import run
 
 
 @dataclass
-class PtqArguments(AccuracyAwareArguments):
+class PtqArguments(AccuracyAwareArguments, DatasetArguments):
     """The flags of PTQ, besides those of the scheme and of the accuracy that is kept."""
 
     model_name_or_path: str = field(
@@ -32,7 +34,8 @@ class PtqArguments(AccuracyAwareArguments):
     )
     output_dir: str = field(default="weights/ptq", metadata={"help": "Folder in which the model is saved."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset of the calibration samples; by default that of the model."}
+        default=None,
+        metadata={"help": "Dataset as a Hub id, folder or file, or texts alone (texts.txt); by default the model's."},
     )
     seed: int = field(default=42, metadata={"help": "Seed by which the calibration samples are drawn."})
 
@@ -45,12 +48,14 @@ def main(argv=None) -> None:
     base, base_metadata = check_scheme(arguments)
     with lock_output_dir(arguments.output_dir, arguments, recipe):
         # Load the dataset: samples of train for calibration, and validation to measure the loss
-        task = load_task_of(base_metadata, arguments.dataset_name)
-        count = arguments.num_calibration_samples
-        print(f"{base.path}   calibration: {count} rows of {task.name} ({task.source}), train")
+        task = load_task_of(base_metadata, arguments, head_labels(base.path, fine_tuned=True), True)
 
         with with_onnx_export(base.path, arguments) as folder:
-            calibration, validation = load_samples(task, folder, count, arguments.seed)
+            samples = load_samples(task, folder, arguments.num_calibration_samples, arguments.seed)
+            calibration, validation = samples
+            count, compared = len(calibration.token_ids), len(validation.texts)
+            print(f"{base.path}   {task.name} ({task.source}): {count} rows calibrate, {compared} others are compared")
+
             # Load the model and choose its layers, and below 8 bits their scales
             model = load_trained_classifier(folder)
             plan = make_plan(folder, model, arguments, calibration)
@@ -59,6 +64,7 @@ def main(argv=None) -> None:
 
             # Quantize and save each format
             metadata = quantized_metadata("ptq", recipe, base_metadata, plan, arguments)
+            metadata["provenance"] |= {"calibration_dataset": task.name, "calibration_dataset_source": task.source}
             with new_artifact(arguments.output_dir, metadata) as output:
                 metadata |= quantize_with_accuracy_control(plan, output, calibration, validation, arguments)
         push_to_hub(arguments.output_dir, hub)

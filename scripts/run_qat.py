@@ -18,9 +18,9 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from emotion.data.dataset import RowsArguments, load_task_of
+from emotion.data.dataset import DatasetArguments, RowsArguments, load_task_of
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
+from emotion.inference.model_folder import head_labels, load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization import qat, scheme
 from emotion.training.trainer import (
     ClassificationTrainer,
@@ -33,7 +33,7 @@ from emotion.utils.command import run
 
 
 @dataclass
-class QatArguments(scheme.SchemeArguments, RowsArguments):
+class QatArguments(scheme.SchemeArguments, RowsArguments, DatasetArguments):
     """The flags of QAT, besides those of the scheme, the rows and the training."""
 
     model_name_or_path: str = field(
@@ -50,9 +50,6 @@ class QatArguments(scheme.SchemeArguments, RowsArguments):
     )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset to train on; by default that of the model."}
     )
 
 
@@ -79,12 +76,12 @@ def main(argv=None) -> None:
         set_seed(training.seed)
 
         # Load the dataset
-        task = load_task_of(base_metadata, arguments.dataset_name)
+        task = load_task_of(base_metadata, arguments, head_labels(base.path, fine_tuned=True))
         data = load_training_data(arguments, training.seed, base, task)
 
         # Load the model and insert fake quantizers
         with scheme.with_onnx_export(base.path, arguments) as folder:
-            samples = scheme.load_samples(task, folder, arguments.num_calibration_samples, training.seed)
+            samples = scheme.load_samples(data.task, folder, arguments.num_calibration_samples, training.seed)
             plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, samples[0])
         metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)
         if arguments.fake_quantize:

@@ -186,6 +186,7 @@ def test_a_config_that_is_none_is_refused(content, message, encoder, tmp_path):
 
 # Valid datasets
 GOOD = {"good", "text of a megabyte", "text of one long word", "text of zero characters", "one row each"}
+GOOD |= {"labels without names", "labels as words", "CSV"}
 GOOD |= {"100 classes", "no train", "no validation", "no test", "classes without letters", "classes of two lines"}
 # By chance, or the library's own choice
 EITHER = {"Parquet with flipped bits", "program", "card of other columns", "saved to disk"}

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its thread would also kee
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # TextEncoder divides the texts among its threads
 for _name in ("torch.utils._pytree", "torch.utils.cpp_extension", "bitsandbytes"):  # they log while they load
     logging.getLogger(_name).setLevel(logging.ERROR)
+_endpoint = os.environ.get("HF_ENDPOINT", "")
+try:
+    urlsplit(_endpoint)
+except ValueError as _error:  # huggingface_hub would end with a traceback while it loads
+    raise SystemExit(f"error: HF_ENDPOINT {_endpoint}: {_error}; write https://host, or unset it") from None
 
 
 def _print_uncaught(kind, error, trace) -> None:

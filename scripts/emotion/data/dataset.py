@@ -2,20 +2,25 @@
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
+from emotion.data.labels import encode_labels, match_labels
 from emotion.utils.arguments import COUNT, DROPOUT, Range
-from emotion.utils.base_model import hub_is_reachable
-from emotion.utils.errors import UserError, check_label, check_repo_id
+from emotion.utils.base_model import RECIPE_FILE, hub_is_reachable
+from emotion.utils.command import warn_first_and_last
+from emotion.utils.errors import UserError, check_label, check_repo_id, reason_of
 from emotion.utils.files import ROOT
 
 DEFAULT_DATASET = "dair-ai/emotion"
 # Without the Hub the default dataset is looked for here, in this order: the same rows beside the repository, then the
 # small sample that every clone has.
 LOCAL_COPIES = (("folder", ROOT.parent / "shared" / "data" / "emotion"), ("sample", ROOT / "sample"))
+# Ending of a file -> the reader of `datasets`
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+VALIDATION_SEED = 42  # of the rows that are held out where there is no validation, the same ones for every command
 MIN_LENGTH = 3  # of a text in tokens: one between the special tokens at both ends
 
 
@@ -42,15 +47,29 @@ class RowsArguments(DrawArguments):
 
 
 @dataclass
-class TaskArguments(RowsArguments):
+class DatasetArguments:
+    """The flags that name the dataset and its columns."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset: a Hub id, a folder, or a file (CSV, TSV, JSON lines, Parquet); by default the model's."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    text_column_name: str | None = field(default=None, metadata={"help": "Column of the texts; `text` by default."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; `label` by default."})
+
+
+@dataclass
+class TaskArguments(RowsArguments, DatasetArguments):
     """The flags that name the base model and the dataset."""
 
     model_name_or_path: str = field(kw_only=True, metadata={"help": "Base model: a Hub id or a local folder."})
     dataset_name: str = field(
         default=DEFAULT_DATASET,
-        metadata={"help": "Dataset with `text` and `label` (ClassLabel) columns: a Hub id or a local folder."},
+        metadata={"help": "Dataset: a Hub id, a folder, or a file (CSV, TSV, JSON lines, Parquet)."},
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     attention_dropout: float | None = field(
         default=0.1,  # as in BERT's pretraining
         metadata={"help": "Dropout of the attention weights; null: the base model's own.", "choices": DROPOUT},
@@ -64,56 +83,107 @@ class Task:
     name: str  # in cards and records
     source: str  # `hub`, `folder` or `sample`
     splits: dict  # name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns
-    labels: list[str]  # names of the classes; a row's label is an index into them
+    labels: list[str]  # names of the classes; a row's label is an index into them; none for texts alone
 
 
-def load_task(name: str, config_name: str | None = None) -> Task:
-    """Loads and checks a dataset: a local folder, the Hub or, for the default only, its local copies.
+def load_task(
+    name: str,
+    config_name: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    texts_alone: bool = False,
+) -> Task:
+    """Loads and checks a dataset: a file, a folder, the Hub or, for the default only, its local copies.
+
+    Args:
+        texts_alone: whether the labels may be missing.
 
     Raises:
         UserError: if it cannot be found or read, or naming the column, split or row that is invalid.
     """
-    dataset, source = _find_dataset(name, config_name)
+    dataset, source = _find_dataset(name, config_name, text_column or "text", label_column or "label")
     # All splits, even those that this command will not read: better now than after an hour of training.
     if not dataset:
         raise UserError(f"--dataset_name {name}: it has no splits; it needs train, validation and test")
-    labels = None
-    for split, rows in dataset.items():
+    splits = _select_columns(dataset, name, text_column, label_column, texts_alone)
+    splits, labels = encode_labels(splits, name), None
+    for split, rows in splits.items():
         names = _check_columns(rows, name)
-        labels = labels or names
+        labels = names if labels is None else labels
         _check_names(names, labels, f"{name}, {split}")
-        _check_rows(rows, split, len(labels))
+        _check_rows(rows, split, labels)
     for label in labels:
         check_label(label, f"{name}: the name of a class")
     if source == "sample":
         name = "sample (written by this project)"  # not the default's name: it is other data
     elif source == "folder" and name != DEFAULT_DATASET:  # a local copy of the default holds the same rows
         name = Path(name).name  # not the path, which says nothing on another machine
-    return Task(name=name, source=source, splits=dict(dataset), labels=labels)
+    return Task(name=name, source=source, splits=splits, labels=labels)
 
 
-def load_task_of(made_by: dict, name: str | None = None, config_name: str | None = None) -> Task:
-    """Loads the named dataset or, without a name, the one that the model of this recipe.yaml was trained on."""
-    recipe = made_by.get("recipe", {})
-    recipe = recipe.get("baseline", recipe)  # a quantized model keeps its baseline's recipe inside its own
-    # The recipe's configuration belongs to the recipe's dataset: one that is named here does not take it.
-    if name is None:
-        name = recipe.get("dataset_name", DEFAULT_DATASET)
-        config_name = config_name or recipe.get("dataset_config_name")
-    return load_task(name, config_name)
+def load_task_of(
+    made_by: dict,
+    arguments: DatasetArguments | None = None,
+    model_labels: list[str] | None = None,
+    texts_alone: bool = False,
+) -> Task:
+    """Loads the named dataset or, without a name, the one in this recipe.yaml of a model.
+
+    Args:
+        model_labels: of the fine-tuned model, to whose order the labels are put.
+        texts_alone: whether the labels may be missing.
+
+    Raises:
+        UserError: if neither names a dataset, or its labels are not the model's.
+    """
+    named = {one.name: getattr(arguments, one.name, None) for one in fields(DatasetArguments)}
+    # The recipe's configuration and columns belong to the recipe's dataset: one that is named here does not take them.
+    if named["dataset_name"] is None:
+        recipe = made_by.get("recipe", {})
+        if "dataset_name" not in recipe:  # a quantized model keeps its baseline's recipe inside its own
+            recipe = recipe.get("baseline", {})
+        if "dataset_name" not in recipe:
+            answers = f"; its labels are {', '.join(model_labels)}" if model_labels else ""
+            raise UserError(
+                f"the model has no {RECIPE_FILE} that names its dataset{answers}. Pass --dataset_name: a dataset with "
+                "these labels (a Hub id, a folder or a file), or for run_ptq.py texts alone (texts.txt)"
+            )
+        named = {key: recipe.get(key) if value is None else value for key, value in named.items()}
+    task = load_task(*named.values(), texts_alone)
+    if not task.labels or not model_labels:
+        return task
+    return replace(task, splits=match_labels(task.splits, task.labels, model_labels, task.name), labels=model_labels)
 
 
-def _find_dataset(name: str, config_name: str | None) -> tuple:
-    """The dataset's splits, and its source: `hub`, `folder` or `sample`."""
+def with_validation(task: Task) -> Task:
+    """The dataset with a validation split: if it has none, a stratified tenth of train; `UserError` if too small."""
+    if "validation" in task.splits or "train" not in task.splits:
+        return task
+    size = max(round(len(task.splits["train"]) / 10), len(task.labels))
+    try:
+        parts = task.splits["train"].train_test_split(size, stratify_by_column="label", seed=VALIDATION_SEED)
+    except ValueError as error:
+        raise UserError(
+            f"{task.name} has no validation split, and train cannot give one: {reason_of(error)}"
+        ) from error
+    print(f"{task.name} has no validation split: a stratified tenth of train, {size} rows, is held out")
+    return replace(task, splits=task.splits | {"train": parts["train"], "validation": parts["test"]})
+
+
+def _find_dataset(name: str, config_name: str | None, text: str, label: str) -> tuple:
+    """The dataset's splits, and its source: `hub`, `folder` or `sample`; ``text`` and ``label`` name its columns."""
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetNotFoundError
 
     if name and Path(name).is_dir():  # no name at all would be the folder that the command is started in
         if (Path(name) / "dataset_dict.json").is_file():  # written by `save_to_disk`, which `load_dataset` cannot read
             return _load(load_from_disk, name), "folder"
-        return _load(_load_folder, name, config_name), "folder"
-    if name.startswith((".", "/", "~")):  # meant as a path: the Hub's answer would hide that
-        raise UserError(f"--dataset_name {name}: no such folder")
+        return _load(_load_folder, name, config_name, text, label), "folder"
+    if name and Path(name).is_file():
+        return _load(_load_file, name, text, label), "folder"
+    # Meant as a path: the Hub's answer would hide that
+    if name.startswith((".", "/", "~")) or Path(name).suffix.lower() in READERS:
+        raise UserError(f"--dataset_name {name}: no such folder or file")
     check_repo_id(name)
     reachable = hub_is_reachable()  # asked first: if the answer is no, the line below reads the cache alone
     try:
@@ -127,15 +197,17 @@ def _find_dataset(name: str, config_name: str | None) -> tuple:
             raise UserError(f"--dataset_name {name}: the Hub cannot be reached; name a local folder") from error
     # One of them is there: the sample is part of the repository.
     source, folder = next((source, folder) for source, folder in LOCAL_COPIES if folder.is_dir())
-    return _load(_load_folder, str(folder), config_name), source
+    what = "a copy of it" if source == "folder" else "a small made-up sample, whose scores mean little"
+    warn_first_and_last(f"without the Hub, {folder} is read instead of {name}: {what}")
+    return _load(_load_folder, str(folder), config_name, text, label), source
 
 
-def _load(load, name: str, *config_name):
+def _load(load, name: str, *options):
     """Calls ``load``; turns the error of a broken file into a `UserError`."""
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load(name, *config_name)
+        return load(name, *options)
     except (UserError, DatasetNotFoundError, ConnectionError):  # the caller may have another copy
         raise
     except Exception as error:  # of any kind: the library lets the errors of its readers through
@@ -144,21 +216,33 @@ def _load(load, name: str, *config_name):
         raise UserError(f"--dataset_name {name}: cannot be read: {message}") from error
 
 
+def _select_columns(dataset, name: str, text: str | None, label: str | None, texts_alone: bool) -> dict:
+    """The splits with the columns of texts and labels alone, as `text` and `label`; arguments as of `load_task`."""
+    columns, splits = {text or "text": "text"}, {}
+    if label or not texts_alone or any("label" in rows.column_names for rows in dataset.values()):
+        columns[label or "label"] = "label"
+    for split, rows in dataset.items():
+        for column, kind in columns.items():
+            if column not in rows.column_names:
+                found = ", ".join(rows.column_names)
+                raise UserError(
+                    f"{name}, {split}: no column '{column}' (it has {found}); name yours with --{kind}_column_name"
+                )
+        splits[split] = rows.select_columns(list(columns)).rename_columns(columns)
+    return splits
+
+
 def _check_columns(rows, name: str) -> list[str]:
-    """Checks that there are texts and at least two named labels; returns the names of the labels."""
+    """Checks that there are texts and at least two named labels; returns the names of the labels, none without."""
     from datasets import ClassLabel, Value
 
-    for column in ("text", "label"):
-        if column not in rows.column_names:
-            columns = ", ".join(rows.column_names)
-            raise UserError(f"{name}: no column '{column}' (it has {columns}); rename yours to it")
     if not isinstance(rows.features["text"], Value):  # a list, an image, ...: reading its rows may need a library
         raise UserError(f"{name}: column 'text' is no text but {type(rows.features['text']).__name__}")
-    # Bare numbers do not say which class is which, and the model's config.json would not either.
+    if "label" not in rows.column_names:
+        return []
     feature = rows.features["label"]
     if not isinstance(feature, ClassLabel):
-        how = "convert it once with dataset.class_encode_column('label') and save it"
-        raise UserError(f"{name}: column 'label' is {getattr(feature, 'dtype', feature)}, not a ClassLabel; {how}")
+        raise UserError(f"{name}: column 'label' is a ClassLabel in some splits alone; make it one in all, or in none")
     if len(feature.names) < 2:
         raise UserError(f"{name}: column 'label' has {len(feature.names)} classes; telling texts apart needs two")
     return feature.names
@@ -171,39 +255,70 @@ def _check_names(names: list[str], labels: list[str], where: str) -> None:
         raise UserError(f"{where}: {found}; give all splits the same names in the same order")
 
 
-def _load_folder(folder: str, config_name: str | None):
+def _load_file(path: str, text: str, label: str):
+    """Loads one file as the split train."""
+    from datasets import load_dataset
+
+    reader = READERS.get(Path(path).suffix.lower())
+    if not reader:
+        raise UserError(f"--dataset_name {path}: a file of an unknown kind; it takes {', '.join(READERS)}")
+    options = _options(reader, text, label) | ({"sep": "\t"} if path.lower().endswith(".tsv") else {})
+    dataset = load_dataset(reader, data_files={"train": path}, **options)
+    return dataset.filter(lambda row: row["text"].strip()) if reader == "text" else dataset  # without empty lines
+
+
+def _options(reader: str, text: str, label: str) -> dict:
+    """Options of a reader, by which a byte order mark is none of a text, and no word means a missing value."""
+    if reader == "csv":  # pandas would read the text `null` as missing, and the texts of a column as numbers
+        converters = {text: str, label: str}
+        return {"encoding": "utf-8-sig", "converters": converters, "keep_default_na": False, "na_filter": False}
+    return {"encoding": "utf-8-sig"} if reader in ("json", "text") else {}
+
+
+def _load_folder(folder: str, config_name: str | None, text: str, label: str):
     """Loads a folder of files, which must name the classes alike.
 
     `datasets` takes the names of the first Parquet file for all: another order would give other labels.
     """
-    from datasets import Features, load_dataset, load_dataset_builder
+    from datasets import ClassLabel, Features, Value, load_dataset, load_dataset_builder
     from pyarrow import parquet
 
-    first = None
-    for files in (load_dataset_builder(folder, config_name).config.data_files or {}).values():
+    builder, first = load_dataset_builder(folder, config_name), None
+    for files in (builder.config.data_files or {}).values():
         for path in files:
             if path.endswith(".parquet"):
-                feature = Features.from_arrow_schema(parquet.read_schema(path)).get("label")
+                feature = Features.from_arrow_schema(parquet.read_schema(path)).get(label)
                 if names := getattr(feature, "names", None):  # of a ClassLabel alone
                     first = first or names
                     _check_names(names, first, path)
-    return load_dataset(folder, config_name)
+    options = _options(type(builder.config).__module__.rpartition(".")[2], text, label)
+    declared = (builder.info.features or {}).get(label)  # in README.md
+    if not options or not isinstance(declared, ClassLabel):
+        return load_dataset(folder, config_name, **options)
+    # `datasets` itself takes integers there, and no names.
+    options["features"] = Features({**builder.info.features, label: Value("string")})
+    return load_dataset(folder, config_name, **options).cast_column(label, declared)
 
 
-def _check_rows(rows, split: str, classes: int) -> None:
-    """Checks that each row has a text, and a label that is a class."""
+def _check_rows(rows, split: str, names: list[str]) -> None:
+    """Checks that each row has a text and, where there are classes, one of them; tells which classes have no row."""
     if not len(rows):
         raise UserError(f"{split} has no rows; fill it or leave it out")
     try:
-        pairs = list(zip(rows["text"], rows["label"], strict=True))
+        pairs = list(zip(rows["text"], rows["label"] if names else rows["text"], strict=True))
     except UnicodeDecodeError as error:
         raise UserError(f"{split}: a text is not UTF-8 ({error}); convert the file") from error
+    absent = set(range(len(names)))
     for row, (text, label) in enumerate(pairs):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{split} row {row}: text is {text!r:.80}; each row needs a text that is not empty")
         # -1 is the mark that `datasets` gives a row without a label, in a hidden test split for instance.
-        if label is None or not 0 <= label < classes:
-            raise UserError(f"{split} row {row}: label {label} is outside 0..{classes - 1}")
+        if names and (label is None or not 0 <= label < len(names)):
+            raise UserError(f"{split} row {row}: label {label} is outside 0..{len(names) - 1}")
+        absent.discard(label)
+    if absent:
+        listed = ", ".join(names[index] for index in sorted(absent)[:3]) + (", ..." if len(absent) > 3 else "")
+        print(f"{split} has no row of {len(absent)} classes ({listed}); their F1 counts as 0 in macro F1")
 
 
 def get_split(task: Task, split: str):
@@ -235,6 +350,17 @@ def select_train_rows(rows, arguments: RowsArguments, seed: int):
         rows = rows.shuffle(seed=seed).select(range(arguments.max_train_samples))
         print(f"train: {len(rows)} rows, drawn at random")
     return rows
+
+
+def split_texts(task: Task, count: int, seed: int) -> tuple:
+    """Divides texts without labels at random: ``count`` to calibrate, but at most half of them, and all others."""
+    from datasets import concatenate_datasets
+
+    rows = concatenate_datasets(list(task.splits.values())).shuffle(seed=seed)
+    count = min(count, len(rows) // 2)
+    if not count:
+        raise UserError(f"{task.name} has a single text; quantizing needs some to calibrate and others to compare")
+    return rows.select(range(count)), rows.select(range(count, len(rows)))
 
 
 def stratified_sample(rows, count: int, seed: int):

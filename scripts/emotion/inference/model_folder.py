@@ -238,6 +238,22 @@ def open_model(auto_class: str, folder, **options):
         return getattr(transformers, auto_class).from_pretrained(folder, **options)
 
 
+def head_labels(path: str | Path, fine_tuned: bool = False) -> list[str] | None:
+    """The names of the classes in the order of the logits, by the configuration of a model.
+
+    Args:
+        path: a local folder or a Hub id.
+        fine_tuned: whether the model must have a head; otherwise None is returned for an encoder without one.
+    """
+    from transformers import AutoConfig
+
+    with one_line(f"{path} cannot be opened"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if fine_tuned or any("SequenceClassification" in name for name in config.architectures or []):
+            return [str(config.id2label[index]) for index in range(config.num_labels)]
+    return None
+
+
 def build_config(path: str, labels: list[str], attention_dropout: float | None):
     """The configuration of a base model with these labels; arguments and errors as of `build_classifier`."""
     from transformers import AutoConfig

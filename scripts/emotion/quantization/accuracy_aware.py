@@ -11,6 +11,9 @@ takes the first of these steps that keeps its macro F1:
 
 The drop against FP32 on the same texts is an estimate. Its one-sided 95 % bound comes from a paired bootstrap, and
 decides between *within* `max_f1_drop` and *cannot tell*; a drop that exceeds the limit itself is *beyond* it.
+
+For texts without labels, the share that gets another label than in FP32 takes the place of the drop, with its exact
+binomial bound (Clopper and Pearson, 1934), and `min_agreement` that of the limit.
 """
 
 import math
@@ -23,8 +26,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import beta
 
-from emotion.data.metrics import resampled_macro_f1, score
+from emotion.data.metrics import resampled_macro_f1, score, softmax
 from emotion.inference.model_folder import SHARED_FILES, files_to_serve, load_trained_classifier
 from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
 from emotion.quantization.activation_ranges import RULES, measure_ranges
@@ -39,6 +43,7 @@ from emotion.utils.errors import UserError
 
 FLOAT_COUNTS = (1, 2, 4, 8)  # of the most sensitive layers
 SENSITIVITY_TEXTS = 300  # the mean shift of the logits needs no more
+MOST_TEXTS = 10**7  # that are asked for
 RESAMPLES = 2000  # of the paired bootstrap
 WITHIN, BEYOND, UNDECIDED = "within", "beyond", "cannot tell"
 
@@ -52,6 +57,13 @@ class AccuracyAwareArguments(SchemeArguments):
         metadata={
             "help": "Points of validation macro F1 that a format may lose without a fallback; below 0 it must gain.",
             "choices": Range(-100, 100),
+        },
+    )
+    min_agreement: float = field(
+        default=99.0,
+        metadata={
+            "help": "Texts without labels: the percentage that must get the same label as in FP32.",
+            "choices": Range(0, 100),
         },
     )
     allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no fallback keeps its score."})
@@ -87,7 +99,7 @@ def quantize_with_accuracy_control(
         for fallback, changed in _fallbacks(plan, format, rows, sensitivity, arguments):
             seconds = save_format(changed, folder, format, rows, arguments)
             effect = compare(reference, logits_of(folder, format, validation), validation.labels)
-            attempts.append(_report(folder, format, fallback, effect, seconds, arguments.max_f1_drop))
+            attempts.append(_report(folder, format, fallback, effect, seconds, _limit(effect, arguments)))
             plans.append(changed)
             if is_good_enough(attempts[-1], arguments):
                 break
@@ -135,20 +147,44 @@ def has_export(plan: Plan) -> bool:
     return (plan.folder / "onnx" / "model.onnx").is_file()
 
 
-def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, max_drop: float) -> dict:
+def _loss(effect: dict) -> tuple[float, float]:
+    """What a format loses and its 95 % bound: points of macro F1, or without labels the percentage that changes."""
+    if "macro_f1_change" in effect:
+        return -100 * effect["macro_f1_change"], -100 * effect["macro_f1_change_bound"]
+    return 100 * effect["flips"] / effect["rows"], 100 * effect["flips_bound"]
+
+
+def _limit(effect: dict, arguments: AccuracyAwareArguments) -> float:
+    """What `_loss` may be."""
+    return arguments.max_f1_drop if "macro_f1_change" in effect else 100 - arguments.min_agreement
+
+
+def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, limit: float) -> dict:
     """Prints an attempt and returns it for recipe.yaml."""
     size = sum(files_to_serve(folder, format).values())
-    drop, bound = -100 * effect["macro_f1_change"], -100 * effect["macro_f1_change_bound"]
-    verdict = judge(drop, bound, max_drop)
+    loss, bound = _loss(effect)
+    verdict = judge(loss, bound, limit)
+    if "macro_f1_change" in effect:
+        unit, measured = "points", f"validation macro F1 {-loss:+.2f} points (95 % bound {-bound:+.2f})"
+    else:
+        shift = effect["mean_probability_change"]
+        unit = "% of the labels"
+        measured = (
+            f"{100 - loss:.2f} % agree with FP32 (95 % bound {100 - bound:.2f}), probabilities differ by {shift:.4f}"
+        )
     print(
-        f"{format}, {fallback}: validation macro F1 {-drop:+.2f} points (95 % bound {-bound:+.2f}), "
-        f"{effect['flips']} of {effect['rows']} labels differ, {size / 1e6:.1f} MB, {seconds} s"
+        f"{format}, {fallback}: {measured}, {effect['flips']} of {effect['rows']} labels differ, {size / 1e6:.1f} MB, "
+        f"{seconds} s"
     )
     if verdict == UNDECIDED:
-        # The gap between drop and bound shrinks with the square root of the number of texts.
-        needed = math.ceil(effect["rows"] * ((bound - drop) / max(max_drop - drop, 0.01)) ** 2)
+        if "macro_f1_change" in effect:  # the gap to the bound shrinks with the square root of the number of texts
+            needed = math.ceil(effect["rows"] * ((bound - loss) / max(limit - loss, 0.01)) ** 2)
+        else:
+            needed = effect["rows"]
+            while needed < MOST_TEXTS and 100 * _flips_bound(loss / 100 * needed, needed) > limit:
+                needed = math.ceil(1.1 * needed)
         print(
-            f"{format}: {effect['rows']} texts cannot tell whether it loses more than {max_drop:g} points: it may "
+            f"{format}: {effect['rows']} texts cannot tell whether it loses more than {limit:g} {unit}: it may "
             f"lose {bound:.2f}; about {needed:,} texts would tell"
         )
     return {"fallback": fallback, **effect, "verdict": verdict, "bytes_to_serve": size, "seconds": seconds}
@@ -174,15 +210,20 @@ def _choose(format: str, attempts: list[dict], arguments: AccuracyAwareArguments
     """
     best = attempts[-1]
     if not is_good_enough(best, arguments):
-        best = max(attempts, key=lambda attempt: (attempt["macro_f1_change"], -attempt["mean_logit_shift"]))
-        drop, bound = -100 * best["macro_f1_change"], -100 * best["macro_f1_change_bound"]
-        message = f"{format} at {arguments.bits} bits loses {drop:.2f} points of validation macro F1 at best"
+        best = min(attempts, key=lambda attempt: (_loss(attempt)[0], attempt["mean_logit_shift"]))
+        loss, bound = _loss(best)
+        if "macro_f1_change" in best:
+            message = f"{format} at {arguments.bits} bits loses {loss:.2f} points of validation macro F1 at best"
+            flag = f"--max_f1_drop {arguments.max_f1_drop:g}"
+        else:
+            message = f"{format} at {arguments.bits} bits changes {loss:.2f} % of the labels at best"
+            flag = f"--min_agreement {arguments.min_agreement:g} allows"
         if best["verdict"] == UNDECIDED:
             message += f", and may lose {bound:.2f}"
         if not arguments.allow_drop:
             raise UserError(
-                f"{message}, more than --max_f1_drop {arguments.max_f1_drop:g}; nothing was saved. Train for it with "
-                "run_qat.py, raise --max_f1_drop, or set --allow_drop true"
+                f"{message}, more than {flag}; nothing was saved. Train for it with run_qat.py, change "
+                f"{flag.split()[0]}, or set --allow_drop true"
             )
         print(f"{message}; saved, since --allow_drop is set")
     best["kept"] = True
@@ -220,27 +261,37 @@ def logits_of(folder: Path, format: str, samples: Samples) -> np.ndarray:
     return predict(classifier, classifier.encode(samples.texts))
 
 
-def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> dict:
+def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) -> dict:
     """Compares quantized with float logits on the same rows.
 
     Args:
         before: logits (rows, classes) in FP32.
         after: the same, quantized.
-        labels: int (rows,).
+        labels: int (rows,); None for texts alone.
 
     Returns:
-        `mean_logit_shift`; `flips`, the predicted labels that differ, of `rows`; `macro_f1_change`, and
-        `macro_f1_change_bound`, below which the change lies with a probability of 5 %.
+        `mean_logit_shift`; `flips`, the predicted labels that differ, of `rows`. With labels also `macro_f1_change`,
+        and `macro_f1_change_bound`, below which the change lies with a probability of 5 %; without them
+        `mean_probability_change`, and `flips_bound`, above which the share of flips lies with that probability.
     """
     predictions = before.argmax(axis=-1), after.argmax(axis=-1)
+    flips, rows = int((predictions[0] != predictions[1]).sum()), len(before)
+    effect = {"mean_logit_shift": float(np.abs(after - before).mean()), "flips": flips, "rows": rows}
+    if labels is None:
+        return effect | {
+            "mean_probability_change": float(np.abs(softmax(after) - softmax(before)).mean()),
+            "flips_bound": _flips_bound(flips, rows),
+        }
     drawn = resampled_macro_f1(labels, *predictions, classes=before.shape[1], resamples=RESAMPLES)
-    return {
-        "mean_logit_shift": float(np.abs(after - before).mean()),
-        "flips": int((predictions[0] != predictions[1]).sum()),
-        "rows": len(labels),
+    return effect | {
         "macro_f1_change": score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"],
         "macro_f1_change_bound": float(np.percentile(drawn[1] - drawn[0], 5)),
     }
+
+
+def _flips_bound(flips: float, rows: int) -> float:
+    """The share of flips that is exceeded with a probability of 5 %, where so many are seen."""
+    return float(beta.ppf(0.95, flips + 1, rows - flips)) if flips < rows else 1.0
 
 
 def measure_layers(baseline: Path, samples: Samples, kinds: bool = True) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emotion.data.dataset import Task, get_split, stratified_sample
+from emotion.data.dataset import Task, get_split, split_texts, stratified_sample, with_validation
 from emotion.data.tokenization import LARGEST_LIMIT, TextEncoder, load_tokenizer
 from emotion.export.onnx_export import TOLERANCE, ExportError, export_onnx, largest_gap, sample_inputs
 from emotion.inference.emotion_classifier import fetch, fetch_all, find_model
@@ -162,23 +162,25 @@ class Samples:
     """Samples to score a model on.
 
     Attributes:
-        labels: int (rows,).
+        labels: int (rows,); None for texts alone.
         threads: to compute with.
     """
 
     texts: list[str]
-    labels: np.ndarray
+    labels: np.ndarray | None
     threads: int
 
     def first(self, count: int | None) -> "Samples":
         """Returns the first ``count`` samples; all for None."""
-        return replace(self, texts=self.texts[:count], labels=self.labels[:count])
+        return replace(self, texts=self.texts[:count], labels=None if self.labels is None else self.labels[:count])
 
 
 def load_samples(
     task: Task, folder: Path, count: int, seed: int, threads: int | None = None
 ) -> tuple[CalibrationRows, Samples]:
     """Draws the calibration samples from train, stratified by class, and takes all of validation.
+
+    Of texts without labels it draws at most half to calibrate, and takes the others.
 
     Args:
         folder: of the model, whose tokenizer is used.
@@ -188,9 +190,14 @@ def load_samples(
     Raises:
         UserError: if train has fewer rows.
     """
-    rows, encoder = stratified_sample(get_split(task, "train"), count, seed), TextEncoder(folder)
-    validation = get_split(task, "validation")
-    samples = Samples(list(validation["text"]), np.asarray(validation["label"]), threads or choose_threads(None))
+    encoder, labels = TextEncoder(folder), None
+    if task.labels:
+        task = with_validation(task)
+        rows, validation = stratified_sample(get_split(task, "train"), count, seed), get_split(task, "validation")
+        labels = np.asarray(validation["label"])
+    else:
+        rows, validation = split_texts(task, count, seed)
+    samples = Samples(list(validation["text"]), labels, threads or choose_threads(None))
     return CalibrationRows(encoder, encoder(list(rows["text"]))), samples
 
 

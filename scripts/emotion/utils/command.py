@@ -24,6 +24,7 @@ CHECKING = {"transformers", "accelerate", "peft", "datasets", "huggingface_hub"}
 MAX_MESSAGE = 2000  # characters of an error: a value of a megabyte must not bury what is said of it
 # Loggers that report every layer, operator or process
 NOISY = ("torch.onnx", "onnxscript", "torch.distributed.elastic")
+LAST_LINES = []  # printed once more when the command ends
 LINE_S = 30  # seconds between two lines of a log
 LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go"
 
@@ -53,6 +54,13 @@ class Bar(tqdm):
             super().clear(nolock)
 
 
+def warn_first_and_last(message: str) -> None:
+    """Prints a warning on standard error, now and when the command ends, in the main process alone."""
+    if is_main_process():
+        print(f"WARNING: {message}", file=sys.stderr)
+        LAST_LINES.append(message)
+
+
 def run(main) -> None:
     """Runs a script's ``main`` and ends the process: status 0, or one line on standard error and another status."""
     if not is_main_process():
@@ -61,6 +69,8 @@ def run(main) -> None:
     quiet_libraries()
     try:
         main()
+        for message in LAST_LINES:
+            print(f"WARNING: {message}", file=sys.stderr)
     except BrokenPipeError:  # the reader (`head`, say) went away: nothing is wrong here
         # Python flushes standard output once more as it ends, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

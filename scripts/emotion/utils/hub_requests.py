@@ -1,12 +1,14 @@
 """Requests to the Hub: every wait is bounded, transient errors are retried, and an error becomes one line.
 
-`huggingface_hub` retries, resumes, compares lengths and falls back to its cache. Hooks of its HTTP client add what 1.21 to
-2.4 lack: timeouts of API requests, bounds on the waits that a server asks for and on bodies, checks of the headers after
-which it names files in its cache; and, before 2.0, a bound on redirects.
+`huggingface_hub` retries, resumes, compares lengths and falls back to its cache. Hooks of its HTTP client add what 1.21
+to 2.4 lack: timeouts of API requests, bounds on the waits that a server asks for and on bodies, checks of the headers
+after which it names files in its cache; and, before 2.0, a bound on redirects.
 """
 
 import contextlib
+import os
 import re
+import ssl
 import sys
 import threading
 import time
@@ -14,8 +16,14 @@ from collections import Counter
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
+from httpx import ConnectError, ConnectTimeout
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    FileMetadataError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from emotion.utils.errors import UserError, check_repo_id, mask_token, printable, raised_by
@@ -35,9 +43,26 @@ class UselessAnswerError(Exception):
 def endpoint_answers() -> bool:
     """Whether the Hub may be asked and answers; a refusal is an answer."""
     try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # HF_HUB_OFFLINE, or any error of the HTTP library
+        return check_endpoint()
+    except UserError:
         return False
+
+
+def check_endpoint() -> bool:
+    """Whether the Hub answers; False only if HF_HUB_OFFLINE is set or there is no network, `UserError` otherwise."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except OfflineModeIsEnabled:
+        return False
+    except Exception as error:  # any of the HTTP library
+        cause, refused = error, "HF_ENDPOINT" in os.environ or not isinstance(error, ConnectError | ConnectTimeout)
+        while cause and not refused:  # a certificate was shown, and is not valid
+            refused, cause = isinstance(cause, ssl.SSLError), cause.__cause__ or cause.__context__
+        if not refused:
+            return False
+        reason = printable(f"no useful answer of {constants.ENDPOINT} ({type(error).__name__}: {error})")
+        hint = "correct HF_ENDPOINT or the network's settings, or set HF_HUB_OFFLINE=1 to use what this machine has"
+        raise UserError(f"{reason}; {hint}") from error
     return True
 
 
