@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 SUMS = "SHA256SUMS"
 # Values of every type, and such that mean nothing where a size, a number or a name is wanted
 OTHERS = [None, True, 0, -1, 3, 10**6, 10**12, 0.5, float("nan"), "", "x", "../x", "a\nb", [], [1], {}, {"a": None}]
+OTHERS += [10**21, -(10**21), "a\x1b[2J\u202eb", "<b>|`$"]
 
 
 def damage(folder: Path, draw: random.Random, kind: str | None = None) -> str:
@@ -89,6 +90,13 @@ def make_folder(path: Path, draw: random.Random) -> str:
     path.unlink()
     path.mkdir()
     return "a folder of that name"
+
+
+def link_away(path: Path, draw: random.Random) -> str:
+    target = draw.choice(["/dev/zero", "/etc/passwd", path.with_name("nowhere"), path.parent])
+    path.unlink()
+    path.symlink_to(target)
+    return f"a link to {target}"
 
 
 # Of settings
@@ -328,6 +336,7 @@ KINDS = {
     "deleted": ("*", delete),
     "exchanged": ("*", exchange),
     "a folder": ("*", make_folder),
+    "a link": ("*", link_away),
     "a value": ("*config.json", change_settings),
     "a value of the tokenizer": ("tokenizer.json", change_settings),
     "other JSON": ("*.json", replace_settings),
