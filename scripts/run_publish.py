@@ -28,7 +28,7 @@ from emotion.inference.model_folder import LICENSE_FILE, RECOMMENDED, RELEASED, 
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
-from emotion.utils.errors import TOKEN, UserError, check_repo_id
+from emotion.utils.errors import TOKEN, UserError, check_repo_id, visible
 from emotion.utils.files import ROOT, SUMS_FILE, check_sums, format_sums, has_files, read_sums, sha256, without_path
 from emotion.utils.machine import code_url
 
@@ -99,7 +99,7 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
         total += size
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     left_out = ", ".join(sorted(present - files.keys())) or "nothing"
-    print(f"{total:>12,}  bytes in {len(files)} files; left out: {left_out}")
+    print(f"{total:>12,}  bytes in {len(files)} files; left out: {visible(left_out)}")
 
 
 def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = True) -> dict[str, Path | bytes]:
