@@ -392,7 +392,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in: input and output must be apart"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
         ({"a/b.parquet": b""}, ["a/**/*.parquet", "a/out"], r"a/\*\*/\*.parquet finds .*a/out/part-00000.parquet"),
-        ({"a/b/c.json": b"{}"}, ["a/*/*.json", "a/out"], "finds .*a/out/_manifest.json, which this command writes"),
+        ({"a/b.json": b"{}"}, ["*/*.json", "out"], "finds .*out/_manifest.json, which this command writes"),
         ({"out/_manifest.json": b"{}", "a.csv": b"text\nr\n"}, ["a.csv", "out"], "manifest.json has no 'model_name'"),
         ({"a.csv": b""}, ["a.csv", "out"], "a.csv cannot be read: it is empty"),
         ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv has no column 'text'; it has t, n"),
