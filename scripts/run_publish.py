@@ -20,7 +20,7 @@ import yaml
 from emotion.utils.arguments import parse_args
 from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
-from emotion.utils.errors import TOKEN, UserError, check_repo_id
+from emotion.utils.errors import TOKEN, UserError, check_repo_id, visible
 from emotion.utils.files import (
     RECOMMENDED,
     ROOT,
@@ -108,7 +108,7 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
         total += size
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     left_out = ", ".join(sorted(present - files.keys())) or "nothing"
-    print(f"{total:>12,}  bytes in {len(files)} files; left out: {left_out}")
+    print(f"{total:>12,}  bytes in {len(files)} files; left out: {visible(left_out)}")
 
 
 def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = True) -> dict[str, Path | bytes]:

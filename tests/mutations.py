@@ -24,6 +24,7 @@ SUMS = "SHA256SUMS"
 SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "max_position_embeddings", "num_attention_heads")
 # Values of every type, and such that mean nothing where a size, a number or a name is wanted
 OTHERS = [None, True, 0, -1, 3, 10**6, 10**12, 0.5, float("nan"), "", "x", "../x", "a\nb", [], [1], {}, {"a": None}]
+OTHERS += [10**21, -(10**21), "a\x1b[2J\u202eb", "<b>|`$"]
 
 
 def damage(folder: Path, draw: random.Random, kind: str | None = None) -> str:
@@ -75,6 +76,13 @@ def exchange(path: Path, draw: random.Random) -> str:
     other = draw.choice([one for one in sorted(root.rglob("*")) if one.is_file() and one.name != SUMS])
     path.write_bytes(other.read_bytes())
     return f"with the bytes of {other.name}"
+
+
+def link_away(path: Path, draw: random.Random) -> str:
+    target = draw.choice(["/dev/zero", "/etc/passwd", path.with_name("nowhere"), path.parent])
+    path.unlink()
+    path.symlink_to(target)
+    return f"a link to {target}"
 
 
 def change_settings(path: Path, draw: random.Random) -> str:
@@ -262,6 +270,7 @@ KINDS = {
     "deleted": ("*", lambda path, draw: path.unlink()),
     "exchanged": ("*", exchange),
     "a folder": ("*", lambda path, draw: (path.unlink(), path.mkdir())),
+    "a link": ("*", link_away),
     "a value": ("*config.json", change_settings),
     "a value of the tokenizer": ("tokenizer.json", change_settings),
     "other JSON": ("*.json", replace_settings),

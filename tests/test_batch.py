@@ -333,7 +333,7 @@ def test_another_question_into_the_same_folder_is_refused(changed, reason, artif
         ({"in/a.csv": b"text\nred\n"}, ["in", "in/out"], "in/out lies in in"),
         ({"out/a.csv": b"text\nred\n"}, ["out/a.csv", "out"], "out/a.csv lies in out"),
         ({"a/b.parquet": b""}, ["a/**/*.parquet", "a/out"], "a/out/part-00000.parquet"),
-        ({"a/b/c.json": b"{}"}, ["a/*/*.json", "a/out"], "a/out/_manifest.json"),
+        ({"a/b.json": b"{}"}, ["*/*.json", "out"], "out/_manifest.json"),
         ({"out/_manifest.json": b"{}", "a.csv": b"text\nr\n"}, ["a.csv", "out"], "model_name"),
         ({"a.csv": b""}, ["a.csv", "out"], "a.csv"),
         ({"a.csv": b"t,n\nred,1\n"}, ["a.csv", "out"], "a.csv .*'text'; it has t, n"),

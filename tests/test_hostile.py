@@ -128,6 +128,7 @@ def publish(folder: Path) -> None:
 
 def test_a_link_to_a_secret_is_not_published(folder, tmp_path, capsys):
     (tmp_path / "id_rsa").write_text("secret", encoding="utf-8")
+    (folder / "LICENSE").unlink()
     (folder / "LICENSE").symlink_to(tmp_path / "id_rsa")
     with pytest.raises(UserError, match="LICENSE is a link out of"):
         publish(folder)
