@@ -39,7 +39,7 @@ def test_a_folder_saved_to_disk_opens_too(tmp_path):
         ({"text": ["a", "b"], "label": [1, 1]}, INTEGERS, "column 'label' has 1 classes"),
         ({"text": ["a", "b"], "label": [0.5, 1.5]}, None, "column 'label' is float64"),
         ({"text": ["a", "b"], "label": ["0.5", "1"]}, None, "column 'label' holds numbers such as 0.5"),
-        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, None, "column 'label' holds List, several labels a text"),
+        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, None, "column 'label' holds List and not one name"),
         ({"text": ["a", "b"], "label": [0, -1]}, NAMED, "train row 1: label -1 is outside 0..2"),
         ({"text": ["a", "b"], "label": [0, None]}, NAMED, "train row 1: label None is outside 0..2"),
         ({"text": ["a", "  "], "label": [0, 1]}, NAMED, "train row 1: text is '  '"),

@@ -24,8 +24,8 @@ def encode_labels(splits: dict, where: str) -> dict:
         return splits
     for feature in features:
         if not isinstance(feature, Value):
-            holds = f"{where}: column 'label' holds {type(feature).__name__}, several labels a text"
-            raise UserError(f"{holds}; one is expected, and --label_column_name names another column")
+            holds = f"{where}: column 'label' holds {type(feature).__name__} and not one name or integer a text"
+            raise UserError(f"{holds}; --label_column_name names another column")
         if not feature.dtype.startswith(("int", "uint", "bool", "string", "large_string")):
             raise UserError(
                 f"{where}: column 'label' is {feature.dtype}, no class; write the classes' names or integers"
