@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import ssl
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,9 +25,11 @@ from conftest import (
     COLORS,
     as_flags,
     build_rows,
+    color_features,
     ptq_flags,
     qat_flags,
     read_json,
+    run_script,
     save_dataset,
     train_flags,
 )
@@ -98,6 +99,12 @@ def test_the_names_of_a_card_beside_the_files_are_kept(labels, tmp_path):
     (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
     task = load_task(str(tmp_path))
     assert rows_of(task) == WORDS and task.labels == ["warm", "cold"]
+
+
+def test_a_split_whose_labels_are_hidden_is_left_out(tmp_path, capsys):
+    rows = build_rows(9)
+    save_dataset(tmp_path, {"train": rows, "test": rows | {"label": [-1] * 9}}, color_features())
+    assert load_task(str(tmp_path)).splits.keys() == {"train"} and "test is left out" in capsys.readouterr().out
 
 
 def test_names_are_those_of_all_splits_and_what_a_split_lacks_is_said(tmp_path, capsys):
@@ -184,7 +191,7 @@ def answers_right(folder) -> None:
     assert [one["label"] for one in classifier.classify(list(TEXTS))] == list(TEXTS.values())
 
 
-SHORT = {"max_steps": 1, "learning_rate": 1e-7, "eval_strategy": "no", "save_strategy": "no"}
+SHORT = {"max_steps": 1, "learning_rate": 1e-7, "logging_strategy": "no", "save_strategy": "no"}
 SHORT |= {"load_best_model_at_end": False}
 
 
@@ -195,6 +202,7 @@ def flags_of(main, model, data, out, **more) -> list[str]:
         return ptq_flags(model, out, dataset_name=data, formats="onnx", **more)
     if main is run_qat:
         return qat_flags(model, out, dataset_name=data, formats="onnx", **(SHORT | more))
+    more |= {"formats": "nf4"} if main is run_qlora else {}  # the others are exported
     return train_flags(model, data, out, **(SHORT | more))
 
 
@@ -294,41 +302,32 @@ def test_classes_of_unequal_size_weigh_the_same():
 # The Hub
 
 
-def failing(*causes):
-    """A session whose requests fail by the first error, raised from the others."""
-
-    def head(*args, **options):
-        for error, cause in zip(causes, causes[1:], strict=False):
-            error.__cause__ = cause
-        raise causes[0]
-
-    return lambda: type("Session", (), {"head": staticmethod(head)})
-
-
 NO_NETWORK = httpx.ConnectError("[Errno -2] Name or service not known"), socket.gaierror()
 CERTIFICATE = httpx.ConnectError("self-signed certificate"), ssl.SSLCertVerificationError()
+REFUSED, SCHEME = httpx.ProxyError("403 Forbidden"), httpx.UnsupportedProtocol("no http://")
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "causes", "refused"),
+    ("endpoint", "error", "cause", "refused"),
     [
-        (None, NO_NETWORK, False),
-        (None, (httpx.ConnectTimeout("timed out"),), False),
-        (None, CERTIFICATE, True),
-        (None, (httpx.ProxyError("403 Forbidden"),), True),
-        ("https://mirror.example", NO_NETWORK, True),
-        ("localhost:1", (httpx.UnsupportedProtocol("no http://"),), True),
+        (None, *NO_NETWORK, False),
+        (None, httpx.ConnectTimeout("timed out"), None, False),
+        (None, *CERTIFICATE, True),
+        (None, REFUSED, None, True),
+        ("https://mirror.example", *NO_NETWORK, True),
+        ("localhost:1", SCHEME, None, True),
     ],
 )
-def test_only_no_network_at_all_is_no_error(endpoint, causes, refused, monkeypatch):
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    if endpoint:
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    monkeypatch.setattr(hub_requests, "get_session", failing(*causes))
+def test_only_no_network_at_all_is_no_error(endpoint, error, cause, refused, monkeypatch):
+    def head(*args, **options):
+        raise error from cause
+
+    monkeypatch.setenv("HF_ENDPOINT", endpoint or "")
+    if not endpoint:
+        monkeypatch.delenv("HF_ENDPOINT")
+    monkeypatch.setattr(hub_requests, "get_session", lambda: SimpleNamespace(head=head))
     if refused:
-        with pytest.raises(
-            UserError, match=r"no useful answer of .* \((ConnectError|ProxyError|UnsupportedProtocol): "
-        ):
+        with pytest.raises(UserError, match=rf"no useful answer of .* \({type(error).__name__}: "):
             hub_requests.check_endpoint()
     else:
         assert not hub_requests.check_endpoint()
@@ -346,7 +345,6 @@ def test_a_local_copy_is_said_first_and_last(monkeypatch, capsys):
 
 def test_an_endpoint_that_is_no_address_is_one_line():
     environment = os.environ | {"HF_ENDPOINT": "https://[bad"}
-    script = run_ptq.__file__
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=100)
+    done = run_script("run_ptq.py", env=environment)
     assert done.returncode == 1 and done.stderr.startswith("error: HF_ENDPOINT https://[bad: ")
     assert len(done.stderr.splitlines()) == 1

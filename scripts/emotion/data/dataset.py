@@ -219,6 +219,8 @@ def _load(load, name: str, *options):
 def _select_columns(dataset, name: str, text: str | None, label: str | None, texts_alone: bool) -> dict:
     """The splits with the columns of texts and labels alone, as `text` and `label`; arguments as of `load_task`."""
     columns, splits = {text or "text": "text"}, {}
+    if (label or "label") in columns:
+        raise UserError(f"--label_column_name {label or 'label'}: this column has the texts; name another one")
     if label or not texts_alone or any("label" in rows.column_names for rows in dataset.values()):
         columns[label or "label"] = "label"
     for split, rows in dataset.items():
@@ -228,7 +230,11 @@ def _select_columns(dataset, name: str, text: str | None, label: str | None, tex
                 raise UserError(
                     f"{name}, {split}: no column '{column}' (it has {found}); name yours with --{kind}_column_name"
                 )
-        splits[split] = rows.select_columns(list(columns)).rename_columns(columns)
+        rows = rows.select_columns(list(columns)).rename_columns(columns)
+        if hasattr(rows.features.get("label"), "names") and set(rows.unique("label")) == {-1}:
+            print(f"{name}: {split} is left out; its labels are hidden (-1)")
+        else:
+            splits[split] = rows
     return splits
 
 
@@ -356,7 +362,8 @@ def split_texts(task: Task, count: int, seed: int) -> tuple:
     """Divides texts without labels at random: ``count`` to calibrate, but at most half of them, and all others."""
     from datasets import concatenate_datasets
 
-    rows = concatenate_datasets(list(task.splits.values())).shuffle(seed=seed)
+    splits = [rows for split, rows in task.splits.items() if split != "test"] or list(task.splits.values())
+    rows = concatenate_datasets(splits).shuffle(seed=seed)
     count = min(count, len(rows) // 2)
     if not count:
         raise UserError(f"{task.name} has a single text; quantizing needs some to calibrate and others to compare")

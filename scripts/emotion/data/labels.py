@@ -12,10 +12,7 @@ def encode_labels(splits: dict, where: str) -> dict:
         splits: name -> `datasets.Dataset`; those without labels, or with a ClassLabel, are returned as they are.
 
     Returns:
-        The splits with a `ClassLabel`; its names are sorted, integers by their value.
-
-    Raises:
-        UserError: naming the row that has no label, or if the labels are lists or other numbers.
+        The splits with a `ClassLabel`, its names sorted, integers by value; raises `UserError` for other labels.
     """
     from datasets import ClassLabel, Value
 
@@ -24,20 +21,17 @@ def encode_labels(splits: dict, where: str) -> dict:
         return splits
     for feature in features:
         if not isinstance(feature, Value):
-            holds = f"{where}: column 'label' holds {type(feature).__name__}, several labels a text"
-            raise UserError(f"{holds}; one is expected, and --label_column_name names another column")
+            holds = f"{where}: column 'label' holds {type(feature).__name__} and not one name or integer a text"
+            raise UserError(f"{holds}; --label_column_name names another column")
         if not feature.dtype.startswith(("int", "uint", "bool", "string", "large_string")):
-            raise UserError(
-                f"{where}: column 'label' is {feature.dtype}, no class; write the classes' names or integers"
-            )
+            raise UserError(f"{where}: column 'label' is {feature.dtype}, no class; write names or integers")
     splits = {split: rows.cast_column("label", Value("string")) for split, rows in splits.items()}
     names = set()
     for split, rows in splits.items():
         for name in rows.unique("label"):
             if not (name or "").strip():
-                raise UserError(
-                    f"{split} row {list(rows['label']).index(name)}: label is {name!r}; each row needs one"
-                )
+                row = list(rows["label"]).index(name)
+                raise UserError(f"{split} row {row}: label is {name!r}; each row needs one")
             names.add(name.strip())  # as `ClassLabel` does
     feature = ClassLabel(names=_sorted(names, where))
     return {split: rows.cast_column("label", feature) for split, rows in splits.items()}
@@ -46,7 +40,7 @@ def encode_labels(splits: dict, where: str) -> dict:
 def _sorted(names: set[str], where: str) -> list[str]:
     """The names of classes in their order; raises `UserError` for numbers with a fraction, which are no classes."""
     if all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names):
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))
     if all(re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", name, re.IGNORECASE) for name in names):
         example = next(name for name in sorted(names) if not name.isdecimal())
         raise UserError(

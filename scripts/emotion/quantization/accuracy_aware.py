@@ -61,10 +61,7 @@ class AccuracyAwareArguments(SchemeArguments):
     )
     min_agreement: float = field(
         default=99.0,
-        metadata={
-            "help": "Texts without labels: the percentage that must get the same label as in FP32.",
-            "choices": Range(0, 100),
-        },
+        metadata={"help": "Texts alone: the percentage that must get FP32's label.", "choices": Range(0, 100)},
     )
     allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no fallback keeps its score."})
     strict: bool = field(
@@ -167,11 +164,8 @@ def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: flo
     if "macro_f1_change" in effect:
         unit, measured = "points", f"validation macro F1 {-loss:+.2f} points (95 % bound {-bound:+.2f})"
     else:
-        shift = effect["mean_probability_change"]
-        unit = "% of the labels"
-        measured = (
-            f"{100 - loss:.2f} % agree with FP32 (95 % bound {100 - bound:.2f}), probabilities differ by {shift:.4f}"
-        )
+        unit, measured = "% of the labels", f"{100 - loss:.2f} % agree with FP32 (95 % bound {100 - bound:.2f})"
+        measured += f", probabilities differ by {effect['mean_probability_change']:.4f}"
     print(
         f"{format}, {fallback}: {measured}, {effect['flips']} of {effect['rows']} labels differ, {size / 1e6:.1f} MB, "
         f"{seconds} s"

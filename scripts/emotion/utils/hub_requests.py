@@ -18,12 +18,7 @@ from email.utils import parsedate_to_datetime
 
 from httpx import ConnectError, ConnectTimeout
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import (
-    FileMetadataError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from emotion.utils.errors import UserError, check_repo_id, mask_token, printable, raised_by
