@@ -153,7 +153,8 @@ class TorchClassifier:
         self.model = load_trained_classifier(folder, verify=False, variant=variant, dtype=dtype).eval()
         self.encode = TextEncoder(folder, threads)
         # Asked of the model itself: Transformers lets a head of another width pass where weights are quantized.
-        width = self.logits([[self.encode.pad_id]]).shape[-1]
+        # Of a few tokens, since Funnel cannot pool a single one.
+        width = self.logits([[self.encode.pad_id] * min(8, self.encode.max_length)]).shape[-1]
         self.labels = read_labels(folder, weights, width)
 
     def compile(self) -> None:
