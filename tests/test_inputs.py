@@ -31,7 +31,7 @@ from emotion.inference import predict
 from emotion.utils import command
 from emotion.utils.arguments import make_parser, parse_args_and_config
 from emotion.utils.base_model import EMBEDDED_MODEL, find_base_model
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UsageError, UserError
 from emotion.utils.machine import THREADS, choose_threads
 from mutations_inputs import DATASETS, LETTERS, draw_config, draw_dataset, draw_flag, draw_text
 
@@ -146,7 +146,7 @@ def test_random_flags_end_in_one_line_or_are_taken(seed, nothing_is_loaded, enco
         except OSError as error:  # of a name of 5,000 letters; the boundary names the file
             assert error.filename and error.strerror, about
         unset_hf_deepspeed_config()  # a value of --deepspeed stays in the process, and every model asks for it
-    assert ends.count(UserError) > 20 and ends.count(Loaded) > 3
+    assert ends.count(UsageError) > 20 and ends.count(Loaded) > 3
 
 
 @pytest.mark.fuzz
