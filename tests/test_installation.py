@@ -122,7 +122,7 @@ def test_a_format_whose_runtime_is_not_there_is_one_line(format, light, artifact
     ],
     ids=lambda command: command[0],
 )
-def test_a_command_that_needs_the_full_environment_says_so(command, light, tmp_path):
+def test_a_command_that_needs_the_full_environment_says_so(command, light):
     done = subprocess.run([light, ROOT / "scripts" / command[0], *command[1:]], capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(r"error: No module named '\w+'; pip install -r requirements.txt installs it\n", done.stderr)

@@ -1,8 +1,8 @@
 """Requests to the Hub: every wait is bounded, transient errors are retried, and an error becomes one line.
 
-`huggingface_hub` retries, resumes, compares lengths and falls back to its cache. Hooks of its HTTP client add what it
-lacks from 1.21 to 2.4: timeouts of API requests, bounds on the waits that a server asks for and on bodies, checks of
-the headers after which it names files in its cache; and, before 2.0, a bound on redirects.
+`huggingface_hub` retries, resumes, compares lengths and falls back to its cache. Hooks of its HTTP client add what
+1.21 and 2.4 lack: timeouts of API requests, bounds on bodies and on the waits that a server asks for, checks of the
+headers after which it names files in its cache; and a bound on redirects, which 1.21 lacks.
 """
 
 import contextlib
