@@ -96,7 +96,7 @@ def _prepare_streams() -> None:
 
 def shorten(message: str) -> str:
     """A message as one `printable` line, without its middle if it is very long."""
-    line = printable(message, longest=None)
+    line = printable(" ".join(message.split()), longest=None)
     return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
 
 

@@ -61,7 +61,7 @@ def mask_token(text: str) -> str:
 
 def printable(text: str, longest: int | None = LONGEST_REASON) -> str:
     """What a stranger or a server wrote, as one `visible` line of bounded length, without a token."""
-    text = visible(" ".join(mask_token(text).split()))
+    text = visible(" ".join(line.strip() for line in mask_token(text).splitlines()).strip())
     return text if longest is None or len(text) <= longest else f"{text[:longest]} ..."
 
 
