@@ -150,7 +150,7 @@ def test_what_loses_too_much_is_refused_or_its_fallbacks_are_in_the_record(artif
     run_ptq.main(ptq_flags(spoiled, out, formats="onnx", max_f1_drop=-0.5, allow_drop=True))
     run_evaluation.main([str(out), "--format", "onnx", "--latency_runs", "0", "--results_dir", "results"])
     made = read_json(tmp_path / "results" / "metrics" / "ptq-onnx.json")["provenance"]
-    assert [one["fallback"].split(",")[0] for one in made["fallbacks"]["onnx"]] == ["plain", "channel splitting"]
+    assert [one["fallback"].split(",")[0] for one in made["fallbacks"]["onnx"]][:2] == ["plain", "channel splitting"]
     assert UNIT in made["outlier_channels"]["channels"]["bert.encoder.layer.0.output.dense"]
 
 

@@ -45,8 +45,9 @@ def scored(artifact, quantized, adapted, tmp_path_factory) -> Path:
         shutil.copytree(made, weights / "seeds" / f"{variant}-7")
         shutil.copytree(made, weights / variant)
         write_json(results / "seeds" / f"{variant}.json", {"variant": variant, "chosen_seed": 7})
-        words = ["--format", RELEASED[variant], "--latency_runs", "0", "--results_dir", str(results)]
-        run_evaluation.main([str(weights / variant), *words])
+        for format in [RELEASED[variant], "torchao"][: 2 if variant == "ptq" else 1]:
+            words = ["--format", format, "--latency_runs", "0", "--results_dir", str(results)]
+            run_evaluation.main([str(weights / variant), *words])
     shutil.copy(ROOT / "weights" / LICENSE_FILE, weights)
     return folder
 
@@ -73,7 +74,7 @@ def test_a_release_keeps_one_format_of_each_variant(released):
     everywhere = {"config.json", "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "LICENSE", "SHA256SUMS"}
     own = {
         "baseline": {"model.safetensors"},  # in bfloat16
-        "ptq": {"onnx/model_quantized.onnx"},
+        "ptq": {"onnx/model_quantized.onnx", "model.safetensors"},  # what its config.json names
         "qlora": {"model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"},
     }
     for variant, names in own.items():
@@ -146,7 +147,7 @@ def test_a_released_folder_is_published_with_its_licence(released, capsys):
     words = ["--repo_id", "user/bert-emotion-ptq", "--dry_run", "--results_dir", str(released / "results")]
     run_publish.main([str(released / "weights" / "ptq"), *words])
     sent = re.findall(r"^ *[\d,]+  (\S+)$", capsys.readouterr().out, flags=re.MULTILINE)
-    assert {"LICENSE", "onnx/model_quantized.onnx", "SHA256SUMS"} <= set(sent) and "model.safetensors" not in sent
+    assert {"LICENSE", "onnx/model_quantized.onnx", "SHA256SUMS", "model.safetensors"} <= set(sent)
 
 
 def test_other_labels_than_the_published_are_found(released, capsys):

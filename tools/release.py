@@ -31,6 +31,7 @@ from emotion.inference.model_folder import (
     OPENED_AS,
     RELEASED,
     SCORES_OF_OPENED,
+    find_formats,
     names_to_release,
 )
 from emotion.utils.arguments import parse_args
@@ -107,10 +108,11 @@ def find_source(variant: str, weights: Path, results: Path) -> Path:
         raise UserError(f"no file {summary}; run python tools/train_seeds.py {variant}")
     source = weights / "seeds" / f"{variant}-{read_json(summary)['chosen_seed']}"
     check_sums(source)
-    record = Record.read(results / "metrics" / f"{variant}-{RELEASED[variant]}.json")
-    if not record.sha256 or not has_files(source, record.sha256):
-        command = f"python scripts/run_evaluation.py {weights / variant} --format {RELEASED[variant]}"
-        raise UserError(f"{source} was not scored as it is now; run {command}")
+    for format in [RELEASED[variant], *({"torchao"} & find_formats(source).keys())]:
+        record = Record.read(results / "metrics" / f"{variant}-{format}.json")
+        if not record.sha256 or not has_files(source, record.sha256):
+            command = f"python scripts/run_evaluation.py {weights / variant} --format {format}"
+            raise UserError(f"{source} was not scored as it is now; run {command}")
     return source
 
 

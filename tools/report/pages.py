@@ -124,6 +124,7 @@ def render_block(families: list[Family], root: Path) -> str:
         advice=find_line(comparison, RECOMMENDED),
         choice=_describe_choice(study, lines) if study else None,
         table=summary_table(lines),
+        earlier=any(line.get("earlier") for line in lines),
         compared_with=sorted({run["compared_with"] for run in comparison["about"]["runs"].values()}),
         machines=_merge_machines(families),
         dates=_merge(families, "dates"),
@@ -191,7 +192,7 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
             line |= {"variant": variant, "seeds": [], "change": None, **_size_and_speed(row)}
     for means in comparison["seeds"]:
         if line and (means["variant"], means["format"]) == (variant, format):
-            line |= {name: means[name] for name in ("macro_f1", "accuracy", "seeds", "change")}
+            line |= {name: means[name] for name in ("macro_f1", "accuracy", "seeds", "change", "earlier")}
     return line
 
 

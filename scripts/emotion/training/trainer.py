@@ -164,7 +164,7 @@ class ClassificationTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, data: TrainingData, callbacks: list | tuple = (), **options):
         self.checkpoints = CheckpointCallback()
-        if options["args"].class_weights:
+        if getattr(options["args"], "class_weights", None):
             options["compute_loss_func"] = balanced_loss(data, options["args"].label_smoothing_factor)
         super().__init__(callbacks=[ProgressLines, self.checkpoints, *callbacks], **options)
         self.recipe, self.data = recipe, data

@@ -16,7 +16,6 @@ from collections import Counter
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
-from httpx import ConnectError, ConnectTimeout
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
@@ -28,6 +27,8 @@ MAX_WAIT_S = 120  # between two attempts, whatever the Hub asks for
 TIMEOUT_S = 60  # for each step of a request for which huggingface_hub sets none
 MAX_TRIES = 5  # of one request in an attempt: 15 s of a Hub that answers 500
 MIN_RATE, GRACE_S = 1000, 30  # bytes a second that a body must have on average, after so many seconds
+# Errors of the HTTP library where there is no network, by name: which library it is changes with huggingface_hub
+UNREACHED = ("ConnectError", "ConnectTimeout")
 MAX_ANSWER = 100_000_000  # bytes, of what is no file of an announced length; answers are read into memory
 
 
@@ -50,7 +51,7 @@ def check_endpoint() -> bool:
     except OfflineModeIsEnabled:
         return False
     except Exception as error:  # any of the HTTP library
-        cause, refused = error, "HF_ENDPOINT" in os.environ or not isinstance(error, ConnectError | ConnectTimeout)
+        cause, refused = error, "HF_ENDPOINT" in os.environ or type(error).__name__ not in UNREACHED
         while cause and not refused:  # a certificate was shown, and is not valid
             refused, cause = isinstance(cause, ssl.SSLError), cause.__cause__ or cause.__context__
         if not refused:
