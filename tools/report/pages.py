@@ -189,7 +189,13 @@ def find_line(comparison: dict, variant: str, format: str | None = None) -> dict
     for row in comparison["rows"]:
         if (row["variant"], row["format"], row["kind"]) == (variant, format, "record"):
             line = {name: {"mean": row[name], "standard_deviation": None} for name in ("macro_f1", "accuracy")}
-            line |= {"variant": variant, "seeds": [], "change": None, **_size_and_speed(row)}
+            line |= {
+                "variant": variant,
+                "seeds": [],
+                "change": None,
+                "earlier": row["earlier"],
+                **_size_and_speed(row),
+            }
     for means in comparison["seeds"]:
         if line and (means["variant"], means["format"]) == (variant, format):
             line |= {name: means[name] for name in ("macro_f1", "accuracy", "seeds", "change", "earlier")}
