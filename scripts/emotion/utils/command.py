@@ -56,7 +56,7 @@ class Bar(tqdm):
 
 def warn_first_and_last(message: str) -> None:
     """Prints a warning on standard error, now and when the command ends, in the main process alone."""
-    if is_main_process():
+    if is_main_process() and message not in LAST_LINES:
         print(f"WARNING: {message}", file=sys.stderr)
         LAST_LINES.append(message)
 
