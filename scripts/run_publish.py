@@ -149,13 +149,18 @@ def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = T
         path = Path(pictures) / f"{scored[0].name}.png"
         plot_confusion_matrix(scored[0], path)
         files[f"results/confusion_matrices/{path.name}"] = path.read_bytes()
+    files[SUMS_FILE] = sum_files(files, folder)
+    return files
+
+
+def sum_files(files: dict[str, Path | bytes], folder: Path) -> bytes:
+    """The content of SHA256SUMS for these files; raises `UserError` if one is missing."""
     sums = {}
     for name, content in files.items():
         if isinstance(content, Path) and not content.is_file():
             raise UserError(f"no file {content}; measure {folder} again with run_evaluation.py")
         sums[name] = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-    files[SUMS_FILE] = format_sums(sums).encode()
-    return files
+    return format_sums(sums).encode()
 
 
 def find_scored(folder: Path, records: list) -> list:

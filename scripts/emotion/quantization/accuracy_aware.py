@@ -114,7 +114,8 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
     """Yields the name of each step and its plan, from the cheapest on; what a step needs is measured in its turn."""
     yield "plain", plan
     if format == "onnx" and (outliers := find_outliers(plan, rows)):
-        plan = _measure_again(update_plan(replace(plan, outliers=outliers), arguments), rows, arguments)
+        changed = update_plan(replace(plan, outliers=outliers), arguments)
+        plan = _measure_again(changed, plan, rows, arguments.activation_quantization)
         yield f"channel splitting, {sum(map(len, outliers.values()))} channels", plan
     if format == "onnx" and plan.ranges:
         for rule in RULES:
@@ -128,15 +129,16 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
     ranked = sorted(sensitivity(), key=lambda row: -row["mean_logit_shift"])
     for count in FLOAT_COUNTS:
         names = [name for row in ranked[:count] for name in row["names"]]
-        changed = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
-        yield f"float, {count} layers", _measure_again(update_plan(plan, changed), rows, arguments)
+        kept = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
+        changed = _measure_again(update_plan(plan, kept), plan, rows, arguments.activation_quantization)
+        yield f"float, {count} layers", changed
 
 
-def _measure_again(plan: Plan, rows: CalibrationRows, arguments: AccuracyAwareArguments) -> Plan:
-    """The plan with the ranges of its layers, which are narrower without outlier channels."""
-    if not plan.ranges:
+def _measure_again(plan: Plan, before: Plan, rows: CalibrationRows, rule: str) -> Plan:
+    """The plan with the ranges of its layers, which depend on their outlier channels alone; ``before`` has the old."""
+    if not plan.ranges or plan.outliers == before.outliers:
         return plan
-    return replace(plan, ranges=measure_ranges(plan, rows, arguments.activation_quantization))
+    return replace(plan, ranges=measure_ranges(plan, rows, rule))
 
 
 def has_export(plan: Plan) -> bool:
