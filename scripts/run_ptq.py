@@ -16,11 +16,11 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 
 from dataclasses import dataclass, field
 
-from emotion.data.dataset import DatasetArguments, load_task_of
+from emotion.data.dataset import DatasetArguments
 from emotion.hub.upload import HubArguments, push_to_hub
-from emotion.inference.model_folder import head_labels, load_trained_classifier, lock_output_dir, new_artifact
+from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
+from emotion.quantization import scheme
 from emotion.quantization.accuracy_aware import AccuracyAwareArguments, quantize_with_accuracy_control
-from emotion.quantization.scheme import check_scheme, load_samples, make_plan, quantized_metadata, with_onnx_export
 from emotion.utils.arguments import parse_args_and_config
 from emotion.utils.command import run
 
@@ -45,25 +45,25 @@ ARGUMENTS = (PtqArguments, HubArguments)
 
 def main(argv=None) -> None:
     arguments, hub, recipe = parse_args_and_config(ARGUMENTS, argv)
-    base, base_metadata = check_scheme(arguments)
+    base, base_metadata = scheme.check_scheme(arguments)
     with lock_output_dir(arguments.output_dir, arguments, recipe):
         # Load the dataset: samples of train for calibration, and validation to measure the loss
-        task = load_task_of(base_metadata, arguments, head_labels(base.path, fine_tuned=True), True)
+        task = scheme.load_task(base, base_metadata, arguments, texts_alone=True)
 
-        with with_onnx_export(base.path, arguments) as folder:
-            samples = load_samples(task, folder, arguments.num_calibration_samples, arguments.seed)
+        with scheme.with_onnx_export(base.path, arguments) as folder:
+            samples = scheme.load_samples(task, folder, arguments.num_calibration_samples, arguments.seed)
             calibration, validation = samples
             count, compared = len(calibration.token_ids), len(validation.texts)
             print(f"{base.path}   {task.name} ({task.source}): {count} rows calibrate, {compared} others are compared")
 
             # Load the model and choose its layers, and below 8 bits their scales
             model = load_trained_classifier(folder)
-            plan = make_plan(folder, model, arguments, calibration)
+            plan = scheme.make_plan(folder, model, arguments, calibration)
             layers = plan.layers
             print(f"INT{arguments.bits}: {len(layers.linear)} linear layers, {len(layers.embeddings)} embeddings")
 
             # Quantize and save each format
-            metadata = quantized_metadata("ptq", recipe, base_metadata, plan, arguments)
+            metadata = scheme.quantized_metadata("ptq", recipe, base_metadata, plan, arguments)
             metadata["provenance"] |= {"calibration_dataset": task.name, "calibration_dataset_source": task.source}
             with new_artifact(arguments.output_dir, metadata) as output:
                 metadata |= quantize_with_accuracy_control(plan, output, calibration, validation, arguments)

@@ -18,9 +18,9 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from emotion.data.dataset import DatasetArguments, RowsArguments, load_task_of
+from emotion.data.dataset import DatasetArguments, RowsArguments
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import head_labels, load_trained_classifier, lock_output_dir, new_artifact
+from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization import qat, scheme
 from emotion.training.trainer import (
     ClassificationTrainer,
@@ -76,7 +76,7 @@ def main(argv=None) -> None:
         set_seed(training.seed)
 
         # Load the dataset
-        task = load_task_of(base_metadata, arguments, head_labels(base.path, fine_tuned=True))
+        task = scheme.load_task(base, base_metadata, arguments)
         data = load_training_data(arguments, training.seed, base, task)
 
         # Load the model and insert fake quantizers

@@ -26,7 +26,7 @@ from emotion.data.dataset import TaskArguments
 from emotion.export.onnx_export import check_export
 from emotion.hub.upload import push_to_hub
 from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
-from emotion.quantization.nf4 import find_float_modules, initialize_loftq
+from emotion.quantization import nf4
 from emotion.training import qlora
 from emotion.training.trainer import (
     ClassificationTrainer,
@@ -152,7 +152,7 @@ def nf4_config(base: str, labels: list[str], bf16: bool) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        llm_int8_skip_modules=find_float_modules(base, labels),  # for layers of 4 bits too, whatever its name says
+        llm_int8_skip_modules=nf4.find_float_modules(base, labels),  # for layers of 4 bits too, whatever its name says
     )
 
 
@@ -188,7 +188,7 @@ def build_model(base: str, labels: list[str], arguments: QloraArguments, bf16: b
     )
     model = get_peft_model(model, lora_config)
     if arguments.init_lora_weights == "loftq":
-        initialize_loftq(model, build_classifier(base, labels, None))
+        nf4.initialize_loftq(model, build_classifier(base, labels, None))
     return model
 
 

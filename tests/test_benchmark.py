@@ -130,11 +130,11 @@ def test_every_table_has_each_class_of_processors(two_kinds, tmp_path):
     rows = {}
     for line in re.findall(r"^\| .*", text, re.MULTILINE):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        rows[cells[0]] = cells
+        rows[cells[0].rstrip("†")] = cells  # which marks means with earlier files
     assert rows["variant"][-2:] == ["latency ms, AVX2", "speedup, AVX2"]
-    assert rows[next(name for name in rows if name.startswith("qat-int4"))][-4:] == ["0.63", "3.2x", "0.63", "1.6x"]
+    assert rows["qat-int4"][-4:] == ["0.63", "3.2x", "0.63", "1.6x"]
     assert rows["baseline, BF16"][-4:] == ["3.50", "0.6x", "-", "-"]
-    assert rows[next(name for name in rows if name.startswith("all-mpnet-base-v2 ptq"))][-2:] == ["-", "-"]  # its encoder was timed on one kind
+    assert rows["all-mpnet-base-v2 ptq, INT8"][-2:] == ["-", "-"]  # its encoder was timed on one kind
     assert "AVX2: another, 2 threads" in text and rows["Node.js"][-2:] == ["0.72", "-"]
     page = pages[two_kinds / "comparison.md"]
     assert "### AVX-512 VNNI" in page and "### AVX2" in page and "87.65 [86.0, 89.0]" in page

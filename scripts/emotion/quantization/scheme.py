@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emotion.data.dataset import Task, get_split, split_texts, stratified_sample, with_validation
+from emotion.data.dataset import Task, get_split, load_task_of, split_texts, stratified_sample, with_validation
 from emotion.data.tokenization import LARGEST_LIMIT, TextEncoder, load_tokenizer
 from emotion.export.onnx_export import TOLERANCE, ExportError, export_onnx, largest_gap, sample_inputs
 from emotion.inference.emotion_classifier import fetch, fetch_all, find_model
@@ -16,6 +16,7 @@ from emotion.inference.model_folder import (
     FLOAT_FILES,
     artifact_metadata,
     check_problem,
+    head_labels,
     load_trained_classifier,
     open_trained,
     quantized_by,
@@ -121,6 +122,18 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
         source=provenance.get("base_model_source", "folder" if is_local else "hub"),
     )
     return base, metadata
+
+
+def load_task(base: BaseModel, metadata: dict, arguments, texts_alone: bool = False) -> Task:
+    """Loads the dataset that ``arguments`` or recipe.yaml name, with its labels in the order of the model's head.
+
+    Args:
+        texts_alone: whether the labels may be missing.
+
+    Raises:
+        UserError: if nothing names a dataset, or its labels are not the model's.
+    """
+    return load_task_of(metadata, arguments, head_labels(base.path, fine_tuned=True), texts_alone)
 
 
 def find_float_model(name: str) -> Path:
