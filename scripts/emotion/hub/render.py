@@ -19,7 +19,6 @@ from emotion.utils.errors import UserError, visible
 from emotion.utils.files import atomic_write
 from emotion.utils.machine import PROCESSORS
 
-matplotlib.use("Agg")  # draws into files; the default looks for a screen
 PALETTE = "colorblind"
 # What begins HTML, an entity, a link, code or a cell; a list, a heading or a fence would need a line of its own
 MARKUP = re.compile(r"[<&\[`|](?!#\d+;)|¦")
