@@ -28,7 +28,7 @@ from emotion.inference import batch_job as shards
 from emotion.inference import batch_reader as rows
 from emotion.inference.batch_reader import RowReader, kind_of, survey
 from emotion.utils.errors import UserError
-from emotion.utils.files import sha256
+from emotion.utils.files import RECOMMENDED, sha256
 
 COUNT = 700
 TEXTS = build_rows(COUNT)["text"]
@@ -209,6 +209,21 @@ def test_all_columns_of_an_answer(artifact, table, tmp_path):
         assert row["score"] == pytest.approx(answer[0]["score"], abs=1e-4)
         for one in answer:
             assert row[f"probability_{one['label']}"] == pytest.approx(one["score"], abs=1e-4)
+
+
+def test_an_answer_does_not_depend_on_the_shard_or_on_the_order(tmp_path):
+    texts = [*build_rows(60)["text"], "i feel so happy", "sky " * 300, "\u05d0\u05d3\u05d5\u05dd", "!?" * 200]
+    answers = []
+    for name, count, order in (("alone", 1, 1), ("few", 7, 1), ("together", 1000, 1), ("backwards", 1000, -1)):
+        pq.write_table(pa.table({"text": texts[::order]}), tmp_path / f"{name}.parquet")
+        model = ROOT / "weights" / RECOMMENDED
+        output = call(tmp_path / f"{name}.parquet", tmp_path / name, model=model, shard_rows=count, probabilities=True)
+        answers.append(pq.read_table(output).to_pylist()[::order])
+    for others in answers[1:]:
+        for alone, other in zip(answers[0], others, strict=True):
+            assert alone["label"] == other["label"] and alone["text"] == other["text"]
+            scores = [name for name in alone if name.startswith("probability_")]
+            assert len(scores) == 6 and all(alone[name] == pytest.approx(other[name], abs=1e-5) for name in scores)
 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl"])

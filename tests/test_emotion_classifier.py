@@ -223,6 +223,11 @@ def test_other_encoders_have_one_answer_per_text(kind, baseline_of, tmp_path):
     assert gap_between(tmp_path / kind) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["ptq", "qat", "qat-int4", "qat-int2"])
+def test_released_files_have_one_answer_per_text(name):
+    assert gap_between(ROOT / "weights" / name) <= 1e-5
+
+
 def test_dynamic_ranges_alone_depend_on_the_neighbors(quantized, artifact, tmp_path):
     assert max(gap_between(quantized, format) for format in ("torchao", "onnx", "openvino")) <= 1e-5
     flags = {"activation_quantization": "dynamic", "formats": "onnx"}
