@@ -13,7 +13,7 @@ the fastest model that computes in FP32. What the processor does not support and
 
 import importlib.metadata
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.data.dataset import DatasetArguments, Task, get_split, load_task_of
@@ -29,7 +29,7 @@ from emotion.evaluation.benchmark import (
 from emotion.evaluation.peers import CTRANSLATE2, is_peer, skip_unsupported
 from emotion.evaluation.roofline import add_roofline, count_work
 from emotion.export.peers import make_peers
-from emotion.utils.arguments import parse_args
+from emotion.utils.arguments import flag, parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
@@ -41,12 +41,10 @@ from emotion.utils.machine import PROCESSORS, choose_threads, describe_run, find
 class BenchmarkArguments(Protocol):
     """Which models are timed, and how often."""
 
-    artifacts: list[str] = field(kw_only=True, metadata={"help": "Models, as folder:format."})
-    roofline: bool = field(default=True, metadata={"help": "Measure the machine's peaks, and each model's share."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset; the first model's by default."})
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file, or a folder, in which the kind of processor names the file."}
-    )
+    artifacts: list[str] = flag(help="Models, as folder:format.", kw_only=True)
+    roofline: bool = flag(True, "Measure the machine's peaks, and each model's share.")
+    dataset_name: str | None = flag(None, "Dataset; the first model's by default.")
+    output: str | None = flag(None, "JSON file, or a folder, in which the kind of processor names the file.")
 
 
 def main(argv=None) -> None:

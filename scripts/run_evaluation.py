@@ -8,7 +8,7 @@ every row (`results/predictions`). tools/render_report.py renders pages and pict
 """
 
 import datetime
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from emotion.inference.model_folder import (
     is_multi_label,
     weights_of,
 )
-from emotion.utils.arguments import COUNT, Range, parse_args
+from emotion.utils.arguments import COUNT, Range, flag, parse_args
 from emotion.utils.base_model import RANDOM, read_recipe_of
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError, check_name
@@ -61,20 +61,15 @@ EXAMPLES = (
 class EvaluationArguments(DatasetArguments):
     """Which model is scored, and on which rows."""
 
-    artifact: str = field(kw_only=True, metadata={"help": "The model folder."})
-    format: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default."}
-    )
-    split: str = field(default="test", metadata={"help": "Split."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Score the first rows.", "choices": COUNT})
-    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
+    artifact: str = flag(help="The model folder.", kw_only=True)
+    format: str | None = flag(None, f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default.")
+    split: str = flag("test", "Split.")
+    max_eval_samples: int | None = flag(None, "Score the first rows.", COUNT)
+    threads: int | None = flag(None, "Threads; all by default.", THREADS)
     # Of 200 runs two lie above the 99th percentile; of fewer it would be a single outlier.
-    latency_runs: int = field(
-        default=500,
-        metadata={"help": "Counted runs at batch 1, at least 200; 0 measures no speed.", "choices": Range(0)},
-    )
-    skip_checksum: bool = field(default=False, metadata={"help": "Open files that differ from SHA256SUMS."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    latency_runs: int = flag(500, "Counted runs at batch 1, at least 200; 0 measures no speed.", Range(0))
+    skip_checksum: bool = flag(False, "Open files that differ from SHA256SUMS.")
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
 
 
 def main(argv=None) -> None:

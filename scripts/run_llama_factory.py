@@ -20,7 +20,7 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 # isort: split
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from emotion.data.metrics import four_digits
 from emotion.inference.likelihood import PromptEncoder, has_chat_template
 from emotion.inference.model_folder import ARTIFACT, artifact_metadata, data_provenance, new_artifact, open_model
 from emotion.training.llama_factory import CLI, build_tiny_llama, check_tokens, train, trained_with, write_dataset
-from emotion.utils.arguments import Recipe, parse_with_other_flags
+from emotion.utils.arguments import Recipe, flag, parse_with_other_flags
 from emotion.utils.base_model import BaseModel, find_base_model, hub_is_reachable
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
@@ -68,16 +68,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class LlamaFactoryArguments(DrawArguments):
     """The flags of this script; all others are LLaMA Factory's."""
 
-    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Dataset: a Hub id or a local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    instruction: str = field(
-        default="Which emotion does this text express? Answer with one of these words: {labels}.",
-        metadata={"help": "First line of each prompt; {labels} stands for the class names."},
+    dataset_name: str = flag(DEFAULT_DATASET, "Dataset: a Hub id or a local folder.")
+    dataset_config_name: str | None = flag(None, "Configuration of that dataset.")
+    instruction: str = flag(
+        "Which emotion does this text express? Answer with one of these words: {labels}.",
+        "First line of each prompt; {labels} stands for the class names.",
     )
-    use_tiny_model: bool = field(
-        default=False, metadata={"help": "Where the Hub cannot be reached, train a tiny Llama of random weights."}
-    )
-    output_dir: str = field(default="weights/llama-qlora", metadata={"help": "Folder in which the model is saved."})
+    use_tiny_model: bool = flag(False, "Where the Hub cannot be reached, train a tiny Llama of random weights.")
+    output_dir: str = flag("weights/llama-qlora", "Folder in which the model is saved.")
 
 
 def main(argv=None) -> None:

@@ -14,14 +14,14 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 
 # isort: split
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from emotion.data.dataset import DatasetArguments
 from emotion.hub.upload import HubArguments, push_to_hub
 from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization import scheme
 from emotion.quantization.accuracy_aware import AccuracyAwareArguments, quantize_with_accuracy_control
-from emotion.utils.arguments import parse_args_and_config
+from emotion.utils.arguments import flag, parse_args_and_config
 from emotion.utils.command import run
 
 
@@ -29,15 +29,12 @@ from emotion.utils.command import run
 class PtqArguments(AccuracyAwareArguments, DatasetArguments):
     """The flags of PTQ, besides those of the scheme and of the accuracy that is kept."""
 
-    model_name_or_path: str = field(
-        kw_only=True, metadata={"help": "Fine-tuned model to quantize: a local folder or a Hub id."}
+    model_name_or_path: str = flag(help="Fine-tuned model to quantize: a local folder or a Hub id.", kw_only=True)
+    output_dir: str = flag("weights/ptq", "Folder in which the model is saved.")
+    dataset_name: str | None = flag(
+        None, "Dataset as a Hub id, folder or file, or texts alone (texts.txt); by default the model's."
     )
-    output_dir: str = field(default="weights/ptq", metadata={"help": "Folder in which the model is saved."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset as a Hub id, folder or file, or texts alone (texts.txt); by default the model's."},
-    )
-    seed: int = field(default=42, metadata={"help": "Seed by which the calibration samples are drawn."})
+    seed: int = flag(42, "Seed by which the calibration samples are drawn.")
 
 
 ARGUMENTS = (PtqArguments, HubArguments)

@@ -12,7 +12,7 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 
 # isort: split
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import set_seed
@@ -28,7 +28,7 @@ from emotion.training.trainer import (
     compute_metrics,
     load_training_data,
 )
-from emotion.utils.arguments import Range, parse_args_and_config
+from emotion.utils.arguments import Range, flag, parse_args_and_config
 from emotion.utils.command import run
 
 
@@ -36,28 +36,18 @@ from emotion.utils.command import run
 class QatArguments(scheme.SchemeArguments, RowsArguments, DatasetArguments):
     """The flags of QAT, besides those of the scheme, the rows and the training."""
 
-    model_name_or_path: str = field(
-        kw_only=True, metadata={"help": "Fine-tuned model to start from: a local folder or a Hub id."}
-    )
-    split_outliers: bool = field(
-        default=True, metadata={"help": "ONNX: keep outlier channels of feed-forward layers in float."}
-    )
-    fake_quantize: bool = field(
-        default=True, metadata={"help": "False trains in float, as a control to compare with."}
-    )
-    quantize_after: int = field(
-        default=0, metadata={"help": "Steps in float before fake quantization starts.", "choices": Range(0)}
-    )
-    freeze: list[str] = field(
-        default_factory=list, metadata={"help": "Parameters that are not trained, by the beginnings of their names."}
-    )
+    model_name_or_path: str = flag(help="Fine-tuned model to start from: a local folder or a Hub id.", kw_only=True)
+    split_outliers: bool = flag(True, "ONNX: keep outlier channels of feed-forward layers in float.")
+    fake_quantize: bool = flag(True, "False trains in float, as a control to compare with.")
+    quantize_after: int = flag(0, "Steps in float before fake quantization starts.", Range(0))
+    freeze: list[str] = flag([], "Parameters that are not trained, by the beginnings of their names.")
 
 
 @dataclass
 class QatTrainingArguments(RecipeTrainingArguments):
     """The training of QAT: short, since the model has learned the task already."""
 
-    output_dir: str = field(default="weights/qat", metadata={"help": "Folder in which the model is saved."})
+    output_dir: str = flag("weights/qat", "Folder in which the model is saved.")
     learning_rate: float = 2e-5  # for 8 bits; 2e-4 changed twice as many labels and gained nothing
     num_train_epochs: float = 0.5  # 250 steps
     eval_strategy: IntervalStrategy | str = "steps"

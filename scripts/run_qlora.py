@@ -15,7 +15,7 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 
 # isort: split
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from emotion.training.trainer import (
     compute_metrics,
     load_training_data,
 )
-from emotion.utils.arguments import Range, parse_args_and_config
+from emotion.utils.arguments import Range, flag, parse_args_and_config
 from emotion.utils.command import run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert-base-uncased" / "qlora.yaml"
@@ -45,41 +45,23 @@ FORMATS = ("adapter", "nf4", "onnx")
 class QloraArguments(TaskArguments):
     """The flags of the adapter, with the names of PEFT's `LoraConfig`."""
 
-    lora_r: int = field(
-        default=16, metadata={"help": "Rank of the two matrices beside each layer.", "choices": Range(1, 1024)}
+    lora_r: int = flag(16, "Rank of the two matrices beside each layer.", Range(1, 1024))
+    lora_alpha: int = flag(32, "The adapter is multiplied by alpha / rank.", Range(1))
+    lora_dropout: float = flag(0.0, "Dropout of the adapter's inputs.", Range(0, 1, below=True))
+    target_modules: list[str] = flag(
+        [], "Layers that get an adapter, by the ends of their names; all of the encoder's by default."
     )
-    lora_alpha: int = field(
-        default=32, metadata={"help": "The adapter is multiplied by alpha / rank.", "choices": Range(1)}
+    modules_to_save: list[str] = flag([], "Layers to train in full besides the head, by the ends of their names.")
+    use_rslora: bool = flag(False, "Multiply by alpha / sqrt(rank) instead (Kalajdzievski, 2023).")
+    use_dora: bool = flag(False, "Train magnitude and direction of the weights separately (Liu et al., ICML 2024).")
+    init_lora_weights: str = flag(
+        "loftq",
+        "Initialization of the adapter: default, gaussian, or loftq (Li et al., ICLR 2024).",
+        ("default", "gaussian", "loftq"),
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout of the adapter's inputs.", "choices": Range(0, 1, below=True)}
-    )
-    target_modules: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Layers that get an adapter, by the ends of their names; all of the encoder's by default."},
-    )
-    modules_to_save: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Layers to train in full besides the head, by the ends of their names."},
-    )
-    use_rslora: bool = field(
-        default=False, metadata={"help": "Multiply by alpha / sqrt(rank) instead (Kalajdzievski, 2023)."}
-    )
-    use_dora: bool = field(
-        default=False,
-        metadata={"help": "Train magnitude and direction of the weights separately (Liu et al., ICML 2024)."},
-    )
-    init_lora_weights: str = field(
-        default="loftq",
-        metadata={
-            "help": "Initialization of the adapter: default, gaussian, or loftq (Li et al., ICLR 2024).",
-            "choices": ("default", "gaussian", "loftq"),
-        },
-    )
-    load_in_4bit: bool = field(default=True, metadata={"help": "False for LoRA on a float base, to compare with."})
-    formats: list[str] = field(
-        default_factory=lambda: list(FORMATS),
-        metadata={"help": f"Which of {', '.join(FORMATS)} to save; the adapter is always saved.", "choices": FORMATS},
+    load_in_4bit: bool = flag(True, "False for LoRA on a float base, to compare with.")
+    formats: list[str] = flag(
+        list(FORMATS), f"Which of {', '.join(FORMATS)} to save; the adapter is always saved.", FORMATS
     )
 
     def __post_init__(self):
@@ -93,7 +75,7 @@ class QloraArguments(TaskArguments):
 class QloraTrainingArguments(RecipeTrainingArguments):
     """The training of an adapter."""
 
-    output_dir: str = field(default="weights/qlora", metadata={"help": "Folder in which the model is saved."})
+    output_dir: str = flag("weights/qlora", "Folder in which the model is saved.")
     learning_rate: float = 1e-3  # chosen on validation: results/qlora.md
     warmup_steps: float = 0.1
 

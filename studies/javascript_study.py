@@ -8,7 +8,7 @@ It needs Node.js, and the JavaScript libraries that `make demo` installs.
 
 import json
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from emotion.data.dataset import get_split, load_task_of
 from emotion.evaluation.protocol import WARMUP_RUNS, choose_timed, summarize_latency
 from emotion.inference.model_folder import files_to_serve
-from emotion.utils.arguments import COUNT, parse_args
+from emotion.utils.arguments import COUNT, flag, parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
@@ -30,12 +30,10 @@ WEB = ROOT / "tests" / "web"  # with the JavaScript libraries
 class JavaScriptArguments:
     """Which model is timed, and how long."""
 
-    artifact: str = field(
-        default=str(ROOT / "weights" / RECOMMENDED), metadata={"help": "Folder with a quantized ONNX file."}
-    )
-    runs: int = field(default=500, metadata={"help": "Timed texts.", "choices": COUNT})
-    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    artifact: str = flag(str(ROOT / "weights" / RECOMMENDED), "Folder with a quantized ONNX file.")
+    runs: int = flag(500, "Timed texts.", COUNT)
+    threads: int | None = flag(None, "Threads; all by default.", THREADS)
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
 
 
 def main(argv=None) -> None:

@@ -29,7 +29,7 @@ from emotion.inference.runtimes import open_artifact
 from emotion.quantization.accuracy_aware import compare, copy_shared_files, logits_of, measure_layers, save_format
 from emotion.quantization.activation_ranges import RULES
 from emotion.quantization.scheme import Samples, SchemeArguments, load_samples, make_plan, quantized_metadata
-from emotion.utils.arguments import COUNT, Recipe, parse_args
+from emotion.utils.arguments import COUNT, Recipe, flag, parse_args
 from emotion.utils.base_model import base_model_of, read_recipe_of
 from emotion.utils.command import Bar, run
 from emotion.utils.files import ROOT, write_json
@@ -75,16 +75,12 @@ FLAGS = {
 class StudyArguments:
     """The baselines to study, and where the results go."""
 
-    baselines: list[str] = field(metadata={"help": "Baselines; speed and layers are measured on the first."})
-    work_dir: str = field(default=str(ROOT / "build" / "ptq_study"), metadata={"help": "Where candidates are saved."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
-    layer_texts: int | None = field(
-        default=None, metadata={"help": "Texts that each layer is measured on; all by default.", "choices": COUNT}
-    )
-    leave_out: list[str] = field(
-        default_factory=list, metadata={"help": "Candidates that are not made.", "choices": CANDIDATES}
-    )
-    rounds: int = field(default=10, metadata={"help": "Counted rounds of the timing.", "choices": COUNT})
+    baselines: list[str] = flag(help="Baselines; speed and layers are measured on the first.")
+    work_dir: str = flag(str(ROOT / "build" / "ptq_study"), "Where candidates are saved.")
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
+    layer_texts: int | None = flag(None, "Texts that each layer is measured on; all by default.", COUNT)
+    leave_out: list[str] = flag([], "Candidates that are not made.", CANDIDATES)
+    rounds: int = flag(10, "Counted rounds of the timing.", COUNT)
 
 
 def main(argv=None) -> None:

@@ -7,14 +7,14 @@ class with any seed never wins. Finished trainings are not repeated.
     python studies/qlora_study.py --seed 42 43 44
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import run_qlora
 from emotion.data.metrics import VALIDATION_NOISE
 from emotion.evaluation.statistics import check_seeds, summarize_scores
 from emotion.inference.model_folder import adapter_bytes
-from emotion.utils.arguments import POSITIVE, SEED, comparable, parse_args, resolve_config
+from emotion.utils.arguments import POSITIVE, SEED, comparable, flag, parse_args, resolve_config
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
@@ -48,14 +48,12 @@ KEPT_OF_TRAINING += ["trained_parameters", "parameters"]
 class SweepArguments:
     """Which candidates are trained, and where the results go."""
 
-    candidates: list[str] = field(
-        default_factory=lambda: list(CANDIDATES), metadata={"help": "Candidates.", "choices": CANDIDATES}
-    )
-    config: str = field(default=str(CONFIG), metadata={"help": "The config that the candidates change."})
-    epochs: float = field(default=3.0, metadata={"help": "Epochs of each training.", "choices": POSITIVE})
-    seed: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds.", "choices": SEED})
-    work_dir: str = field(default=str(ROOT / "build" / "qlora_sweep"), metadata={"help": "Where adapters are saved."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    candidates: list[str] = flag(list(CANDIDATES), "Candidates.", CANDIDATES)
+    config: str = flag(str(CONFIG), "The config that the candidates change.")
+    epochs: float = flag(3.0, "Epochs of each training.", POSITIVE)
+    seed: list[int] = flag([42], "Seeds.", SEED)
+    work_dir: str = flag(str(ROOT / "build" / "qlora_sweep"), "Where adapters are saved.")
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
 
 
 def main(argv=None) -> None:

@@ -13,7 +13,7 @@ the processor of the record none may.
 """
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from emotion.inference.model_folder import (
     find_formats,
     names_to_release,
 )
-from emotion.utils.arguments import parse_args
+from emotion.utils.arguments import flag, parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
@@ -60,10 +60,10 @@ DECISIVE = ("cpu", "instruction_sets", "threads", "packages")  # where they are 
 class ReleaseArguments:
     """Where the models and their scores are."""
 
-    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Folder of the models and of seeds/."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder of the records."})
-    verify: bool = field(default=False, metadata={"help": "Change nothing; compare the weights and predictions."})
-    threads: int | None = field(default=None, metadata={"help": "Threads, with --verify.", "choices": THREADS})
+    weights_dir: str = flag(str(ROOT / "weights"), "Folder of the models and of seeds/.")
+    results_dir: str = flag(str(ROOT / "results"), "Folder of the records.")
+    verify: bool = flag(False, "Change nothing; compare the weights and predictions.")
+    threads: int | None = flag(None, "Threads, with --verify.", THREADS)
 
 
 def main(argv=None) -> None:

@@ -12,14 +12,14 @@ encoder's results, with a comparison of their own and two rows of the README.
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.evaluation.record import MPNET_BASE
 from emotion.evaluation.schema import Record
 from emotion.hub.comparison import Family, read_family
 from emotion.hub.model_card import render_cards
-from emotion.utils.arguments import parse_args
+from emotion.utils.arguments import flag, parse_args
 from emotion.utils.base_model import RANDOM
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
@@ -37,10 +37,10 @@ TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<
 class ComparisonArguments:
     """Which results are shown, and where."""
 
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder with metrics/, seeds/, ..."})
-    readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "The README, with docs/ beside it."})
-    check: bool = field(default=False, metadata={"help": "Write nothing; fail if a file differs."})
-    print_only: bool = field(default=False, metadata={"help": "Print the table and write nothing."})
+    results_dir: str = flag(str(ROOT / "results"), "Folder with metrics/, seeds/, ...")
+    readme: str = flag(str(ROOT / "README.md"), "The README, with docs/ beside it.")
+    check: bool = flag(False, "Write nothing; fail if a file differs.")
+    print_only: bool = flag(False, "Print the table and write nothing.")
 
 
 def main(argv=None) -> None:

@@ -12,7 +12,7 @@ resumed. A variant that starts from a baseline takes the baseline of the same se
 
 import importlib
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from emotion.evaluation.record import scores_of_seed
 from emotion.evaluation.schema import Record
 from emotion.evaluation.statistics import check_seeds, summarize_scores
 from emotion.inference.model_folder import ARTIFACT, find_formats
-from emotion.utils.arguments import SEED, comparable, parse_args, resolve_config
+from emotion.utils.arguments import SEED, comparable, flag, parse_args, resolve_config
 from emotion.utils.base_model import RECIPE_FILE, find_base_model, read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import UserError
@@ -39,14 +39,12 @@ load_once = cache(load_task)  # each load checks all rows again
 class SeedsArguments:
     """Which variant is trained, and with which seeds."""
 
-    variant: str = field(metadata={"help": "A config, as qat-int4; with -float: without fake quantization."})
-    config_dir: str = field(default=str(CONFIGS), metadata={"help": "Folder of the encoder's configs."})
+    variant: str = flag(help="A config, as qat-int4; with -float: without fake quantization.")
+    config_dir: str = flag(str(CONFIGS), "Folder of the encoder's configs.")
     # Five seeds: the deviation of fewer says little, and the baseline of each is trained only once.
-    seeds: list[int] = field(
-        default_factory=lambda: [42, 43, 44, 45, 46], metadata={"help": "Seeds.", "choices": SEED}
-    )
-    weights_dir: str = field(default=str(ROOT / "weights"), metadata={"help": "Where the models are saved."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    seeds: list[int] = flag([42, 43, 44, 45, 46], "Seeds.", SEED)
+    weights_dir: str = flag(str(ROOT / "weights"), "Where the models are saved.")
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
 
 
 def main(argv=None) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from emotion.evaluation.record import score_again
 from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import find_formats
 from emotion.inference.runtimes import predict
-from emotion.utils.arguments import COUNT, Range
+from emotion.utils.arguments import COUNT, Range, flag
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import relative
@@ -43,20 +43,14 @@ class Protocol:
     """The flags of run_benchmark.py that say how long it measures, and with how many threads."""
 
     # Enough for a spread that shows how steady the machine was, in a few minutes per model.
-    rounds: int = field(default=12, metadata={"help": "Counted rounds.", "choices": COUNT})
-    texts: int = field(default=50, metadata={"help": "Texts per round at batch 1.", "choices": COUNT})
-    batches: int = field(default=8, metadata={"help": "Batches of 32 texts per round.", "choices": COUNT})
+    rounds: int = flag(12, "Counted rounds.", COUNT)
+    texts: int = flag(50, "Texts per round at batch 1.", COUNT)
+    batches: int = flag(8, "Batches of 32 texts per round.", COUNT)
     # Enough that each of several threads computes many batches; few would show which thread got the last one.
-    texts_end_to_end: int = field(
-        default=1024,
-        metadata={"help": "Texts per round, classified end to end in one call; 0: none.", "choices": Range(0)},
-    )
+    texts_end_to_end: int = flag(1024, "Texts per round, classified end to end in one call; 0: none.", Range(0))
     # Three, since the first start may read the libraries from disk; the median leaves it out.
-    cold_starts: int = field(
-        default=3,
-        metadata={"help": "Starts per model, timed up to the first prediction.", "choices": Range(0)},
-    )
-    threads: int | None = field(default=None, metadata={"help": "Threads; all by default.", "choices": THREADS})
+    cold_starts: int = flag(3, "Starts per model, timed up to the first prediction.", Range(0))
+    threads: int | None = flag(None, "Threads; all by default.", THREADS)
 
 
 def interleave(

@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from emotion.quantization.layers import CalibrationRows, Layers, Plan, find_laye
 from emotion.quantization.lowbit import apply_gptq, write_lowbit_onnx
 from emotion.quantization.outlier_channels import find_outliers, outlier_metadata
 from emotion.quantization.scheme import Samples, SchemeArguments, formats_to_make, update_plan
-from emotion.utils.arguments import Range
+from emotion.utils.arguments import Range, flag
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
 
@@ -52,21 +52,14 @@ WITHIN, BEYOND, UNDECIDED = "within", "beyond", "cannot tell"
 class AccuracyAwareArguments(SchemeArguments):
     """The flags on how a model is quantized, and how much it may lose."""
 
-    max_f1_drop: float = field(
-        default=0.5,
-        metadata={
-            "help": "Points of validation macro F1 that a format may lose without a fallback; below 0 it must gain.",
-            "choices": Range(-100, 100),
-        },
+    max_f1_drop: float = flag(
+        0.5,
+        "Points of validation macro F1 that a format may lose without a fallback; below 0 it must gain.",
+        Range(-100, 100),
     )
-    min_agreement: float = field(
-        default=99.0,
-        metadata={"help": "Texts alone: the percentage that must get FP32's label.", "choices": Range(0, 100)},
-    )
-    allow_drop: bool = field(default=False, metadata={"help": "Save a format even if no fallback keeps its score."})
-    strict: bool = field(
-        default=False, metadata={"help": "Refuse a format, too, where the texts are too few to tell what it loses."}
-    )
+    min_agreement: float = flag(99.0, "Texts alone: the percentage that must get FP32's label.", Range(0, 100))
+    allow_drop: bool = flag(False, "Save a format even if no fallback keeps its score.")
+    strict: bool = flag(False, "Refuse a format, too, where the texts are too few to tell what it loses.")
 
 
 def quantize_with_accuracy_control(

@@ -1,7 +1,7 @@
 """The quantization scheme of PTQ and QAT: its flags and their checks, the plan of a model, and its samples."""
 
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from emotion.quantization.int8 import cls_only_layers
 from emotion.quantization.layers import CalibrationRows, Plan, find_layers, float_reasons
 from emotion.quantization.lowbit import check_group_size, choose_scales
 from emotion.quantization.outlier_channels import find_outliers, find_pairs, weight_without_outliers
-from emotion.utils.arguments import COUNT, Range, Recipe
+from emotion.utils.arguments import COUNT, Range, Recipe, flag
 from emotion.utils.base_model import RECIPE_FILE, BaseModel, read_recipe_of
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
@@ -45,46 +45,24 @@ class SchemeArguments:
     """The flags of run_ptq.py and run_qat.py on how a model is quantized."""
 
     # The weights
-    bits: int = field(
-        default=8, metadata={"help": "Bits of a weight: 8, 4 or 2. Activations always have 8.", "choices": BITS}
+    bits: int = flag(8, "Bits of a weight: 8, 4 or 2. Activations always have 8.", BITS)
+    group_size: int = flag(32, "Below 8 bits: weights of a row that share a scale.", Range(8))
+    formats: list[str] | None = flag(
+        None, f"Which of {', '.join(FORMATS)} to make; by default all that can hold the bits.", FORMATS
     )
-    group_size: int = field(
-        default=32, metadata={"help": "Below 8 bits: weights of a row that share a scale.", "choices": Range(8)}
+    modules_to_not_convert: list[str] = flag([], "Layers that stay in float, by the beginnings of their names.")
+    activation_quantization: str = flag(
+        "minmax",
+        "ONNX activation ranges: fixed by a rule, or dynamic, with which answers depend on the batch.",
+        (*RULES, DYNAMIC),
     )
-    formats: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Which of {', '.join(FORMATS)} to make; by default all that can hold the bits.",
-            "choices": FORMATS,
-        },
+    split_outliers: bool = flag(
+        False, "ONNX: keep outlier channels of feed-forward layers in float; PTQ does so if needed."
     )
-    modules_to_not_convert: list[str] = field(
-        default_factory=list, metadata={"help": "Layers that stay in float, by the beginnings of their names."}
-    )
-    activation_quantization: str = field(
-        default="minmax",
-        metadata={
-            "help": "ONNX activation ranges: fixed by a rule, or dynamic, with which answers depend on the batch.",
-            "choices": (*RULES, DYNAMIC),
-        },
-    )
-    split_outliers: bool = field(
-        default=False,
-        metadata={"help": "ONNX: keep outlier channels of feed-forward layers in float; PTQ does so if needed."},
-    )
-    reduce_range: bool = field(
-        default=True, metadata={"help": "ONNX, OpenVINO: 7 of the 8 bits of a weight, so that no processor overflows."}
-    )
-    smooth_quant: bool = field(
-        default=True,
-        metadata={"help": "OpenVINO: move outliers of activations into the weights (SmoothQuant, ICML 2023)."},
-    )
-    num_calibration_samples: int = field(
-        default=300,
-        metadata={
-            "help": "Samples of train, drawn class by class, that calibrate static activation ranges.",
-            "choices": COUNT,
-        },
+    reduce_range: bool = flag(True, "ONNX, OpenVINO: 7 of the 8 bits of a weight, so that no processor overflows.")
+    smooth_quant: bool = flag(True, "OpenVINO: move outliers of activations into weights (SmoothQuant, ICML 2023).")
+    num_calibration_samples: int = flag(
+        300, "Samples of train, drawn class by class, that calibrate static activation ranges.", COUNT
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from emotion.inference.model_folder import (
     quantized_by,
 )
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
-from emotion.utils.arguments import Recipe, comparable
+from emotion.utils.arguments import Recipe, comparable, flag
 from emotion.utils.base_model import BaseModel, find_base_model
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError, one_line
@@ -68,10 +68,7 @@ class RecipeTrainingArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = "cosine"
     warmup_steps: float = 0.06  # as a share of all steps
     weight_decay: float = 0.01
-    class_weights: str | None = field(
-        default=None,
-        metadata={"help": "balanced: all classes weigh the same in the loss.", "choices": ("balanced",)},
-    )
+    class_weights: str | None = flag(None, "balanced: all classes weigh the same in the loss.", ("balanced",))
     seed: int = 42
     # Speed
     bf16: bool = True  # float32 where the device has no bfloat16
@@ -88,13 +85,9 @@ class RecipeTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     logging_strategy: IntervalStrategy | str = "epoch"
     disable_tqdm: bool | None = False
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Several processes look for parameters without a gradient."}
-    )
+    ddp_find_unused_parameters: bool | None = flag(False, "Several processes look for parameters without a gradient.")
 
-    results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "With --push_to_hub: where the scores are written."}
-    )
+    results_dir: str = flag(str(ROOT / "results"), "With --push_to_hub: where the scores are written.")
 
     def __post_init__(self):
         if self.hub_token:

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from importlib.util import find_spec
 from itertools import chain
@@ -81,6 +81,12 @@ COMMON = {"max_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "resum
 MAPPINGS = {"accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "fsdp_config", "deepspeed"}
 # Flags that name where a result is written and do not change it, which recipe.yaml leaves out
 PLACES = {"resume_from_checkpoint", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "results_dir"}
+
+
+def flag(default=MISSING, help: str = "", choices=None, **options):
+    """A field of a dataclass that is a flag, as `HfArg` of Transformers; ``options`` are those of `field`."""
+    options |= {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**options, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
 @dataclass(frozen=True)
