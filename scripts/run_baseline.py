@@ -12,7 +12,7 @@ import emotion  # noqa: F401 (first: it sets what the libraries below read while
 # isort: split
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from emotion.training.trainer import (
     compute_metrics,
     load_training_data,
 )
-from emotion.utils.arguments import Range, parse_args_and_config
+from emotion.utils.arguments import Range, flag, parse_args_and_config
 from emotion.utils.command import run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert-base-uncased" / "baseline.yaml"
@@ -39,17 +39,14 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "bert-base-uncased" /
 class BaselineArguments(TaskArguments):
     """The flags of the baseline, besides those of the task and the training."""
 
-    layerwise_lr_decay: float = field(
-        default=0.85,
-        metadata={"help": "Learning rate as a share of the layer's above.", "choices": Range(0, 1, above=True)},
-    )
+    layerwise_lr_decay: float = flag(0.85, "Learning rate as a share of the layer's above.", Range(0, 1, above=True))
 
 
 @dataclass
 class BaselineTrainingArguments(RecipeTrainingArguments):
     """The training of the baseline."""
 
-    output_dir: str = field(default="weights/baseline", metadata={"help": "Folder in which the model is saved."})
+    output_dir: str = flag("weights/baseline", "Folder in which the model is saved.")
 
 
 ARGUMENTS = (BaselineArguments, BaselineTrainingArguments)

@@ -9,12 +9,12 @@ The same command resumes a job that was interrupted. See docs/many_texts.md.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from emotion.utils.arguments import COUNT, parse_args
+from emotion.utils.arguments import COUNT, flag, parse_args
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import recommended_model
@@ -27,28 +27,22 @@ INPUT = "files (CSV, TSV, JSON lines, Parquet, plain lines; compressed or not), 
 class BatchArguments:
     """What to classify, with which model, and what to write."""
 
-    paths: list[str] = field(
-        default_factory=list, metadata={"help": f"INPUT ... OUTPUT: {INPUT}; then the folder of the shards."}
+    paths: list[str] = flag([], f"INPUT ... OUTPUT: {INPUT}; then the folder of the shards.")
+    text_column: str = flag("text", "Column to classify; plain lines have one, text.")
+    keep_columns: list[str] | None = flag(None, "Columns to keep; all if not given.")
+    dataset_config: str | None = flag(None, "Configuration of a dataset of the Hub.")
+    split: str = flag("train", "Split of a dataset of the Hub.")
+    model: str = flag(str(recommended_model()), "Model folder, or user/name on the Hub.")
+    format: str | None = flag(None, "Format to open; ONNX if the folder has it.")
+    top_k: int = flag(1, "Labels per row, each with a score.", COUNT)
+    probabilities: bool = flag(False, "Adds a column for the probability of each label.")
+    prefix: str = flag("", "Begins the names of the new columns.")
+    output_format: Literal["parquet", "csv", "jsonl"] = flag("parquet", "Of the shards.")
+    shard_rows: int = flag(20_000, "Rows per shard: what an interrupted job can lose.", COUNT)
+    engine: Literal["plain", "ray"] = flag(
+        "plain", "This machine, or Ray: a cluster if there is one, else this machine."
     )
-    text_column: str = field(default="text", metadata={"help": "Column to classify; plain lines have one, text."})
-    keep_columns: list[str] | None = field(default=None, metadata={"help": "Columns to keep; all if not given."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    split: str = field(default="train", metadata={"help": "Split of a dataset of the Hub."})
-    model: str = field(default=str(recommended_model()), metadata={"help": "Model folder, or user/name on the Hub."})
-    format: str | None = field(default=None, metadata={"help": "Format to open; ONNX if the folder has it."})
-    top_k: int = field(default=1, metadata={"help": "Labels per row, each with a score.", "choices": COUNT})
-    probabilities: bool = field(default=False, metadata={"help": "Adds a column for the probability of each label."})
-    prefix: str = field(default="", metadata={"help": "Begins the names of the new columns."})
-    output_format: Literal["parquet", "csv", "jsonl"] = field(default="parquet", metadata={"help": "Of the shards."})
-    shard_rows: int = field(
-        default=20_000, metadata={"help": "Rows per shard: what an interrupted job can lose.", "choices": COUNT}
-    )
-    engine: Literal["plain", "ray"] = field(
-        default="plain", metadata={"help": "This machine, or Ray: a cluster if there is one, else this machine."}
-    )
-    threads: int | None = field(
-        default=None, metadata={"help": "Threads of the plain engine; all if not given.", "choices": THREADS}
-    )
+    threads: int | None = flag(None, "Threads of the plain engine; all if not given.", THREADS)
 
     def __post_init__(self):
         if len(self.paths) < 2:

@@ -12,12 +12,12 @@ repository has the same files already, there is no second commit.
 import hashlib
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from emotion.utils.arguments import parse_args
+from emotion.utils.arguments import flag, parse_args
 from emotion.utils.base_model import RECIPE_FILE, read_recipe_of
 from emotion.utils.command import run
 from emotion.utils.errors import TOKEN, UserError, check_repo_id, visible
@@ -48,16 +48,14 @@ PAGE_MODEL = "MODEL_ID"  # the placeholder in the page for the beginning of its 
 class PublishArguments:
     """Which folder is published to which repository."""
 
-    artifact: str = field(metadata={"help": "The folder to publish."})
-    repo_id: str = field(metadata={"help": "Repository: user/name."})
-    private: bool = field(default=False, metadata={"help": "Create a private repository."})
-    dry_run: bool = field(default=False, metadata={"help": "List the files and the card; upload nothing."})
-    skip_checksum: bool = field(default=False, metadata={"help": "Upload files that differ from SHA256SUMS."})
+    artifact: str = flag(help="The folder to publish.")
+    repo_id: str = flag(help="Repository: user/name.")
+    private: bool = flag(False, "Create a private repository.")
+    dry_run: bool = flag(False, "List the files and the card; upload nothing.")
+    skip_checksum: bool = flag(False, "Upload files that differ from SHA256SUMS.")
     # The page loads the other variants from repositories with the same naming.
-    model_id: str | None = field(
-        default=None, metadata={"help": f"For the demo page: a variant's repository, as user/name-{RECOMMENDED}."}
-    )
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Folder with the records."})
+    model_id: str | None = flag(None, f"For the demo page: a variant's repository, as user/name-{RECOMMENDED}.")
+    results_dir: str = flag(str(ROOT / "results"), "Folder with the records.")
 
 
 def main(argv=None) -> None:

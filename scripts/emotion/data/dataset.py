@@ -2,13 +2,13 @@
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from emotion.data.labels import encode_labels, match_labels
-from emotion.utils.arguments import COUNT, DROPOUT, Range
+from emotion.utils.arguments import COUNT, DROPOUT, Range, flag
 from emotion.utils.base_model import RECIPE_FILE, hub_is_reachable
 from emotion.utils.command import warn_first_and_last
 from emotion.utils.errors import UserError, check_label, check_repo_id, reason_of
@@ -28,52 +28,39 @@ MIN_LENGTH = 3  # of a text in tokens: one between the special tokens at both en
 class DrawArguments:
     """The flags that choose the training samples."""
 
-    drop_conflicting_samples: bool = field(
-        default=True, metadata={"help": "Leave out the training samples whose text has two different labels in train."}
+    drop_conflicting_samples: bool = flag(
+        True, "Leave out the training samples whose text has two different labels in train."
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many samples at most, drawn at random.", "choices": COUNT}
-    )
+    max_train_samples: int | None = flag(None, "Train on so many samples at most, drawn at random.", COUNT)
 
 
 @dataclass
 class RowsArguments(DrawArguments):
     """The flags that choose the training samples and their length."""
 
-    max_seq_length: int = field(
-        default=128,
-        metadata={"help": "Length in tokens at which texts are truncated, and counted.", "choices": Range(MIN_LENGTH)},
-    )
+    max_seq_length: int = flag(128, "Length in tokens at which texts are truncated, and counted.", Range(MIN_LENGTH))
 
 
 @dataclass
 class DatasetArguments:
     """The flags that name the dataset and its columns."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dataset: a Hub id, a folder, or a file (CSV, TSV, JSON lines, Parquet); by default the model's."
-        },
+    dataset_name: str | None = flag(
+        None, "Dataset: a Hub id, a folder, or a file (CSV, TSV, JSON lines, Parquet); by default the model's."
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    text_column_name: str | None = field(default=None, metadata={"help": "Column of the texts; `text` by default."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; `label` by default."})
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    text_column_name: str | None = flag(None, "Column of the texts; `text` by default.")
+    label_column_name: str | None = flag(None, "Column of the labels; `label` by default.")
 
 
 @dataclass
 class TaskArguments(RowsArguments, DatasetArguments):
     """The flags that name the base model and the dataset."""
 
-    model_name_or_path: str = field(kw_only=True, metadata={"help": "Base model: a Hub id or a local folder."})
-    dataset_name: str = field(
-        default=DEFAULT_DATASET,
-        metadata={"help": "Dataset: a Hub id, a folder, or a file (CSV, TSV, JSON lines, Parquet)."},
-    )
-    attention_dropout: float | None = field(
-        default=0.1,  # as in BERT's pretraining
-        metadata={"help": "Dropout of the attention weights; null: the base model's own.", "choices": DROPOUT},
-    )
+    model_name_or_path: str = flag(help="Base model: a Hub id or a local folder.", kw_only=True)
+    dataset_name: str = flag(DEFAULT_DATASET, "Dataset: a Hub id, folder, or file (CSV, TSV, JSON lines, Parquet).")
+    # 0.1 as in BERT's pretraining
+    attention_dropout: float | None = flag(0.1, "Dropout of attention weights; null: the base model's own.", DROPOUT)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Pushes a saved model to the Hub in one commit, after it was scored; the token comes from the environment."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from emotion.inference.model_folder import find_formats
+from emotion.utils.arguments import flag
 from emotion.utils.errors import UserError, printable
 from emotion.utils.files import ROOT
 from emotion.utils.hub_requests import ask_hub, check_can_publish, endpoint_answers
@@ -18,12 +19,10 @@ MADE_BY_HUB = {".gitattributes", "README.md"}  # what may be in a repository tha
 class HubArguments:
     """The flags that `--push_to_hub` needs; in a training these are fields of `TrainingArguments`."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Score the saved model, then publish it."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "Repository to publish to: user/name."})
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create the repository as a private one."})
-    results_dir: str = field(
-        default=str(ROOT / "results"), metadata={"help": "With --push_to_hub: where the scores are written."}
-    )
+    push_to_hub: bool = flag(False, "Score the saved model, then publish it.")
+    hub_model_id: str | None = flag(None, "Repository to publish to: user/name.")
+    hub_private_repo: bool | None = flag(None, "Create the repository as a private one.")
+    results_dir: str = flag(str(ROOT / "results"), "With --push_to_hub: where the scores are written.")
 
     def __post_init__(self):
         if self.push_to_hub:
