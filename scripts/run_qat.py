@@ -22,6 +22,7 @@ from emotion.data.dataset import DatasetArguments, RowsArguments
 from emotion.hub.upload import push_to_hub
 from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
 from emotion.quantization import qat, scheme
+from emotion.quantization.fake_quantizers import prepare
 from emotion.training.trainer import (
     ClassificationTrainer,
     RecipeTrainingArguments,
@@ -75,7 +76,7 @@ def main(argv=None) -> None:
             plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, samples[0])
         metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)
         if arguments.fake_quantize:
-            qat.insert_fake_quantizers(plan, arguments)
+            prepare(plan, scheme.runtime_to_train_for(arguments), arguments.reduce_range)
         frozen = qat.freeze(plan.model, arguments.freeze)
 
         # Train; afterwards the model has the weights of the best checkpoint on validation

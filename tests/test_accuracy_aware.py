@@ -40,7 +40,7 @@ def test_what_cannot_be_told_is_said_and_strict_refuses_it(strict, tmp_path, mon
     monkeypatch.setattr(accuracy_aware, "files_to_serve", lambda folder, format: {"onnx": 1})
     arguments = AccuracyAwareArguments(strict=strict)
     effect = effect_of(0, 1, 2, wrong_after=[3, 4, 5])
-    attempt = accuracy_aware._report(tmp_path, "onnx", "plain", effect, 1.0, arguments.max_f1_drop)
+    attempt = accuracy_aware._report(tmp_path, "onnx", "plain", effect, 1.0, arguments)
     assert "300 texts cannot tell" in capsys.readouterr().out
     if strict:
         with pytest.raises(UserError, match="--max_f1_drop"):

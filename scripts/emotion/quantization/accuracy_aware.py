@@ -80,7 +80,7 @@ def quantize_with_accuracy_control(
     copy_shared_files(plan.folder, folder)
     # The FP32 file answers as the weights do, and faster; a model without an export has none.
     reference = logits_of(plan.folder, "onnx" if has_export(plan) else "pytorch", validation)
-    few = validation.first(SENSITIVITY_TEXTS)
+    few = replace(validation.first(SENSITIVITY_TEXTS), labels=None)  # layers are ranked by their logits alone
     sensitivity = cache(lambda: measure_layers(plan.folder, few, kinds=False))  # takes minutes, and serves all formats
     kept_in_float = float_reasons(plan.model, plan.layers, arguments.modules_to_not_convert)
     metadata = {"seconds": {}, "fallbacks": {}, "kept_in_float": kept_in_float}
@@ -89,7 +89,7 @@ def quantize_with_accuracy_control(
         for fallback, changed in _fallbacks(plan, format, rows, sensitivity, arguments):
             seconds = save_format(changed, folder, format, rows, arguments)
             effect = compare(reference, logits_of(folder, format, validation), validation.labels)
-            attempts.append(_report(folder, format, fallback, effect, seconds, _limit(effect, arguments)))
+            attempts.append(_report(folder, format, fallback, effect, seconds, arguments))
             plans.append(changed)
             if is_good_enough(attempts[-1], arguments):
                 break
@@ -146,17 +146,13 @@ def _loss(effect: dict) -> tuple[float, float]:
     return 100 * effect["flips"] / effect["rows"], 100 * effect["flips_bound"]
 
 
-def _limit(effect: dict, arguments: AccuracyAwareArguments) -> float:
-    """What `_loss` may be."""
-    return arguments.max_f1_drop if "macro_f1_change" in effect else 100 - arguments.min_agreement
-
-
-def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, limit: float) -> dict:
+def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: float, arguments) -> dict:
     """Prints an attempt and returns it for recipe.yaml."""
-    size = sum(files_to_serve(folder, format).values())
+    size, has_labels = sum(files_to_serve(folder, format).values()), "macro_f1_change" in effect
     loss, bound = _loss(effect)
+    limit = arguments.max_f1_drop if has_labels else 100 - arguments.min_agreement
     verdict = judge(loss, bound, limit)
-    if "macro_f1_change" in effect:
+    if has_labels:
         unit, measured = "points", f"validation macro F1 {-loss:+.2f} points (95 % bound {-bound:+.2f})"
     else:
         unit, measured = "% of the labels", f"{100 - loss:.2f} % agree with FP32 (95 % bound {100 - bound:.2f})"
@@ -166,7 +162,7 @@ def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: flo
         f"{seconds} s"
     )
     if verdict == UNDECIDED:
-        if "macro_f1_change" in effect:  # the gap to the bound shrinks with the square root of the number of texts
+        if has_labels:  # the gap to the bound shrinks with the square root of the number of texts
             needed = math.ceil(effect["rows"] * ((bound - loss) / max(limit - loss, 0.01)) ** 2)
         else:
             needed = effect["rows"]
@@ -299,10 +295,7 @@ def measure_layers(baseline: Path, samples: Samples, kinds: bool = True) -> list
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         for (kind, layer), names in Bar(groups.items(), desc="layer by layer"):
-            part = Layers(
-                linear=[name for name in names if name in layers.linear],
-                embeddings=[name for name in names if name in layers.embeddings],
-            )
+            part = Layers([n for n in names if n in layers.linear], [n for n in names if n in layers.embeddings])
             quantize_onnx(Plan(baseline, model, part), path)  # dynamic ranges: the layer alone is measured
             classifier = OnnxClassifier(baseline, path, threads=samples.threads)
             after = predict(classifier, classifier.encode(samples.texts))
@@ -315,23 +308,15 @@ def group_layers(layers: Layers) -> dict[tuple[str, str | None], list[str]]:
 
     Returns:
         (Kind, layer) -> names of modules. The layer is the number of the encoder's layer, 'embeddings', or None for
-        all layers of a kind.
+        all layers of a kind; these come last.
     """
-    groups = {}
-    for name in layers.embeddings:
-        groups[name.rpartition(".")[2], "embeddings"] = [name]
-    kinds = {}
+    groups = {(name.rpartition(".")[2], "embeddings"): [name] for name in layers.embeddings}
     for name in layers.linear:
         # "bert.encoder.layer.3.attention.self.query" -> "3" and "attention.self.query"
         number, part = re.search(r"\.(\d+)\.(.*)", name).groups()
         # Query, key and value are one product in the file: "attention.self". Other architectures have parts without
         # a dot.
         kind = part.rpartition(".")[0] or part
-        groups.setdefault((kind, number), []).append(name)
-        kinds.setdefault(kind, [])
-    for (kind, _), names in groups.items():
-        if kind in kinds:
-            kinds[kind] += names
-    for kind, names in kinds.items():
-        groups[kind, None] = names
-    return groups
+        for layer in (number, None):
+            groups.setdefault((kind, layer), []).append(name)
+    return dict(sorted(groups.items(), key=lambda group: group[0][1] is None))

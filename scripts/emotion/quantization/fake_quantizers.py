@@ -2,9 +2,8 @@
 
 Each layer gets a fake quantizer for its activations and one for its weights, which round as the saved file does. The
 layer then multiplies integers, in floats that hold them exactly, so that the sums are those of the integers to the
-last digit. The slope of rounding is zero almost everywhere, so the gradient
-passes straight through (Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons
-for Conditional Computation", 2013).
+last digit. The slope of rounding is zero almost everywhere, so the gradient passes straight through (Bengio, Léonard
+and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional Computation", 2013).
 
 The file for ONNX Runtime rounds activations by one range for all tokens that it computes ([CLS] tokens alone behind
 the last attention) and keeps outlier channels in float; the file for Transformers keeps all activations in float.
@@ -57,15 +56,7 @@ def round_rows(
 
 
 def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds all values to the 256 integers of their own range, as ONNX Runtime's DynamicQuantizeLinear does.
-
-    Args:
-        values: float, of any shape.
-        whole: the tensor whose range it is, if the values are a part of it.
-
-    Returns:
-        Those of `round_in_range`.
-    """
+    """As `round_in_range`, by the values' own range or that of ``whole``, as ONNX's DynamicQuantizeLinear does."""
     return round_in_range(values, *torch.aminmax((values if whole is None else whole).float()))
 
 
@@ -98,15 +89,7 @@ def keep_floats(values: torch.Tensor, whole: torch.Tensor | None = None) -> tupl
 
 
 def round_float8(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds each value to the floats of 8 bits in which the torchao file holds embedding tables.
-
-    Args:
-        values: float, of any shape.
-        whole: not used, since no range is measured.
-
-    Returns:
-        The rounded values, in the type and shape of ``values``; and the scale 1, as they are no integers.
-    """
+    """Rounds each value to the floats of 8 bits in which the torchao file holds embedding tables; the scale is 1."""
     return values.to(TABLE_DTYPE).to(values.dtype), torch.ones((), device=values.device)
 
 
@@ -174,10 +157,7 @@ class LowBitGroups(FakeQuantizerBase):
     def round(self, weight: torch.Tensor, ids=slice(None), whole=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the integers of the rows, as floats (..., columns), and the scales of the rows, float32 (..., 1).
 
-        Args:
-            weight: the whole matrix, or the rows of it that ``ids`` looked up, float (..., columns).
-            ids: int64 (...), the number of each of these rows.
-            whole: not used, since the scales are fixed.
+        ``ids``, int64 (...), are the numbers of the rows, where they were looked up.
         """
         scales = Scales(self.bits, self.row[ids], self.multiplier[ids])
         return integers_of(weight, scales), scales.row
@@ -358,32 +338,32 @@ def prepare(plan: Plan, runtime: str = "onnx", reduce_range: bool = True) -> Non
         runtime: whose rounding is trained for: 'onnx' or 'torchao'; below 8 bits it is always 'onnx'.
         reduce_range: whether INT8 weights for ONNX Runtime have 7 bits; see `LARGEST_SAFE_WEIGHT`.
     """
-    model, scales, splits, onnx = plan.model, plan.scales, channel_splits(plan), runtime == "onnx"
-    linear, embeddings = set(plan.layers.linear), set(plan.layers.embeddings)
+    model, layers, splits, onnx = plan.model, plan.layers, channel_splits(plan), runtime == "onnx"
     # torchao asks for these when it swaps the layers, and gives each one quantizers of its own, which are replaced
     # below. From then on the configurations compute nothing; torchao's conversion still looks at them.
     activations = IntxFakeQuantizeConfig(torch.uint8, "per_token", is_symmetric=False)
     weights = IntxFakeQuantizeConfig(torch.int7, "per_channel", is_symmetric=True)
     table = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
-    quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in linear)
-    quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in embeddings)
+    quantize_(model, QATConfig(None, activations, weights, step="prepare"), lambda _, name: name in layers.linear)
+    quantize_(model, QATConfig(None, None, table, step="prepare"), lambda _, name: name in layers.embeddings)
     span = (REDUCED_SPAN if reduce_range else ONNX_SPAN) if onnx else FULL_SPAN
-    round_weight = partial(round_rows, span=span)
+    round_weight, round_table = partial(round_rows, span=span), round_all if onnx else round_float8
     for name, part in model.named_modules():
         # torchao has no way to name another class for its layer. Giving the finished layer a subclass changes its
         # `forward` alone: parameters, their names and torchao's own conversion back to a plain layer stay as they are.
         if isinstance(part, FakeQuantizedLinear):
             part.__class__, part.split = RoundedLinear, splits.get(name, ChannelSplit([]))
             part.activation_fake_quantizer = _quantizer_of_activations(plan, name, activations, onnx)
-            part.weight_fake_quantizer = (
-                LowBitGroups(weights, scales[name]) if scales else Rounding(weights, round_weight)
-            )
+            part.weight_fake_quantizer = _quantizer_of_weights(plan, name, weights, round_weight)
         elif isinstance(part, FakeQuantizedEmbedding):
             # A look-up multiplies nothing that could overflow: all 8 bits are used.
             part.__class__ = RoundedEmbedding
-            part.weight_fake_quantizer = (
-                LowBitGroups(table, scales[name]) if scales else Rounding(table, round_all if onnx else round_float8)
-            )
+            part.weight_fake_quantizer = _quantizer_of_weights(plan, name, table, round_table)
+
+
+def _quantizer_of_weights(plan: Plan, name: str, config: IntxFakeQuantizeConfig, function) -> FakeQuantizerBase:
+    """The fake quantizer of a layer's weights: by the plan's scales below 8 bits, by a rounding function at 8."""
+    return LowBitGroups(config, plan.scales[name]) if plan.scales else Rounding(config, function)
 
 
 def _quantizer_of_activations(plan: Plan, name: str, config: IntxFakeQuantizeConfig, onnx: bool) -> FakeQuantizerBase:

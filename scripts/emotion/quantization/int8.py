@@ -5,7 +5,11 @@ import logging
 import re
 from pathlib import Path
 
+import onnx
 import torch
+from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.transformers.onnx_model import OnnxModel
+from transformers import TorchAoConfig
 
 from emotion.export.graph_passes import (
     cls_only_products,
@@ -37,8 +41,7 @@ def quantize_torchao(plan: Plan, folder: Path) -> torch.nn.Module:
     Returns:
         The quantized model as `from_pretrained` opens it: its tables are float32, with the values of the file.
     """
-    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig  # here: it takes seconds
 
     # Without the settings of torch.compile, which would be those of every model of the process that opens the file.
     linear = Int8WeightOnlyConfig(set_inductor_config=False)
@@ -46,17 +49,13 @@ def quantize_torchao(plan: Plan, folder: Path) -> torch.nn.Module:
     config = TorchAoConfig(FqnToConfig({f"{name}.weight": linear for name in plan.layers.linear}))
     # It must be quantized while it is loaded: a model quantized in place cannot be saved.
     model = load_trained_classifier(plan.folder, quantization_config=config, dtype=torch.float32)
-    _save_torchao(model, folder, [model.get_submodule(name) for name in plan.layers.embeddings])
-    return model
-
-
-def _save_torchao(model, folder: Path, tables: list[torch.nn.Embedding]) -> None:
-    """Saves the model with its tables in `TABLE_DTYPE`; the model keeps them in float32, rounded."""
+    tables = [model.get_submodule(name) for name in plan.layers.embeddings]
     for table in tables:
         table.weight.data = table.weight.data.to(TABLE_DTYPE)
     save_compact(model, folder)
     for table in tables:
         table.weight.data = table.weight.data.float()
+    return model
 
 
 def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
@@ -67,10 +66,6 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     Args:
         reduce_range: whether weights have 7 bits; see `LARGEST_SAFE_WEIGHT`.
     """
-    import onnx
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
     path.parent.mkdir(parents=True, exist_ok=True)
     graph = load_float_graph(weights_of(plan.folder, "onnx")).model
     chosen = {*plan.layers.linear, *plan.layers.embeddings}
@@ -96,9 +91,6 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
 
 def load_float_graph(path: Path):
     """The FP32 file as ONNX Runtime's `OnnxModel`, with each linear layer's weight as the module has it."""
-    import onnx
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
     graph = OnnxModel(onnx.load(path))
     write_sums(graph, "Add")
     return graph
@@ -106,9 +98,6 @@ def load_float_graph(path: Path):
 
 def cls_only_layers(plan: Plan) -> list[str]:
     """The linear layers that see the [CLS] token alone in the FP32 file of the plan: those of the last layer."""
-    import onnx
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
     # A file that computes the [CLS] token alone is the exporter's, which has named its nodes after the layers.
     graph = OnnxModel(onnx.load(weights_of(plan.folder, "onnx")))
     alone = cls_only_products(graph)

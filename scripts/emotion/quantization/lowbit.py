@@ -1,4 +1,4 @@
-"""Weights of 2, 3 or 4 bits in one ONNX file that answers at the speed of INT8.
+"""Weights of 2 or 4 bits in one ONNX file that answers at the speed of INT8.
 
 Each row of a matrix has a scale, and each group of weights in the row has a small integer, its multiplier (two-level
 scales: Dai et al., "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Neural Network Inference",
@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from emotion.export.graph_passes import modules_of
 from emotion.inference.model_folder import LARGEST_SAFE_WEIGHT, LEVELS
@@ -64,7 +66,7 @@ class Scales:
 def check_group_size(name: str, columns: int, group_size: int) -> None:
     """Raises `UserError` if a row cannot be cut into such groups, or a group into whole bytes."""
     # Eight codes fill whole bytes at each number of bits.
-    if group_size < 8 or group_size % 8:
+    if group_size % 8:
         raise UserError(f"--group_size {group_size}: it takes a multiple of 8")
     if columns % group_size:
         raise UserError(f"--group_size {group_size}: {name} has rows of {columns} weights, which it does not divide")
@@ -99,7 +101,8 @@ def _best_steps(groups: torch.Tensor, bits: int) -> torch.Tensor:
     best, least_error = torch.empty_like(largest), torch.full_like(largest, float("inf"))
     for share in CLIPPING.tolist():
         step = largest * (share / -LEVELS[bits][0])
-        error = (round_groups(groups, step, bits) - groups).square().sum(dim=-1, keepdim=True)
+        rounded = nearest_levels(groups, step, bits).mul_(step)
+        error = (rounded - groups).square().sum(dim=-1, keepdim=True)
         best = torch.where(error < least_error, step, best)
         least_error = torch.minimum(error, least_error)
     return best
@@ -113,11 +116,6 @@ def nearest_levels(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch
     nearest = groups / (step * levels.step)
     nearest = nearest.sub_(levels[0] / levels.step).round_().clamp_(0, len(levels) - 1)  # now the codes
     return nearest.mul_(levels.step).add_(levels[0])
-
-
-def round_groups(groups: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
-    """Each weight rounded: its level times the step, in the shape of ``groups``, (..., groups, size)."""
-    return nearest_levels(groups, step, bits).mul_(step)
 
 
 def integers_of(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
@@ -254,8 +252,6 @@ def write_lowbit_onnx(plan: Plan, path: Path) -> None:
 
     The file is the INT8 file of `quantize_onnx`, with packed weights in place of its INT8 constants.
     """
-    import onnx
-
     layers, scales = plan.layers, plan.scales
     # The INT8 file keeps the embeddings in float. Nothing multiplies them, so the INT8 form would be of no use here.
     quantize_onnx(replace(plan, layers=Layers(layers.linear, [])), path)
@@ -302,17 +298,10 @@ class Packer:
             int8_name: name of the constant, int8 (columns, rows): ONNX stores a weight transposed.
             codes: `codes_of` each layer that the constant holds; attention holds query, key and value.
         """
-        from onnx import TensorProto, numpy_helper
-
         # In PyTorch's order the layers lie below each other.
-        joined = Scales(
-            bits=scales[0].bits,
-            row=torch.cat([one.row for one in scales]),
-            multiplier=torch.cat([one.multiplier for one in scales]),
-        )
-        row_scales = joined.row.squeeze(1).numpy().astype(np.float32)
-        integers = self._unpack(int8_name, np.concatenate(codes), joined)
-        shape = self._constant(f"{int8_name}/shape", np.array([len(row_scales), -1]))
+        rows, multipliers = torch.cat([one.row for one in scales]), torch.cat([one.multiplier for one in scales])
+        integers = self._unpack(int8_name, np.concatenate(codes), Scales(scales[0].bits, rows, multipliers))
+        shape = self._constant(f"{int8_name}/shape", np.array([len(rows), -1]))
         matrix = self._node("Reshape", [integers, shape], int8_name)  # (rows, columns)
         matrix = self._node("Cast", [matrix], int8_name, to=TensorProto.INT8)
         # The last node takes over the constant's name, so the layer that multiplies with it needs no change. The
@@ -323,7 +312,7 @@ class Packer:
         for tensor in self.graph.initializer:
             if tensor.name == scale_name:
                 # The sign is kept: before a residual sum a layer gives the negative of its result (graph_passes.py).
-                signed = np.copysign(row_scales, numpy_helper.to_array(tensor))
+                signed = np.copysign(rows.squeeze(1).numpy(), numpy_helper.to_array(tensor))
                 tensor.CopyFrom(numpy_helper.from_array(signed, scale_name))
 
     def replace_look_up(self, gather, codes: np.ndarray, scales: Scales) -> None:
@@ -406,8 +395,6 @@ class Packer:
 
     def _bytes(self, name: str, kind: str, packed: np.ndarray, ids: str | None) -> str:
         """Stores packed bytes, uint8 (rows, ...); returns the tensor of all of them, or of the rows ``ids``, int32."""
-        from onnx import TensorProto
-
         source = self._constant(f"{name}/{kind}", packed)
         if ids is not None:
             source = self._node("Gather", [source, ids], name)
@@ -421,8 +408,6 @@ class Packer:
 
     def _constant(self, name: str, array: np.ndarray) -> str:
         """Stores a constant, unless one of that name is there; returns the name."""
-        from onnx import numpy_helper
-
         if name not in {tensor.name for tensor in self.graph.initializer}:
             self.graph.initializer.append(numpy_helper.from_array(array, name))
         return name
@@ -434,8 +419,6 @@ class Packer:
 
     def _node(self, kind: str, inputs: list[str], name: str, output: str | None = None, **attributes) -> str:
         """Makes an operator for the matrix ``name``, to be put into the graph later; returns its output's name."""
-        from onnx import helper
-
         unique = f"{name}/unpack{len(self.pending)}"
         self.pending.append(helper.make_node(kind, inputs, [output or unique], name=unique, **attributes))
         return output or unique

@@ -15,6 +15,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from onnx import helper, numpy_helper
 
 from emotion.inference.model_folder import BRANCH
 from emotion.quantization.layers import CalibrationRows, Plan, find_stack, watch_inputs
@@ -53,8 +54,8 @@ def find_outliers(plan: Plan, rows: CalibrationRows) -> dict[str, list[int]]:
     A channel is an outlier if the largest activation that the rows show of it exceeds `THRESHOLD` times the 99th
     percentile of these maxima over the channels of its layer.
     """
-    outliers = {}
-    for name, maxima in largest_inputs(plan, list(find_pairs(plan.model, plan.layers.linear)), rows).items():
+    outliers, pairs = {}, find_pairs(plan.model, plan.layers.linear)
+    for name, maxima in largest_inputs(plan, list(pairs), rows).items():
         limit = THRESHOLD * maxima.quantile(0.99)
         largest = maxima.argsort(descending=True)[:LARGEST_COUNT]
         channels = sorted(int(channel) for channel in largest if maxima[channel] > limit)
@@ -86,13 +87,11 @@ def weight_without_outliers(plan: Plan, name: str) -> torch.Tensor:
     weight = plan.model.get_submodule(name).weight.detach()
     if not plan.outliers:
         return weight
-    pairs = find_pairs(plan.model, plan.layers.linear)
+    pairs, weight = find_pairs(plan.model, plan.layers.linear), weight.clone()
     for second, channels in plan.outliers.items():
         if name == second:
-            weight = weight.clone()
             weight[:, channels] = 0
         elif name == pairs[second]:
-            weight = weight.clone()
             weight[channels] = 0
     return weight
 
@@ -110,8 +109,6 @@ def split_channels(graph, plan: Plan) -> None:
 
 def _split_pair(graph, first, second, channels: list[int]) -> None:
     """Copies all from the first product of a pair to the second for the channels alone, and adds the result."""
-    from onnx import helper, numpy_helper
-
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     width = tensors[second.input[1]].dims[0]  # ONNX multiplies with the transposed weight: (columns, rows)
 
@@ -124,9 +121,8 @@ def _split_pair(graph, first, second, channels: list[int]) -> None:
         tensors[name].CopyFrom(numpy_helper.from_array(array, name))
         return part.name
 
-    branch = [
-        helper.make_node("MatMul", [first.input[0], take(first.input[1], axis=1)], [f"{first.output[0]}{BRANCH}"])
-    ]
+    part = take(first.input[1], axis=1)
+    branch = [helper.make_node("MatMul", [first.input[0], part], [f"{first.output[0]}{BRANCH}"])]
     # Between the products stand the bias and the activation function, fused or not, whatever it is.
     for node in _nodes_between(graph, first, second):
         copied = copy.deepcopy(node)
@@ -149,8 +145,6 @@ def _split_pair(graph, first, second, channels: list[int]) -> None:
 
 def _sum_with(graph, second, result: str):
     """The node that adds the result of the branch, wherever that leaves other rewrites possible."""
-    from onnx import helper
-
     residual = _residual_sum(graph, second)
     if residual is None:
         whole, second.output[0] = second.output[0], f"{second.output[0]}/rest"

@@ -11,7 +11,7 @@ from emotion.data.metrics import score
 from emotion.inference.model_folder import find_formats, load_trained_classifier
 from emotion.inference.runtimes import ModelInMemory, open_artifact, predict
 from emotion.quantization.accuracy_aware import copy_shared_files, save_format
-from emotion.quantization.fake_quantizers import convert, follow_ranges, prepare, switch, to_integers
+from emotion.quantization.fake_quantizers import convert, follow_ranges, switch, to_integers
 from emotion.quantization.int8 import quantize_torchao
 from emotion.quantization.layers import CalibrationRows, Plan
 from emotion.quantization.outlier_channels import outlier_metadata
@@ -24,11 +24,6 @@ from emotion.quantization.scheme import (
 )
 from emotion.utils.errors import UserError
 from emotion.utils.files import scratch_folder
-
-
-def insert_fake_quantizers(plan: Plan, arguments: SchemeArguments) -> None:
-    """Inserts fake quantizers into the model of the plan, in place, for the runtime that rounds coarsest."""
-    prepare(plan, runtime_to_train_for(arguments), arguments.reduce_range)
 
 
 class FakeQuantizeCallback(TrainerCallback):

@@ -86,8 +86,7 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
     is_local = folder == Path(name)
     if (folder / "config.json").is_file() and (quantizer := quantized_by(folder)):
         raise UserError(f"{folder} is quantized already (by {quantizer}); name the float model it was made from")
-    found = [file for file in FLOAT_FILES if (folder / file).is_file()]
-    if not found or found[0] == FLOAT_FILES[0]:
+    if (folder / FLOAT_FILES[0]).is_file() or not any((folder / file).is_file() for file in FLOAT_FILES):
         weights_of(folder, "pytorch")  # raises if this is no model folder, or its weights are damaged or missing
     config = read_config(folder)
     labels = [*(config.get("id2label") or {"0": "", "1": ""}).values()]
@@ -295,10 +294,9 @@ def update_plan(plan: Plan, arguments: SchemeArguments) -> Plan:
     plan = replace(plan, layers=layers, scales={}, compensated={}, outliers=outliers)
     if arguments.bits == 8:  # the libraries choose the scales
         return plan
-    names = [*layers.linear, *layers.embeddings]
+    names, scales = [*layers.linear, *layers.embeddings], {}
     for name in names:  # before the slow loop below
         check_group_size(name, plan.model.get_submodule(name).weight.shape[1], arguments.group_size)
-    scales = {}
     for name in Bar(names, desc="scales"):
         scales[name] = choose_scales(weight_without_outliers(plan, name), arguments.bits, arguments.group_size)
     return replace(plan, scales=scales)
