@@ -18,7 +18,7 @@ LLAMA_FACTORY := llamafactory==0.9.5 transformers==5.6.0 peft==0.18.1 datasets==
 	bitsandbytes==0.50.2 torch==2.9.1 torchvision==0.24.1 torchaudio==2.9.1
 NEEDED_processes := $(VENV)/.peers
 NEEDED_cluster := $(VENV)/.cluster
-NEEDED_web := tests/web/node_modules/.ready
+NEEDED_web := tests/web/node_modules/.ready build/demo/node_modules/.ready
 NEEDED_llama_factory := .venv-llama-factory/.ready build/SmolLM2-135M-Instruct-Q4_1/config.json
 NEEDED_mpnet-base := build/all-mpnet-base-v2/config.json
 
@@ -92,7 +92,7 @@ report: $(VENV)/.ready  ## Tables, pictures, cards, the README's block and docs/
 release: $(VENV)/.ready  ## Takes the tracked weights from what make results has made
 	$(RUN) tools/release.py
 	$(call score,weights,baseline:pytorch,--results_dir results/released)
-demo: tests/web/node_modules/.ready  ## The demo page with the models of weights/, at http://127.0.0.1:8000/ (needs Node.js)
+demo: build/demo/node_modules/.ready  ## The demo page with the models of weights/, at http://127.0.0.1:8000/ (needs Node.js)
 	$(if $(wildcard $(VENV)/.ready),$(RUN),$(PYTHON)) tools/demo.py
 notebook: $(VENV)/.ready  ## Runs the notebook on the tracked weights, and stores what it shows
 	$(VENV)/bin/jupyter-execute --inplace --timeout=-1 notebooks/inference_evaluation.ipynb
@@ -111,6 +111,14 @@ build/%/config.json: | $(VENV)/.ready
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(LLAMA_FACTORY)
 	@touch $@
+# $(call take,package,files): of all that npm would install for it (488 MB), what the page asks for (15 MB)
+take = mkdir -p $(@D)/$(1) && tar -xzf build/demo/$$(npm pack --silent --pack-destination build/demo $(1)@$$(node -p \
+	"require('./tests/web/package-lock.json').packages['node_modules/$(1)'].version")) -C $(@D)/$(1) --strip-components=1 \
+	$(addprefix package/dist/,$(2))
+build/demo/node_modules/.ready: tests/web/package-lock.json
+	$(call take,@huggingface/transformers,transformers.min.js)
+	$(call take,onnxruntime-web,ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm)
+	@rm build/demo/*.tgz && touch $@
 tests/web/node_modules/.ready: tests/web/package-lock.json
 	ONNXRUNTIME_NODE_INSTALL=skip npm ci --prefix tests/web --ignore-scripts --no-audit --no-fund
 	@touch $@

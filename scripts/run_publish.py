@@ -34,7 +34,7 @@ from emotion.utils.files import (
 )
 from emotion.utils.machine import code_url
 
-PAGE = "index.html"  # a folder with it is a Space
+PAGE, WORKER = "index.html", "worker.js"  # a folder with the first is a Space
 SCORES = "results/metrics/"  # folder of the records in a model's repository
 # What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
 OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "LICENSE")
@@ -181,7 +181,7 @@ def collect_page(folder: Path, model_id: str) -> dict[str, bytes]:
     named = re.fullmatch(rf"(.+/.+)-({'|'.join(RELEASED)})", model_id)
     if not named:  # the names of the other repositories would be unknown
         raise UserError(f"--model_id {model_id}: its name must end with a variant's, as in user/name-{RECOMMENDED}")
-    files = {}
+    files = {WORKER: (folder / WORKER).read_bytes()}
     for name in (PAGE, "README.md"):
         text = (folder / name).read_text(encoding="utf-8")
         if PAGE_MODEL not in text:

@@ -1,6 +1,6 @@
 """Times transformers.js in Node.js end to end, with one text at a time, as in the README's snippet.
 
-It needs Node.js, and the JavaScript libraries that `make demo` installs.
+It needs Node.js, and the JavaScript libraries that `make test GROUP=web` installs.
 
     python studies/javascript_study.py
     python studies/javascript_study.py weights/ptq --threads 1 --results_dir build/results
@@ -70,7 +70,7 @@ def ask_node(artifact: Path, texts: list[str], threads: int) -> dict:
         raise UserError("no node on the path; install Node.js 20 or newer") from error
     if done.returncode:
         if not (WEB / "node_modules" / "@huggingface" / "transformers").is_dir():
-            raise UserError(f"no transformers.js in {WEB}; 'make demo' installs it")
+            raise UserError(f"no transformers.js in {WEB}; 'make test GROUP=web' installs it")
         errors = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
         raise UserError(f"{relative(artifact)} does not open in transformers.js: {' '.join(errors[:1])}")
     return json.loads(done.stdout)

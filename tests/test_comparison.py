@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 from conftest import ROOT, edit_json, read_json, run_code
 from emotion.data import metrics as task_scores
 from emotion.data.metrics import macro_f1_interval, resampled_macro_f1
-from emotion.evaluation.schema import Record, read_study
+from emotion.evaluation.schema import Measurement, Record
 from emotion.evaluation.statistics import NO_LOSS_MARGIN, compare_with, holm, mean_interval
 from emotion.hub.render import MOST_NAMED, plot_confusion_matrix
 from emotion.utils.errors import UserError
@@ -142,7 +142,7 @@ def test_no_loss_is_seldom_said_of_a_loss_as_large_as_the_margin():
 
 
 def test_pictures_are_the_same_again_and_a_changed_one_is_found(tmp_path):
-    study = read_study(ROOT / "results" / "ptq_sensitivity.json")
+    study = Measurement.read(ROOT / "results" / "ptq_sensitivity.json")
     plot_sensitivity(study, tmp_path / "one")
     plot_sensitivity(study, tmp_path / "two")
     one, two = tmp_path / "one.png", tmp_path / "two.png"

@@ -14,7 +14,7 @@ from conftest import ROOT, contents, edit_json, read_json, save_dataset, seeds_f
 from emotion.data.dataset import load_task
 from emotion.evaluation import statistics as paired_tests
 from emotion.evaluation.record import read_records
-from emotion.evaluation.schema import Benchmark, Bits, Measurement, Record, Seeds
+from emotion.evaluation.schema import Benchmark, Measurement, Record, Seeds
 from emotion.utils.errors import UserError
 from mutations import damage_results
 
@@ -73,7 +73,6 @@ def pages_of(folder) -> dict:
         ("seeds/ptq.json", "formats/onnx/macro_f1/mean", 0.99),
         ("seeds/ptq.json", "runs/0/formats/onnx/macro_f1", 0.99),
         ("seeds/ptq.json", "chosen_seed", 7),
-        ("bits.json", "cells/qat/change/mean", 0.5),
         ("dataset.json", "splits/test/class_counts", [2000]),
         ("qlora_sweep.json", "chosen", "nobody"),
     ],
@@ -95,7 +94,7 @@ def required_fields(model, *place):
                 yield from required_fields(field.annotation, *place, name)
 
 
-FILES = {RECORD: Record, BENCHMARK: Benchmark, "seeds/ptq.json": Seeds, "bits.json": Bits, "dataset.json": Measurement}
+FILES = {RECORD: Record, BENCHMARK: Benchmark, "seeds/ptq.json": Seeds, "dataset.json": Measurement}
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -186,7 +186,7 @@ def test_weights_that_changed_after_scoring_or_that_all_could_read_are_refused(f
 def test_the_demo_page_becomes_a_static_space(hub):
     publish(ROOT / "docs" / "demo", "unused", "--model_id", "user/mine-qat-int4", repo_id="user/emotions")
     files = hub.repositories["spaces/user/emotions"].commits[-1]
-    assert files.keys() == {"index.html", "README.md", ".gitattributes"}
+    assert files.keys() == {"index.html", "worker.js", "README.md", ".gitattributes"}
     assert b'"user/mine"' in files["index.html"]
     assert not any(run_publish.PAGE_MODEL.encode() in content for content in files.values())
     about = yaml.safe_load(files["README.md"].decode().split("---\n")[1])

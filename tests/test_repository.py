@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 import emotion
-from conftest import ROOT
-from emotion.evaluation.schema import read_study
+from conftest import ROOT, read_json
+from emotion import EmotionClassifier
+from emotion.hub.comparison import validation_scores
 from emotion.inference.model_folder import RELEASED
 from emotion.utils.files import RECOMMENDED
-from report.pages import validation_scores
 
 README = ROOT / "README.md"
+USAGE = ROOT / "docs" / "usage.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"(scripts|studies|tools)/(\w+)\.py")
 LABELS = "sadness|joy|love|anger|fear|surprise|warm|cold|none"  # of the released models, and of the tests' tiny ones
@@ -82,8 +83,13 @@ def test_each_link_leads_somewhere(page):
 
 
 def test_validation_chose_the_recommended_variant():
-    scores = validation_scores(read_study(ROOT / "results" / "bits.json"))
+    scores = validation_scores(read_json(ROOT / "results" / "comparison.json"))
     assert max(scores, key=scores.get) == RECOMMENDED
+
+
+def test_the_recommended_model_has_the_limit_that_the_readme_names():
+    (text, label) = re.search(r'"(.*)" is answered \*(\w+)\*', README.read_text(encoding="utf-8")).groups()
+    assert EmotionClassifier.from_pretrained(ROOT / "weights" / RECOMMENDED)(text)["label"] == label
 
 
 @pytest.fixture
@@ -110,14 +116,16 @@ def run_in(folder: Path, command: list[str], timeout: int = 200) -> str:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("code", blocks(README, "python"))
+@pytest.mark.parametrize("code", blocks(README, "python") + blocks(USAGE, "python"))
 def test_each_python_block_answers(code, clone):
     assert re.search(LABELS, run_in(clone, [sys.executable, "-c", code]))
 
 
 @pytest.mark.processes
 def test_the_commands_that_answer_answer(clone):
-    local = [line for line in commands(README) if re.search(r"scripts/(predict|run_batch)\.py", line)]
+    local = [
+        line for line in commands(README) + commands(USAGE) if re.search(r"scripts/(predict|run_batch)\.py", line)
+    ]
     local = [line for line in local if "user/" not in line]
     assert local
     for line in local:

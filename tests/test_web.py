@@ -19,7 +19,7 @@ import run_publish
 from conftest import ROOT, read_json
 from emotion.data.metrics import softmax
 from emotion.hub.model_card import TEMPLATE
-from emotion.inference.model_folder import weights_of
+from emotion.inference.model_folder import SHARED_FILES, weights_of
 from emotion.inference.runtimes import open_artifact, predict
 from emotion.utils.errors import UserError
 from emotion.utils.files import RECOMMENDED
@@ -109,7 +109,7 @@ def test_the_study_says_what_node_lacks(real_int8, tmp_path, monkeypatch):
         javascript_study.ask_node(damaged, ["a"], threads=1)
     shutil.copy(WEB / "latency.mjs", tmp_path)
     monkeypatch.setattr(javascript_study, "WEB", tmp_path)
-    with pytest.raises(UserError, match="no transformers.js in .*'make demo' installs it"):
+    with pytest.raises(UserError, match="no transformers.js in .*'make test GROUP=web' installs it"):
         javascript_study.ask_node(real_int8, ["a"], threads=1)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no node on the path"):
@@ -128,8 +128,8 @@ def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
     assert float(re.search(r"score: ([\d.]+)", shown)[1]) == pytest.approx(expected.max(), abs=TOLERANCE)
 
 
-def test_the_snippet_of_the_readme_runs_on_a_folder(real_int8, python_scores, tmp_path):
-    (code,) = re.findall(r"```js\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def test_the_snippet_of_the_documentation_runs_on_a_folder(real_int8, python_scores, tmp_path):
+    (code,) = re.findall(r"```js\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / RECOMMENDED).symlink_to(real_int8)
     assert code.count('"weights/"') == 1 and f'"{RECOMMENDED}"' in code
     code = code.replace(
@@ -212,7 +212,9 @@ def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     seen = json.loads(run_node(*args, env=published[1]))
     there = [name for name in FORMS if name != "FP32" or is_clone]
     sizes = {name: f"{weights_of(variants / FORMS[name], 'onnx').stat().st_size / 1e6:.1f} MB" for name in there}
-    assert [form.split() for form in seen["forms"]] == [[name, *sizes.get(name, "").split()] for name in FORMS]
+    assert [form.split() for form in seen["forms"]] == [
+        [name, *sizes[name].split()] for name in FORMS if name in there
+    ]
     assert seen["missing"] == ([] if is_clone else ["FP32: user/bert-emotion-baseline is not on the Hub"])
 
     check_answer(seen["first"], variants / RECOMMENDED, "i feel so happy that you came")
@@ -223,7 +225,11 @@ def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     labels = [bar["label"] for bar in seen["first"]["bars"]]
     assert f"one of these {len(labels)}, " in seen["classes"] and f": {', '.join(labels)}." in seen["classes"]
 
-    check_answer(seen["typed"], variants / RECOMMENDED, "i am scared of the dark")
+    for shown in (seen["typed"], seen["linked"]):
+        check_answer(shown, variants / RECOMMENDED, "i am scared of the dark")
+    # Read out: that it loads, and each answer once, not one for each key
+    assert len(seen["said"]) == 2 and seen["said"][0] == "Loading INT4" and len(seen["saidLater"]) == 1
+    assert seen["address"].endswith("#i%20am%20scared%20of%20the%20dark") and "first 128 tokens" in seen["cut"]
     assert seen["others"].keys() == set(there) - {"INT4"}  # the arrows pass over a form that is not there
     for name, shown in {**seen["others"], "INT4": seen["again"]}.items():
         check_answer(shown, variants / FORMS[name], "i am scared of the dark")
@@ -259,7 +265,7 @@ def failures(page):
         ("noModels", f"{FIRST} cannot be loaded: "),
         ("modelRefused", f"{FIRST} cannot be loaded: "),
         ("modelFails", f"{FIRST} cannot be loaded: "),
-        ("modelIsHtml", f"{FIRST} cannot be loaded: "),
+        ("modelIsHtml", f"{FIRST} is damaged: "),
         ("modelNeverComes", "No progress for 30 s. Check the connection and reload"),
         ("answerFails", "The model failed on this text: out of memory. Change the text, or reload"),
         ("answerThrowsNumber", "The model failed on this text: 7340032. Change the text, or reload"),
@@ -291,6 +297,13 @@ def test_a_page_of_nobody_asks_nobody(tmp_path):
     seen = json.loads(run_node(*args, ROOT / "docs" / "demo", "libraryRefused", env=os.environ))["libraryRefused"]
     assert seen["status"].startswith("The library of tools/demo.py (make demo) cannot be loaded: ")
     with running_demo(tmp_path) as address:
+        (tmp_path / RECOMMENDED / "onnx").mkdir(parents=True)
+        (tmp_path / RECOMMENDED / "onnx" / "model_quantized.onnx").write_bytes(b"cut")
+        for name in SHARED_FILES:
+            shutil.copy(ROOT / "weights" / RECOMMENDED / name, tmp_path / RECOMMENDED)
+        seen = json.loads(run_node(*args, address, "damaged", env=os.environ))["damaged"]
+        assert seen["status"].startswith(f"{RECOMMENDED} is damaged: ")
+        shutil.rmtree(tmp_path / RECOMMENDED)
         seen = json.loads(run_node(*args, address, "noModels", env=os.environ))["noModels"]
     assert seen["status"].startswith(f"{RECOMMENDED} cannot be loaded: ") and seen["wide"] == 360
     assert "FP32: not in weights/baseline; made by make demo, where PyTorch is installed" in seen["missing"]

@@ -24,11 +24,11 @@ from emotion.utils.errors import UserError
 from emotion.utils.files import ROOT, atomic_write, check_file, sha256
 
 PAGE = ROOT / "docs" / "demo"
-LIBRARIES = ROOT / "tests" / "web" / "node_modules"
+LIBRARIES = ROOT / "build" / "demo" / "node_modules"
 FP32 = Path("baseline") / "onnx" / "model.onnx"  # as the page asks for it
 # All that the page asks for
 ASKED = re.compile(
-    r"/(index\.html)?|/weights/\w[\w.-]*/((config|tokenizer|tokenizer_config)\.json|onnx/model(_quantized)?\.onnx)"
+    r"/(index\.html|worker\.js)?|/weights/\w[\w.-]*/((config|tokenizer|tokenizer_config)\.json|onnx/model(_quantized)?\.onnx)"
     r"|/node_modules/(@huggingface/transformers|onnxruntime-web)/dist/[\w.-]+\.(m?js|wasm)"
 )
 HOSTS = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")

@@ -25,12 +25,11 @@ from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import RECOMMENDED, ROOT, write_bytes
 from report.figures import list_card_pictures, list_pictures, list_study_pictures, same_picture
-from report.pages import render_block, render_page, render_study_pages, render_table, render_times
+from report.pages import render_block, render_page, render_study_pages, render_table
 
 SOURCE, REPORT = Path("docs") / "report.typ", Path("docs") / "report.pdf"
-# The lines of the README between which this program writes; the times may be left out
+# The lines of the README between which this program writes
 START, END = "<!-- results: written by tools/render_report.py -->", "<!-- end of results -->"
-TIMES_START, TIMES_END = "<!-- times: written by tools/render_report.py -->", "<!-- end of times -->"
 
 
 @dataclass
@@ -82,19 +81,13 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     """
     results, records = families[0].folder, families[0].records
     text = readme.read_text(encoding="utf-8")
-    text = fill(text, START, END, render_block(families, readme.parent), readme)
-    if TIMES_START in text:
-        text = fill(text, TIMES_START, TIMES_END, render_times(families[0]), readme)
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise UserError(f"{readme}: needs one line '{START}' and, below it, one line '{END}'")
+    block = render_block(families, readme.parent)
+    text = f"{text.split(START)[0]}{START}\n\n{block}\n{END}{text.split(END)[1]}"
     seeds = families[0].comparison["seeds"]
     cards = render_cards(records, readme.parent / "model_cards", families[0].benchmarks, seeds)
     return {readme: text, **cards, **render_study_pages(results)}
-
-
-def fill(text: str, start: str, end: str, block: str, readme: Path) -> str:
-    """Returns the text with the block between its two lines, and the rest as it is."""
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise UserError(f"{readme}: needs one line '{start}' and, below it, one line '{end}'")
-    return f"{text.split(start)[0]}{start}\n\n{block}\n{end}{text.split(end)[1]}"
 
 
 def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:

@@ -19,14 +19,15 @@ const answered = (text) => document.getElementById("bars").dataset.text === text
 const loaded = () => / in \d+ ms, loaded in /.test(document.getElementById("status").textContent);
 const lines = (selector) => page.locator(selector).evaluateAll((all) => all.map((one) => one.innerText));
 await page.goto(address);
-const amounts = await page.evaluateHandle(() => { // what stands beside the bar, while it loads
-  const seen = [], amount = document.getElementById("amount");
-  new MutationObserver(() => seen.push(amount.textContent)).observe(amount, { childList: true });
+const watch = (id) => page.evaluateHandle((name) => { // all that stands in an element, one after the other
+  const seen = [], element = document.getElementById(name);
+  new MutationObserver(() => seen.push(element.textContent)).observe(element, { childList: true });
   return seen;
-});
+}, id);
+const amounts = await watch("amount"), said = await watch("said"); // beside the bar while it loads; what is read out
 const seen = { first: await look(loaded), bytes: traffic.bytes };
-seen.amounts = await amounts.jsonValue();
-seen.forms = await lines("#forms label");
+[seen.amounts, seen.said] = [await amounts.jsonValue(), await said.jsonValue()];
+seen.forms = await lines("#forms label:not([hidden])");
 seen.missing = await lines("#missing li:not(:empty)");
 seen.classes = await page.textContent("#classes");
 
@@ -37,6 +38,8 @@ const type = async (text) => {
 const DARK = "i am scared of the dark";
 await type(DARK);
 seen.typed = await look(answered, DARK);
+seen.saidLater = (await said.jsonValue()).slice(seen.said.length);
+seen.address = page.url();
 
 // The other models, with the arrows: each answers the text that stands there.
 await page.keyboard.press("Shift+Tab");
@@ -58,6 +61,9 @@ await page.keyboard.press("Enter");
 seen.example = await look(answered, "i miss my old home");
 seen.triedLater = await lines("#tried tbody tr");
 
+await page.fill("#text", "so ".repeat(200).trim());
+await page.waitForFunction(() => !document.getElementById("cut").hidden);
+seen.cut = await page.textContent("#cut");
 await page.focus("#text");
 await page.keyboard.press("Control+A");
 await page.keyboard.press("Delete");
@@ -71,6 +77,9 @@ if (await page.isVisible("#other")) { // not in a clone
   await page.keyboard.press("Enter");
   seen.nowhere = await look(() => document.getElementById("status").textContent.includes("cannot be loaded"));
 }
+await page.goto("about:blank");
+await page.goto(seen.address); // as someone who got the link
+seen.linked = await look(answered, DARK);
 console.log(JSON.stringify({ ...seen, refused: traffic.refused }));
 await page.unrouteAll({ behavior: "ignoreErrors" });
 await browser.close();

@@ -9,7 +9,7 @@ const browser = await openBrowser(executablePath);
 const library = (answer, open = "") => `
   export const env = { backends: { onnx: { wasm: { wasmPaths: { mjs: "", wasm: "" } } } } };
   export const pipeline = async (task, name, options) => {
-    (window.opened ??= []).push(name);
+    (self.opened ??= []).push(name);
     ${open}
     return Object.assign(async () => { ${answer} },
                          { model: { config: { id2label: { 0: "joy", 1: "fear" } } } });
@@ -27,6 +27,7 @@ const late = (page) => page.addInitScript(() => {
 
 const FAULTS = {
   noModels: { prepare: () => {}, act: (page) => page.locator("#missing li:not(:empty)").nth(3).waitFor() },
+  damaged: { prepare: () => {} }, // by what the place holds
   libraryRefused: { prepare: (page) => page.route(CDN, (route) => route.abort()) },
   libraryIsHtml: { prepare: (page) => page.route(CDN, (route) => route.fulfill({ body: "<html>", contentType: "text/html" })) },
   libraryIsBroken: { prepare: (page) => page.route(CDN, (route) => route.fulfill(script("export const pipeline ="))) },
@@ -49,14 +50,15 @@ const FAULTS = {
   // The first model comes after the second, which is the one that was asked for last.
   slowFirst: {
     prepare: serve("return [{ label: name, score: 1 }];",
-                   'if (name !== "user/second") await new Promise((done) => { window.release = done; });'),
+                   'if (name !== "user/second") await new Promise((done) => { self.release = done; });'),
     act: async (page) => {
-      await page.waitForFunction(() => window.opened);
+      const worker = page.workers()[0] ?? await page.waitForEvent("worker");
+      while (!(await worker.evaluate(() => self.opened))) await page.waitForTimeout(20);
       await page.click("summary");
       await page.fill("#model", "user/second");
       await page.click("#choose button");
       await page.waitForFunction(() => document.querySelector("#bars li"));
-      await page.evaluate(() => window.release());
+      await worker.evaluate(() => self.release());
     } },
 };
 
@@ -73,7 +75,8 @@ for (const [name, { prepare, query = "", act }] of Object.entries(FAULTS)) {
     status: document.getElementById("status").textContent,
     bars: [...document.querySelectorAll("#bars li")].map((row) => row.firstChild.textContent),
     missing: [...document.querySelectorAll("#missing li:not(:empty)")].map((line) => line.textContent),
-    opened: window.opened ?? [], images: document.images.length, wide: document.scrollingElement.scrollWidth }));
+    images: document.images.length, wide: document.scrollingElement.scrollWidth }));
+  seen[name].opened = await page.workers()[0].evaluate(() => self.opened ?? []);
   await page.unrouteAll({ behavior: "ignoreErrors" }); // sizes may still be asked for
   await page.context().close();
 }

@@ -42,7 +42,8 @@ export async function openPage(browser, place) {
   await answer(CDN, fromCdn);
   await answer(HUB, fromHub);
   await answer("https://demo.page/**", async (url) =>
-    new URL(url).pathname === "/" ? { body: await readFile(join(place, "index.html")), contentType: TYPES.html }
-                                  : { status: 404, body: "" });
+    ({ "/": { body: await readFile(join(place, "index.html")), contentType: TYPES.html },
+       "/worker.js": { body: await readFile(join(place, "worker.js")), contentType: TYPES.js } })[new URL(url).pathname]
+    ?? { status: 404, body: "" });
   return { page, traffic, address: "https://demo.page/" };
 }

@@ -1,6 +1,6 @@
 """The pictures of the pages: PNGs in one style, with colors that the color-blind can tell apart.
 
-A variant has the same color and a format the same marker in every picture of an encoder.
+A method has the same color in every picture. They are transparent, and readable on white and on dark pages.
 """
 
 from functools import partial
@@ -9,37 +9,35 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from scipy import stats
 
 from emotion.data.metrics import CALIBRATION_BINS, softmax
 from emotion.evaluation.record import read_predictions
-from emotion.evaluation.schema import Bits, Measurement, Record, read_study
-from emotion.hub.comparison import REFERENCE, Family, find_reference, processors_of
+from emotion.evaluation.schema import Measurement, Record
+from emotion.hub.comparison import Family, processors_of
 from emotion.hub.model_card import order, variants_with_card
-from emotion.hub.render import PALETTE, complete, plot_confusion_matrix, save_figure, styled
+from emotion.hub.render import INK, PALETTE, complete, name_of, plot_confusion_matrix, save_figure, styled
 from emotion.utils.machine import PROCESSORS
-from report.pages import families_of
+from report.pages import families_of, list_lines
 
-MARKERS = {"pytorch": "o", "bf16": "s", "torchao": "D", "nf4": "P", "onnx": "^", "openvino": "v"}
-GRAY = "0.45"  # for marks that belong to no variant
-COLUMNS = 4  # of small pictures side by side
+# As light as INK, blue, orange and green of the palette for the color-blind
+COLORS = {"qat": "#2f81d6", "ptq": "#c2741a", "qlora": "#1a9370", "baseline": INK}
+CALIBRATED = ("baseline", "ptq", "qat-int4", "qlora")  # variants whose reliability is drawn
+LARGEST_LOSS = 6  # points: what loses more is drawn at the edge
 PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 
 
 def list_pictures(family: Family) -> dict:
     """Path of each PNG of a comparison -> the function that draws it."""
-    # A peer of another size and score would press all others into a corner.
-    peers = {peer["name"] for peer in family.comparison["about"]["peers"]}
-    records = [record for record in family.records if record.name not in peers]
-    variants = sorted({record.variant for record in records})
-    colors = dict(zip(variants, seaborn.color_palette(PALETTE, len(variants)), strict=True))
-    figures = family.folder / "figures"
-    return {
-        figures / "pareto.png": partial(plot_pareto, family.comparison, colors),
-        figures / "reliability.png": partial(plot_reliability, one_per_variant(records), colors, family.folder),
-    }
+    figures, lines = family.folder / "figures", list_lines(family.comparison)
+    pictures = {figures / "pareto.png": partial(plot_pareto, lines)}
+    if any(line["per_class_f1"] for line in lines):
+        pictures[figures / "classes.png"] = partial(plot_classes, lines)
+    if any(line["speeds"] for line in lines):
+        pictures[figures / "speed.png"] = partial(plot_speed, lines)
+    records = [order(family.records, variant)[0] for variant in CALIBRATED if order(family.records, variant)]
+    pictures[figures / "reliability.png"] = partial(plot_reliability, records, family.folder)
+    return pictures
 
 
 def list_card_pictures(family: Family) -> dict:
@@ -54,14 +52,14 @@ def list_card_pictures(family: Family) -> dict:
 
 def list_study_pictures(results: Path) -> dict:
     """Path of each study's PNG -> the function that draws it, for the studies in ``results``."""
-    pictures, families = {}, families_of(results)
-    for family in families:
-        for name, draw in (("dataset", plot_dataset), ("ptq_sensitivity", plot_sensitivity), ("bits", plot_bits)):
+    pictures = {}
+    for family in families_of(results):
+        for name, draw in (("dataset", plot_dataset), ("ptq_sensitivity", plot_sensitivity)):
             path = family / f"{name}.json"
             if path.is_file():
-                pictures[path.with_suffix(".png")] = partial(complete(path)(draw), read_study(path))
-    if families[0] / "bits.png" in pictures:  # it explains what the study measures
-        pictures[families[0] / "rounding.png"] = plot_rounding
+                pictures[path.with_suffix(".png")] = partial(complete(path)(draw), Measurement.read(path))
+    if pictures:  # it explains what they and the report speak of
+        pictures[families_of(results)[0] / "rounding.png"] = plot_rounding
     return pictures
 
 
@@ -75,105 +73,124 @@ def same_picture(fresh: Path, kept: Path) -> bool:
     return pixels.shape == kept_pixels.shape and float(np.abs(pixels - kept_pixels).mean()) < PIXEL_TOLERANCE
 
 
-def one_per_variant(records: list[Record]) -> list[Record]:
-    """The reference, and for every other variant its ONNX file, or else its first format."""
-    shown = {}
-    for record in records:
-        if record.variant not in shown or record.format == "onnx":
-            shown[record.variant] = record
-    reference = find_reference(records)
-    del shown[reference.variant]
-    return [reference, *shown.values()]
+def color_of(variant: str) -> str:
+    """The color of a variant's method."""
+    return COLORS.get(variant.partition("-")[0], INK)
 
 
-def plot_pareto(comparison: dict, colors: dict, path: Path) -> None:
-    """Macro F1 against the latency on each kind of processor, and against size, with the Pareto front.
-
-    Bars: 95 % interval of the paired change.
-    """
-    rows = [row for row in comparison["rows"] if row["kind"] == "record"]
-    reference = next(row["macro_f1"] for row in rows if row["name"] == REFERENCE)
-    margin = comparison["tests"]["margin"]
-    panels = {}  # label of an axis -> rows with their `x`
-    for processor in processors_of(rows):
-        if timed := [row for row in rows if row["speeds"].get(processor, {}).get("p50_ms")]:
-            label = f"p50, ms, {PROCESSORS[processor]}"
-            panels[label] = [row | {"x": row["speeds"][processor]["p50_ms"]} for row in timed]
-    panels["to serve, MB"] = [row | {"x": row["megabytes"]} for row in rows]
+def plot_pareto(lines: list[dict], path: Path) -> None:
+    """Macro F1 against size, with the Pareto front; bars: standard deviation over the seeds."""
+    floor = 100 * lines[0]["macro_f1"]["mean"] - LARGEST_LOSS
     with styled():
-        size = 5.5 * len(panels), 4.4
-        figure, (all_axes,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-        for axes, (label, points) in zip(all_axes, panels.items(), strict=True):
-            axes.axhspan(100 * (reference - margin), 100 * (reference + margin), color="0.93")
-            axes.axhline(100 * reference, color=GRAY, linewidth=1, linestyle=":")
-            draw_points(axes, points, reference, colors)
-            axes.set(xlabel=label, xscale="log")
-            plain_ticks(axes, [row["x"] for row in points])
-        all_axes[0].set(ylabel="macro F1, %")
-        # A patch of its own for the legend: the band is drawn in each panel and would be named more than once.
-        band = Patch(color="0.93", label=f"FP32 ± {100 * margin:.1f} points")
-        add_legend(figure, colors, {row[key] for row in rows for key in ("variant", "format")}, band)
+        figure, axes = plt.subplots(figsize=(8, 3.6))
+        best = sorted(lines, key=lambda line: (line["megabytes"], -line["macro_f1"]["mean"]))
+        front = 100 * np.maximum.accumulate([line["macro_f1"]["mean"] for line in best])
+        axes.step([line["megabytes"] for line in best], front, where="post", color=INK, linewidth=1, linestyle=":")
+        for line in lines:
+            size, score, name = line["megabytes"], 100 * line["macro_f1"]["mean"], line["title"]
+            deviation = 100 * (line["macro_f1"]["standard_deviation"] or 0)  # 0: one seed
+            if score < floor:
+                score, deviation, name = floor, 0, f"{name}: {score:.1f} %"
+            look = {"color": color_of(line["variant"]), "capsize": 3, "elinewidth": 1, "markersize": 8}
+            axes.errorbar(size, score, yerr=deviation, fmt="o" if score > floor else "v", **look)
+            # QAT above and to the right, the others below, so that labels of one size do not meet
+            above = line["variant"].startswith("qat") or line["variant"] == "baseline"
+            offset = {"xytext": (8, 9 if above else -14), "textcoords": "offset points"}
+            axes.annotate(name, (size, score), fontsize="small", color=look["color"], **offset)
+        axes.set(
+            xlabel="size of all files, MB",
+            ylabel="macro F1, %",
+            xscale="log",
+            xlim=(None, 1.4 * lines[0]["megabytes"]),
+        )
+        axes.set_title("Macro F1 against size: the means over training seeds", fontsize="medium", loc="left")
+        plain_ticks(axes, [line["megabytes"] for line in lines])
         seaborn.despine(figure)
         save_figure(figure, path)
-
-
-def draw_points(axes, rows: list[dict], reference: float, colors: dict) -> None:
-    """Draws the rows at their `x`, with the interval of the change around the reference's score, and the front."""
-    # Of two equally fast ones the better comes first, so that the line does not step back.
-    rows.sort(key=lambda row: (row["x"], -row["macro_f1"]))
-    front = 100 * np.maximum.accumulate([row["macro_f1"] for row in rows])
-    axes.step([row["x"] for row in rows], front, where="post", color=GRAY, linewidth=1.2, zorder=1)
-    for row in rows:
-        color = colors[row["variant"]]
-        if row["tests"]:
-            interval = [100 * (reference + end) for end in row["tests"]["change_ci95"]]
-            axes.vlines(row["x"], *interval, color=color, linewidth=1.2, alpha=0.4)
-        look = {"color": color, "markersize": 9, "markeredgecolor": "white"}
-        axes.plot(row["x"], 100 * row["macro_f1"], MARKERS[row["format"]], **look)
 
 
 def plain_ticks(axes, values: list[float]) -> None:
     """Sets ticks at 1, 2, 5, 10, ... on a logarithmic axis, without powers of ten."""
     steps = [step * 10.0**power for power in range(-2, 5) for step in (1, 2, 5)]
-    inside = [step for step in steps if min(values) / 2 <= step <= 2 * max(values)]
+    inside = [step for step in steps if min(values) / 1.5 <= step <= 1.5 * max(values)]
     axes.set_xticks(inside, [f"{step:g}" for step in inside])
     axes.minorticks_off()
 
 
-def add_legend(figure, colors: dict, shown: set[str], *others) -> None:
-    """Adds the colors of the variants and the markers of the formats that are ``shown``, on the right."""
-    entries = [Line2D([], [], marker="s", linestyle="", color=colors[name], label=name) for name in colors]
-    entries += [Line2D([], [], marker=MARKERS[name], linestyle="", color="0.2", label=name) for name in MARKERS]
-    entries = [entry for entry in entries if entry.get_label() in shown]
-    figure.legend(handles=[*entries, *others], loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
-
-
-def plot_reliability(records: list[Record], colors: dict, results: Path, path: Path) -> None:
-    """Reliability diagrams: accuracy, with its 95 % interval, against confidence in the bins of the calibration error.
-
-    The area of a dot shows how many texts its bin has.
-    """
-    columns = min(COLUMNS, len(records))
-    rows = -(-len(records) // columns)  # rounded up
+def plot_speed(lines: list[dict], path: Path) -> None:
+    """The median latency of one text on each kind of processor, with the speedup over FP32 of the same run."""
+    processors = processors_of(lines)
     with styled():
-        figure, panels = plt.subplots(rows, columns, figsize=(3.3 * columns, 3.3 * rows), squeeze=False)
-        for unused in panels.ravel()[len(records) :]:
-            unused.axis("off")
-        for axes, record in zip(panels.ravel(), records, strict=False):
-            draw_reliability(axes, record, results / "predictions" / f"{record.name}.parquet", colors[record.variant])
+        size = 5.2 * len(processors), 1.2 + 0.36 * len(lines)
+        figure, panels = plt.subplots(1, len(processors), figsize=size, sharey=True, squeeze=False)
+        for axes, processor in zip(panels[0], processors, strict=True):
+            for index, line in enumerate(lines):
+                speed = line["speeds"].get(processor)
+                if not speed or not speed["p50_ms"]:
+                    axes.text(0, index, " not measured", va="center", fontsize="small")
+                    continue
+                axes.barh(index, speed["p50_ms"], height=0.6, linewidth=0, color=color_of(line["variant"]))
+                ratio = speed["times_faster_at_batch_1"]
+                label = f" {speed['p50_ms']:.2f}" + (f" ({ratio['median']:.1f}x)" if ratio else "")
+                axes.text(speed["p50_ms"], index, label, va="center", fontsize="small")
+            axes.set(xlabel="ms per text, median; in brackets times FP32's speed", xlim=(0, 1.35 * axes.get_xlim()[1]))
+            axes.set_title(PROCESSORS[processor], fontsize="medium", loc="left")
+        panels[0][0].set_yticks(range(len(lines)), [line["title"] for line in lines])
+        panels[0][0].invert_yaxis()
         seaborn.despine(figure)
         figure.tight_layout()
         save_figure(figure, path)
 
 
-def draw_reliability(axes, record: Record, predictions: Path, color) -> None:
+def plot_classes(lines: list[dict], path: Path) -> None:
+    """The F1 of each class, a panel per class; bars: standard deviation over the seeds."""
+    lines = [line for line in lines if line["per_class_f1"]]
+    labels = list(lines[0]["per_class_f1"])
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)  # rounded up
+    with styled():
+        size = 3.6 * columns, rows * (1 + 0.27 * len(lines))
+        figure, panels = plt.subplots(rows, columns, figsize=size, sharey=True, sharex=True, squeeze=False)
+        for axes, label in zip(panels.ravel(), labels, strict=False):
+            for index, line in enumerate(lines):
+                mean, deviation = line["per_class_f1"][label].values()
+                look = {"color": color_of(line["variant"]), "fmt": "o", "capsize": 2, "elinewidth": 1}
+                axes.errorbar(100 * mean, index, xerr=100 * (deviation or 0), **look)
+            axes.axvline(100 * lines[0]["per_class_f1"][label]["mean"], color=INK, linewidth=1, linestyle=":")
+            axes.set_title(label, fontsize="medium", loc="left")
+        for axes in panels[-1]:
+            axes.set(xlabel="F1, %")
+        panels[0][0].set_yticks(range(len(lines)), [line["title"] for line in lines])
+        panels[0][0].invert_yaxis()
+        seaborn.despine(figure)
+        figure.tight_layout()
+        save_figure(figure, path)
+
+
+def plot_reliability(records: list[Record], results: Path, path: Path) -> None:
+    """Reliability diagrams: accuracy, with its 95 % interval, against confidence in the bins of the calibration error.
+
+    The area of a dot shows how many texts its bin has.
+    """
+    with styled():
+        figure, panels = plt.subplots(1, len(records), figsize=(3.3 * len(records), 3.5), sharey=True, squeeze=False)
+        for axes, record in zip(panels[0], records, strict=True):
+            draw_reliability(axes, record, results / "predictions" / f"{record.name}.parquet")
+        panels[0][0].set(ylabel="accuracy")
+        seaborn.despine(figure)
+        figure.tight_layout()
+        save_figure(figure, path)
+
+
+def draw_reliability(axes, record: Record, predictions: Path) -> None:
     """Draws the reliability diagram of a record."""
+    color = color_of(record.variant)
     labels, logits = read_predictions(predictions)
     probabilities = softmax(logits)
     confidence, correct = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
     # The inner edges only: a confidence of exactly 1 belongs to the last bin, not behind it.
     bins = np.digitize(confidence, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1])
-    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1, linestyle=":")  # perfect calibration
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")  # perfect calibration
     for index in np.unique(bins):
         x, hits = confidence[bins == index].mean(), correct[bins == index]
         # Wilson's interval stays within 0 and 1, also for a bin with few texts.
@@ -182,9 +199,8 @@ def draw_reliability(axes, record: Record, predictions: Path, color) -> None:
         area = 25 + 200 * len(hits) / len(labels)
         axes.scatter(x, hits.mean(), s=area, zorder=3, color=color, edgecolor="white")
     error = record.quality.expected_calibration_error
-    axes.set_title(f"{record.name}\ncalibration error {100 * error:.1f} %", fontsize="medium")
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
-    axes.label_outer()
+    axes.set_title(f"{name_of(record.variant)}\ncalibration error {100 * error:.1f} %", fontsize="medium")
+    axes.set(xlabel="confidence", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
 
 
 def plot_sensitivity(study: Measurement, path: Path) -> None:
@@ -196,9 +212,10 @@ def plot_sensitivity(study: Measurement, path: Path) -> None:
     with styled():
         figure, axes = plt.subplots(figsize=(3.6 + 0.8 * len(layers), 1.4 + 0.5 * len(kinds)))
         look = {"annot": True, "fmt": ".3f", "cmap": "Blues", "vmin": 0, "linewidths": 0.5}
-        bar = {"label": "mean logit shift"}
+        bar = {"label": "mean shift of the logits"}
         seaborn.heatmap(cells, xticklabels=layers, yticklabels=kinds, ax=axes, cbar_kws=bar, **look)
-        axes.set(xlabel="layer", ylabel="")
+        axes.set(xlabel="encoder layer", ylabel="")
+        axes.set_title("Sensitivity: one layer in INT8, all others in FP32", fontsize="medium", loc="left")
         axes.tick_params(axis="y", rotation=0)
         save_figure(figure, path)
 
@@ -218,9 +235,9 @@ def plot_dataset(study: Measurement, path: Path) -> None:
             bins = np.arange(0, max(len(one["length_counts"]) for one in study.splits.values()) + 3, 4)
             right.hist(of_texts, bins=bins, density=True, histtype="step", linewidth=1.8, color=colors[index])
         left.set_xticks(range(len(study.labels)), study.labels)
-        left.set(ylabel="share of the split in %")
+        left.set(title="Classes", ylabel="share of the split, %")
         left.legend(frameon=False)
-        right.set(xlabel="tokens per text", ylabel="density")
+        right.set(title="Lengths", xlabel="tokens per text", ylabel="density")
         seaborn.despine(figure)
         save_figure(figure, path)
 
@@ -245,28 +262,5 @@ def plot_rounding(path: Path) -> None:
             axes.set(title=f"{bits} bits", xlabel="weight, in standard deviations")
         both[0].set(ylabel="weight in the matrix product")
         both[0].legend(frameon=False, loc="upper left")
-        seaborn.despine(figure)
-        save_figure(figure, path)
-
-
-def plot_bits(study: Bits, path: Path) -> None:
-    """The change of macro F1 against size, a line per method; bars: standard deviation over the seeds."""
-    with styled():
-        figure, axes = plt.subplots(figsize=(7.5, 3.4))  # low: the README shows it below its table
-        colors = seaborn.color_palette(PALETTE)
-        for method, color in (("ptq", colors[1]), ("qat", colors[0])):
-            cells = study.cells_of(method)[::-1]  # the smallest first
-            sizes = [cell.megabytes for cell in cells]
-            changes = 100 * np.array([cell.change.mean for cell in cells])  # points
-            deviations = 100 * np.array([cell.change.standard_deviation or 0 for cell in cells])  # 0: one seed
-            look = {"color": color, "marker": "o", "capsize": 3, "label": method.upper()}
-            axes.errorbar(sizes, changes, yerr=deviations, **look)
-            if method == "qat":  # one line of labels is enough: both methods have the same sizes
-                for cell, size, top in zip(cells, sizes, changes + deviations, strict=True):
-                    offset = {"xytext": (0, 7), "textcoords": "offset points"}
-                    axes.annotate(f"{cell.bits} bits", (size, top), ha="center", fontsize="small", **offset)
-        axes.axhline(0, color="0.5", linewidth=1, linestyle="--", label="FP32")
-        axes.set(xlabel="size, MB", ylabel="macro F1 against FP32, points")
-        axes.legend(frameon=False)
         seaborn.despine(figure)
         save_figure(figure, path)

@@ -113,6 +113,13 @@ class Spread(Part):
 # Records
 
 
+class Form(Part):
+    """A form of a model that QAT trained, on validation: its score, and the gap of its logits to the training's."""
+
+    validation_macro_f1: Share
+    mean_logit_gap: Amount
+
+
 class Provenance(Part):
     """How the model was made, and the data that it was scored on."""
 
@@ -126,6 +133,7 @@ class Provenance(Part):
     recipe: dict[Text, Any] | None
     training: dict[Text, Any] | None = None
     merged: dict[Text, Share] | None = None
+    forms: dict[Text, Form] | None = None  # of QAT: the fake-quantized model, its integers and its files
     fallbacks: dict[Text, list[dict[Text, Any]]] | None = None  # format -> what accuracy-aware quantization tried
     outlier_channels: dict[Text, Any] | None = None
     seed: int | None
@@ -159,9 +167,8 @@ class Quality(Part):
     labels: list[Text]
     macro_f1: Share
     accuracy: Share
-    # Compared with the predictions, cell by cell: many classes have millions.
-    per_class_f1: Any
-    confusion_matrix: Any
+    per_class_f1: dict[Text, Share]
+    confusion_matrix: Any  # compared with the predictions, cell by cell: many classes have millions
     macro_f1_ci95: Annotated[list[Share], Field(min_length=2, max_length=2)]
     expected_calibration_error: Share
     conflict_free: ConflictFree
@@ -169,6 +176,8 @@ class Quality(Part):
     def contradictions(self):
         if self.conflict_free.examples > self.examples:
             yield "'conflict_free' counts more rows than there are"
+        if list(self.per_class_f1) != self.labels:
+            yield "'per_class_f1' is not of 'labels'"
 
 
 class Size(Part):
@@ -405,50 +414,3 @@ class Benchmark(Measurement):
     def contradictions(self):
         if self.compared_with not in self.artifacts:
             yield "'compared_with' is not one of the artifacts"
-
-
-# The study of the number of bits
-
-
-class Cell(Means):
-    """A method with a number of bits, over the seeds."""
-
-    method: Text
-    bits: Whole
-    megabytes: Positive
-    share_of_fp32: Positive
-    change: Mean
-    made_at: list[Text]
-    runs: Annotated[list[Scores], Field(min_length=1)]
-    # QAT, by seed: validation scores of the fake-quantized model, of its integers and of each file
-    formats: list[dict[Text, dict[Text, Amount]] | None] | None = None
-
-    def over_seeds(self, format: str, name: str) -> list[float]:
-        """A number of a format of QAT, by seed."""
-        return [formats[format][name] for formats in self.formats]
-
-    def contradictions(self):
-        # Not against the records of the seeds: a cell stays in the study when its variant is trained again.
-        yield from self.differences(self.runs)
-        if self.method == "qat" and len(list(filter(None, self.formats or ()))) != len(self.runs):
-            yield "'formats' does not fit 'runs'"
-
-
-class Bits(Measurement):
-    """PTQ against QAT with ever fewer bits."""
-
-    base_model: Text
-    cells: Annotated[dict[Text, Cell], Field(min_length=1)]
-
-    def cells_of(self, method: str) -> list[Cell]:
-        """The cells of a method (`ptq`, `qat`, or `qat-float`, its control), those of most bits first."""
-        return sorted((cell for cell in self.cells.values() if cell.method == method), key=lambda cell: -cell.bits)
-
-    def find(self, method: str, bits: int) -> Cell | None:
-        """The cell of a method with a number of bits; None if it was not measured."""
-        return next((cell for cell in self.cells_of(method) if cell.bits == bits), None)
-
-
-def read_study(path: Path) -> Measurement:
-    """Reads the JSON file of a study; raises `UserError` that names the file if it is damaged."""
-    return (Bits if path.stem == "bits" else Measurement).read(path)

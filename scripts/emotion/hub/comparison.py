@@ -5,14 +5,15 @@ It is written to `results/comparison.json`, so that the pages, the pictures and 
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from pydantic import BaseModel
 
 from emotion.data.metrics import softmax
 from emotion.evaluation.peers import COMPILED, TITLES, is_peer
-from emotion.evaluation.record import read_predictions, read_records, read_seeds, score_again
-from emotion.evaluation.schema import Benchmark, Record, Seeds, Timed
+from emotion.evaluation.record import read_predictions, read_records, read_seeds, score_again, scores_of_seed
+from emotion.evaluation.schema import Benchmark, Mean, Record, Seeds, Timed
 from emotion.evaluation.statistics import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.utils.errors import UserError
@@ -21,6 +22,8 @@ from emotion.utils.machine import PROCESSORS
 REFERENCE = "baseline-pytorch"  # FP32 as it was trained
 # Instruction sets that decide how fast INT8 and BF16 are; a processor has dozens of others
 NOTEWORTHY_SETS = {"avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8"}
+ENDINGS = {8: "", 4: "-int4", 2: "-int2"}  # bits of a weight -> how the names of PTQ's and QAT's variants end
+WORTH_RECOVERING = 0.003  # of macro F1: a smaller loss is noise, and a share of it says nothing
 SCORES = ("examples", "macro_f1", "macro_f1_ci95", "accuracy", "expected_calibration_error")
 
 
@@ -99,6 +102,7 @@ def build_comparison(records: list[Record], results: Path, runs: dict[str, Bench
     seeds = read_seeds(results)
     about = _describe(own, peers, reference, runs, [record for _, kept in seeds for record in kept])
     comparison = {"about": about, "tests": _describe_tests(own_tests), "rows": rows, "seeds": list_means(seeds)}
+    comparison["bits"] = list_bits(comparison, records, seeds, results)
     baselines = [summary for summary, _ in seeds if summary.variant == reference.variant]
     ensemble = score_ensemble(baselines[0], results, about["labels"]) if baselines else None
     return rounded(comparison | {"ensemble": ensemble})
@@ -246,10 +250,71 @@ def list_means(seeds: list[tuple[Seeds, list[Record]]]) -> list[dict]:
                 **{name: getattr(means, name) for name in ("macro_f1", "accuracy", "change", "flips")},
                 "conflict_free_macro_f1": sum(scores.conflict_free_macro_f1 for _, scores in runs) / len(runs),
                 "change_ci95": mean_interval([scores.change for _, scores in runs]) if means.change else None,
+                "per_class_f1": _mean_by_class([record for record in records if record.format == format]),
                 "earlier": any(record.earlier for record in records if record.format == format),
             }
             rows.append(row)
     return rows
+
+
+def _mean_by_class(records: list[Record]) -> dict[str, Mean]:
+    """The mean F1 of each class over the records; empty without records."""
+    labels = records[0].quality.labels if records else ()
+    return {label: Mean.of([record.quality.per_class_f1[label] for record in records]) for label in labels}
+
+
+def list_bits(comparison: dict, records: list[Record], seeds: list[tuple[Seeds, list[Record]]], results: Path) -> list:
+    """PTQ and QAT by the bits of a weight, the most bits first: size, changes over seeds, and what QAT's files score.
+
+    `control` is the change after QAT's training without fake quantization, `recovered` QAT's share of PTQ's loss
+    (None if PTQ loses next to nothing, 1 if QAT loses nothing), and `forms` has the scores on validation.
+    """
+    rows = {(row["variant"], row["format"]): row for row in comparison["rows"] if row["kind"] == "record"}
+    means = {row["variant"]: row for row in comparison["seeds"] if row["format"] == "onnx"}
+    kept = {summary.variant: [record for record in own if record.format == "onnx"] for summary, own in seeds}
+    found = []
+    for bits, ending in ENDINGS.items():
+        ptq, qat = means.get(f"ptq{ending}"), means.get(f"qat{ending}")
+        scheme = next((record.scheme for record in records if record.name == f"qat{ending}-onnx"), None)
+        if not (ptq and qat and scheme):
+            continue
+        lost, left = -ptq["change"].mean, -qat["change"].mean
+        controls = sorted((results / "seeds").glob(f"*/metrics/qat{ending}-float-onnx.json"))
+        changes = [scores_of_seed(Record.read(path), path.parent.parent)["change"] for path in controls]
+        row = {
+            "bits": bits,
+            **scheme.model_dump(include={"weights", "embeddings", "activations"}),
+            "megabytes": rows[f"qat{ending}", "onnx"]["megabytes"],
+            "times_smaller": rows["baseline", "pytorch"]["megabytes"] / rows[f"qat{ending}", "onnx"]["megabytes"],
+            "seeds": qat["seeds"],
+            "ptq": ptq["change"],
+            "qat": qat["change"],
+            "control": Mean.of(changes) if changes else None,
+            "recovered": None if lost <= WORTH_RECOVERING else min(1, 1 - left / lost),
+            "forms": _mean_of_forms([record.provenance.forms for record in kept[f"qat{ending}"]]),
+        }
+        found.append(row)
+    return found
+
+
+def _mean_of_forms(forms: list[dict | None]) -> dict[str, dict]:
+    """Means over seeds of the validation scores of QAT's model and files; empty if a seed has none."""
+    if not forms or None in forms:
+        return {}
+    found = {}
+    for name in forms[0]:
+        scores = [one[name].validation_macro_f1 for one in forms]
+        # The largest of any seed: a mean would hide one file that went wrong.
+        differences = [abs(score - one["fake"].validation_macro_f1) for score, one in zip(scores, forms, strict=True)]
+        gap = fmean(one[name].mean_logit_gap for one in forms)
+        found[name] = {"macro_f1": fmean(scores), "largest_difference": max(differences), "mean_logit_gap": gap}
+    return found
+
+
+def validation_scores(comparison: dict) -> dict[str, float]:
+    """Variant of QAT -> macro F1 of its reopened ONNX file on validation, the mean over seeds, which chooses one."""
+    rows = [row for row in comparison["bits"] if row["forms"]]
+    return {f"qat{ENDINGS[row['bits']]}": row["forms"]["onnx, reopened"]["macro_f1"] for row in rows}
 
 
 def score_ensemble(summary: Seeds, results: Path, names: list[str]) -> dict | None:

@@ -20,9 +20,18 @@ from emotion.utils.files import atomic_write
 from emotion.utils.machine import PROCESSORS
 
 PALETTE = "colorblind"
+INK = "#737b86"  # of text and axes: pictures are transparent, and this can be read on white and on GitHub's dark page
+# Variant -> its name for people; that of another is `qat-int4` -> "QAT INT4"
+NAMES = {"baseline": "FP32", "ptq": "PTQ INT8", "ptq-dynamic": "PTQ INT8, dynamic ranges", "qat": "QAT INT8"}
+NAMES["qlora"] = "QLoRA"
 # What begins HTML, an entity, a link, code or a cell; a list, a heading or a fence would need a line of its own
 MARKUP = re.compile(r"[<&\[`|](?!#\d+;)|¦")
 MOST_NAMED = 30  # classes; of more, nobody could read the names and numbers, and a picture would take gigabytes
+
+
+def name_of(variant: str) -> str:
+    """The name of a variant for people: 'QAT INT4'."""
+    return NAMES.get(variant) or variant.upper().replace("-", " ")
 
 
 @contextlib.contextmanager
@@ -73,6 +82,7 @@ def render(template: Path, **fields) -> Markdown:
     environment.filters |= {
         "short": shorten,
         "processor": PROCESSORS.get,  # of a class of processors
+        "named": name_of,
         "number": number,
         "percent": lambda value, form=".2f": number(value, form, 100),
         "mean": plus_minus,
@@ -137,9 +147,10 @@ def shorten(commit: str | None) -> str:
 @contextlib.contextmanager
 def styled():
     """Gives figures the style of this project; matplotlib's own settings stay as they are."""
+    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     # A "$" in a name is no mathematics.
-    plain = matplotlib.rc_context({"text.parse_math": False})
-    with plain, seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
+    look = {"text.parse_math": False, "savefig.transparent": True, **dict.fromkeys(inks, INK)}
+    with seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"), matplotlib.rc_context(look):
         yield
 
 
@@ -169,6 +180,6 @@ def plot_confusion_matrix(record: Record, path: Path) -> None:
         axes.set(xlabel=f"predicted{note}", ylabel="true")
         axes.tick_params(axis="y", rotation=0)
         axes.tick_params(axis="x", rotation=30)
-        title = f"{record.name}, {quality.split}: {quality.examples} texts, macro F1 {quality.macro_f1:.3f}"
-        axes.set_title(title, fontsize="medium")
+        title = f"{name_of(record.variant)}: {quality.examples} {quality.split} texts"
+        axes.set_title(f"{title}, macro F1 {100 * quality.macro_f1:.1f} %", fontsize="medium")
         save_figure(figure, path)

@@ -10,10 +10,13 @@ import traceback
 import warnings
 from pathlib import Path
 
-from tqdm import tqdm
-
 from emotion.utils.errors import UserError, mask_token, printable, raised_by, say_what_to_install, visible
 from emotion.utils.machine import is_main_process
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the demo's server runs with Python alone, and draws no bar
+    tqdm = object
 
 TRACEBACK_VARIABLE = "EMOTION_TRACEBACK"  # set to anything, it shows where an error came from
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
