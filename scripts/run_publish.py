@@ -6,6 +6,7 @@ repository has the same files already, there is no second commit.
 
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --dry_run
     python scripts/run_publish.py weights/ptq --repo_id user/bert-emotion-ptq --private
+    python scripts/run_publish.py weights/qat-int4 --repo_id user/bert-emotion-qat-int4 --endpoint_handler
     python scripts/run_publish.py docs/demo --repo_id user/emotions --model_id user/bert-emotion-qat-int4
 """
 
@@ -35,6 +36,9 @@ from emotion.utils.files import (
 from emotion.utils.machine import code_url
 
 PAGE, WORKER = "index.html", "worker.js"  # a folder with the first is a Space
+# What --endpoint_handler adds: the service installs the second before it calls the first
+HANDLER = {"handler.py": ROOT / "scripts" / "emotion" / "hub" / "handler.py"}
+HANDLER["requirements.txt"] = b"numpy>=1.26\nonnxruntime>=1.17.3\ntokenizers>=0.22\n"
 SCORES = "results/metrics/"  # folder of the records in a model's repository
 # What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
 OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "LICENSE")
@@ -56,6 +60,7 @@ class PublishArguments:
     # The page loads the other variants from repositories with the same naming.
     model_id: str | None = flag(None, f"For the demo page: a variant's repository, as user/name-{RECOMMENDED}.")
     results_dir: str = flag(str(ROOT / "results"), "Folder with the records.")
+    endpoint_handler: bool = flag(False, "Add handler.py for Inference Endpoints, which answers from the ONNX file.")
 
 
 def main(argv=None) -> None:
@@ -73,7 +78,8 @@ def main(argv=None) -> None:
     else:
         if not args.skip_checksum:
             check_sums(folder)
-        files = collect_artifact(folder, Path(args.results_dir), args.repo_id, not args.skip_checksum)
+        added = HANDLER if args.endpoint_handler else {}
+        files = collect_artifact(folder, Path(args.results_dir), args.repo_id, not args.skip_checksum, added)
     refuse_tokens(files)
     list_files(files, folder)
     if args.dry_run:  # needs no token and no network
@@ -109,10 +115,12 @@ def list_files(files: dict[str, Path | bytes], folder: Path) -> None:
     print(f"{total:>12,}  bytes in {len(files)} files; left out: {visible(left_out)}")
 
 
-def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = True) -> dict[str, Path | bytes]:
+def collect_artifact(
+    folder: Path, results: Path, repo_id: str, verify: bool = True, added: dict | None = None
+) -> dict[str, Path | bytes]:
     """Collects the files of a model's repository, all as they were scored: name there -> a file, or its content.
 
-    With ``verify``, of a folder with SHA256SUMS only the files that it names.
+    With ``verify``, of a folder with SHA256SUMS only the files that it names; the files in ``added`` come as they are.
     """
     from emotion.evaluation.record import read_records
     from emotion.hub.comparison import read_benchmarks, read_means
@@ -147,6 +155,9 @@ def collect_artifact(folder: Path, results: Path, repo_id: str, verify: bool = T
         path = Path(pictures) / f"{scored[0].name}.png"
         plot_confusion_matrix(scored[0], path)
         files[f"results/confusion_matrices/{path.name}"] = path.read_bytes()
+    if added and not any(record.format == "onnx" for record in scored):
+        raise UserError(f"--endpoint_handler: {folder} has no onnx/ for it to answer from; make it with run_ptq.py")
+    files |= added or {}
     files[SUMS_FILE] = sum_files(files, folder)
     return files
 

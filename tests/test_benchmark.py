@@ -136,7 +136,7 @@ def test_every_table_has_each_class_of_processors(two_kinds, tmp_path):
     assert re.search(r"In Node.js, .* 0\.72 ms", page)
     assert "### AVX-512 VNNI" in page and "### AVX2" in page and "87.65 [86.0, 89.0]" in page
     card = pages[tmp_path / "model_cards" / "qat-int4.md"]
-    speeds = re.findall(r"\| qat-int4, ONNX Runtime \| (.*?) \| .* \| ([\d.]+x) \|", card)
+    speeds = re.findall(r"\| QAT INT4, ONNX Runtime \| (.*?) \| .* \| ([\d.]+x) \|", card)
     assert speeds == [("AVX-512 VNNI", "3.2x"), ("AVX2", "1.6x")] and "another, 2 threads" in card
     (two_kinds / "comparison.json").write_text(pages[two_kinds / "comparison.json"])
     shutil.copytree(ROOT / "docs", tmp_path / "docs")

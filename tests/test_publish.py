@@ -183,6 +183,41 @@ def test_weights_that_changed_after_scoring_or_that_all_could_read_are_refused(f
     assert len(hub.repositories["user/bert-emotion"].commits) == 1
 
 
+def test_an_endpoint_answers_from_the_onnx_file_as_the_widget_does(folders, results, hub, tmp_path):
+    """Called as the service calls it: from the repository alone, with nothing of this project on the path."""
+    publish(folders["ptq"], results, "--endpoint_handler")
+    files = hub.repositories["user/bert-emotion"].commits[-1]
+    for name, content in files.items():
+        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / name).write_bytes(content)
+    check_sums(tmp_path / "repository")
+    record = next(one for one in read_records(results) if (one.variant, one.format) == ("ptq", "onnx"))
+    texts = [one.text for one in record.examples] + ["a red house " * 500]
+    code = f"""if True:
+        import importlib.util, json, sys
+        spec = importlib.util.spec_from_file_location("handler", "handler.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        handler = module.EndpointHandler(".")
+        texts = {texts!r}
+        answers = [handler(data={{"inputs": text}}) for text in texts]
+        assert answers == [[one] for one in handler({{"inputs": texts}})]
+        assert len(handler({{"inputs": "a", "parameters": {{"top_k": 1}}}})[0]) == 1
+        assert not {{"torch", "transformers", "emotion"}} & set(sys.modules)
+        print(json.dumps(answers))"""
+    command, env = [sys.executable, "-c", code], {"PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=tmp_path / "repository", env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    *answers, cut = json.loads(done.stdout)
+    assert len(cut[0]) == len(record.quality.labels)
+    for example, (ranking,) in zip(record.examples, answers, strict=True):
+        expected = sorted(example.scores.items(), key=lambda one: -one[1])
+        assert [one["label"] for one in ranking] == [label for label, _ in expected]
+        np.testing.assert_allclose([one["score"] for one in ranking], [score for _, score in expected], atol=1e-4)
+    with pytest.raises(UserError, match="--endpoint_handler: .* no onnx/"):
+        run_publish.main([str(ROOT / "weights" / "baseline"), "--repo_id", "user/mine-baseline", "--endpoint_handler"])
+
+
 def test_the_demo_page_becomes_a_static_space(hub):
     publish(ROOT / "docs" / "demo", "unused", "--model_id", "user/mine-qat-int4", repo_id="user/emotions")
     files = hub.repositories["spaces/user/emotions"].commits[-1]
@@ -205,7 +240,7 @@ def test_push_to_hub_quantizes_scores_and_publishes(artifact, results, hub, tmp_
     assert record["latency_ms"]["runs"] == 500
     assert "hub_model_id" not in files["recipe.yaml"].decode() and "push_to_hub" not in json.dumps(record)
     card = ModelCard(files["README.md"].decode())
-    assert card.data.library_name == "onnx"
+    assert card.data.library_name == "transformers.js"
     assert card.data.eval_results[0].metric_value == record["quality"]["macro_f1"]
 
 

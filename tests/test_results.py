@@ -23,7 +23,7 @@ from emotion.hub.render import shorten
 from emotion.utils.arguments import resolve_config
 from emotion.utils.errors import UserError
 from emotion.utils.machine import ARM, PROCESSORS, class_of
-from report.pages import find_line, list_lines, render_block
+from report.pages import find_line, render_block
 
 SHORT_RUN = "--rounds 3 --texts 20 --batches 2 --threads 1 --cold_starts 1".split()
 

@@ -228,7 +228,7 @@ def test_the_demo_page_in_a_browser(place, variants, published, page, tmp_path):
     for shown in (seen["typed"], seen["linked"]):
         check_answer(shown, variants / RECOMMENDED, "i am scared of the dark")
     # Read out: that it loads, and each answer once, not one for each key
-    assert len(seen["said"]) == 2 and seen["said"][0] == "Loading INT4" and len(seen["saidLater"]) == 1
+    assert len([words for words in seen["said"] if "Loading" not in words]) == len(seen["saidLater"]) == 1
     assert seen["address"].endswith("#i%20am%20scared%20of%20the%20dark") and "first 128 tokens" in seen["cut"]
     assert seen["others"].keys() == set(there) - {"INT4"}  # the arrows pass over a form that is not there
     for name, shown in {**seen["others"], "INT4": seen["again"]}.items():

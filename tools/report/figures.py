@@ -9,20 +9,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
-from scipy import stats
 
-from emotion.data.metrics import CALIBRATION_BINS, softmax
-from emotion.evaluation.record import read_predictions
-from emotion.evaluation.schema import Measurement, Record
+from emotion.evaluation.schema import Measurement
 from emotion.hub.comparison import Family, processors_of
 from emotion.hub.model_card import order, variants_with_card
-from emotion.hub.render import INK, PALETTE, complete, name_of, plot_confusion_matrix, save_figure, styled
+from emotion.hub.render import INK, PALETTE, complete, plot_confusion_matrix, save_figure, styled
 from emotion.utils.machine import PROCESSORS
 from report.pages import families_of, list_lines
 
 # As light as INK, blue, orange and green of the palette for the color-blind
 COLORS = {"qat": "#2f81d6", "ptq": "#c2741a", "qlora": "#1a9370", "baseline": INK}
-CALIBRATED = ("baseline", "ptq", "qat-int4", "qlora")  # variants whose reliability is drawn
 LARGEST_LOSS = 6  # points: what loses more is drawn at the edge
 PIXEL_TOLERANCE = 1e-5  # of full brightness, in the mean over all pixels
 
@@ -35,8 +31,6 @@ def list_pictures(family: Family) -> dict:
         pictures[figures / "classes.png"] = partial(plot_classes, lines)
     if any(line["speeds"] for line in lines):
         pictures[figures / "speed.png"] = partial(plot_speed, lines)
-    records = [order(family.records, variant)[0] for variant in CALIBRATED if order(family.records, variant)]
-    pictures[figures / "reliability.png"] = partial(plot_reliability, records, family.folder)
     return pictures
 
 
@@ -103,6 +97,7 @@ def plot_pareto(lines: list[dict], path: Path) -> None:
             xscale="log",
             xlim=(None, 1.4 * lines[0]["megabytes"]),
         )
+        axes.margins(y=0.15)  # for the labels
         axes.set_title("Macro F1 against size: the means over training seeds", fontsize="medium", loc="left")
         plain_ticks(axes, [line["megabytes"] for line in lines])
         seaborn.despine(figure)
@@ -165,42 +160,6 @@ def plot_classes(lines: list[dict], path: Path) -> None:
         seaborn.despine(figure)
         figure.tight_layout()
         save_figure(figure, path)
-
-
-def plot_reliability(records: list[Record], results: Path, path: Path) -> None:
-    """Reliability diagrams: accuracy, with its 95 % interval, against confidence in the bins of the calibration error.
-
-    The area of a dot shows how many texts its bin has.
-    """
-    with styled():
-        figure, panels = plt.subplots(1, len(records), figsize=(3.3 * len(records), 3.5), sharey=True, squeeze=False)
-        for axes, record in zip(panels[0], records, strict=True):
-            draw_reliability(axes, record, results / "predictions" / f"{record.name}.parquet")
-        panels[0][0].set(ylabel="accuracy")
-        seaborn.despine(figure)
-        figure.tight_layout()
-        save_figure(figure, path)
-
-
-def draw_reliability(axes, record: Record, predictions: Path) -> None:
-    """Draws the reliability diagram of a record."""
-    color = color_of(record.variant)
-    labels, logits = read_predictions(predictions)
-    probabilities = softmax(logits)
-    confidence, correct = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
-    # The inner edges only: a confidence of exactly 1 belongs to the last bin, not behind it.
-    bins = np.digitize(confidence, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1])
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=":")  # perfect calibration
-    for index in np.unique(bins):
-        x, hits = confidence[bins == index].mean(), correct[bins == index]
-        # Wilson's interval stays within 0 and 1, also for a bin with few texts.
-        interval = stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-        axes.vlines(x, *interval, color=color, linewidth=1.5, alpha=0.4)
-        area = 25 + 200 * len(hits) / len(labels)
-        axes.scatter(x, hits.mean(), s=area, zorder=3, color=color, edgecolor="white")
-    error = record.quality.expected_calibration_error
-    axes.set_title(f"{name_of(record.variant)}\ncalibration error {100 * error:.1f} %", fontsize="medium")
-    axes.set(xlabel="confidence", xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal")
 
 
 def plot_sensitivity(study: Measurement, path: Path) -> None:

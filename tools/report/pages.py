@@ -107,6 +107,7 @@ def render_block(families: list[Family], root: Path) -> str:
         bits=comparison["bits"],
         choice=_describe_choice(comparison, lines),
         lines=lines,
+        simple=[row for row in comparison["rows"] if row["format"] == "scikit-learn"],
         released=RELEASED,
         shown=[{"text": one.text, **ranking(one)[0]} for one in clearest(records[0].examples)[:2]] if records else [],
         large=[find_line(family.comparison, name) for family in families[1:] for name in ("baseline", "ptq")],

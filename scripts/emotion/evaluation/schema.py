@@ -414,3 +414,17 @@ class Benchmark(Measurement):
     def contradictions(self):
         if self.compared_with not in self.artifacts:
             yield "'compared_with' is not one of the artifacts"
+
+
+class TextBaseline(Part):
+    """A classifier without a neural network."""
+
+    quality: Quality
+    bytes_to_serve: Whole
+    latency_ms: RunLatency
+
+
+class TextBaselines(Measurement):
+    """The results of studies/text_baselines.py."""
+
+    models: dict[Text, TextBaseline]

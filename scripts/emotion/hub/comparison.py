@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from emotion.data.metrics import softmax
 from emotion.evaluation.peers import COMPILED, TITLES, is_peer
 from emotion.evaluation.record import read_predictions, read_records, read_seeds, score_again, scores_of_seed
-from emotion.evaluation.schema import Benchmark, Mean, Record, Seeds, Timed
+from emotion.evaluation.schema import Benchmark, Mean, Record, Seeds, TextBaselines, Timed
 from emotion.evaluation.statistics import LEVEL, NO_LOSS_MARGIN, POWER, RESAMPLES, compare_with, mean_interval
 from emotion.inference.model_folder import WEIGHT_FILES
 from emotion.utils.errors import UserError
@@ -99,6 +99,7 @@ def build_comparison(records: list[Record], results: Path, runs: dict[str, Bench
         rows.append({"kind": "peer" if record in peers else "record"} | row)
     # What was timed and has no record is shown if another library has made it.
     rows += [_alternative_row(name, result, runs) for name, result in timed.items() if is_peer(format_of(name))]
+    rows += _text_baseline_rows(results, runs)
     seeds = read_seeds(results)
     about = _describe(own, peers, reference, runs, [record for _, kept in seeds for record in kept])
     comparison = {"about": about, "tests": _describe_tests(own_tests), "rows": rows, "seeds": list_means(seeds)}
@@ -207,6 +208,21 @@ def _alternative_row(name: str, timed: dict[str, Timed], runs: dict[str, Benchma
     row |= {score: quality.get(score) for score in SCORES}
     row["megabytes"] = next(iter(timed.values())).bytes_to_serve / 1e6
     return row | _times_of(timed, runs) | {"tests": None}
+
+
+def _text_baseline_rows(results: Path, runs: dict[str, Benchmark]) -> list[dict]:
+    """The rows of the classifiers without a neural network, with their own times if the runs have that processor."""
+    path, rows = results / "text_baselines.json", []
+    study = TextBaselines.read(path) if path.is_file() else None
+    for name, model in study.models.items() if study else ():
+        row = {"kind": "alternative", "name": name, "variant": name, "format": "scikit-learn", "earlier": False}
+        row |= {score: getattr(model.quality, score) for score in SCORES} | {"megabytes": model.bytes_to_serve / 1e6}
+        speed = {"p50_ms": model.latency_ms.p50, "p95_ms": model.latency_ms.p95, "texts_per_s": None}
+        speed |= dict.fromkeys(("times_faster_at_batch_1", "times_faster_at_batch_32"))
+        processor = study.environment.processor
+        row |= {"times_smaller": None, "speeds": {processor: speed} if processor in runs else {}, "tests": None}
+        rows.append(row)
+    return rows
 
 
 def _times_of(timed: dict[str, Timed], runs: dict[str, Benchmark]) -> dict:

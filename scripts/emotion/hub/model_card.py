@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from emotion.data.dataset import DEFAULT_DATASET
 from emotion.evaluation.schema import Benchmark, Example, Provenance, Record
-from emotion.hub.render import Markdown, complete, render
+from emotion.hub.render import Markdown, complete, name_of, render
 from emotion.inference.model_folder import RELEASED, WEIGHT_FILES
 from emotion.utils.arguments import PLACES
 from emotion.utils.base_model import BASE_SIZE_MODEL, DEFAULT_MODEL, EMBEDDED_MODEL
@@ -26,25 +26,26 @@ PLACEHOLDER = "user/bert-emotion"  # how the repositories in the tracked cards b
 HIDDEN_ARGUMENTS = PLACES | {"report_to", "disable_tqdm", "logging_strategy", "logging_steps", "bf16"}
 HIDDEN_ARGUMENTS |= {"dataloader_pin_memory", "save_total_limit", "baseline"}
 LICENSES = dict.fromkeys((DEFAULT_MODEL, EMBEDDED_MODEL, BASE_SIZE_MODEL), "apache-2.0")  # of base models
-TITLES = {BASELINE: "fine-tuned", "qlora": "QLoRA"}  # that of another variant is its name in capitals
 
 
 class Runtime(NamedTuple):
-    """What a card says of a format: its name, the Hub's tags, and the packages that its users need."""
+    """What a card says of a format: its name, the Hub's tags, and packages with the oldest versions that open it."""
 
     title: str
     tags: tuple[str, ...]
-    packages: tuple[str, ...]
+    needs: dict[str, str]
 
 
 RUNTIMES = {
-    "pytorch": Runtime("PyTorch FP32", ("pytorch",), ("torch", "transformers")),
-    "bf16": Runtime("PyTorch BF16", ("pytorch",), ("torch", "transformers")),
-    "torchao": Runtime("torchao", ("torchao",), ("torch", "transformers", "torchao")),
-    "nf4": Runtime("bitsandbytes NF4", ("bitsandbytes",), ("torch", "transformers", "bitsandbytes")),
-    "onnx": Runtime("ONNX Runtime", ("onnx", "transformers.js"), ("transformers", "onnxruntime")),
-    "openvino": Runtime("OpenVINO", ("openvino",), ("transformers", "optimum-intel", "openvino")),
+    "pytorch": Runtime("PyTorch FP32", ("pytorch",), {"transformers": "4.57"}),
+    "bf16": Runtime("PyTorch BF16", ("pytorch",), {"transformers": "4.57"}),
+    "torchao": Runtime("torchao", ("torchao",), {"transformers": "5.5", "torchao": "0.18"}),
+    "nf4": Runtime("bitsandbytes NF4", ("bitsandbytes",), {"transformers": "4.57", "bitsandbytes": "0.46.1"}),
+    "onnx": Runtime("ONNX Runtime", ("onnx", "transformers.js"), {"onnxruntime": "1.17.3"}),
+    "openvino": Runtime("OpenVINO", ("openvino",), {"openvino": "2024.0", "optimum-intel": "2.2"}),
 }
+TRANSFORMERS_JS = "3.8.1"  # the oldest that opened the ONNX files
+DEMO = "https://huggingface.co/spaces/{owner}/emotions"  # as the documentation publishes it
 
 
 def render_cards(
@@ -60,8 +61,9 @@ def render_cards(
 
 
 def variants_with_card(records: list[Record]) -> list[str]:
-    """The variants of the records, sorted, without language models, which are only compared with."""
-    return sorted({record.variant for record in records if record.format in RUNTIMES})
+    """The variants of the records with a tracked card, sorted: no language model, and none with dynamic ranges."""
+    found = {record.variant for record in records if record.format in RUNTIMES}
+    return sorted(variant for variant in found if not variant.endswith("-dynamic"))
 
 
 def render_card(
@@ -89,9 +91,11 @@ def render_card(
         compared = own if variant == BASELINE else baseline + own
         fields |= {"card_data": Markdown(data.to_yaml()), "tags": data.tags, "compared": compared}
         fields |= _collect_facts(own) | _collect_times(compared, runs or {})
+        fields["demo"] = f"{root}docs/demo/" if root else DEMO.format(owner=repo_id.split("/")[0])
         # A seed whose NF4 lost too much has another format.
         formats = {record.format for record in own}
-        fields["means"] = [row for row in seeds or () if row["variant"] == variant and row["format"] in formats]
+        means = [row for row in seeds or () if row["variant"] == variant and row["format"] in formats]
+        fields |= {"means": {row["format"]: row for row in means}, "headline": _headline(own)}
         rows = own[0].provenance.dataset_fingerprint  # one table has only scores on the same rows
         comparable = [record for record in records if record.provenance.dataset_fingerprint == rows]
         fields["family"] = _list_family(comparable, variant, repo_id, seeds or [], on_hub=not root)
@@ -100,7 +104,7 @@ def render_card(
 
 def _check_comparable(own: list[Record], baseline: list[Record], variant: str) -> None:
     """Raises `UserError` unless there are complete records of both, of the same test rows of a real dataset."""
-    if own and variant not in variants_with_card(own):
+    if own and own[0].format not in RUNTIMES:
         raise UserError(f"{variant} is a language model to compare with; this project publishes only classifiers")
     for record in own + baseline:
         if not record.examples or not record.sha256:
@@ -142,8 +146,8 @@ def _metadata(records: list[Record], repo_id: str):
         optional |= {"datasets": [DEFAULT_DATASET], "language": "en"}
     return ModelCardData(
         license=LICENSES.get(encoder, "other"),
-        # Another library's format must not carry the name of Transformers, whose `from_pretrained` cannot open it.
-        library_name="onnx" if [record.format for record in records] == ["onnx"] else "transformers",
+        # It decides which snippet the Hub shows: `from_pretrained` of Transformers cannot open an ONNX file.
+        library_name="transformers.js" if [record.format for record in records] == ["onnx"] else "transformers",
         pipeline_tag="text-classification",
         metrics=["f1", "accuracy"],
         tags=tags,
@@ -206,26 +210,34 @@ def clearest(examples: list[Example]) -> list[Example]:
     return list(best.values())
 
 
+def _headline(own: list[Record]) -> Record:
+    """The record of the released format, of which the first line of a card speaks."""
+    released = RELEASED.get(own[0].variant, "onnx")
+    return next((record for record in own if record.format == released), own[0])
+
+
 def _collect_facts(own: list[Record]) -> dict:
     """What the template says of a variant, by the names that it uses."""
     first = own[0]
     provenance, shown = first.provenance, clearest(first.examples)
     example = shown[min(1, len(shown) - 1)].text  # any of them
-    packages = {"peft"} if provenance.merged else set()
+    packages = {"peft", "torch"} if provenance.merged else {"torch"} if first.format != "onnx" else set()
     weights, answers = {}, {}
     for record in own:
         # The first file that is neither the tokenizer's nor a configuration
         weights[record.format] = next(name for name in record.size.files if not re.search("tokenizer|config", name))
         answers[record.format] = ranking({one.text: one for one in record.examples}[example])[0]
-        packages.update(RUNTIMES[record.format].packages)
+        packages |= {"transformers", *RUNTIMES[record.format].needs}  # the snippet's tokenizer is that of Transformers
     recipe = provenance.recipe or {}
     return {
-        "title": f"BERT emotion classifier, {TITLES.get(first.variant, first.variant.upper())}",
+        "title": f"BERT emotion classifier, {name_of(first.variant)}",
         "method": first.variant.split("-")[0],
         "first": first,
         "records": own,
         "weights": weights,
         "runtimes": {format: runtime.title for format, runtime in RUNTIMES.items()},
+        "needs": {format: runtime.needs for format, runtime in RUNTIMES.items()},
+        "javascript": TRANSFORMERS_JS,
         "encoder_link": is_hub_id(provenance.base_model),
         "seed": provenance.training_recipe.get("seed", provenance.seed),
         # Counted in the files, not taken from the variant's name
@@ -257,7 +269,7 @@ def _list_family(records: list[Record], variant: str, repo_id: str, seeds: list[
             "link": f"https://huggingface.co/{other}" if on_hub else f"{name}.md",
             "format": shown,
             "megabytes": formats[shown].size.megabytes,
-            "macro_f1": means.get(shown),
+            "macro_f1": means.get(shown) or {"mean": formats[shown].quality.macro_f1, "standard_deviation": None},
             "recommended": name == RECOMMENDED,
         }
         family.append(row)
