@@ -1,12 +1,16 @@
 """The server of the demo page: whom it answers, and with which files. The page itself is tested by test_web.py."""
 
 import http.client
+import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
 
 import demo
+from conftest import ROOT
 from emotion.utils.errors import UserError
 
 TYPES = {"js": "text/javascript", "mjs": "text/javascript", "wasm": "application/wasm"}
@@ -41,6 +45,7 @@ def test_the_server_gives_the_page_the_models_and_the_libraries(server):
     status, page, headers = ask(server, "/")
     assert server.server_address[0] == "127.0.0.1"  # it listens to this machine alone
     assert status == 200 and "Emotion of a text" in page and headers["Cache-Control"] == "no-store"
+    assert ask(server, "/worker.js")[0] == 200
     assert ask(server, "/weights/qat/config.json")[:2] == (200, "weights/qat/config.json")
     assert headers["X-Content-Type-Options"] == "nosniff" and "sha256-" in headers["Content-Security-Policy"]
     for ending, kind in TYPES.items():
@@ -96,6 +101,15 @@ def test_a_clone_has_its_float_model_made_for_the_browser_once(artifact, tmp_pat
     with demo.make_server(0, tmp_path / "damaged"):
         assert capsys.readouterr().out.splitlines()[-1].startswith("no FP32 model for the browser: ")
     assert demo.make_fp32(artifact.parent) == [] == demo.make_fp32(tmp_path / "nowhere")
+
+
+def test_the_server_needs_python_alone():
+    """As in a fresh clone: without the packages of this environment, torch among them."""
+    path = os.pathsep.join(str(ROOT / name) for name in ("scripts", "tools"))
+    code = "import demo, pathlib; print(demo.make_fp32(pathlib.Path('weights')))"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_what_keeps_the_server_from_starting_is_one_line(server, tmp_path, monkeypatch):
