@@ -78,6 +78,7 @@ def load_task(
     config_name: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    *,
     texts_alone: bool = False,
 ) -> Task:
     """Loads and checks a dataset: a file, a folder, the Hub or, for the default only, its local copies.
@@ -93,11 +94,11 @@ def load_task(
     if not dataset:
         raise UserError(f"--dataset_name {name}: it has no splits; it needs train, validation and test")
     splits = _select_columns(dataset, name, text_column, label_column, texts_alone)
-    splits, labels = encode_labels(splits, name), None
+    splits = encode_labels(splits, name)
+    names = {split: _check_columns(rows, name) for split, rows in splits.items()}
+    labels = next(iter(names.values()))
     for split, rows in splits.items():
-        names = _check_columns(rows, name)
-        labels = names if labels is None else labels
-        _check_names(names, labels, f"{name}, {split}")
+        _check_names(names[split], labels, f"{name}, {split}")
         _check_rows(rows, split, labels)
     for label in labels:
         check_label(label, f"{name}: the name of a class")
@@ -123,7 +124,7 @@ def load_task_of(
     Raises:
         UserError: if neither names a dataset, or its labels are not the model's.
     """
-    named = {one.name: getattr(arguments, one.name, None) for one in fields(DatasetArguments)}
+    named: dict = {one.name: getattr(arguments, one.name, None) for one in fields(DatasetArguments)}
     # The recipe's configuration and columns belong to the recipe's dataset: one that is named here does not take them.
     if named["dataset_name"] is None:
         recipe = made_by.get("recipe", {})
@@ -136,7 +137,7 @@ def load_task_of(
                 "these labels (a Hub id, a folder or a file), or for run_ptq.py texts alone (texts.txt)"
             )
         named = {key: recipe.get(key) if value is None else value for key, value in named.items()}
-    task = load_task(*named.values(), texts_alone)
+    task = load_task(*named.values(), texts_alone=texts_alone)
     if not task.labels or not model_labels:
         return task
     return replace(task, splits=match_labels(task.splits, task.labels, model_labels, task.name), labels=model_labels)

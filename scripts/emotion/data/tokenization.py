@@ -20,6 +20,7 @@ SHARE = 16  # texts per thread at least: to hand over fewer would take as long
 MAX_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
 # What is read of tokenizer_config.json
 TOKEN = (str, dict)
+SETTINGS: dict[str, type | tuple[type, ...]]
 SETTINGS = {"model_max_length": (int, float), "pad_token": TOKEN, "cls_token?": (*TOKEN, type(None))}
 SETTINGS |= {"padding_side?": str, "pad_token_type_id?": int}
 SETTINGS["sep_token?"] = SETTINGS["cls_token?"]

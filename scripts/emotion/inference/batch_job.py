@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -111,7 +112,8 @@ class ShardWriter:
 
     def write(self, number: int, progress: Callable[[int], object]) -> None:
         """Writes a shard and its record; ``progress`` is called with the number of rows of each piece."""
-        job, counts, start = self._job, Counter(), number * self._job.shard_rows
+        job, start = self._job, number * self._job.shard_rows
+        counts: Counter[str] = Counter()
         batches = self._reader.read(start, start + job.rows_of(number))
         try:
             with atomic_write(job.path(number)) as partial:
@@ -205,7 +207,8 @@ def _status(text: str | None) -> str:
 
 def find_cut(encode, texts: list[str], count: int) -> list[int]:
     """The indices of the ``count`` texts that were cut: the encoder only counts them."""
-    found, rows = [], sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    found: list[int] = []
+    rows = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     while rows and len(found) < count:
         row = rows.pop()  # most likely the longest ones
         before = encode.texts_cut
@@ -308,7 +311,7 @@ def _flatten(value, name: str = "") -> dict:
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {name: value}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, inner in value.items():
         flat |= _flatten(inner, f"{name}.{key}" if name else str(key))
     return flat

@@ -7,6 +7,7 @@ machines must see input, model and output under the same paths.
 import logging
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ray
 import ray.data
@@ -87,7 +88,7 @@ def _write_once(job: Job, numbers: list[int]) -> Iterator[int]:
 
 def _connect() -> None:
     """Joins the cluster that runs on this machine or that RAY_ADDRESS names; starts one if there is none."""
-    options = {
+    options: dict[str, Any] = {
         # This package for all nodes, which need no clone: only what requirements.txt names.
         "runtime_env": {"py_modules": [str(ROOT / "scripts" / "emotion")]},
         "logging_level": logging.ERROR,

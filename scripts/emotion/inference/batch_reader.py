@@ -17,6 +17,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -83,7 +84,11 @@ def find_files(inputs: list[str], config: str | None, split: str) -> tuple[str, 
         if not found:
             raise UserError(f"no input {name}: no such file, and no file in the folder or of the pattern")
         names += found
-    kinds = {kind_of(name) for name in names}
+    kinds = set()
+    for name in names:
+        if (kind := kind_of(name)) is None:
+            raise UserError(f"{name}: unknown extension; known are {', '.join(KINDS)}, also compressed")
+        kinds.add(kind)
     if len(kinds) > 1:
         raise UserError(f"the input holds files of several kinds ({', '.join(sorted(kinds))}); name those of one kind")
     return kinds.pop(), names
@@ -93,8 +98,6 @@ def _expand(name: str) -> list[str]:
     """The files of a name, a folder or a pattern, sorted; of a folder those with an extension of `KINDS`."""
     path = Path(name)
     if path.is_file():
-        if kind_of(name) is None:
-            raise UserError(f"{name}: unknown extension; known are {', '.join(KINDS)}, also compressed")
         return [name]
     found = glob.glob(name, recursive=True)  # noqa: PTH207 (that of Path takes no pattern from the root)
     if path.is_dir():
@@ -127,8 +130,8 @@ def local_path(name: str) -> Path:
     from emotion.utils.hub_requests import ask_hub
 
     uri = parse_hf_uri(name)
-    file = {"filename": uri.path_in_repo, "repo_type": uri.type, "revision": uri.revision}
-    return Path(ask_hub(lambda: hf_hub_download(uri.id, **file), uri.id))
+    download = partial(hf_hub_download, uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision)
+    return Path(ask_hub(download, uri.id))
 
 
 def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str] | None) -> Source:
@@ -137,7 +140,7 @@ def survey(kind: str, names: list[str], text_column: str, keep_columns: list[str
     ``keep_columns`` are read beside the text's, all of them if None. Raises `UserError` with the file that cannot be
     read, that lacks a column, or whose column has another type.
     """
-    files, schema = [], None
+    files, schema = [], pa.schema([])
     wanted = [text_column] if keep_columns is None else [text_column, *keep_columns]
     for name in names:
         with one_line(f"{name} cannot be read"):
@@ -207,7 +210,9 @@ class RowReader:
         self._source = source
         self._ends = list(accumulate(file.rows for file in source.files))
         # The next row of the stream; the rest of a batch comes before the stream's next batch.
-        self._position, self._stream, self._rest = 0, None, None
+        self._position = 0
+        self._stream: Iterator[pa.RecordBatch] | None = None
+        self._rest: pa.RecordBatch | None = None
 
     def read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         """Yields the rows from ``start`` to before ``stop``, in batches; raises `UserError` for a changed file."""
@@ -253,13 +258,15 @@ def _read_text(path: Path, kind: str, schema: pa.Schema | None) -> Iterator[pa.R
     # A value of a table may hold any line end.
     lines = _read_lines(path, newline="" if kind in DELIMITERS else "\n")
     if kind == "jsonl":
-        for rows in _batched(_read_objects(lines)):
-            yield _batch_of_objects(rows, schema)
+        for objects in _batched(_read_objects(lines)):
+            yield _batch_of_objects(objects, schema)
         return
-    names, rows = ["text"], ((len(line), [line.removesuffix("\n").removesuffix("\r")]) for line in lines)
     if kind in DELIMITERS:
         rows = _read_table(lines, DELIMITERS[kind])
         _, names = next(rows)
+    else:
+        rows = ((len(line), [line.removesuffix("\n").removesuffix("\r")]) for line in lines)
+        names = ["text"]
     schema = schema or pa.schema([(name, pa.string()) for name in names])  # CSV has no types: "007" stays as it is
     indices = [names.index(name) for name in schema.names]
     for batch in chain([[]], _batched(rows)):  # a file without rows has its columns
@@ -283,7 +290,8 @@ def _read_table(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, lis
     """Yields the number of characters and the values of the header, then of each row."""
     csv.field_size_limit(MAX_VALUE)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    names, begin = [], 1
+    names: list[str] = []
+    begin = 1
     try:
         for row in reader:
             names = names or row

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from emotion.utils.machine import choose_threads
 # downloaded as "pytorch", whichever of the three formats with this file its config.json names.
 PREFERRED = ("onnx", "openvino", "pytorch")
 FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
+Workers = tuple[Any, ThreadPoolExecutor | None]  # a runtime, and the threads that call it
 CHUNK = 2048  # texts that are tokenized together; two chunks are in memory at once, however many texts there are
 
 # A forked process has a copy of all memory and none of the other threads: a runtime that was opened before the fork
@@ -99,8 +101,8 @@ class EmotionClassifier:
         self.labels = self._runtime.labels
         # One call at a time is computed by the caller's own thread. PyTorch gives each thread that calls it a team of
         # threads, and with more of these than processors all wait asleep: a text then takes twice as long.
-        self._one_by_one = (self._runtime, caller)
-        self._side_by_side = None  # opened by the first call with many texts
+        self._one_by_one: Workers = (self._runtime, caller)
+        self._side_by_side: Workers | None = None  # opened by the first call with many texts
         self._forks = forks  # last: until then another thread would wait for what is opened here
 
     def __reduce__(self):
@@ -202,8 +204,9 @@ class EmotionClassifier:
 
     def _logits_in_chunks(self, texts: Iterable[str], progress=None) -> Iterator[np.ndarray]:
         """Yields float32 `(texts, labels)` for one chunk of texts after the other."""
-        texts, position, started = iter(texts), 0, deque()
-        runtime, workers = self.runtime, None
+        texts, position, runtime = iter(texts), 0, self.runtime
+        started: deque[list[tuple[np.ndarray, Future]]] = deque()
+        workers: Workers | None = None
         try:
             while chunk := list(islice(texts, CHUNK)):
                 check_texts(chunk, position)
@@ -233,7 +236,7 @@ class EmotionClassifier:
             )
         return logits
 
-    def _open_side_by_side(self) -> tuple:
+    def _open_side_by_side(self) -> Workers:
         """A runtime for many texts, opened once more since its threads are set for good, and the pool to call it."""
         with opening:  # two threads may ask at once
             if self._side_by_side is None:
@@ -245,7 +248,12 @@ class EmotionClassifier:
             return self._side_by_side
 
 
-def start_batches(runtime, pool: ThreadPoolExecutor | None, token_ids: list[list[int]], progress=None) -> list[tuple]:
+def start_batches(
+    runtime,
+    pool: ThreadPoolExecutor | None,
+    token_ids: list[list[int]],
+    progress: Callable[[int], object] | None = None,
+) -> list[tuple[np.ndarray, Future]]:
     """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
     started = []
     for rows in batches_by_tokens(token_ids):
@@ -256,9 +264,13 @@ def start_batches(runtime, pool: ThreadPoolExecutor | None, token_ids: list[list
             future = Future()
             future.set_result(runtime.logits(batch))
         if progress:
-            future.add_done_callback(lambda _, rows=rows: progress(len(rows)))
+            future.add_done_callback(partial(_report, progress, len(rows)))
         started.append((rows, future))
     return started
+
+
+def _report(progress: Callable[[int], object], texts: int, _: Future) -> None:
+    progress(texts)
 
 
 def to_labels(probabilities: np.ndarray, labels: list[str], top_k: int | None) -> Iterator:

@@ -81,7 +81,8 @@ class AnswerTree:
     """
 
     def __init__(self, answers: list[list[int]]):
-        inputs, owners, steps = [], [], []  # of the tokens after the prompt; an answer's last one predicts nothing
+        inputs: list[int] = []  # of the tokens after the prompt; an answer's last one predicts nothing
+        owners, steps = [], []
         positions, targets, classes = [], [], []  # of the predictions
         for number, answer in enumerate(answers):
             for step, token in enumerate(answer):

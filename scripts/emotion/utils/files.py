@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from emotion.utils.errors import UserError, check_inside, reason_of
 
@@ -363,7 +364,7 @@ def read_json(path: Path) -> dict:
     return read_fields(path, json.loads, {}, max_bytes=MAX_RESULT_BYTES)
 
 
-def read_fields(path: Path, parse: Callable[[str], object], types: dict, max_bytes: int = MAX_BYTES) -> dict:
+def read_fields(path: Path, parse: Callable[[str], Any], types: dict, max_bytes: int = MAX_BYTES) -> dict:
     """Reads a JSON or YAML file that others may have damaged; raises `UserError` with the file and what is wrong.
 
     ``types`` is what the caller relies on: key -> the type, or types, of its value, or such a mapping for a mapping

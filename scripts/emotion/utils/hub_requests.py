@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
 from huggingface_hub import constants, get_token
-from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from emotion.utils.errors import UserError, check_repo_id, mask_token, printable, raised_by
@@ -51,10 +51,9 @@ def check_endpoint() -> bool:
     except OfflineModeIsEnabled:
         return False
     except Exception as error:  # any of the HTTP library
-        cause, refused = error, "HF_ENDPOINT" in os.environ or type(error).__name__ not in UNREACHED
-        while cause and not refused:  # a certificate was shown, and is not valid
-            refused, cause = isinstance(cause, ssl.SSLError), cause.__cause__ or cause.__context__
-        if not refused:
+        # A certificate that is not valid was shown by someone.
+        shown = any(isinstance(cause, ssl.SSLError) for cause in causes(error))
+        if "HF_ENDPOINT" not in os.environ and type(error).__name__ in UNREACHED and not shown:
             return False
         reason = printable(f"no useful answer of {constants.ENDPOINT} ({type(error).__name__}: {error})")
         hint = "correct HF_ENDPOINT or the network's settings, or set HF_HUB_OFFLINE=1 to use what this machine has"
@@ -75,10 +74,10 @@ def ask_hub(attempt, repo_id: str):
             transient, message, asked_s = classify_error(error, repo_id)
             if message is None:  # a bug, whose traceback is needed
                 raise
-            wait_s = next(waits_s, None) if transient and not requests.exhausted else None
-            if wait_s is None:
+            least_s = next(waits_s, None) if transient and not requests.exhausted else None
+            if least_s is None:
                 raise UserError(message) from error
-        wait_s = max(wait_s, min(asked_s, MAX_WAIT_S))
+        wait_s = max(least_s, min(asked_s, MAX_WAIT_S))
         asks = f", though it asks for {asked_s:.0f} s" if asked_s > MAX_WAIT_S else ""
         requests.report(f"{message}; trying again in {wait_s:.0f} s{asks}")
         time.sleep(wait_s)
@@ -186,12 +185,19 @@ def requested_pause(response) -> float:
         return float(limit.reset_in_seconds) if limit else 0
 
 
-def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
-    """Whether an error is transient; its message in one line, None for a bug; the seconds to wait."""
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, and those that caused it."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    for link in chain:  # the cause of others, where the library looked into its cache, or failed to read a refusal
+    return chain
+
+
+def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None, float]:
+    """Whether an error is transient; its message in one line, None for a bug; the seconds to wait."""
+    for link in causes(
+        error
+    ):  # the cause of others, where the library looked into its cache, or failed to read a refusal
         if response := getattr(link, "response", None):
             return *classify_status(link, response.status_code, repo_id), requested_pause(response)
     if isinstance(error, LocalEntryNotFoundError):
@@ -210,7 +216,7 @@ def classify_error(error: BaseException, repo_id: str) -> tuple[bool, str | None
     return transient, printable(f"no useful answer of {constants.ENDPOINT} for {repo_id} ({name}: {error})"), 0
 
 
-def classify_status(error: HfHubHTTPError, status: int, repo_id: str) -> tuple[bool, str]:
+def classify_status(error: BaseException, status: int, repo_id: str) -> tuple[bool, str]:
     """Whether a refusal of the Hub is transient, and its message in one line."""
     message = getattr(error, "server_message", None)
     detail = f" ({message})" if message else ""
