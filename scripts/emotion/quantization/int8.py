@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -116,31 +117,58 @@ def quantize_openvino(
         smooth_quant: move outliers of the activations into the weights (Xiao et al., "SmoothQuant", ICML 2023).
     """
     import nncf
-    from datasets import Dataset
-    from optimum.intel import OVConfig, OVModelForSequenceClassification, OVQuantizationConfig, OVQuantizer
+    import openvino
 
     nncf.set_log_level(logging.ERROR)
     kept = [f"{re.escape(name)}(/.*)?" for name in names_in_float(plan.model, plan.layers)]
-    config = OVQuantizationConfig(
-        sym=True,
-        overflow_fix="enable" if reduce_range else "disable",
-        # NNCF's strength for transformers; -1 turns it off.
-        smooth_quant_alpha=0.95 if smooth_quant else -1,
-        num_samples=len(rows.token_ids),
-        # A pattern may fit nothing: OpenVINO folds token types, which are all zero, into a constant.
-        ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False),
-    )
+    # A pattern may fit nothing: OpenVINO folds token types, which are all zero, into a constant.
+    scope = nncf.IgnoredScope(patterns=kept, validate=False)
+    alpha = 0.95 if smooth_quant else -1  # NNCF's strength for transformers; -1 turns it off
     with quiet_logging():
-        exported = OVModelForSequenceClassification(convert_to_openvino(plan), config=plan.model.config, compile=False)
-        taken = {port.get_any_name() for port in exported.model.inputs}
+        exported = convert_to_openvino(plan)
+        taken = {port.get_any_name() for port in exported.inputs}
         batches = []
         for ids in rows.token_ids:
             arrays = rows.encoder.pad([ids])  # each row at its own length: padding would widen the ranges
-            batches.append({name: array[0] for name, array in arrays.items() if name in taken})
-        OVQuantizer(exported).quantize(
-            calibration_dataset=Dataset.from_list(batches), ov_config=OVConfig(quantization_config=config)
+            batches.append({name: array for name, array in arrays.items() if name in taken})
+        overflow_fix = "enable" if reduce_range else "disable"
+        quantized = _quantize_graph(exported, plan.model.config, batches, scope, overflow_fix, alpha)
+    plan.model.config.save_pretrained(folder)  # for optimum-intel
+    openvino.save_model(quantized, folder / "openvino_model.xml", compress_to_fp16=False)
+
+
+def _quantize_graph(graph, config, batches: list[dict], scope, overflow_fix: str, alpha: float):
+    """The quantized `openvino.Model`, of optimum-intel, or of NNCF as optimum-intel calls it."""
+    import nncf
+
+    if find_spec("optimum"):
+        from datasets import Dataset
+        from optimum.intel import OVConfig, OVModelForSequenceClassification, OVQuantizationConfig, OVQuantizer
+
+        options = OVQuantizationConfig(
+            sym=True,
+            overflow_fix=overflow_fix,
+            smooth_quant_alpha=alpha,
+            num_samples=len(batches),
+            ignored_scope=scope,
         )
-        exported.save_pretrained(folder)
+        exported = OVModelForSequenceClassification(graph, config=config, compile=False)
+        dataset = Dataset.from_list([{name: array[0] for name, array in batch.items()} for batch in batches])
+        OVQuantizer(exported).quantize(calibration_dataset=dataset, ov_config=OVConfig(quantization_config=options))
+        return exported.model
+    # optimum-intel does not install beside the newest Transformers.
+    smooth_quant = nncf.AdvancedSmoothQuantParameters(matmul=alpha)
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(batches),
+        preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
+        ignored_scope=scope,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            overflow_fix=nncf.OverflowFix(overflow_fix), smooth_quant_alphas=smooth_quant
+        ),
+    )
 
 
 def convert_to_openvino(plan: Plan):

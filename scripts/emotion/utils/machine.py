@@ -59,7 +59,7 @@ def is_main_process() -> bool:
 def count_processors(root: Path = Path("/")) -> int:
     """The number of processors that this process may use; ``root`` holds `proc` and `sys`."""
     # macOS and Windows do not tell which processors a process may use.
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Of 1.5 processors one: a second thread would be stopped for half of the time, in the middle of an answer.
     return max(1, int(min(granted, read_cpu_quota(root))))
 
@@ -189,8 +189,12 @@ def describe_run(threads: int) -> dict:
 
 
 def package_versions() -> dict[str, str]:
-    """Name -> installed version, of each of `PACKAGES`."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Name -> version, of each of `PACKAGES` that is installed: optimum-intel needs an old Transformers."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def git_commit() -> str | None:
