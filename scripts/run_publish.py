@@ -125,7 +125,6 @@ def collect_artifact(
     from emotion.evaluation.record import read_records
     from emotion.hub.comparison import read_benchmarks, read_means
     from emotion.hub.model_card import order, render_card
-    from emotion.hub.render import plot_confusion_matrix
     from emotion.inference.model_folder import SCORES_OF_OPENED
 
     recipe, records = read_recipe_of(folder), read_records(results)
@@ -151,15 +150,22 @@ def collect_artifact(
     runs, seeds = read_benchmarks(results, records), read_means(results)
     card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
     files["README.md"] = card.encode()
-    with tempfile.TemporaryDirectory() as pictures:
-        path = Path(pictures) / f"{scored[0].name}.png"
-        plot_confusion_matrix(scored[0], path)
-        files[f"results/confusion_matrices/{path.name}"] = path.read_bytes()
+    files[f"results/confusion_matrices/{scored[0].name}.png"] = draw_matrix(scored[0])
     if added and not any(record.format == "onnx" for record in scored):
         raise UserError(f"--endpoint_handler: {folder} has no onnx/ for it to answer from; make it with run_ptq.py")
     files |= added or {}
     files[SUMS_FILE] = sum_files(files, folder)
     return files
+
+
+def draw_matrix(record) -> bytes:
+    """The picture of a record's confusion matrix, as PNG."""
+    from emotion.hub.render import plot_confusion_matrix
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "matrix.png"
+        plot_confusion_matrix(record, path)
+        return path.read_bytes()
 
 
 def sum_files(files: dict[str, Path | bytes], folder: Path) -> bytes:
