@@ -26,7 +26,7 @@ from emotion.evaluation.benchmark import (
     name_of,
     split_name,
 )
-from emotion.evaluation.peers import CTRANSLATE2, is_peer, skip_unsupported
+from emotion.evaluation.peers import CTRANSLATE2, is_peer
 from emotion.evaluation.roofline import add_roofline, count_work
 from emotion.export.peers import make_peers
 from emotion.utils.arguments import flag, parse_args
@@ -51,7 +51,7 @@ def main(argv=None) -> None:
     """Times the models and writes the result."""
     (arguments,) = parse_args((BenchmarkArguments,), positional="artifacts", argv=argv)
     output = choose_file(arguments.output) if arguments.output else None  # an error now, not after the timing
-    named = skip_unsupported([split_name(name) for name in arguments.artifacts])
+    named = [split_name(name) for name in arguments.artifacts]
     first_folder = named[0][0]  # for the dataset, and the architecture that the roofline counts
     task = load_task_of(read_recipe_of(first_folder), DatasetArguments(arguments.dataset_name))
     print(f"texts: {task.name} ({task.source}), test")

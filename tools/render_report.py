@@ -58,10 +58,12 @@ def main(argv=None) -> None:
             pages |= render_family(family, list(shown))
             pictures |= shown
         pages |= render_pages(families, readme)
+        files = draw_and_compile(pages, pictures, readme.parent, keep=arguments.check)
         if arguments.check:
-            check(pages, pictures, readme.parent)
+            check(files)
         else:
-            write(pages, pictures, readme.parent)
+            for path, content in files.items():
+                write_bytes(path, content)
     for family in families:
         print(render_table(family.comparison))
 
@@ -90,28 +92,34 @@ def render_pages(families: list[Family], readme: Path) -> dict[Path, str]:
     return {readme: text, **cards, **render_study_pages(results)}
 
 
-def write(pages: dict[Path, str], pictures: dict, root: Path) -> None:
-    """Writes all files, each atomically, once all are rendered: a result that stops the rendering changes no file."""
+def draw_and_compile(pages: dict[Path, str], pictures: dict, root: Path, keep: bool) -> dict[Path, bytes]:
+    """Draws the pictures and compiles the report: path -> content of every file, before any is written.
+
+    With ``keep``, a picture that shows the same stays as it is: another processor may round a pixel differently.
+    """
+    files = {path: text.encode() for path, text in pages.items()}
     with tempfile.TemporaryDirectory() as folder:
-        files = {path: text.encode() for path, text in pages.items()}
         for path, draw in Bar(pictures.items(), desc="pictures"):
             fresh = Path(folder) / path.name
             draw(fresh)
-            files[path] = fresh.read_bytes()
+            files[path] = (path if keep and same_picture(fresh, path) else fresh).read_bytes()
         if (root / SOURCE).is_file():
-            files[root / REPORT] = compile_with(files, root, Path(folder) / "root")
-    for path, content in files.items():
-        write_bytes(path, content)
+            copy = Path(folder) / "root"
+            for name in ("docs", "results"):
+                shutil.copytree(root / name, copy / name)
+            for path, content in files.items():
+                if path.is_relative_to(root):
+                    write_bytes(copy / path.relative_to(root), content)
+            files[root / REPORT] = compile_report(copy)
+    return files
 
 
-def compile_report(root: Path) -> bytes | None:
-    """Compiles the report to PDF, the same bytes from the same records; None where its source is not below ``root``.
+def compile_report(root: Path) -> bytes:
+    """Compiles the report to PDF, the same bytes from the same records.
 
     Raises:
         UserError: if a result that it cannot do without is missing, or lacks a field.
     """
-    if not (root / SOURCE).is_file():
-        return None
     import typst  # not needed with --print_only
 
     try:
@@ -128,31 +136,11 @@ def inputs_of(root: Path) -> dict[str, str]:
     return {"files": ",".join(files), "recommended": RECOMMENDED}
 
 
-def compile_with(files: dict[Path, bytes], root: Path, folder: Path) -> bytes:
-    """Compiles the report with these files, from a copy of the folders in ``folder``."""
-    for name in ("docs", "results"):
-        shutil.copytree(root / name, folder / name)
-    for path, content in files.items():
-        if path.is_relative_to(root):
-            write_bytes(folder / path.relative_to(root), content)
-    return compile_report(folder)
-
-
-def check(pages: dict[Path, str], pictures: dict, root: Path) -> None:
+def check(files: dict[Path, bytes]) -> None:
     """Raises `UserError` if a file differs from what would be written."""
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    # Pictures are drawn, not hashed: another processor may round a pixel differently.
-    with tempfile.TemporaryDirectory() as folder:
-        for path, draw in Bar(pictures.items(), desc="pictures"):
-            fresh = Path(folder) / path.name
-            draw(fresh)
-            if not same_picture(fresh, path):
-                stale.append(path)
-    report = compile_report(root)
-    if report and (not (root / REPORT).is_file() or (root / REPORT).read_bytes() != report):
-        stale.append(root / REPORT)
+    stale = [str(path) for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
     if stale:
-        raise UserError(f"not what the records say: {', '.join(map(str, stale))}; run python tools/render_report.py")
+        raise UserError(f"not what the records say: {', '.join(stale)}; run python tools/render_report.py")
 
 
 def check_publishable(record: Record) -> None:

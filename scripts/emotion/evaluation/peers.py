@@ -10,7 +10,6 @@ from emotion.evaluation import ctranslate2_peer
 from emotion.evaluation.inspection import describe_scheme
 from emotion.inference.model_folder import FORMATS_OF_ROOT, files_to_serve, read_config, weights_of
 from emotion.inference.runtimes import open_artifact
-from emotion.utils.errors import UserError
 from emotion.utils.machine import has_bf16
 
 COMPILED = "-compiled"  # suffix of a format whose model goes through torch.compile
@@ -38,19 +37,6 @@ def is_peer(format: str) -> bool:
 def file_of(format: str) -> str:
     """The format whose file a peer opens: `pytorch` for `pytorch-compiled`."""
     return "pytorch" if format == DYNAMIC else format.removesuffix(COMPILED)
-
-
-def skip_unsupported(named: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Returns what this machine supports, with a line for each that it does not; `UserError` if nothing is left."""
-    kept = []
-    for folder, format in named:
-        if reason := find_obstacle(folder, format):
-            print(f"left out: {folder}:{format}: {reason}")
-        else:
-            kept.append((folder, format))
-    if not kept:
-        raise UserError("nothing is left to time")
-    return kept
 
 
 def find_obstacle(folder: Path, format: str) -> str | None:

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from emotion.evaluation import ctranslate2_peer
-from emotion.evaluation.peers import COMPILED, CTRANSLATE2, PLAIN, file_of, is_peer
+from emotion.evaluation.peers import COMPILED, CTRANSLATE2, PLAIN, file_of, find_obstacle, is_peer
 from emotion.inference.model_folder import SHARED_FILES, weights_of
 from emotion.utils.command import Bar, quiet_logging
 from emotion.utils.errors import UserError, one_line
@@ -17,13 +17,17 @@ def make_peers(named: list[tuple[Path, str]], work: Path) -> dict[tuple[Path, st
     """Calls `make_peer` for each folder and format, with other libraries in a process of their own: they may crash.
 
     Returns:
-        Folder and format -> folder and format to open. A peer that failed is missing, and a message says why.
+        Folder and format -> folder and format to open. What this machine does not support and peers that failed are
+        missing, and a message says why.
 
     Raises:
         UserError: if a folder lacks a format that is not a peer, or nothing is left.
     """
     opened = {}
     for folder, format in Bar(named, desc="prepared"):
+        if obstacle := find_obstacle(folder, format):
+            Bar.write(f"left out: {folder}:{format}: {obstacle}")
+            continue
         try:
             make = _make_in_process if format in PLAIN else make_peer
             opened[folder, format] = make(folder, format, work)
@@ -56,13 +60,10 @@ def make_peer(folder: Path, format: str, work: Path) -> tuple[Path, str]:
     Raises:
         UserError: if the folder lacks the format that the peer is made from, or the machine has no compiler.
     """
-    if format.endswith(COMPILED):
-        weights_of(folder, file_of(format))
-        # Checked now: torch.compile itself fails late, inside a worker, with a traceback of many pages.
-        if not (shutil.which("g++") or shutil.which("clang++")):
-            raise UserError(f"{folder}:{format}: torch.compile needs a C++ compiler; install g++ or leave it out")
-        return folder, format
     weights_of(folder, "pytorch" if format in PLAIN else file_of(format))
+    # Checked now: torch.compile itself fails late, inside a worker, with a traceback of many pages.
+    if format.endswith(COMPILED) and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError(f"{folder}:{format}: torch.compile needs a C++ compiler; install g++ or leave it out")
     if format not in PLAIN:
         return folder, format
     # The folder above is part of the name: several folders called `baseline` may be timed in one run.
