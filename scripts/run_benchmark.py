@@ -17,15 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotion.data.dataset import DatasetArguments, Task, get_split, load_task_of
-from emotion.evaluation.benchmark import (
-    NOISE_LIMIT,
-    Protocol,
-    fastest_fp32,
-    interleave,
-    list_noisy,
-    name_of,
-    split_name,
-)
+from emotion.evaluation import benchmark
 from emotion.evaluation.peers import CTRANSLATE2, is_peer
 from emotion.evaluation.roofline import add_roofline, count_work
 from emotion.export.peers import make_peers
@@ -38,7 +30,7 @@ from emotion.utils.machine import PROCESSORS, choose_threads, describe_run, find
 
 
 @dataclass
-class BenchmarkArguments(Protocol):
+class BenchmarkArguments(benchmark.Protocol):
     """Which models are timed, and how often."""
 
     artifacts: list[str] = flag(help="Models, as folder:format.", kw_only=True)
@@ -51,7 +43,7 @@ def main(argv=None) -> None:
     """Times the models and writes the result."""
     (arguments,) = parse_args((BenchmarkArguments,), positional="artifacts", argv=argv)
     output = choose_file(arguments.output) if arguments.output else None  # an error now, not after the timing
-    named = [split_name(name) for name in arguments.artifacts]
+    named = [benchmark.split_name(name) for name in arguments.artifacts]
     first_folder = named[0][0]  # for the dataset, and the architecture that the roofline counts
     task = load_task_of(read_recipe_of(first_folder), DatasetArguments(arguments.dataset_name))
     print(f"texts: {task.name} ({task.source}), test")
@@ -60,9 +52,9 @@ def main(argv=None) -> None:
     # Peers are made before anything is timed, so that an error costs no measurement.
     with tempfile.TemporaryDirectory() as work:
         opened = make_peers(named, Path(work))
-        artifacts = {name_of(folder, format): made for (folder, format), made in opened.items()}
-        peers = {name_of(folder, format) for folder, format in opened if is_peer(format)}
-        timed = interleave(artifacts, texts, arguments, peers, labels)
+        artifacts = {benchmark.name_of(folder, format): made for (folder, format), made in opened.items()}
+        peers = {benchmark.name_of(folder, format) for folder, format in opened if is_peer(format)}
+        timed = benchmark.interleave(artifacts, texts, arguments, peers, labels)
     result = describe_benchmark(arguments, task, timed)
     if output:
         write_json(output, result)  # before the peaks: who stops it then keeps the times
@@ -99,9 +91,9 @@ def describe_benchmark(arguments: BenchmarkArguments, task: Task, timed: dict[st
         "texts_a_round": arguments.texts,
         "batches_a_round": arguments.batches,
         "texts_end_to_end_a_round": arguments.texts_end_to_end,
-        "compared_with": fastest_fp32(timed),
-        "noise_limit": NOISE_LIMIT,
-        "too_noisy": list_noisy(timed),
+        "compared_with": benchmark.fastest_fp32(timed),
+        "noise_limit": benchmark.NOISE_LIMIT,
+        "too_noisy": benchmark.list_noisy(timed),
         "artifacts": timed,
     }
     if any(name.endswith(f":{CTRANSLATE2}") for name in timed):  # not among the packages of every record
@@ -119,8 +111,8 @@ def print_speeds(timed: dict[str, dict]) -> None:
             f"  end to end {result['end_to_end_per_s']['median']:7.0f} texts/s" if result["end_to_end_per_s"] else "",
             f"  macro F1 {result['quality']['macro_f1']:.4f}" if result.get("quality") else "",
         )
-    if noisy := list_noisy(timed):
-        print(f"too noisy, by more than {100 * NOISE_LIMIT:.0f} % of the median: {', '.join(noisy)}")
+    if noisy := benchmark.list_noisy(timed):
+        print(f"too noisy, by more than {100 * benchmark.NOISE_LIMIT:.0f} % of the median: {', '.join(noisy)}")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,8 @@ from emotion.data.dataset import DatasetArguments, get_split, load_task_of, with
 from emotion.evaluation.inspection import describe_encoder, describe_scheme
 from emotion.evaluation.protocol import measure_quality, measure_speed
 from emotion.evaluation.record import MPNET_BASE, add_reasons, describe_provenance, write_record
+from emotion.inference import model_folder
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import (
-    MULTI_LABEL,
-    WEIGHT_FILES,
-    adapter_bytes,
-    files_to_serve,
-    find_formats,
-    is_multi_label,
-    weights_of,
-)
 from emotion.utils.arguments import COUNT, Range, flag, parse_args
 from emotion.utils.base_model import RANDOM, read_recipe_of
 from emotion.utils.command import Bar, run
@@ -62,7 +54,7 @@ class EvaluationArguments(DatasetArguments):
     """Which model is scored, and on which rows."""
 
     artifact: str = flag(help="The model folder.", kw_only=True)
-    format: str | None = flag(None, f"One of {', '.join(WEIGHT_FILES)}; the folder's first by default.")
+    format: str | None = flag(None, f"One of {', '.join(model_folder.WEIGHT_FILES)}; the folder's first by default.")
     split: str = flag("test", "Split.")
     max_eval_samples: int | None = flag(None, "Score the first rows.", COUNT)
     threads: int | None = flag(None, "Threads; all by default.", THREADS)
@@ -76,8 +68,8 @@ def main(argv=None) -> None:
     """Opens the folder, scores and times the model, and writes the record."""
     (args,) = parse_args((EvaluationArguments,), positional="artifact", argv=argv)
     folder, results = Path(args.artifact), Path(args.results_dir)
-    format = args.format or next(iter(find_formats(folder)))
-    weights = weights_of(folder, format, not args.skip_checksum)
+    format = args.format or next(iter(model_folder.find_formats(folder)))
+    weights = model_folder.weights_of(folder, format, not args.skip_checksum)
     recipe, threads = read_recipe_of(folder), choose_threads(args.threads)
     variant = recipe.get("variant", folder.resolve().name)
     check_name(variant, folder)
@@ -107,7 +99,7 @@ def main(argv=None) -> None:
         **measure_speed(classifier.runtime, classifier.runtime.encode(list(rows["text"])), args.latency_runs),
         "examples": classify_examples(classifier),
         # Of each file that was measured; run_publish.py uploads no other
-        "sha256": {name: sha256(folder / name) for name in files_to_serve(folder, format)},
+        "sha256": {name: sha256(folder / name) for name in model_folder.files_to_serve(folder, format)},
         "environment": describe_environment(threads),
     }
     print_summary(record, write_record(record, results, logits, labels))
@@ -115,8 +107,8 @@ def main(argv=None) -> None:
 
 def check_arguments(args: EvaluationArguments, recipe: dict, path: Path) -> None:
     """Raises `UserError` if the flags do not fit together, or the record ``path`` cannot be written or published."""
-    if is_multi_label(args.artifact):
-        raise UserError(f"{args.artifact} gives a text several labels ({MULTI_LABEL}); a dataset has one for each")
+    if model_folder.is_multi_label(args.artifact):
+        raise UserError(f"{args.artifact} gives a text several labels at once; a dataset has one for each")
     if args.latency_runs and args.latency_runs < 200:
         raise UserError(f"--latency_runs {args.latency_runs}: a latency needs at least 200 runs, or 0 for none")
     results = Path(args.results_dir)
@@ -140,12 +132,12 @@ def predict(classifier: EmotionClassifier, rows) -> np.ndarray:
 
 def describe_size(folder: Path, format: str) -> dict:
     """The bytes of all files that inference in this format needs."""
-    files = files_to_serve(folder, format)
+    files = model_folder.files_to_serve(folder, format)
     return {
         "bytes_to_serve": sum(files.values()),
         "megabytes": round(sum(files.values()) / 1e6, 2),  # millions of bytes, not MiB
         "files": files,
-        "adapter_bytes": adapter_bytes(folder),  # of QLoRA, not part of the sum
+        "adapter_bytes": model_folder.adapter_bytes(folder),  # of QLoRA, not part of the sum
     }
 
 

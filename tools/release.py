@@ -22,35 +22,16 @@ from emotion.data.dataset import fingerprint, get_split, load_task_of
 from emotion.evaluation.record import read_predictions, score_again
 from emotion.evaluation.schema import Record
 from emotion.hub.render import markdown_table
+from emotion.inference import model_folder
 from emotion.inference.emotion_classifier import EmotionClassifier
-from emotion.inference.model_folder import (
-    ARTIFACT,
-    BYTES_IN_ALL,
-    BYTES_OF_FILE,
-    LICENSE_FILE,
-    OPENED_AS,
-    RELEASED,
-    SCORES_OF_OPENED,
-    find_formats,
-    names_to_release,
-)
+from emotion.utils import files
 from emotion.utils.arguments import flag, parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
-from emotion.utils.files import (
-    ROOT,
-    atomic_folder,
-    check_covered,
-    check_replaceable,
-    check_sums,
-    has_files,
-    read_json,
-    read_sums,
-    write_sums,
-)
 from emotion.utils.machine import THREADS, choose_threads, describe_environment
 
+BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 200 * 10**6  # upper bounds for a clone
 EQUAL_LABELS = 0.998  # share of the rows; processors with and without VNNI differ in about one of a thousand
 MACRO_F1_MARGIN = 0.002  # a tenth of the score's own interval
 DECISIVE = ("cpu", "instruction_sets", "threads", "packages")  # where they are the same, every bit is
@@ -60,8 +41,8 @@ DECISIVE = ("cpu", "instruction_sets", "threads", "packages")  # where they are 
 class ReleaseArguments:
     """Where the models and their scores are."""
 
-    weights_dir: str = flag(str(ROOT / "weights"), "Folder of the models and of seeds/.")
-    results_dir: str = flag(str(ROOT / "results"), "Folder of the records.")
+    weights_dir: str = flag(str(files.ROOT / "weights"), "Folder of the models and of seeds/.")
+    results_dir: str = flag(str(files.ROOT / "results"), "Folder of the records.")
     verify: bool = flag(False, "Change nothing; compare the weights and predictions.")
     threads: int | None = flag(None, "Threads, with --verify.", THREADS)
 
@@ -77,24 +58,24 @@ def main(argv=None) -> None:
 
 def release(weights: Path, results: Path) -> None:
     """Checks all variants, then replaces their folders."""
-    license_file = weights / LICENSE_FILE
+    license_file = weights / model_folder.LICENSE_FILE
     if not license_file.is_file():
         raise UserError(f"no file {license_file}: each released folder carries a copy of it")
     # All checks before the first folder is replaced
     sources = {}
-    for variant in RELEASED:
-        check_replaceable(weights / variant, ARTIFACT)
+    for variant in model_folder.RELEASED:
+        files.check_replaceable(weights / variant, model_folder.ARTIFACT)
         sources[variant] = find_source(variant, weights, results)
     check_sizes(sources)
     for variant, source in sources.items():
-        with atomic_folder(weights / variant, ARTIFACT) as folder:
-            for name, released in names_to_release(source, variant).items():
+        with files.atomic_folder(weights / variant, model_folder.ARTIFACT) as folder:
+            for name, released in model_folder.names_to_release(source, variant).items():
                 (folder / released).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, folder / released)
-            shutil.copyfile(license_file, folder / LICENSE_FILE)
-            write_sums(folder)
+            shutil.copyfile(license_file, folder / model_folder.LICENSE_FILE)
+            files.write_sums(folder)
         megabytes = sum(path.stat().st_size for path in (weights / variant).rglob("*") if path.is_file()) / 1e6
-        print(f"{variant:10} {RELEASED[variant]:5} {megabytes:6.1f} MB  {source} -> {weights / variant}")
+        print(f"{variant:10} {model_folder.RELEASED[variant]:5} {megabytes:6.1f} MB  {source} -> {weights / variant}")
 
 
 def find_source(variant: str, weights: Path, results: Path) -> Path:
@@ -106,11 +87,11 @@ def find_source(variant: str, weights: Path, results: Path) -> Path:
     summary = results / "seeds" / f"{variant}.json"
     if not summary.is_file():
         raise UserError(f"no file {summary}; run python tools/train_seeds.py {variant}")
-    source = weights / "seeds" / f"{variant}-{read_json(summary)['chosen_seed']}"
-    check_sums(source)
-    for format in [RELEASED[variant], *({"torchao"} & find_formats(source).keys())]:
+    source = weights / "seeds" / f"{variant}-{files.read_json(summary)['chosen_seed']}"
+    files.check_sums(source)
+    for format in [model_folder.RELEASED[variant], *({"torchao"} & model_folder.find_formats(source).keys())]:
         record = Record.read(results / "metrics" / f"{variant}-{format}.json")
-        if not record.sha256 or not has_files(source, record.sha256):
+        if not record.sha256 or not files.has_files(source, record.sha256):
             command = f"python scripts/run_evaluation.py {weights / variant} --format {format}"
             raise UserError(f"{source} was not scored as it is now; run {command}")
     return source
@@ -120,7 +101,7 @@ def check_sizes(sources: dict[str, Path]) -> None:
     """Raises `UserError` if a file, or all together, are too large for a clone."""
     total = 0
     for variant, source in sources.items():
-        for name in names_to_release(source, variant):
+        for name in model_folder.names_to_release(source, variant):
             size = (source / name).stat().st_size
             if size > BYTES_OF_FILE:
                 raise UserError(f"{source / name} has {size:,} bytes; a released file has {BYTES_OF_FILE:,} at most")
@@ -133,10 +114,10 @@ def verify_all(arguments: ReleaseArguments) -> None:
     """Verifies every released variant and prints a table; raises `UserError` if one differs."""
     threads = choose_threads(arguments.threads)
     lines, differing = [], []
-    for variant in Bar(RELEASED, desc="verified"):
-        format, results = OPENED_AS.get(variant, RELEASED[variant]), Path(arguments.results_dir)
-        if variant in OPENED_AS:
-            results /= SCORES_OF_OPENED
+    for variant in Bar(model_folder.RELEASED, desc="verified"):
+        format, results = model_folder.RELEASED[variant], Path(arguments.results_dir)
+        if variant in model_folder.OPENED_AS:
+            format, results = model_folder.OPENED_AS[variant], results / model_folder.SCORES_OF_OPENED
         found = verify(variant, format, Path(arguments.weights_dir) / variant, results, threads)
         scores = [f"{100 * found[key]:.2f}" for key in ("macro_f1", "published")]
         machine = "as recorded" if found["same_machine"] else "another"
@@ -159,9 +140,9 @@ def verify(variant: str, format: str, folder: Path, results: Path, threads: int)
         UserError: if a file is damaged or not the one that was measured, or the test rows are others.
     """
     name = f"{variant}-{format}"
-    check_covered(folder)
+    files.check_covered(folder)
     record = Record.read(results / "metrics" / f"{name}.json")
-    if not record.sha256 or not record.sha256.items() <= read_sums(folder).items():
+    if not record.sha256 or not record.sha256.items() <= files.read_sums(folder).items():
         raise UserError(f"{folder} is not what {results / 'metrics' / name}.json was measured on; fetch both again")
     task = load_task_of(read_recipe_of(folder))
     rows = get_split(task, record.quality.split)

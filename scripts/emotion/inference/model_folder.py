@@ -77,7 +77,6 @@ RENAMED = {"model.bf16.safetensors": "model.safetensors"}
 OPENED_AS = {"baseline": "pytorch"}
 SCORES_OF_OPENED = "released"  # folder of the results with the record of what is opened in another format
 LICENSE_FILE = "LICENSE"  # of the weights, which have their encoder's, not that of the code
-BYTES_OF_FILE, BYTES_IN_ALL = 50 * 10**6, 200 * 10**6  # upper bounds for a clone
 
 # Sizes in config.json that are a dimension of some weight, of BERT and its descendants, and of DistilBERT
 SIZES = ("vocab_size", "hidden_size", "dim", "intermediate_size", "hidden_dim", "max_position_embeddings")

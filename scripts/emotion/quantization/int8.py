@@ -12,15 +12,7 @@ from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.onnx_model import OnnxModel
 from transformers import TorchAoConfig
 
-from emotion.export.graph_passes import (
-    cls_only_products,
-    merge_products,
-    modules_of,
-    name_nodes,
-    share_matrices,
-    unpack_attention,
-    write_sums,
-)
+from emotion.export import graph_passes as passes
 from emotion.inference.model_folder import load_trained_classifier, save_compact, weights_of
 from emotion.quantization.activation_ranges import fix_ranges
 from emotion.quantization.layers import CalibrationRows, Plan, names_in_float
@@ -70,7 +62,7 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     graph = load_float_graph(weights_of(plan.folder, "onnx")).model
     chosen = {*plan.layers.linear, *plan.layers.embeddings}
-    nodes = [name for name in name_nodes(graph.graph, plan.model) if set(modules_of(name)) <= chosen]
+    nodes = [name for name in passes.name_nodes(graph.graph, plan.model) if set(passes.modules_of(name)) <= chosen]
     split_channels(graph.graph, plan)  # finds the pairs by the names of the nodes
     with quiet_logging():
         quantize_dynamic(
@@ -82,18 +74,18 @@ def quantize_onnx(plan: Plan, path: Path, reduce_range: bool = True) -> None:
             reduce_range=reduce_range,
         )
     graph = OnnxModel(onnx.load(path))
-    merge_products(graph)
-    write_sums(graph, "Sub")
+    passes.merge_products(graph)
+    passes.write_sums(graph, "Sub")
     if plan.ranges:
         fix_ranges(graph, plan.ranges)
-    share_matrices(graph)
+    passes.share_matrices(graph)
     graph.save_model_to_file(str(path))
 
 
 def load_float_graph(path: Path):
     """The FP32 file as ONNX Runtime's `OnnxModel`, with each linear layer's weight as the module has it."""
     graph = OnnxModel(onnx.load(path))
-    write_sums(graph, "Add")
+    passes.write_sums(graph, "Add")
     return graph
 
 
@@ -101,10 +93,10 @@ def cls_only_layers(plan: Plan) -> list[str]:
     """The linear layers that see the [CLS] token alone in the FP32 file of the plan: those of the last layer."""
     # A file that computes the [CLS] token alone is the exporter's, which has named its nodes after the layers.
     graph = OnnxModel(onnx.load(weights_of(plan.folder, "onnx")))
-    alone = cls_only_products(graph)
+    alone = passes.cls_only_products(graph)
     # A module that several layers share (ALBERT) sees all tokens in the others.
-    shared = {name for node in graph.nodes() if node not in alone for name in modules_of(node.name)}
-    return [name for node in alone for name in modules_of(node.name) if name not in shared]
+    shared = {name for node in graph.nodes() if node not in alone for name in passes.modules_of(node.name)}
+    return [name for node in alone for name in passes.modules_of(node.name) if name not in shared]
 
 
 def quantize_openvino(
@@ -179,7 +171,7 @@ def convert_to_openvino(plan: Plan):
     import openvino
 
     graph = load_float_graph(weights_of(plan.folder, "onnx"))
-    unpack_attention(graph)
+    passes.unpack_attention(graph)
     (last,) = [node for node in graph.nodes() if "logits" in node.output]
     model = openvino.convert_model(io.BytesIO(graph.model.SerializeToString()))
     # An operator that writes an output of the model bears the output's name.

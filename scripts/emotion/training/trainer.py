@@ -22,14 +22,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from emotion.data.dataset import (
-    Task,
-    fingerprint,
-    get_split,
-    load_task_of,
-    select_train_rows,
-    with_validation,
-)
+from emotion.data.dataset import Task, fingerprint, get_split, load_task_of, select_train_rows, with_validation
 from emotion.data.metrics import four_digits, score
 from emotion.data.tokenization import load_tokenizer, tokenize
 from emotion.inference.model_folder import (
@@ -41,20 +34,13 @@ from emotion.inference.model_folder import (
     quantized_by,
 )
 from emotion.training.checkpoints import CheckpointCallback, diverged, find_checkpoint
+from emotion.utils import machine
 from emotion.utils.arguments import Recipe, comparable, flag
 from emotion.utils.base_model import BaseModel, find_base_model
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import ROOT
 from emotion.utils.hub_requests import check_can_publish
-from emotion.utils.machine import (
-    count_processors,
-    has_bf16,
-    integer_setting,
-    keep_freed_memory,
-    peak_memory_mb,
-    reset_peak_memory,
-)
 
 
 @dataclass
@@ -104,10 +90,11 @@ class RecipeTrainingArguments(TrainingArguments):
             raise ValueError("name the folder to save into, with --output_dir or in the config")
         self.publish, self.push_to_hub = self.push_to_hub, False  # the Trainer would push checkpoints
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.bf16 = self.bf16 and has_bf16(self.use_cpu)
+        self.bf16 = self.bf16 and machine.has_bf16(self.use_cpu)
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
         if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(max(1, count_processors() // (integer_setting("LOCAL_WORLD_SIZE") or 1)))
+            processes = machine.integer_setting("LOCAL_WORLD_SIZE") or 1
+            torch.set_num_threads(max(1, machine.count_processors() // processes))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / Path(self.output_dir).name))
         super().__post_init__()
 
@@ -186,8 +173,8 @@ class ClassificationTrainer(Trainer):
         attention = self.model.config._attn_implementation
         if self.args.use_cpu:  # for a few dozen tokens, the backward pass of fused attention takes a third of a step
             self.model.set_attn_implementation("eager")
-        keep_freed_memory()
-        reset_peak_memory()
+        machine.keep_freed_memory()
+        machine.reset_peak_memory()
         start, cpu_start = time.monotonic(), time.process_time()
         output = super().train(resume_from_checkpoint=checkpoint, **options)
         self.seconds, self.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
@@ -238,7 +225,7 @@ class ClassificationTrainer(Trainer):
             "precision": "bf16" if self.args.bf16 else "fp32",
             "processes": self.args.world_size,
             "threads": torch.get_num_threads(),
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": machine.peak_memory_mb(),
         }
 
     def metadata(self, variant: str, **more) -> dict:
