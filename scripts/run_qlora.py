@@ -67,7 +67,7 @@ class QloraArguments(TaskArguments):
     def __post_init__(self):
         if self.init_lora_weights == "loftq" and not self.load_in_4bit:
             raise ValueError(
-                "--init_lora_weights loftq approximates the error of 4 bits; take default for a float base"
+                "--init_lora_weights loftq makes up for rounding to 4 bits; take default for a float base"
             )
 
 

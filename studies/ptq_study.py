@@ -131,16 +131,14 @@ def make_candidates(
         model, baseline_metadata = load_trained_classifier(baseline), read_recipe_of(baseline)
         rows, _ = load_samples(task, baseline, CALIBRATION_SAMPLES, seed=42)
         for name, candidate in Bar(candidates.items(), desc=f"candidates of {baseline.name}"):
-            flags = FLAGS[candidate.format] | candidate.changes
-            arguments = SchemeArguments(
-                formats=[candidate.format], num_calibration_samples=CALIBRATION_SAMPLES, **flags
-            )
+            format, flags = candidate.format, FLAGS[candidate.format] | candidate.changes
+            arguments = SchemeArguments(formats=[format], num_calibration_samples=CALIBRATION_SAMPLES, **flags)
             plan = make_plan(baseline, model, arguments, rows)
             metadata = quantized_metadata("ptq", Recipe(None, flags), baseline_metadata, plan, arguments)
             folder = work / re.sub(r"\W+", "-", name) / baseline.name
             with new_artifact(folder, metadata) as output:  # without fallbacks
                 copy_shared_files(baseline, output)
-                save_format(plan, output, candidate.format, rows, arguments)
+                save_format(plan, output, format, rows, arguments)
             folders[name].append(folder)
     return folders
 

@@ -107,7 +107,5 @@ def measure_speed(classifier, token_ids: list[list[int]], runs: int) -> dict:
         times_ms = time_each(classifier, [token_ids[row] for row in choose_timed(len(token_ids), runs)])[WARMUP_RUNS:]
         bar.update()
         texts_per_s = time_batches(classifier, token_ids, batch_size=32)
-    return {
-        "latency_ms": summarize_latency(times_ms),
-        "throughput_per_s": {"batch_size": 32, "value": round(texts_per_s, 1)},
-    }
+    throughput = {"batch_size": 32, "value": round(texts_per_s, 1)}
+    return {"latency_ms": summarize_latency(times_ms), "throughput_per_s": throughput}

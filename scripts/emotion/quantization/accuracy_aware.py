@@ -157,10 +157,8 @@ def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: flo
     else:
         unit, measured = "% of the labels", f"{100 - loss:.2f} % agree with FP32 (95 % bound {100 - bound:.2f})"
         measured += f", probabilities differ by {effect['mean_probability_change']:.4f}"
-    print(
-        f"{format}, {fallback}: {measured}, {effect['flips']} of {effect['rows']} labels differ, {size / 1e6:.1f} MB, "
-        f"{seconds} s"
-    )
+    differing = f"{effect['flips']} of {effect['rows']} labels differ"
+    print(f"{format}, {fallback}: {measured}, {differing}, {size / 1e6:.1f} MB, {seconds} s")
     if verdict == UNDECIDED:
         if has_labels:  # the gap to the bound shrinks with the square root of the number of texts
             needed = math.ceil(effect["rows"] * ((bound - loss) / max(limit - loss, 0.01)) ** 2)
@@ -263,15 +261,12 @@ def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) ->
     flips, rows = int((predictions[0] != predictions[1]).sum()), len(before)
     effect = {"mean_logit_shift": float(np.abs(after - before).mean()), "flips": flips, "rows": rows}
     if labels is None:
-        return effect | {
-            "mean_probability_change": float(np.abs(softmax(after) - softmax(before)).mean()),
-            "flips_bound": _flips_bound(flips, rows),
-        }
+        change = float(np.abs(softmax(after) - softmax(before)).mean())
+        return effect | {"mean_probability_change": change, "flips_bound": _flips_bound(flips, rows)}
     drawn = resampled_macro_f1(labels, *predictions, classes=before.shape[1], resamples=RESAMPLES)
-    return effect | {
-        "macro_f1_change": score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"],
-        "macro_f1_change_bound": float(np.percentile(drawn[1] - drawn[0], 5)),
-    }
+    change = score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"]
+    bound = float(np.percentile(drawn[1] - drawn[0], 5))
+    return effect | {"macro_f1_change": change, "macro_f1_change_bound": bound}
 
 
 def _flips_bound(flips: float, rows: int) -> float:

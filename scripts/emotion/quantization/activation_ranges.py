@@ -109,11 +109,9 @@ def fix_ranges(graph, ranges: dict[str, tuple[float, float]]) -> None:
     for node in graph.get_nodes_by_op_type("DynamicQuantizeMatMul"):
         states, weight, scales, _, bias = node.input
         integers, scale, zero = _quantize(graph, states, ranges[modules_of(node.name)[0]])
-        inputs = [integers, weight, scale, scales, zero, "", bias]
+        inputs, options = [integers, weight, scale, scales, zero, "", bias], {"name": node.name, "domain": MICROSOFT}
         graph.remove_node(node)
-        graph.add_node(
-            helper.make_node("MatMulIntegerToFloat", inputs, list(node.output), name=node.name, domain=MICROSOFT)
-        )
+        graph.add_node(helper.make_node("MatMulIntegerToFloat", inputs, list(node.output), **options))
     for node in graph.get_nodes_by_op_type("QAttention"):
         rounding = producers[node.input[0]]
         integers, scale, zero = _quantize(graph, rounding.input[0], ranges[modules_of(node.name)[0]])

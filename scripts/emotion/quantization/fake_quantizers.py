@@ -281,13 +281,13 @@ class RoundedLinear(FakeQuantizedLinear):
         if not self.weight_fake_quantizer.enabled:
             return functional.linear(values, self.weight, self.bias)
         rounding = self.activation_fake_quantizer.round, self.weight_fake_quantizer.round
-        weight = self.split.without_channels(self.weight)
+        weight, part = self.split.without_channels(self.weight), self.split.take(self.weight)
         clip = getattr(self.activation_fake_quantizer, "clip", lambda rest: rest)
-        return self.split.multiply(
-            values,
-            self.split.take(self.weight),
-            lambda rest: IntegerProduct.apply(clip(rest), weight, self.bias, *rounding),
-        )
+
+        def product(rest):
+            return IntegerProduct.apply(clip(rest), weight, self.bias, *rounding)
+
+        return self.split.multiply(values, part, product)
 
 
 class RoundedEmbedding(FakeQuantizedEmbedding):

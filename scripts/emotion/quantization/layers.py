@@ -114,14 +114,10 @@ def find_layers(model, modules_to_not_convert: list[str] = ()) -> Layers:
         raise UserError(f"{type(model).__name__} has no torch.nn.Linear to quantize, but layers of another kind")
     for prefix in modules_to_not_convert:
         if not any(name.startswith(prefix) for name in linear + embeddings):
-            raise UserError(
-                f"--modules_to_not_convert {prefix}: no layer has such a name; they are {', '.join(linear[:6])}, ..."
-            )
+            raise UserError(f"--modules_to_not_convert {prefix}: no such layer; they are {', '.join(linear[:6])}, ...")
     kept = tuple(modules_to_not_convert)  # startswith takes several beginnings
-    return Layers(
-        linear=[name for name in linear if not name.startswith(kept)],
-        embeddings=[name for name in embeddings if not name.startswith(kept)],
-    )
+    linear = [name for name in linear if not name.startswith(kept)]
+    return Layers(linear, [name for name in embeddings if not name.startswith(kept)])
 
 
 def names_in_float(model, layers: Layers) -> list[str]:

@@ -83,7 +83,6 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
         if format not in formats_of(arguments.bits):
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
     folder = find_float_model(name)
-    is_local = folder == Path(name)
     if (folder / "config.json").is_file() and (quantizer := quantized_by(folder)):
         raise UserError(f"{folder} is quantized already (by {quantizer}); name the float model it was made from")
     if (folder / FLOAT_FILES[0]).is_file() or not any((folder / file).is_file() for file in FLOAT_FILES):
@@ -93,12 +92,9 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
     check_problem(folder, labels, config.get("problem_type"), training)
     metadata = read_recipe_of(folder)
     provenance = metadata.get("provenance", {})
-    base = BaseModel(
-        name=provenance.get("base_model", folder.name if is_local else name),
-        path=str(folder),
-        source=provenance.get("base_model_source", "folder" if is_local else "hub"),
-    )
-    return base, metadata
+    name, source = (folder.name, "folder") if folder == Path(name) else (name, "hub")
+    source = provenance.get("base_model_source", source)
+    return BaseModel(provenance.get("base_model", name), str(folder), source), metadata
 
 
 def load_task(base: BaseModel, metadata: dict, arguments, texts_alone: bool = False) -> Task:

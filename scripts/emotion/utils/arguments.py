@@ -146,7 +146,7 @@ def _add_fields(parser, arguments) -> None:
     """Adds the flags that `HfArgumentParser` makes of a dataclass."""
     hints = get_type_hints(arguments)
     for one in fields(arguments):
-        kind, options = hints[one.name], {"help": one.metadata.get("help"), "choices": one.metadata.get("choices")}
+        kind, options = hints[one.name], {"choices": None, **one.metadata}
         if isinstance(kind, UnionType):
             kind = get_args(kind)[0]  # the other is None
         if get_origin(kind) is Literal:
@@ -159,10 +159,8 @@ def _add_fields(parser, arguments) -> None:
         if options["choices"] and len(list(options["choices"])) > MAX_CHOICES_IN_HELP:
             options["metavar"] = one.name.upper()
         default = one.default if one.default_factory is MISSING else one.default_factory()
-        required = default is MISSING
-        parser.add_argument(
-            f"--{one.name}", type=kind, default=None if required else default, required=required, **options
-        )
+        options |= {"required": True} if default is MISSING else {"default": default}
+        parser.add_argument(f"--{one.name}", type=kind, **options)
 
 
 def _to_bool(text: str) -> bool:
@@ -377,9 +375,8 @@ def _check_string(value: str) -> None:
     try:
         value.encode()  # Python keeps bytes that are not UTF-8 as surrogates
     except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{value.encode(errors='backslashreplace').decode():.80} is not UTF-8; write it so"
-        ) from error
+        shown = value.encode(errors="backslashreplace").decode()
+        raise UsageError(f"{shown:.80} is not UTF-8; write it so") from error
     if "\0" in value:
         raise UsageError(f"{value!r:.80} holds a character of value 0; leave it out")
     if value.endswith("=--"):  # argparse would make an empty list of it

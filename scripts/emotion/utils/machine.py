@@ -181,11 +181,8 @@ def describe_environment(threads: int, device: str = "cpu") -> dict:
 
 def describe_run(threads: int) -> dict:
     """The date, the commit and the environment, for the results of a study."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "git_commit": git_commit(),
-        "environment": describe_environment(threads),
-    }
+    date = datetime.date.today().isoformat()
+    return {"date": date, "git_commit": git_commit(), "environment": describe_environment(threads)}
 
 
 def package_versions() -> dict[str, str]:
