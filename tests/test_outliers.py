@@ -143,9 +143,10 @@ def test_every_format_keeps_its_labels(bits, spoiled, expected, tmp_path):
 
 def test_what_loses_too_much_is_refused_or_its_fallbacks_are_in_the_record(artifact, spoiled, tmp_path):
     out = tmp_path / "ptq"
-    for baseline in (artifact, spoiled):  # of which the second has outlier channels in layers that are kept in float
+    # The second has outlier channels in layers that are kept in float; with all layers in float, nothing is left.
+    for baseline, bits in ((artifact, 8), (spoiled, 8), (artifact, 2)):
         with pytest.raises(UserError, match="--max_f1_drop"):
-            run_ptq.main(ptq_flags(baseline, out, formats="onnx", max_f1_drop=-100))
+            run_ptq.main(ptq_flags(baseline, out, formats="onnx", bits=bits, max_f1_drop=-100))
         assert not out.exists()
     run_ptq.main(ptq_flags(spoiled, out, formats="onnx", max_f1_drop=-0.5, allow_drop=True))
     run_evaluation.main([str(out), "--format", "onnx", "--latency_runs", "0", "--results_dir", "results"])

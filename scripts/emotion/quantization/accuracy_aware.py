@@ -123,8 +123,10 @@ def _fallbacks(plan: Plan, format: str, rows: CalibrationRows, sensitivity, argu
     for count in FLOAT_COUNTS:
         names = [name for row in ranked[:count] for name in row["names"]]
         kept = replace(arguments, modules_to_not_convert=[*arguments.modules_to_not_convert, *names])
-        changed = _measure_again(update_plan(plan, kept), plan, rows, arguments.activation_quantization)
-        yield f"float, {count} layers", changed
+        changed = update_plan(plan, kept)
+        if not changed.layers.linear:  # of a small model
+            return
+        yield f"float, {count} layers", _measure_again(changed, plan, rows, arguments.activation_quantization)
 
 
 def _measure_again(plan: Plan, before: Plan, rows: CalibrationRows, rule: str) -> Plan:
