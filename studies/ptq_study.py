@@ -168,19 +168,15 @@ def choose(studied: dict) -> dict:
     """Format -> the winner by the rule at the top of this file, and its flags."""
     chosen = {}
     for format in dict.fromkeys(candidate["format"] for candidate in studied.values()):
-        all_of_format = {name: one for name, one in studied.items() if one["format"] == format}
+        largest = {name: one["scheme"]["largest_weight"] for name, one in studied.items() if one["format"] == format}
         # Larger weights overflow on processors without VNNI, and dynamic ranges are those of a batch. If no candidate
         # is safe, all compete.
-        safe = []
-        for name, one in all_of_format.items():
-            if one["scheme"]["largest_weight"] <= LARGEST_SAFE_WEIGHT and name != DYNAMIC:
-                safe.append(one)
-        safe = safe or list(all_of_format.values())
-        least = max(one["macro_f1_change"] for one in safe) - VALIDATION_NOISE
-        close = [name for name, one in all_of_format.items() if one in safe and one["macro_f1_change"] >= least]
+        safe = [name for name in largest if largest[name] <= LARGEST_SAFE_WEIGHT and name != DYNAMIC]
+        changes = {name: studied[name]["macro_f1_change"] for name in safe or largest}
+        close = [name for name in changes if changes[name] >= max(changes.values()) - VALIDATION_NOISE]
         speeds = {name: studied[name]["times_faster_at_batch_1"]["median"] for name in close}
         fastest = [name for name in close if speeds[name] >= max(speeds.values()) * (1 - TIMING_NOISE)]
-        winner = max(fastest, key=lambda name: studied[name]["macro_f1_change"])
+        winner = max(fastest, key=changes.get)
         chosen[format] = {"candidate": winner, "flags": FLAGS[format] | studied[winner]["changes"]}
     return chosen
 

@@ -122,17 +122,12 @@ def find_layers(model, modules_to_not_convert: list[str] = ()) -> Layers:
 
 def names_in_float(model, layers: Layers) -> list[str]:
     """The linear layers and embeddings of the model that stay in float."""
-    quantized, found = {*layers.linear, *layers.embeddings}, []
-    for name, part in model.named_modules():
-        if isinstance(part, torch.nn.Linear | torch.nn.Embedding) and name not in quantized:
-            found.append(name)
-    return found
+    quantized, kinds = {*layers.linear, *layers.embeddings}, torch.nn.Linear | torch.nn.Embedding
+    return [name for name, part in model.named_modules() if isinstance(part, kinds) and name not in quantized]
 
 
 def float_reasons(model, layers: Layers, modules_to_not_convert: list[str]) -> dict[str, str]:
     """Each layer that stays in float, and why."""
-    reasons = {}
-    for name in names_in_float(model, layers):
-        named = name.startswith(tuple(modules_to_not_convert))
-        reasons[name] = "named in modules_to_not_convert" if named else "outside the encoder's layers"
-    return reasons
+    named = tuple(modules_to_not_convert)
+    reasons = {True: "named in modules_to_not_convert", False: "outside the encoder's layers"}
+    return {name: reasons[name.startswith(named)] for name in names_in_float(model, layers)}

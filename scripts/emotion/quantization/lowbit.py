@@ -156,10 +156,8 @@ def multiply_inputs(model, names: list[str], rows: CalibrationRows) -> dict[str,
     Returns:
         Name of a layer -> float32 (width, width), symmetric.
     """
-    products = {}
-    for name in names:
-        width = model.get_submodule(name).in_features
-        products[name] = torch.zeros(width, width, device=model.device)
+    widths = {name: model.get_submodule(name).in_features for name in names}
+    products = {name: torch.zeros(width, width, device=model.device) for name, width in widths.items()}
 
     def see(name, inputs):
         products[name].addmm_(inputs.T, inputs)

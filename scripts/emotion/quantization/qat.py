@@ -64,12 +64,10 @@ def freeze(model, prefixes: list[str]) -> int:
         if not any(name.startswith(prefix) for name in parameters):
             names = sorted({".".join(name.split(".")[:2]) for name in parameters})
             raise UserError(f"--freeze {prefix}: no parameter's name begins so; they begin with {', '.join(names)}")
-    frozen = 0
-    for name, parameter in parameters.items():
-        if name.startswith(tuple(prefixes)):
-            parameter.requires_grad_(False)
-            frozen += parameter.numel()
-    return frozen
+    frozen = [parameter for name, parameter in parameters.items() if name.startswith(tuple(prefixes))]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in frozen)
 
 
 def save_converted(
