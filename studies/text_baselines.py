@@ -6,7 +6,7 @@ python studies/text_baselines.py --dataset_name my_dataset --results_dir build/r
 
 import pickle
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 
 from emotion.data.dataset import DEFAULT_DATASET, get_split, load_task
 from emotion.evaluation.protocol import WARMUP_RUNS, choose_timed, measure_quality, summarize_latency
-from emotion.utils.arguments import parse_args
+from emotion.utils.arguments import flag, parse_args
 from emotion.utils.command import run
 from emotion.utils.files import ROOT, write_json
 from emotion.utils.machine import describe_run
@@ -27,8 +27,8 @@ from emotion.utils.machine import describe_run
 class BaselineArguments:
     """Which dataset is learned, and where the results go."""
 
-    dataset_name: str = field(default=DEFAULT_DATASET, metadata={"help": "Hub id, folder or file of the dataset."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    dataset_name: str = flag(DEFAULT_DATASET, "Hub id, folder or file of the dataset.")
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
 
 
 def main(argv=None) -> None:

@@ -13,6 +13,7 @@ import render_report
 import run_baseline
 import run_benchmark
 import run_evaluation
+import text_baselines
 import train_seeds
 from conftest import ROOT, contents, copy_to_edit, edit_json, read_json
 from emotion.evaluation import benchmark, roofline
@@ -113,6 +114,21 @@ def test_what_is_missing_or_not_comparable_does_not_enter_the_readme(field, valu
     with pytest.raises(UserError, match=message):
         render_report.main(page)
     assert "outdated" in (tmp_path / "README.md").read_text()
+
+
+def test_classifiers_without_a_network_stand_beside_the_models(page, colors, tmp_path):
+    text_baselines.main(["--dataset_name", str(colors), "--results_dir", str(tmp_path / "results")])
+    models = read_json(tmp_path / "results" / "text_baselines.json")["models"]
+    scores = {name: model["quality"] for name, model in models.items()}
+    assert scores["TF-IDF, logistic regression"]["macro_f1"] > 0.9  # the colors are words
+    counts = np.sum(scores["majority class"]["confusion_matrix"], axis=1)
+    assert scores["majority class"]["accuracy"] == counts.max() / counts.sum()
+    render_report.main(page)
+    text = (tmp_path / "results" / "comparison.md").read_text()
+    assert all(f"| {name} " in text for name in scores) and "without a neural network" in text
+    edit_json(tmp_path / "results" / "text_baselines.json", "models/majority class/quality/macro_f1", 2)
+    with pytest.raises(UserError, match="text_baselines.json"):
+        render_report.main(page)
 
 
 def test_a_readme_without_markers_is_left_alone_and_no_records_are_said(page, tmp_path):
