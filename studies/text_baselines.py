@@ -33,7 +33,7 @@ class BaselineArguments:
 
 def main(argv=None) -> None:
     """Trains on train, scores and times on test, and writes `text_baselines.json`."""
-    (args,) = parse_args((BaselineArguments,), argv=argv)
+    (args,) = parse_args((BaselineArguments,), positional="dataset_name", argv=argv)
     task = load_task(args.dataset_name)
     train, test = get_split(task, "train"), get_split(task, "test")
     models = {

@@ -39,7 +39,7 @@ def test_the_metadata_is_what_the_hub_wants(records):
     assert validate_card(text) == [] and sections == sorted(sections) and len(re.findall(r"^\|---", text, re.M)) == 3
     record = of(records, "ptq", "onnx")
     first = text.split("\n# ")[1].splitlines()[2]
-    assert first.startswith(f"**Macro F1 {100 * record.quality.macro_f1:.1f} %, {record.size.megabytes:.1f} MB, ")
+    assert first.startswith(f"**Macro F1 {100 * record.quality.macro_f1:.1f} %, {record.size.megabytes:.1f} MB")
     assert "(https://huggingface.co/spaces/user/emotions)" in first
     data = ModelCard(text).data.to_dict()
     assert data["base_model"] == "user/bert-emotion-baseline"  # the model that it was quantized from
