@@ -139,17 +139,17 @@ def collect_artifact(
         name = f"{record.name}.json"
         files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
     sums = read_sums(folder) if verify else None
-    optional = [name for name in OPTIONAL_FILES if (folder / name).is_file() and (sums is None or name in sums)]
-    files |= {name: folder / name for name in optional}
+    for name in OPTIONAL_FILES:
+        if (folder / name).is_file() and (sums is None or name in sums):
+            files[name] = folder / name
     check_sums(folder, [name for name in files if files[name] == folder / name], verify)  # no link leads elsewhere
     if recipe:
         # Without the local paths of the folders that it read
         files[RECIPE_FILE] = yaml.safe_dump(without_path(recipe), sort_keys=False, allow_unicode=True).encode()
     # The card compares with FP32 and links to the other variants. Its own formats are those that are uploaded.
-    others = [record for record in records if record.variant != variant]
+    shown = scored + [record for record in records if record.variant != variant]
     runs, seeds = read_benchmarks(results, records), read_means(results)
-    card = render_card(scored + others, variant, repo_id, runs=runs, seeds=seeds, code=code_url())
-    files["README.md"] = card.encode()
+    files["README.md"] = render_card(shown, variant, repo_id, runs=runs, seeds=seeds, code=code_url()).encode()
     files[f"results/confusion_matrices/{scored[0].name}.png"] = draw_matrix(scored[0])
     if added and not any(record.format == "onnx" for record in scored):
         raise UserError(f"--endpoint_handler: {folder} has no onnx/ for it to answer from; make it with run_ptq.py")
