@@ -136,15 +136,13 @@ def collect_artifact(
     files = {}
     for record in scored:
         files |= {name: folder / name for name in record.sha256}
-        name = f"{record.name}.json"
-        files[SCORES + name] = (opened if record in apart else results) / "metrics" / name
+        place = (opened if record in apart else results) / "metrics"
+        files[f"{SCORES}{record.name}.json"] = place / f"{record.name}.json"
     sums = read_sums(folder) if verify else None
-    for name in OPTIONAL_FILES:
-        if (folder / name).is_file() and (sums is None or name in sums):
-            files[name] = folder / name
+    present = [name for name in OPTIONAL_FILES if (folder / name).is_file() and (sums is None or name in sums)]
+    files |= {name: folder / name for name in present}
     check_sums(folder, [name for name in files if files[name] == folder / name], verify)  # no link leads elsewhere
-    if recipe:
-        # Without the local paths of the folders that it read
+    if recipe:  # without the local paths of the folders that it read
         files[RECIPE_FILE] = yaml.safe_dump(without_path(recipe), sort_keys=False, allow_unicode=True).encode()
     # The card compares with FP32 and links to the other variants. Its own formats are those that are uploaded.
     shown = scored + [record for record in records if record.variant != variant]
