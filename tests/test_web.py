@@ -75,6 +75,8 @@ def test_node_gives_the_probabilities_of_python(published, python_scores, test_r
     assert (found.argmax(axis=-1) == expected.argmax(axis=-1)).all()
     files = {"config.json", "tokenizer.json", "tokenizer_config.json", "onnx/model_quantized.onnx"}
     assert set(hub.downloads(REPOSITORY)) == files
+    together = json.loads(run_node(*args, "50", env=env, input=json.dumps(texts)))  # a text has one answer
+    np.testing.assert_allclose(np.array([as_array(ranking, labels) for ranking in together]), found, atol=1e-5)
 
 
 def test_node_opens_a_file_whose_outlier_units_are_in_floats(real, test_rows, tmp_path):
