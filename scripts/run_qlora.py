@@ -123,12 +123,7 @@ def main(argv=None) -> None:
 
 
 def nf4_config(base: str, labels: list[str], bf16: bool) -> BitsAndBytesConfig:
-    """Returns the configuration that loads the encoder's linear layers in NF4 with double quantization.
-
-    Args:
-        base: Hub id or folder of the model.
-        bf16: whether the layers compute in bfloat16; in float32 otherwise.
-    """
+    """Returns the configuration that loads the encoder's linear layers in NF4 with double quantization."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -139,14 +134,7 @@ def nf4_config(base: str, labels: list[str], bf16: bool) -> BitsAndBytesConfig:
 
 
 def build_model(base: str, labels: list[str], arguments: QloraArguments, bf16: bool):
-    """Loads the base in NF4 and adds the adapter.
-
-    Args:
-        base: Hub id or folder of the base model.
-        bf16: whether the training computes in bfloat16.
-
-    Returns:
-        The `PeftModel`, whose adapter and head are trainable.
+    """Loads the base, a Hub id or folder, in NF4; returns it as a `PeftModel`, whose adapter and head are trainable.
 
     Raises:
         UserError: if the base cannot be opened, or a flag names a layer that it does not have.

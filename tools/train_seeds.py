@@ -73,10 +73,7 @@ def main(argv=None) -> None:
 def make_and_score(seed: int, variant: str, weights: Path, results: Path, configs: Path) -> dict:
     """Makes `weights`/seeds/<variant>-<seed>, unless it is up to date, and scores each of its formats on test.
 
-    Args:
-        variant: the name of a config; with `-float` at its end, QAT without fake quantization (the float fine-tuning
-            control).
-        results: the records become `seeds/<seed>/metrics` in this folder.
+    The records become `seeds/<seed>/metrics` in ``results``.
 
     Returns:
         The seed, the scores on validation and the costs of the training; and the scores on test, by format in
@@ -125,11 +122,7 @@ def make(artifact: Path, variant: str, seed: int, weights: Path, configs: Path) 
 
 
 def score_format(artifact: Path, format: str, results: Path, variant: str) -> dict:
-    """Scores one format on test, in a fresh process, unless its record is newer than the model.
-
-    Returns:
-        The result of `scores_of_seed`.
-    """
+    """Scores one format on test, in a fresh process, unless its record is newer; returns that of `scores_of_seed`."""
     path = results / "metrics" / f"{variant}-{format}.json"
     # Latency is not measured here: a seed changes no speed, and only run_benchmark.py times several models.
     if not path.is_file() or path.stat().st_mtime < (artifact / RECIPE_FILE).stat().st_mtime:

@@ -219,11 +219,7 @@ class Worker:
         }
 
     def score(self, texts: list[str], labels: list[str], predicted: np.ndarray) -> dict | None:
-        """Returns the scores on all texts, and the share of labels that another model has ``predicted`` too.
-
-        Returns:
-            None if the model has other labels.
-        """
+        """Returns the scores on all texts, and the share of equal labels with ``predicted``; None for other labels."""
         names = self._model["labels"]
         if not set(labels) <= set(names):
             return None

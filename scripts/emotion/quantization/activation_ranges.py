@@ -84,13 +84,9 @@ def _without_tails(counts: np.ndarray, lowest: float, highest: float) -> tuple[f
 
 
 def scale_of(lowest: torch.Tensor, highest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of the 256 integers of a range, as `DynamicQuantizeLinear` computes them.
+    """The value of the integer 1 and the zero point of a range of 256 integers, as `DynamicQuantizeLinear` has them.
 
-    Args:
-        lowest, highest: float32, one number each; the range is widened to hold 0, as ONNX wants it.
-
-    Returns:
-        The value of the integer 1, and the integer that stands for 0, from 0 to 255: float32, one number each.
+    All are float32, one number each. The range is widened to hold 0, as ONNX wants it.
     """
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
     scale = (highest - lowest) / 255

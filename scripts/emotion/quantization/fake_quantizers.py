@@ -38,12 +38,7 @@ MOMENTUM = 0.01  # of a moving range: the weight of a batch, that of PyTorch's M
 def round_rows(
     values: torch.Tensor, whole: torch.Tensor | None = None, span: tuple[int, int] = FULL_SPAN
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds each row (the last dimension) to symmetric integers, as torchao does it for INT8.
-
-    Args:
-        values: float (..., columns).
-        whole: the tensor of which the values are a part; not used, since each row has a range of its own.
-        span: the smallest and the largest integer.
+    """Rounds each row of float (..., columns) to the symmetric integers of a span, as torchao does it for INT8.
 
     Returns:
         The integers as floats, (..., columns), and their scale (the value of the integer 1): float32 (..., 1).
@@ -63,15 +58,10 @@ def round_all(values: torch.Tensor, whole: torch.Tensor | None = None) -> tuple[
 def round_in_range(
     values: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds values to the 256 integers of a range, as ONNX's QuantizeLinear does; what lies beyond is clipped.
-
-    Args:
-        values: float, of any shape.
-        lowest, highest: float32, one number each; the range is widened to hold 0, as ONNX wants it.
+    """Rounds float values to the 256 integers of a range, as ONNX's QuantizeLinear does; what lies beyond is clipped.
 
     Returns:
-        The integers less their zero point, as floats from -255 to 255, in the shape of the values; and their scale
-        (the value of the integer 1): float32, one number.
+        The integers less their zero point, as floats from -255 to 255, in the shape of the values; and their scale.
     """
     values = values.float()  # under autocast too: a quotient of bfloat16 would be rounded twice
     scale, zero = scale_of(lowest, highest)

@@ -147,11 +147,7 @@ def apply_gptq(plan: Plan, rows: CalibrationRows) -> Plan:
 
 
 def multiply_inputs(model, names: list[str], rows: CalibrationRows) -> dict[str, torch.Tensor]:
-    """The products of each layer's inputs with each other, summed over all word pieces of the rows.
-
-    Args:
-        model: the float model.
-        names: the linear layers.
+    """The products of the inputs of linear layers with each other, summed over all word pieces of the rows.
 
     Returns:
         Name of a layer -> float32 (width, width), symmetric.

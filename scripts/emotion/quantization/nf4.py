@@ -23,9 +23,6 @@ BLOCK = 64  # weights that share a scale
 def find_float_modules(base: str, labels: list[str]) -> list[str]:
     """Returns the linear layers that stay in float: those outside the encoder, and those too narrow for NF4.
 
-    Args:
-        base: Hub id or folder of the model.
-
     Raises:
         UserError: if NF4 can hold no layer of the model.
     """
@@ -43,10 +40,7 @@ def initialize_loftq(model: PeftModel, float_model) -> None:
     """Initializes the adapter, in place, as the best low-rank approximation of the quantization error.
 
     This is LoftQ with one step (Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
-    ICLR 2024). PEFT's own needs a GPU and ignores the scaling alpha / rank.
-
-    Args:
-        float_model: the same model in float, without the adapter.
+    ICLR 2024). PEFT's own needs a GPU and ignores the scaling alpha / rank. ``float_model`` has no adapter.
     """
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A") and isinstance(layer.base_layer, Linear4bit):
@@ -79,9 +73,6 @@ def round_to_nf4(folder: Path, rows: CalibrationRows, config: BitsAndBytesConfig
         folder: the float model.
         rows: calibration samples, which show the inputs of the layers.
         config: of the layers in NF4.
-
-    Returns:
-        The model in NF4.
     """
     model = load_trained_classifier(folder, dtype=torch.float32, quantization_config=config)
     float_model = load_trained_classifier(folder)

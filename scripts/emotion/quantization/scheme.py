@@ -100,11 +100,7 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
 def load_task(base: BaseModel, metadata: dict, arguments, texts_alone: bool = False) -> Task:
     """Loads the dataset that ``arguments`` or recipe.yaml name, with its labels in the order of the model's head.
 
-    Args:
-        texts_alone: whether the labels may be missing.
-
-    Raises:
-        UserError: if nothing names a dataset, or its labels are not the model's.
+    With ``texts_alone`` they may be missing. Raises `UserError` if nothing names a dataset, or its labels are others.
     """
     return load_task_of(metadata, arguments, head_labels(base.path, fine_tuned=True), texts_alone)
 
@@ -170,7 +166,6 @@ def load_samples(
 
     Args:
         folder: of the model, whose tokenizer is used.
-        count: of calibration samples.
         threads: to score with; all that may be used by default.
 
     Raises:
