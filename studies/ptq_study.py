@@ -59,15 +59,11 @@ CANDIDATES = {
     "OpenVINO, SmoothQuant": Candidate("openvino", {"smooth_quant": True}),
 }
 # Format -> its flags where a candidate does not change them; the defaults of run_ptq.py are earlier winners.
+ALL_LAYERS = {"modules_to_not_convert": []}
 FLAGS = {
-    "torchao": {"modules_to_not_convert": []},
-    "onnx": {
-        "reduce_range": True,
-        "modules_to_not_convert": [],
-        "activation_quantization": "minmax",
-        "split_outliers": False,
-    },
-    "openvino": {"reduce_range": True, "modules_to_not_convert": [], "smooth_quant": False},
+    "torchao": ALL_LAYERS,
+    "onnx": ALL_LAYERS | {"reduce_range": True, "activation_quantization": "minmax", "split_outliers": False},
+    "openvino": ALL_LAYERS | {"reduce_range": True, "smooth_quant": False},
 }
 
 

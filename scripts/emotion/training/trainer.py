@@ -212,10 +212,7 @@ class ClassificationTrainer(Trainer):
             print("WARNING: the model predicts a single class on validation; lower --learning_rate", file=sys.stderr)
         print(f"validation macro F1 of the saved weights: {four_digits(saved.get('eval_macro_f1'))}")
         return {
-            "validation_macro_f1": saved.get("eval_macro_f1"),
-            "validation_accuracy": saved.get("eval_accuracy"),
-            "validation_loss": saved.get("eval_loss"),
-            "validation_rows": saved.get("eval_rows"),
+            **{f"validation_{name}": saved.get(f"eval_{name}") for name in ("macro_f1", "accuracy", "loss", "rows")},
             "predicted_classes": saved.get("eval_predicted_classes"),
             "best_epoch": saved.get("epoch"),
             "steps": self.state.global_step,
