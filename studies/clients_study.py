@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,9 @@ from emotion.data.dataset import get_split, load_task_of
 from emotion.evaluation.protocol import choose_timed
 from emotion.evaluation.record import read_predictions
 from emotion.inference.model_folder import SCORES_OF_OPENED, read_config
-from emotion.utils.arguments import COUNT, parse_args
+from emotion.utils.arguments import COUNT, flag, parse_args
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.command import Bar, run
-from emotion.utils.errors import UserError
 from emotion.utils.files import RECOMMENDED, ROOT, read_json, write_json
 from emotion.utils.machine import describe_run
 
@@ -113,10 +112,10 @@ CLIENTS = {
 class ClientsArguments:
     """Which clients are tried, and on how many texts."""
 
-    clients: list[str] = field(default_factory=lambda: list(CLIENTS), metadata={"help": "Names with versions."})
-    texts: int = field(default=300, metadata={"help": "Test texts.", "choices": COUNT})
-    openvino: str = field(default=str(ROOT / "weights/mine/ptq"), metadata={"help": "Folder with OpenVINO's files."})
-    results_dir: str = field(default=str(ROOT / "results"), metadata={"help": "Where the results are written."})
+    clients: list[str] = flag(list(CLIENTS), "Names with versions.", CLIENTS)
+    texts: int = flag(300, "Test texts.", COUNT)
+    openvino: str = flag(str(ROOT / "weights/mine/ptq"), "Folder with OpenVINO's files.")
+    results_dir: str = flag(str(ROOT / "results"), "Where the results are written.")
 
 
 def main(argv=None) -> None:
@@ -128,8 +127,6 @@ def main(argv=None) -> None:
     texts = get_split(task, "test")["text"]
     rows = choose_timed(len(texts), arguments.texts)[-arguments.texts :]
     for client in Bar(arguments.clients, desc="clients"):
-        if client not in CLIENTS:
-            raise UserError(f"{client}: known are {', '.join(CLIENTS)}")
         with tempfile.TemporaryDirectory() as folder:
             clients[client] = try_client(client, Path(folder), [texts[row] for row in rows], rows, arguments)
         print(client, json.dumps(clients[client]))
