@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+from onnx import numpy_helper
 
 from emotion.inference.model_folder import BRANCH, LEVELS
 
@@ -169,8 +171,6 @@ def _onnx_matrices(weights: Path) -> tuple[list[Matrix], list[Matrix]]:
     keep the float operators, and dequantize before them. Below 8 bits the weights are packed, and a few operators
     unpack them for INT8 operators.
     """
-    import onnx
-
     graph = onnx.load(weights).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     # Static INT8: the float tensor -> the names of its integers and of their scales
@@ -206,8 +206,6 @@ def _activations_of(node, constants: dict) -> str:
 
 def _stored_matrix(node, constants: dict, dequantized: dict) -> Matrix | None:
     """The constant matrix that a node takes, directly or through DequantizeLinear; None if it takes none."""
-    from onnx import numpy_helper
-
     # The table of levels that bytes are looked up in is not an embedding, and the outlier channels of a layer are
     # counted with the layer's own node.
     if node.op_type not in WEIGHT_OPERATORS or "/unpack" in node.name or BRANCH in node.name:
@@ -243,8 +241,6 @@ def _packed_matrices(constants: dict) -> dict[str, Matrix]:
 
     A file does not name its bits and groups. Both follow from the shapes of the arrays.
     """
-    from onnx import numpy_helper
-
     found = {}
     for full, tensor in constants.items():
         name, _, kind = full.rpartition("/")

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 from emotion.data.dataset import Task, fingerprint
 from emotion.data.metrics import expected_calibration_error, macro_f1_interval
@@ -105,9 +107,6 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: if the file is missing or damaged.
     """
-    import pyarrow  # imported here: commands that only read or name records start faster without it
-    from pyarrow import parquet
-
     if not Path(path).is_file():
         raise UserError(f"no file {path}; measure with python scripts/run_evaluation.py")
     try:
@@ -186,9 +185,6 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     Returns:
         The record's file.
     """
-    import pyarrow  # imported here: commands that only read or name records start faster without it
-    from pyarrow import parquet
-
     name = Record.check(record, f"{record['variant']}-{record['format']}").name
     columns = {
         "row": pyarrow.array(range(len(labels)), pyarrow.int64()),

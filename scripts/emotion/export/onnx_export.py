@@ -10,8 +10,12 @@ import inspect
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
-from transformers import AutoModelForSequenceClassification
+from onnxruntime.transformers.fusion_options import FusionOptions
+from onnxruntime.transformers.optimizer import optimize_model
+from transformers import AttentionInterface, AutoModelForSequenceClassification
+from transformers.masking_utils import AttentionMaskInterface
 
 from emotion.data.tokenization import LONGEST_TEXT, TokenTypes, longest_text
 from emotion.export import graph_passes as passes
@@ -100,9 +104,6 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     Raises:
         ExportError: if not even the plain graph can be made and answers as the model does.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     AttentionInterface.register(FUSED_ATTENTION, _fused_attention)
     AttentionMaskInterface.register(FUSED_ATTENTION, _padding_mask)
     model = copy.deepcopy(model).cpu().float().eval()  # a copy: another attention is put into it below
@@ -191,9 +192,6 @@ def _rewrite(model, path: Path, cls_only: bool) -> dict[str, bool]:
     Returns:
         `fused` and `cls_only` of `export_onnx`, as the graph has them.
     """
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
-
     options = FusionOptions("bert")
     # Of ONNX Runtime's own fusions only those of layer norm and GELU from their parts are wanted. Its attention does
     # not know the graph of Transformers 5; the others are slower on a CPU, or hide what INT8 needs as single nodes.
@@ -222,8 +220,6 @@ def _rewrite(model, path: Path, cls_only: bool) -> dict[str, bool]:
 
 def largest_gap(model, samples: list[dict[str, torch.Tensor]], path: Path) -> float:
     """The largest difference of a logit between the file and the model in PyTorch, over all samples."""
-    import onnxruntime
-
     onnxruntime.set_default_logger_severity(3)  # errors only
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     model.set_attn_implementation("eager")  # the fused one is a placeholder, which cannot compute
