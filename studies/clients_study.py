@@ -154,7 +154,7 @@ def try_client(client: str, folder: Path, texts: list[str], rows: np.ndarray, ar
         done = subprocess.run([*command, model], input=json.dumps(texts), capture_output=True, text=True, env=alone)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "Error" in line] or ["ended without an answer"]
-            found["variants"][variant] = {"error": errors[-1].strip().replace(str(ROOT), "")}
+            found["variants"][variant] = {"error": errors[-1].rsplit(". ", 1)[-1].strip()[:200]}
             continue
         labels = list(read_config(model)["id2label"].values())
         _, logits = read_predictions(Path(arguments.results_dir) / f"{predictions}.parquet")

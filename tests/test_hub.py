@@ -156,6 +156,15 @@ def test_what_passes_is_tried_again(fault, hub, waits):
     assert not fault.times
 
 
+def test_a_revision_is_fetched_and_one_that_is_not_there_is_named(hub, waits):
+    hold(hub)
+    repository = hub.repositories[REPOSITORY]
+    repository.commits.append(dict.fromkeys(FILES, b"newer"))
+    assert is_whole(download.fetch(REPOSITORY, ["onnx"], revision=repository.sha(0)))
+    with pytest.raises(UserError, match="no revision"):
+        download.fetch(REPOSITORY, ["onnx"], revision="v2")
+
+
 TO_ITSELF = {"Location": "/user/model/resolve/main/config.json"}
 
 

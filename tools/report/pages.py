@@ -20,7 +20,7 @@ MEANS = ("macro_f1", "accuracy", "change", "seeds", "earlier", "per_class_f1")  
 PAGES = {
     "ptq": ["ptq_study", "ptq_sensitivity"],
     "qlora": ["qlora_sweep", "training_cost"],
-    **{page: [page] for page in ("dataset", "batch", "reliability")},
+    **{page: [page] for page in ("dataset", "batch", "reliability", "clients")},
 }
 
 

@@ -41,7 +41,7 @@ RUNTIMES = {
     "bf16": Runtime("PyTorch BF16", ("pytorch",), {"transformers": "4.57"}),
     "torchao": Runtime("torchao", ("torchao",), {"transformers": "5.5", "torchao": "0.18"}),
     "nf4": Runtime("bitsandbytes NF4", ("bitsandbytes",), {"transformers": "4.57", "bitsandbytes": "0.46.1"}),
-    "onnx": Runtime("ONNX Runtime", ("onnx", "transformers.js"), {"onnxruntime": "1.17.3"}),
+    "onnx": Runtime("ONNX Runtime", ("onnx", "transformers.js"), {"onnxruntime": "1.18.1"}),
     "openvino": Runtime("OpenVINO", ("openvino",), {"openvino": "2024.0", "optimum-intel": "2.2"}),
 }
 TRANSFORMERS_JS = "3.8.1"  # the oldest that opened the ONNX files
@@ -246,7 +246,7 @@ def _collect_facts(own: list[Record]) -> dict:
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": _hyperparameters(provenance),
         "epochs": recipe.get("num_train_epochs", provenance.training_recipe.get("num_train_epochs")),
-        "versions": {name: first.environment.packages[name] for name in sorted(packages)},
+        "versions": {name: one for name, one in sorted(first.environment.packages.items()) if name in packages},
         "example": example,
         "answers": answers,
     }

@@ -128,6 +128,7 @@ class EmotionClassifier:
         format: str | None = None,
         threads: int | None = None,
         verify: bool = True,
+        revision: str | None = None,
     ) -> "EmotionClassifier":
         """Opens a model folder, or a repository of the Hub, of which it downloads one format.
 
@@ -138,12 +139,13 @@ class EmotionClassifier:
                 to ONNX, else OpenVINO, else the first that the folder has.
             threads (`int`, *optional*): defaults to `OMP_NUM_THREADS`, at most all processors of this process.
             verify (`bool`, defaults to `True`): whether the files are compared with the folder's SHA256SUMS, if any.
+            revision (`str`, *optional*): branch, tag or commit of the repository; defaults to "main".
 
         Raises:
             UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
         """
         threads = choose_threads(threads)
-        folder = recommended_model() if model is None else find_model(str(model), format, verify)
+        folder = recommended_model() if model is None else find_model(str(model), format, verify, revision)
         format = format or choose_format(folder, verify)
         return cls(folder, format, threads, partial(open_artifact, verify=verify))
 
@@ -319,7 +321,7 @@ def choose_format(folder: Path, verify: bool) -> str:
     return next(iter(formats))
 
 
-def find_model(name: str, format: str | None, verify: bool = True) -> Path:
+def find_model(name: str, format: str | None, verify: bool = True, revision: str | None = None) -> Path:
     """The folder of that name, or the downloaded files of the repository of that name; raises `UserError` as `fetch`.
 
     ``format`` is the one to download; if None, the first of `PREFERRED` that the repository has.
@@ -330,12 +332,18 @@ def find_model(name: str, format: str | None, verify: bool = True) -> Path:
     if format not in {None, *WEIGHT_FILES}:
         raise UserError(f"no format '{format}'; take one of {', '.join(WEIGHT_FILES)}")
     try:
-        return fetch(name, [format] if format else [*PREFERRED], verify)
+        return fetch(name, [format] if format else [*PREFERRED], verify, revision=revision)
     except UserError as error:
         raise UserError(f"no folder {name}; {error}; {HOW_TO_GET}") from error
 
 
-def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = ()) -> Path:
+def fetch(
+    repo_id: str,
+    formats: list[str],
+    verify: bool = True,
+    optional: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> Path:
     """Downloads the files that one format of a repository needs, or finds them in the cache; returns their folder.
 
     Of the ``formats`` it takes the first that the repository has, and the ``optional`` files that it has. Raises
@@ -345,7 +353,8 @@ def fetch(repo_id: str, formats: list[str], verify: bool = True, optional: tuple
 
     check_repo_id(repo_id)
     offline = not endpoint_answers()  # then the cache alone is read
-    folder, names = ask_hub(lambda: _download(repo_id, formats, (SUMS_FILE, *optional), offline), repo_id)
+    download = partial(_download, repo_id, revision, formats, (SUMS_FILE, *optional), offline)
+    folder, names = ask_hub(download, repo_id)
     if verify:
         try:
             check_sums(folder, names)
@@ -366,7 +375,9 @@ def fetch_all(repo_id: str) -> Path:
     return Path(ask_hub(download, repo_id))
 
 
-def _download(repo_id: str, formats: list[str], optional: tuple[str, ...], offline: bool) -> tuple[Path, list[str]]:
+def _download(
+    repo_id: str, revision: str | None, formats: list[str], optional: tuple[str, ...], offline: bool
+) -> tuple[Path, list[str]]:
     """One attempt of `fetch`; returns the folder and the names of the files that the format needs."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
@@ -374,7 +385,7 @@ def _download(repo_id: str, formats: list[str], optional: tuple[str, ...], offli
     download = partial(hf_hub_download, repo_id, local_files_only=offline)
     # Offline, nobody knows whether the repository lacks a file that the cache lacks.
     absent = EntryNotFoundError if offline else RemoteEntryNotFoundError
-    folder = Path(download(SHARED_FILES[0])).parent
+    folder = Path(download(SHARED_FILES[0], revision=revision)).parent
     # The cache names its folders by commit. All files come from this one, whatever is pushed meanwhile.
     download = partial(download, revision=folder.name)
     for name in SHARED_FILES[1:]:

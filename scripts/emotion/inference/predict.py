@@ -47,7 +47,7 @@ def classify_all(batches, args) -> None:
     if args.model is None:  # beside the answers, not among them
         print(f"answered by {RECOMMENDED}; --model takes another", file=sys.stderr)
     classifier = EmotionClassifier.from_pretrained(
-        args.model, args.format, args.threads, verify=not args.skip_checksum
+        args.model, args.format, args.threads, not args.skip_checksum, args.model_revision
     )
     empty = sum(answer(classifier, texts, args) for texts in batches)
     if cut := classifier.texts_cut:
@@ -65,6 +65,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = configure_parser(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("texts", nargs="*", help="sentences; without any, standard input is read line by line")
     parser.add_argument("--model", help=f"model folder, or user/name on the Hub; {RECOMMENDED} if not given")
+    parser.add_argument("--model_revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--format", help="format to open; ONNX if the folder has it")
     parser.add_argument("--file", help="file with one text per line")
     parser.add_argument("--top_k", type=int, default=1, choices=COUNT, help="number of classes to show")

@@ -224,7 +224,7 @@ def classify_status(error: BaseException, status: int, repo_id: str) -> tuple[bo
     messages = {
         401: f"the Hub does not know this token, or {repo_id} is not there; run `hf auth login` again",
         403: f"this token may not do that with {repo_id}{detail}; take one that may",
-        404: f"no repository {repo_id} on the Hub, or no file of that name in it",
+        404: f"no repository {repo_id} on the Hub, or no revision or file of that name in it",
         413: f"a file is too large for {repo_id} (status 413){detail}",
         507: f"{repo_id} has no space left (status 507){detail}; free some",
     }
