@@ -37,9 +37,10 @@ def main(argv=None) -> None:
     task = load_task(args.dataset_name)
     train, test = get_split(task, "train"), get_split(task, "test")
     models = {
-        # Words and pairs of words; the weights of the classes make the rare ones count in macro F1.
+        # Words and pairs of words; class weights, since the rare classes count in macro F1; of C = 1, 3, 10 and 30 the
+        # last scores best on validation.
         "TF-IDF, logistic regression": make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(class_weight="balanced", max_iter=1000)
+            TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=30, class_weight="balanced", max_iter=1000)
         ),
         "majority class": DummyClassifier(strategy="prior"),
     }
