@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from emotion.data.dataset import TaskArguments
 from emotion.export.onnx_export import check_export, try_export
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
+from emotion.inference import model_folder
 from emotion.quantization.layers import find_stack
 from emotion.training.trainer import (
     ClassificationTrainer,
@@ -54,12 +54,12 @@ ARGUMENTS = (BaselineArguments, BaselineTrainingArguments)
 
 def main(argv=None) -> None:
     arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv, CONFIG)
-    with lock_output_dir(training.output_dir, arguments, recipe):
+    with model_folder.lock_output_dir(training.output_dir, arguments, recipe):
         set_seed(training.seed)
 
         # Load the dataset, then the encoder with a new classification head
         data = load_training_data(arguments, training.seed)
-        model = build_classifier(data.base.path, data.task.labels, arguments.attention_dropout)
+        model = model_folder.build_classifier(data.base.path, data.task.labels, arguments.attention_dropout)
         check_export(data.base.path, data.task.labels, data.tokenizer)
 
         # Train; afterwards the model has the weights of the best checkpoint on validation
@@ -78,7 +78,7 @@ def main(argv=None) -> None:
 
         if trainer.is_world_process_zero():
             metadata = trainer.metadata("baseline")
-            with new_artifact(training.output_dir, metadata) as folder:
+            with model_folder.new_artifact(training.output_dir, metadata) as folder:
                 model = trainer.accelerator.unwrap_model(trainer.model)
                 metadata["onnx"] = save_formats(model, data.tokenizer, folder)
             push_to_hub(training.output_dir, training)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from emotion.data.dataset import DatasetArguments, RowsArguments
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import load_trained_classifier, lock_output_dir, new_artifact
+from emotion.inference import model_folder
 from emotion.quantization import qat, scheme
 from emotion.quantization.fake_quantizers import prepare
 from emotion.training.trainer import (
@@ -63,7 +63,7 @@ ARGUMENTS = (QatArguments, QatTrainingArguments)
 def main(argv=None) -> None:
     arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv)
     base, base_metadata = scheme.check_scheme(arguments, training=True)
-    with lock_output_dir(training.output_dir, arguments, recipe):
+    with model_folder.lock_output_dir(training.output_dir, arguments, recipe):
         set_seed(training.seed)
 
         # Load the dataset
@@ -73,7 +73,7 @@ def main(argv=None) -> None:
         # Load the model and insert fake quantizers
         with scheme.with_onnx_export(base.path, arguments) as folder:
             samples = scheme.load_samples(data.task, folder, arguments.num_calibration_samples, training.seed)
-            plan = scheme.make_plan(folder, load_trained_classifier(folder), arguments, samples[0])
+            plan = scheme.make_plan(folder, model_folder.load_trained_classifier(folder), arguments, samples[0])
         metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)
         if arguments.fake_quantize:
             prepare(plan, scheme.runtime_to_train_for(arguments), arguments.reduce_range)
@@ -97,7 +97,7 @@ def main(argv=None) -> None:
             metadata |= {"seed": training.seed, "provenance": metadata["provenance"] | data.provenance}
             metadata["training"] = trainer.summarize() | {"frozen_parameters": frozen}
             plan = replace(plan, model=trainer.accelerator.unwrap_model(trainer.model))
-            with new_artifact(training.output_dir, metadata) as folder:
+            with model_folder.new_artifact(training.output_dir, metadata) as folder:
                 metadata |= save(plan, folder, data.tokenizer, *samples, arguments)
             push_to_hub(training.output_dir, training)
 

@@ -25,7 +25,7 @@ from transformers import BitsAndBytesConfig, set_seed
 from emotion.data.dataset import TaskArguments
 from emotion.export.onnx_export import check_export
 from emotion.hub.upload import push_to_hub
-from emotion.inference.model_folder import build_classifier, lock_output_dir, new_artifact
+from emotion.inference import model_folder
 from emotion.quantization import nf4
 from emotion.training import qlora
 from emotion.training.trainer import (
@@ -85,7 +85,7 @@ ARGUMENTS = (QloraArguments, QloraTrainingArguments)
 
 def main(argv=None) -> None:
     arguments, training, recipe = parse_args_and_config(ARGUMENTS, argv, CONFIG)
-    with lock_output_dir(training.output_dir, arguments, recipe):
+    with model_folder.lock_output_dir(training.output_dir, arguments, recipe):
         set_seed(training.seed)
 
         # Load the dataset, then the base model in NF4 with an adapter beside each of its layers
@@ -113,7 +113,7 @@ def main(argv=None) -> None:
         # Save the adapter, and base and adapter as one model
         if trainer.is_world_process_zero():
             metadata = trainer.metadata("qlora", trained_parameters=trained, parameters=total)
-            with new_artifact(training.output_dir, metadata) as folder:
+            with model_folder.new_artifact(training.output_dir, metadata) as folder:
                 model = trainer.accelerator.unwrap_model(trainer.model)
                 config = nf4_config(base, labels, training.bf16) if arguments.load_in_4bit else None
                 merged = qlora.merge(model, data, folder, config)
@@ -140,7 +140,7 @@ def build_model(base: str, labels: list[str], arguments: QloraArguments, bf16: b
         UserError: if the base cannot be opened, or a flag names a layer that it does not have.
     """
     config = nf4_config(base, labels, bf16) if arguments.load_in_4bit else None
-    model = build_classifier(base, labels, arguments.attention_dropout, quantization_config=config)
+    model = model_folder.build_classifier(base, labels, arguments.attention_dropout, quantization_config=config)
     if arguments.load_in_4bit:
         qlora.prepare_4bit_layers(model, bf16)
     targets, modules_to_save = qlora.select_layers(model, arguments.target_modules, arguments.modules_to_save)
@@ -158,7 +158,7 @@ def build_model(base: str, labels: list[str], arguments: QloraArguments, bf16: b
     )
     model = get_peft_model(model, lora_config)
     if arguments.init_lora_weights == "loftq":
-        nf4.initialize_loftq(model, build_classifier(base, labels, None))
+        nf4.initialize_loftq(model, model_folder.build_classifier(base, labels, None))
     return model
 
 
