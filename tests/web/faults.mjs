@@ -25,6 +25,8 @@ const late = (page) => page.addInitScript(() => {
   window.setTimeout = (call, delay, ...words) => wait(call, delay / 100, ...words);
 });
 
+const workerOf = async (page) => page.workers()[0] ?? page.waitForEvent("worker"); // which may be starting
+
 const FAULTS = {
   noModels: { prepare: () => {}, act: (page) => page.locator("#missing li:not(:empty)").nth(3).waitFor() },
   damaged: { prepare: () => {} }, // by what the place holds
@@ -52,7 +54,7 @@ const FAULTS = {
     prepare: serve("return [{ label: name, score: 1 }];",
                    'if (name !== "user/second") await new Promise((done) => { self.release = done; });'),
     act: async (page) => {
-      const worker = page.workers()[0] ?? await page.waitForEvent("worker");
+      const worker = await workerOf(page);
       while (!(await worker.evaluate(() => self.opened))) await page.waitForTimeout(20);
       await page.click("summary");
       await page.fill("#model", "user/second");
@@ -76,7 +78,7 @@ for (const [name, { prepare, query = "", act }] of Object.entries(FAULTS)) {
     bars: [...document.querySelectorAll("#bars li")].map((row) => row.firstChild.textContent),
     missing: [...document.querySelectorAll("#missing li:not(:empty)")].map((line) => line.textContent),
     images: document.images.length, wide: document.scrollingElement.scrollWidth }));
-  seen[name].opened = await page.workers()[0].evaluate(() => self.opened ?? []);
+  seen[name].opened = await (await workerOf(page)).evaluate(() => self.opened ?? []);
   await page.unrouteAll({ behavior: "ignoreErrors" }); // sizes may still be asked for
   await page.context().close();
 }
