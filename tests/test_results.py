@@ -120,7 +120,7 @@ def test_classifiers_without_a_network_stand_beside_the_models(page, colors, tmp
     text_baselines.main(["--dataset_name", str(colors), "--results_dir", str(tmp_path / "results")])
     models = read_json(tmp_path / "results" / "text_baselines.json")["models"]
     scores = {name: model["quality"] for name, model in models.items()}
-    assert scores["TF-IDF, logistic regression"]["macro_f1"] > 0.9  # the colors are words
+    assert scores["TF-IDF with logistic regression"]["macro_f1"] > 0.9  # the colors are words
     counts = np.sum(scores["majority class"]["confusion_matrix"], axis=1)
     assert scores["majority class"]["accuracy"] == counts.max() / counts.sum()
     render_report.main(page)
