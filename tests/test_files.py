@@ -19,6 +19,7 @@ from emotion.data.dataset import load_task
 from emotion.evaluation.schema import Record
 from emotion.inference.emotion_classifier import fetch
 from emotion.inference.model_folder import ARTIFACT, METADATA_FIELDS
+from emotion.quantization import scheme
 from emotion.utils.base_model import find_base_model, read_recipe_of
 from emotion.utils.errors import UserError, check_repo_id
 from emotion.utils.files import atomic_folder, atomic_write, check_replaceable, output_lock, write_json, write_text
@@ -238,7 +239,7 @@ def test_what_a_run_reads_is_never_its_output(command, where, artifact, encoder,
 
 @pytest.mark.parametrize("command", [run_baseline, run_ptq, run_qat])
 def test_a_command_refuses_before_any_work(command, artifact, encoder, colors, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_task_of" if command is not run_baseline else "load_training_data", None)
+    monkeypatch.setattr(*((command, "load_training_data") if command is run_baseline else (scheme, "load_task")), None)
     fill(tmp_path / "out", OURS | {"thesis.txt": "all of it"})
     (tmp_path / "file").touch()
     for out, noun in (("out", "thesis.txt"), ("file/below", "file")):

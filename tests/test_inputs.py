@@ -30,6 +30,7 @@ from emotion.data import tokenization as tokens
 from emotion.data.dataset import Task, load_task
 from emotion.data.tokenization import TextEncoder
 from emotion.inference import predict
+from emotion.quantization import scheme
 from emotion.utils import command
 from emotion.utils.arguments import make_parser, parse_args_and_config, resolve_config
 from emotion.utils.base_model import EMBEDDED_MODEL, find_base_model
@@ -50,9 +51,9 @@ class Loaded(Exception):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    for module in METHODS.values():
-        name = "load_training_data" if module in (run_baseline, run_qlora) else "load_task_of"
-        monkeypatch.setattr(module, name, lambda *args: raise_(Loaded()))
+    loading = "load_training_data"
+    for module, name in ((run_baseline, loading), (run_qlora, loading), (scheme, "load_task")):
+        monkeypatch.setattr(module, name, lambda *args, **options: raise_(Loaded()))
 
 
 def end_of(main, capsys) -> tuple[int, str]:
