@@ -38,7 +38,7 @@ from emotion.utils.machine import code_url
 PAGE, WORKER = "index.html", "worker.js"  # a folder with the first is a Space
 # What --endpoint_handler adds: the service installs the second before it calls the first
 HANDLER = {"handler.py": ROOT / "scripts" / "emotion" / "hub" / "handler.py"}
-HANDLER["requirements.txt"] = b"numpy>=1.26\nonnxruntime>=1.17.3\ntokenizers>=0.22\n"
+HANDLER["requirements.txt"] = b"numpy>=1.26\nonnxruntime>=1.18.1\ntokenizers>=0.22\n"
 SCORES = "results/metrics/"  # folder of the records in a model's repository
 # What may be there beside the scored files: an adapter (not PEFT's own card, nor somebody's notes), a license
 OPTIONAL_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "LICENSE")
