@@ -78,12 +78,12 @@ PROGRAMS = {
     ),
     "optimum-onnx": (
         "from optimum.onnxruntime import ORTModelForSequenceClassification\n"
-        'model = ORTModelForSequenceClassification.from_pretrained(folder, file_name="onnx/model_quantized.onnx")',
+        'model = ORTModelForSequenceClassification.from_pretrained(folder, subfolder="onnx")',
         PIPELINE,
     ),
     "sentence-transformers": (
         "from sentence_transformers import CrossEncoder\nmodel = CrossEncoder(folder)",
-        "answer = lambda text: names[model.predict([(text,)])[0].argmax()]",
+        "answer = lambda text: names[np.reshape(model.predict([text]), -1).argmax()]",
     ),
     "@huggingface/transformers": (
         'const model = await pipeline("text-classification", name, { dtype: "q8" });',
@@ -122,15 +122,15 @@ def main(argv=None) -> None:
     """Tries the clients and writes `clients.json`."""
     (arguments,) = parse_args((ClientsArguments,), positional="clients", argv=argv)
     output = Path(arguments.results_dir) / "clients.json"
-    clients = read_json(output)["clients"] if output.is_file() else {}
     task = load_task_of(read_recipe_of(ROOT / "weights" / RECOMMENDED))
     texts = get_split(task, "test")["text"]
     rows = choose_timed(len(texts), arguments.texts)[-arguments.texts :]
     for client in Bar(arguments.clients, desc="clients"):
         with tempfile.TemporaryDirectory() as folder:
-            clients[client] = try_client(client, Path(folder), [texts[row] for row in rows], rows, arguments)
-        print(client, json.dumps(clients[client]))
-        clients = {name: clients[name] for name in CLIENTS if name in clients}
+            found = {client: try_client(client, Path(folder), [texts[row] for row in rows], rows, arguments)}
+        print(json.dumps(found))
+        found = (read_json(output)["clients"] if output.is_file() else {}) | found
+        clients = {name: found[name] for name in CLIENTS if name in found}
         write_json(output, describe_run(1) | {"texts": arguments.texts, "dataset": task.name, "clients": clients})
 
 
