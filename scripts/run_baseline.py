@@ -80,7 +80,7 @@ def main(argv=None) -> None:
             metadata = trainer.metadata("baseline")
             with model_folder.new_artifact(training.output_dir, metadata) as folder:
                 model = trainer.accelerator.unwrap_model(trainer.model)
-                metadata["onnx"] = save_formats(model, data.tokenizer, folder)
+                metadata["onnx"] = save_formats(model, data.tokenizer, folder, data.rows["text"])
             push_to_hub(training.output_dir, training)
 
 
@@ -131,14 +131,14 @@ def count_layers_above(model) -> dict[str, int]:
     return depths
 
 
-def save_formats(model, tokenizer, folder: Path) -> dict:
+def save_formats(model, tokenizer, folder: Path, texts) -> dict:
     """Saves the model in BF16, in FP32, and in FP32 for ONNX Runtime; returns the result of `try_export`."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, variant="bf16", save_original_format=False)
     # Second, so that config.json is that of the FP32 model
     model.float().save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
     saved = AutoModelForSequenceClassification.from_pretrained(folder)
-    return try_export(saved, tokenizer, folder / "onnx" / "model.onnx")
+    return try_export(saved, tokenizer, folder / "onnx" / "model.onnx", texts)
 
 
 if __name__ == "__main__":

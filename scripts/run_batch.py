@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from emotion.utils.arguments import COUNT, flag, parse_args
+from emotion.utils.arguments import COUNT, SHARE, flag, parse_args
 from emotion.utils.command import Bar, run
 from emotion.utils.errors import UserError
 from emotion.utils.files import recommended_model
@@ -33,8 +33,13 @@ class BatchArguments:
     dataset_config: str | None = flag(None, "Configuration of a dataset of the Hub.")
     split: str = flag("train", "Split of a dataset of the Hub.")
     model: str = flag(str(recommended_model()), "Model folder, or user/name on the Hub.")
+    model_revision: str | None = flag(None, "Branch, tag or commit of the model on the Hub.")
     format: str | None = flag(None, "Format to open; ONNX if the folder has it.")
     top_k: int = flag(1, "Labels per row, each with a score.", COUNT)
+    threshold: float = flag(0.5, "Models with several labels a text: the least score of those in `labels`.", SHARE)
+    long_texts: Literal["truncate", "mean"] = flag(
+        "truncate", "Texts longer than the model takes: truncate, or the mean of the scores of their parts."
+    )
     probabilities: bool = flag(False, "Adds a column for the probability of each label.")
     prefix: str = flag("", "Begins the names of the new columns.")
     output_format: Literal["parquet", "csv", "jsonl"] = flag("parquet", "Of the shards.")
@@ -61,11 +66,12 @@ def main(argv=None) -> None:
     *inputs, output = args.paths
     kind, names = find_files(inputs, args.dataset_config, args.split)
     check_apart(inputs, names, Path(output), args.output_format)
-    folder = find_model(args.model, args.format)
-    classifier = EmotionClassifier.from_pretrained(folder, args.format, args.threads)
+    folder = find_model(args.model, args.format, revision=args.model_revision)
+    classifier = EmotionClassifier.from_pretrained(folder, args.format, args.threads, long_texts=args.long_texts)
     with lock_job(Path(output)):
         source = survey(kind, names, args.text_column, args.keep_columns)
-        answers = Answers(args.top_k, args.probabilities, args.prefix)
+        threshold = args.threshold if classifier.multi_label else None
+        answers = Answers(args.top_k, args.probabilities, args.prefix, threshold, args.long_texts)
         job = Job(
             source=source,
             text_column=args.text_column,

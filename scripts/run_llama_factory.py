@@ -94,7 +94,7 @@ def main(argv=None) -> None:
         if tiny:
             base = build_tiny_llama(rows["text"], work / "base")
         else:
-            base = find_base_model(recipe.values["model_name_or_path"])
+            base = find_base_model(recipe.values["model_name_or_path"], recipe.values.get("model_revision"))
         print(f"base model: {base.name} ({base.source})   dataset: {task.name} ({task.source})")
 
         # Train

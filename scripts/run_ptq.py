@@ -47,8 +47,10 @@ def main(argv=None) -> None:
         # Load the dataset: samples of train for calibration, and validation to measure the loss
         task = scheme.load_task(base, base_metadata, arguments, texts_alone=True)
 
-        with scheme.with_onnx_export(base.path, arguments) as folder:
-            samples = scheme.load_samples(task, folder, arguments.num_calibration_samples, arguments.seed)
+        texts = next(iter(task.splits.values()))["text"]
+        with scheme.with_onnx_export(base.path, arguments, texts) as folder:
+            count, threshold = arguments.num_calibration_samples, arguments.threshold
+            samples = scheme.load_samples(task, folder, count, arguments.seed, threshold=threshold)
             calibration, validation = samples
             count, compared = len(calibration.token_ids), len(validation.texts)
             print(f"{base.path}   {task.name} ({task.source}): {count} rows calibrate, {compared} others are compared")

@@ -71,7 +71,7 @@ def main(argv=None) -> None:
         data = load_training_data(arguments, training.seed, base, task)
 
         # Load the model and insert fake quantizers
-        with scheme.with_onnx_export(base.path, arguments) as folder:
+        with scheme.with_onnx_export(base.path, arguments, data.rows["text"]) as folder:
             samples = scheme.load_samples(data.task, folder, arguments.num_calibration_samples, training.seed)
             plan = scheme.make_plan(folder, model_folder.load_trained_classifier(folder), arguments, samples[0])
         metadata = scheme.quantized_metadata("qat", recipe, base_metadata, plan, arguments)

@@ -299,9 +299,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, kind, repo, revision="main"):
         if (repository := self.find(kind, repo)) is not None:
-            siblings = [{"rfilename": name} for name in repository.at(revision)]
-            answer = {"id": repo, "sha": repository.sha(), "private": repository.private, "siblings": siblings}
-            self.send(200, answer | {"tags": [], "downloads": 0, "likes": 0})
+            if (files := repository.at(revision)) is None:
+                return self.send(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+            siblings = [{"rfilename": name} for name in files]
+            sha = repository.sha() if revision == "main" else revision
+            answer = {"id": repo, "sha": sha, "private": repository.private, "siblings": siblings}
+            return self.send(200, answer | {"tags": [], "downloads": 0, "likes": 0})
+        return None
 
     def tree(self, kind, repo, revision, folder=None):
         repository = self.find(kind, repo)

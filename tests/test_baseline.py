@@ -130,13 +130,14 @@ def test_a_classifier_of_other_classes_is_no_base(artifact, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_launches_it(processes, encoder, colors, tmp_path):
     flags = train_flags(encoder, colors, tmp_path / "out", per_device_train_batch_size=16 // processes)
-    several = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    several = ["--num_processes", "2", *["--multi_gpu"] * (processes > 1)]  # without it, there is one all the same
     config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *config, *several]
     command = [*launch, str(ROOT / "scripts" / "run_baseline.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"saved {tmp_path}") == 1  # one process speaks and saves
+    assert ("add --multi_gpu" in done.stdout) == (processes == 1)
     metadata = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert metadata["training"]["processes"] == processes
     assert metadata["training"]["validation_macro_f1"] > 0.9

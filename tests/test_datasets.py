@@ -8,6 +8,7 @@ import ssl
 import sys
 from types import SimpleNamespace
 
+import datasets
 import httpx
 import pytest
 import torch
@@ -139,6 +140,13 @@ def test_a_file_that_is_none_is_refused_before_the_hub_is_asked(name, tmp_path):
         load_task(name)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text(CSV + "red,warm\nblue,cold\n")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/datasets")
+    with pytest.raises(UserError, match="^/dev/null/.* HF_HOME names another place"):
+        load_task(str(tmp_path / "a.csv"))
+
+
 def test_without_validation_a_stratified_tenth_of_train_is_held_out(tmp_path, capsys):
     lines = [f"text {row},{'rare' if row % 20 == 0 else 'common'}\n" for row in range(400)]
     (tmp_path / "train.csv").write_text(CSV + "".join(lines))
@@ -213,9 +221,9 @@ COMMANDS = [run_ptq, run_qat, run_baseline, run_qlora, run_evaluation]
 def test_labels_are_matched_by_name(main, permuted, colors, tmp_path, monkeypatch):
     references = []
 
-    def compare(before, after, labels):
+    def compare(before, after, labels, *options):
         references.append(score(before, labels)["macro_f1"])
-        return compared(before, after, labels)
+        return compared(before, after, labels, *options)
 
     compared = accuracy_aware.compare
     monkeypatch.setattr(accuracy_aware, "compare", compare)

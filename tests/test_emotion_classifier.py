@@ -14,11 +14,28 @@ from itertools import count, islice
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
+import run_baseline
+import run_batch
 import run_ptq
 import run_qat
-from conftest import ROOT, WORDS, build_rows, contents, copy_to_edit, ptq_flags, qat_flags, run_code, run_script
+from conftest import (
+    ROOT,
+    WORDS,
+    as_flags,
+    build_rows,
+    contents,
+    copy_to_edit,
+    ptq_flags,
+    qat_flags,
+    run_code,
+    run_script,
+    train_flags,
+)
 from emotion import EmotionClassifier
+from emotion.data.tokenization import MOST_WINDOWS
+from emotion.inference import predict
 from emotion.inference.emotion_classifier import CHUNK, FEW
 from emotion.utils.base_model import read_recipe_of
 from emotion.utils.errors import UserError
@@ -192,6 +209,69 @@ def test_a_repository_of_the_hub_is_opened(quantized, hub):
     done = run_code(code)  # in a process of its own: huggingface_hub reads its settings while it loads
     assert done.stdout == "openvino warm\n", done.stderr
     assert "model.safetensors" not in hub.downloads("user/colors")
+
+
+def test_a_revision_is_opened_and_no_other(artifact, colors, hub, tmp_path, capsys):
+    files = {name: data for name, data in contents(artifact).items() if name != "SHA256SUMS" and "onnx" not in name}
+    renamed = files | {"config.json": files["config.json"].replace(b"warm", b"hot")}
+    repository = hub.repositories["user/colors"] = Repository(commits=[files, renamed])
+    first, last = ({"model_revision": repository.sha(index)} for index in (0, 1))
+    assert EmotionClassifier.from_pretrained("user/colors", revision=first["model_revision"]).labels[0] == "warm"
+    assert EmotionClassifier.from_pretrained("user/colors").labels[0] == "hot"
+    predict.main(["--model", "user/colors", *as_flags(**first), "red"])
+    assert capsys.readouterr().out.startswith("warm")
+    (tmp_path / "texts.txt").write_text("red\n")
+    run_batch.main([str(tmp_path / "texts.txt"), str(tmp_path / "out"), "--model", "user/colors", *as_flags(**first)])
+    run_ptq.main(ptq_flags("user/colors", tmp_path / "ptq", formats="torchao", dataset_name=colors, **first))
+    assert EmotionClassifier(tmp_path / "ptq").labels[0] == "warm"
+    made = read_recipe_of(tmp_path / "ptq")["recipe"]
+    assert (made["model_name_or_path"], made["model_revision"]) == ("user/colors", first["model_revision"])
+    for main, flags in ((run_baseline.main, train_flags), (run_qat.main, qat_flags)):  # with the labels of the last
+        with pytest.raises(UserError, match="hot"):
+            places = ("user/colors", colors) if flags is train_flags else ("user/colors",)
+            main(flags(*places, tmp_path / "no", **({"dataset_name": colors} | last)))
+    for call, message in (
+        (lambda: EmotionClassifier.from_pretrained("user/colors", revision="0" * 40), "no such file or revision"),
+        (lambda: EmotionClassifier.from_pretrained(artifact, revision="main"), "no repository of the Hub"),
+        (lambda: run_baseline.main(train_flags(artifact, colors, "no", model_revision="main")), "no repository"),
+        (lambda: run_baseline.main(train_flags("user/colors", colors, "no", model_revision="x")), "or revision"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("format", ["onnx", "pytorch"])
+def test_scores_of_a_long_text_are_the_mean_of_its_parts(format, artifact, tmp_path, capsys):
+    truncating = EmotionClassifier(artifact, format)
+    length = truncating.runtime.encode.max_length - 2  # words of a window, without the special tokens
+    words = ["red"] * length + ["blue", "sky"] * length + ["gray"] * 5
+    parts = [" ".join(words[start : start + length]) for start in range(0, len(words), length)]
+    expected = truncating.probabilities(truncating.logits(parts)).mean(axis=0)
+    classifier = EmotionClassifier.from_pretrained(artifact, format, long_texts="mean")
+    for averaging in (classifier, pickle.loads(pickle.dumps(classifier))):
+        texts = ["a red house", " ".join(words), "gray"]
+        found = averaging.probabilities(averaging.logits(texts))
+        np.testing.assert_allclose(found[1], expected, atol=1e-5)
+        np.testing.assert_allclose(averaging.logits(texts)[::2], truncating.logits(texts[::2]), atol=1e-5)
+    assert len(parts) == 4 and classifier.texts_cut == 2
+    with pytest.raises(UserError, match="truncate or mean"):
+        EmotionClassifier(artifact, long_texts="middle")
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    flags = ["--model", str(artifact), "--format", format, "--long_texts", "mean"]
+    predict.main([*flags, "--file", "texts.txt", "--top_k", "3", "--json"])
+    shown = capsys.readouterr()
+    scores = {one["label"]: one["score"] for one in json.loads(shown.out.splitlines()[1])["top_k"]}
+    np.testing.assert_allclose([scores[label] for label in classifier.labels], expected, atol=1e-4)
+    assert shown.err == "1 text was longer than the model takes and read in parts\n"
+    run_batch.main(["texts.txt", "out", *flags, "--probabilities"])
+    (row,) = parquet.read_table("out").slice(1, 1).to_pylist()
+    assert row["status"] == "averaged" and row["probability_none"] == pytest.approx(expected[2], abs=1e-4)
+
+
+def test_of_a_text_without_end_a_bounded_number_of_parts_is_read(artifact):
+    classifier = EmotionClassifier(artifact, long_texts="mean")
+    assert len(classifier.runtime.encode.windows(["sky " * 1_000_000])[0]) == MOST_WINDOWS
+    assert classifier(["s" * 3_000_000, "red"])[1]["label"] == "warm"
 
 
 # Neighbors that stretch the range of a batch: the longest text, one token repeated, other alphabets, nothing

@@ -1,5 +1,6 @@
 """Model folders that other programs wrote: opened, or refused in one line before any work."""
 
+import io
 import json
 import os
 import shutil
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import run_baseline
-import run_evaluation
 import run_ptq
 import run_qat
 import run_qlora
-from conftest import SIZES, ptq_flags, qat_flags, qlora_flags, read_json, train_flags
+from conftest import SIZES, build_rows, ptq_flags, qat_flags, qlora_flags, read_json, train_flags
 from emotion import EmotionClassifier
 from emotion.data.tokenization import TextEncoder, load_tokenizer
 from emotion.export import onnx_export
@@ -101,6 +102,22 @@ def test_what_transformers_opens_is_quantized(form, folder, colors, tmp_path):
     assert TextEncoder(tmp_path / "ptq").max_length in {40, 42}
 
 
+def test_a_sentencepiece_model_alone_is_enough(folder, colors, tmp_path):
+    model, pieces = build_classifier(folder, "xlm-roberta", BERT), io.BytesIO()
+    rows = build_rows(300)["text"]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(rows), model_writer=pieces, vocab_size=60, hard_vocab_limit=False
+    )
+    model.resize_token_embeddings(70)
+    model.save_pretrained(folder)
+    keep_the_vocabulary_alone(folder)
+    (folder / "vocab.txt").unlink()
+    (folder / "sentencepiece.bpe.model").write_bytes(pieces.getvalue())
+    flags = ptq_flags(folder, tmp_path / "ptq", dataset_name=colors, num_calibration_samples=20, max_f1_drop=100)
+    run_ptq.main([*flags, "--formats", "torchao"])
+    assert TextEncoder(tmp_path / "ptq")(rows) == AutoTokenizer.from_pretrained(folder)(rows)["input_ids"]
+
+
 def test_two_labels_without_names(tmp_path):
     build_classifier(tmp_path, "bert", BERT)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)
@@ -178,6 +195,26 @@ def test_what_is_too_large_is_refused(folder, monkeypatch, tmp_path):
         onnx_export.export_onnx(model, load_tokenizer(str(folder), 100), tmp_path / "model.onnx")
 
 
+def test_a_configuration_of_more_than_2_gb_is_refused_before_its_weights_are_read(folder, colors, tmp_path, capsys):
+    edit(folder / "config.json", hidden_size=4096, num_hidden_layers=20, intermediate_size=16384)
+    for method, flags in ((run_ptq, ptq_flags), (run_qat, qat_flags)):
+        with pytest.raises(UserError, match="larger than 2 GB"):
+            method.main(flags(folder, tmp_path / "out", dataset_name=colors, formats="onnx"))
+    assert not onnx_export.check_export(str(folder), ["warm", "cold", "none"], None)
+    assert "left out: onnx; BertForSequenceClassification has no ONNX file" in capsys.readouterr().out
+
+
+def test_an_export_is_compared_on_real_texts_too(folder, colors):
+    model, tokenizer = load_trained_classifier(folder), load_tokenizer(str(folder), 100)
+    tokenizer.padding_side = "left"
+    *_, short, long, single, longest = onnx_export.sample_inputs(model, tokenizer, build_rows(90)["text"])
+    for inputs in (short, long, longest):
+        assert inputs.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+        assert (inputs["attention_mask"][:, 0] == 0).any() and (inputs["attention_mask"][:, -1] == 1).all()
+    assert single["input_ids"].shape[0] == 1 and longest["input_ids"].shape == (2, 40)
+    assert short["input_ids"].shape[1] < long["input_ids"].shape[1]
+
+
 def test_several_labels_have_a_sigmoid_each(folder, colors, tmp_path, capsys):
     edit(folder / "config.json", problem_type="multi_label_classification")
     (expected,) = pipeline("text-classification", str(folder))(TEXTS[:1], top_k=None)
@@ -192,8 +229,6 @@ def test_several_labels_have_a_sigmoid_each(folder, colors, tmp_path, capsys):
     predict.main(["--model", str(folder), "--json", "--top_k", "9", TEXTS[0]])
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])["top_k"]
     assert [one["score"] for one in shown] == pytest.approx([one["score"] for one in expected], abs=1e-4)
-    with pytest.raises(UserError, match="several labels"):
-        run_evaluation.main([str(folder), "--dataset_name", str(colors), "--results_dir", str(tmp_path)])
 
 
 PROBLEMS = {

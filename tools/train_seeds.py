@@ -164,7 +164,7 @@ def is_up_to_date(artifact: Path, wanted: dict, baseline: Path | None) -> bool:
         recipe.pop("baseline")  # and the recipe of that folder
         return made_after and comparable(recipe) == comparable(wanted)
     # The same recipe gives another model if the Hub cannot be reached and a substitute is used.
-    base = find_base_model(wanted["model_name_or_path"])
+    base = find_base_model(wanted["model_name_or_path"], wanted.get("model_revision"))
     columns = wanted.get("text_column_name"), wanted.get("label_column_name")
     source = load_once(wanted["dataset_name"], wanted.get("dataset_config_name"), *columns).source
     provenance = made["provenance"]["base_model"], made["provenance"]["dataset_source"]

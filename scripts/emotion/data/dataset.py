@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emotion.data.labels import encode_labels, match_labels
+from emotion.data.labels import class_names, encode_labels, holds_lists, match_labels
 from emotion.utils.arguments import COUNT, DROPOUT, Range, flag
 from emotion.utils.base_model import RECIPE_FILE, hub_is_reachable
 from emotion.utils.command import warn_first_and_last
@@ -58,6 +58,7 @@ class TaskArguments(RowsArguments, DatasetArguments):
     """The flags that name the base model and the dataset."""
 
     model_name_or_path: str = flag(help="Base model: a Hub id or a local folder.", kw_only=True)
+    model_revision: str | None = flag(None, "Branch, tag or commit of the base model on the Hub.")
     dataset_name: str = flag(DEFAULT_DATASET, "Dataset: a Hub id, folder, or file (CSV, TSV, JSON lines, Parquet).")
     # 0.1 as in BERT's pretraining
     attention_dropout: float | None = flag(0.1, "Dropout of attention weights; null: the base model's own.", DROPOUT)
@@ -69,7 +70,7 @@ class Task:
 
     name: str  # in cards and records
     source: str  # `hub`, `folder` or `sample`
-    splits: dict  # name of a split -> `datasets.Dataset` with `text` (str) and `label` (int) columns
+    splits: dict  # name of a split -> `datasets.Dataset` with columns `text` (str) and `label` (int, or list of int)
     labels: list[str]  # names of the classes; a row's label is an index into them; none for texts alone
 
 
@@ -80,11 +81,13 @@ def load_task(
     label_column: str | None = None,
     *,
     texts_alone: bool = False,
+    multi_label: bool = False,
 ) -> Task:
     """Loads and checks a dataset: a file, a folder, the Hub or, for the default only, its local copies.
 
     Args:
         texts_alone: whether the labels may be missing.
+        multi_label: whether the model gives a text several labels, so that a row may have a list of them.
 
     Raises:
         UserError: if it cannot be found or read, or naming the column, split or row that is invalid.
@@ -94,7 +97,7 @@ def load_task(
     if not dataset:
         raise UserError(f"--dataset_name {name}: it has no splits; it needs train, validation and test")
     splits = _select_columns(dataset, name, text_column, label_column, texts_alone)
-    splits = encode_labels(splits, name)
+    splits = encode_labels(splits, name, multi_label)
     names = {split: _check_columns(rows, name) for split, rows in splits.items()}
     labels = next(iter(names.values()))
     for split, rows in splits.items():
@@ -114,12 +117,13 @@ def load_task_of(
     arguments: DatasetArguments | None = None,
     model_labels: list[str] | None = None,
     texts_alone: bool = False,
+    multi_label: bool = False,
 ) -> Task:
     """Loads the named dataset or, without a name, the one in this recipe.yaml of a model.
 
     Args:
         model_labels: of the fine-tuned model, to whose order the labels are put.
-        texts_alone: whether the labels may be missing.
+        texts_alone, multi_label: as of `load_task`.
 
     Raises:
         UserError: if neither names a dataset, or its labels are not the model's.
@@ -137,24 +141,29 @@ def load_task_of(
                 "these labels (a Hub id, a folder or a file), or for run_ptq.py texts alone (texts.txt)"
             )
         named = {key: recipe.get(key) if value is None else value for key, value in named.items()}
-    task = load_task(*named.values(), texts_alone=texts_alone)
+    task = load_task(*named.values(), texts_alone=texts_alone, multi_label=multi_label)
     if not task.labels or not model_labels:
         return task
     return replace(task, splits=match_labels(task.splits, task.labels, model_labels, task.name), labels=model_labels)
 
 
 def with_validation(task: Task) -> Task:
-    """The dataset with a validation split: if it has none, a stratified tenth of train; `UserError` if too small."""
+    """The dataset with a validation split: if it has none, a stratified tenth of train; `UserError` if too small.
+
+    Where a text has a list of labels, the tenth is drawn at random.
+    """
     if "validation" in task.splits or "train" not in task.splits:
         return task
     size = max(round(len(task.splits["train"]) / 10), len(task.labels))
+    column = None if holds_lists(task.splits["train"]) else "label"
     try:
-        parts = task.splits["train"].train_test_split(size, stratify_by_column="label", seed=VALIDATION_SEED)
+        parts = task.splits["train"].train_test_split(size, stratify_by_column=column, seed=VALIDATION_SEED)
     except ValueError as error:
         raise UserError(
             f"{task.name} has no validation split, and train cannot give one: {reason_of(error)}"
         ) from error
-    print(f"{task.name} has no validation split: a stratified tenth of train, {size} rows, is held out")
+    how = "stratified" if column else "random"
+    print(f"{task.name} has no validation split: a {how} tenth of train, {size} rows, is held out")
     return replace(task, splits=task.splits | {"train": parts["train"], "validation": parts["test"]})
 
 
@@ -192,6 +201,7 @@ def _find_dataset(name: str, config_name: str | None, text: str, label: str) -> 
 
 def _load(load, name: str, *options):
     """Calls ``load``; turns the error of a broken file into a `UserError`."""
+    from datasets import config
     from datasets.exceptions import DatasetNotFoundError
 
     try:
@@ -200,6 +210,8 @@ def _load(load, name: str, *options):
         raise
     except Exception as error:  # of any kind: the library lets the errors of its readers through
         reason = error.__cause__ or error  # which names the file and the line
+        if isinstance(reason, OSError) and str(reason.filename).startswith(str(config.HF_DATASETS_CACHE)):
+            raise UserError(f"{reason.filename}: {reason.strerror}; HF_HOME names another place for caches") from error
         message = f"{type(reason).__name__} {' '.join(str(reason).split())}"
         raise UserError(f"--dataset_name {name}: cannot be read: {message}") from error
 
@@ -228,18 +240,18 @@ def _select_columns(dataset, name: str, text: str | None, label: str | None, tex
 
 def _check_columns(rows, name: str) -> list[str]:
     """Checks that there are texts and at least two named labels; returns the names of the labels, none without."""
-    from datasets import ClassLabel, Value
+    from datasets import Value
 
     if not isinstance(rows.features["text"], Value):  # a list, an image, ...: reading its rows may need a library
         raise UserError(f"{name}: column 'text' is no text but {type(rows.features['text']).__name__}")
     if "label" not in rows.column_names:
         return []
-    feature = rows.features["label"]
-    if not isinstance(feature, ClassLabel):
+    names = class_names(rows.features["label"])
+    if names is None:
         raise UserError(f"{name}: column 'label' is a ClassLabel in some splits alone; make it one in all, or in none")
-    if len(feature.names) < 2:
-        raise UserError(f"{name}: column 'label' has {len(feature.names)} classes; telling texts apart needs two")
-    return feature.names
+    if len(names) < 2:
+        raise UserError(f"{name}: column 'label' has {len(names)} classes; telling texts apart needs two")
+    return names
 
 
 def _check_names(names: list[str], labels: list[str], where: str) -> None:
@@ -307,9 +319,10 @@ def _check_rows(rows, split: str, names: list[str]) -> None:
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{split} row {row}: text is {text!r:.80}; each row needs a text that is not empty")
         # -1 is the mark that `datasets` gives a row without a label, in a hidden test split for instance.
-        if names and (label is None or not 0 <= label < len(names)):
-            raise UserError(f"{split} row {row}: label {label} is outside 0..{len(names) - 1}")
-        absent.discard(label)
+        for one in (label if isinstance(label, list) else [label]) if names else ():
+            if one is None or not 0 <= one < len(names):
+                raise UserError(f"{split} row {row}: label {one} is outside 0..{len(names) - 1}")
+            absent.discard(one)
     if absent:
         listed = ", ".join(names[index] for index in sorted(absent)[:3]) + (", ..." if len(absent) > 3 else "")
         print(f"{split} has no row of {len(absent)} classes ({listed}); their F1 counts as 0 in macro F1")
@@ -363,8 +376,9 @@ def stratified_sample(rows, count: int, seed: int):
     if not 1 <= count <= len(rows):
         raise UserError(f"--num_calibration_samples {count}: train has {len(rows)} rows; it takes 1 to {len(rows)}")
     order = np.random.default_rng(seed).permutation(len(rows))
-    # Sorted class by class; a stable sort keeps the random order inside each class.
-    order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]
+    # Sorted class by class; a stable sort keeps the random order inside each class. Lists of labels stay as drawn.
+    if not holds_lists(rows):
+        order = order[np.argsort(np.asarray(rows["label"])[order], kind="stable")]
     # Evenly spaced positions in this order: a class that fills a tenth of it gets a tenth of them.
     return rows.select(order[np.linspace(0, len(rows) - 1, count).round().astype(int)])
 
@@ -382,5 +396,5 @@ def conflicting_texts(*splits) -> set[str]:
     labels_of = defaultdict(set)
     for rows in splits:
         for text, label in zip(rows["text"], rows["label"], strict=True):
-            labels_of[text].add(label)
+            labels_of[text].add(str(label))  # which may be a list
     return {text for text, labels in labels_of.items() if len(labels) > 1}

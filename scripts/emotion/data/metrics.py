@@ -20,16 +20,26 @@ def load_scores():
     return evaluate.load(str(ROOT / "metrics"), keep_in_memory=True)
 
 
-def score(logits: np.ndarray, labels: np.ndarray) -> dict:
+def decide(logits: np.ndarray, threshold: float | None = None) -> np.ndarray:
+    """The predicted class of each row, int (rows,); with a threshold 1 for each label whose sigmoid reaches it or 0.
+
+    Args:
+        logits: float array (rows, classes).
+        threshold: of a model that gives a text several labels; None for one that gives it one.
+    """
+    return logits.argmax(axis=-1) if threshold is None else (probabilities(logits, True) >= threshold).astype(int)
+
+
+def score(logits: np.ndarray, labels: np.ndarray, threshold: float | None = None) -> dict:
     """Macro F1, accuracy, per-class F1 (list) and confusion matrix (rows: true, columns: predicted).
 
     Args:
         logits: float array (rows, classes).
-        labels: int array (rows,).
+        labels: int array (rows,); with a ``threshold`` 0 or 1 for each label, (rows, classes), and micro F1 is added.
     """
     # All classes are named, since one that the labels lack must not shorten the lists.
     classes = list(range(logits.shape[1]))
-    return load_scores().compute(predictions=logits.argmax(axis=-1), references=labels, labels=classes)
+    return load_scores().compute(predictions=decide(logits, threshold), references=labels, labels=classes)
 
 
 def four_digits(score: float | None) -> str:
@@ -37,17 +47,12 @@ def four_digits(score: float | None) -> str:
     return "not measured" if score is None else f"{score:.4f}"
 
 
-def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, resamples: int = 2000, seed: int = 0) -> list[float]:
-    """The 95 % interval of macro F1, by a percentile bootstrap over the rows: [low, high].
+def macro_f1_interval(logits: np.ndarray, labels: np.ndarray, threshold: float | None = None) -> list[float]:
+    """The 95 % interval of macro F1, by a percentile bootstrap over the rows: [low, high]; arguments as of `score`.
 
     Efron, "Bootstrap Methods: Another Look at the Jackknife", The Annals of Statistics 1979.
-
-    Args:
-        logits: float array (rows, classes).
-        labels: int array (rows,).
     """
-    predicted, classes = logits.argmax(axis=-1), logits.shape[1]
-    scores = resampled_macro_f1(labels, predicted, classes=classes, resamples=resamples, seed=seed)
+    scores = resampled_macro_f1(labels, decide(logits, threshold), classes=logits.shape[1], resamples=2000)
     return np.percentile(scores, [2.5, 97.5]).tolist()
 
 
@@ -55,8 +60,8 @@ def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed:
     """Macro F1 on rows drawn with replacement, the same rows for each classifier.
 
     Args:
-        labels: int array (rows,).
-        predictions: int array (rows,) of each classifier.
+        labels: int array (rows,), or 0 and 1 for each label, (rows, classes).
+        predictions: of each classifier, in the same form.
         resamples: number of draws; with 0 the rows themselves are scored, as one column.
 
     Returns:
@@ -66,11 +71,15 @@ def resampled_macro_f1(labels, *predictions, classes: int, resamples: int, seed:
 
     # Rows with the same label and predictions form a cell, and there are few cells. Drawing rows is drawing the number
     # of rows of each cell, from a multinomial distribution.
-    cells, counts = np.unique(np.stack([labels, *predictions]), axis=1, return_counts=True)
+    stacked = np.stack([labels, *predictions])
+    cells, counts = np.unique(stacked, axis=1, return_counts=True)
     # For the labels, then for each classifier: (classes, cells), 1 where a cell has the class. Sparse, since with many
     # classes nearly all of it is 0.
     ones, columns = np.ones(len(counts), dtype=int), np.arange(len(counts))
-    present, *predicted = (sparse.csr_array((ones, (of, columns)), shape=(classes, len(counts))) for of in cells)
+    if stacked.ndim == 3:
+        present, *predicted = (sparse.csr_array(of.T) for of in cells)
+    else:
+        present, *predicted = (sparse.csr_array((ones, (of, columns)), shape=(classes, len(counts))) for of in cells)
     rng = np.random.default_rng(seed)
     chunk = max(1, BOOTSTRAP_CHUNK // max(classes, len(counts)))
     scores = []
@@ -94,16 +103,21 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 
+    Where a text may have several labels, the share of rows with a label takes the place of accuracy, for all labels.
+
     Args:
         logits: float array (rows, classes).
-        labels: int array (rows,).
+        labels: int array (rows,), or 0 and 1 for each label, (rows, classes).
     """
-    probabilities = softmax(logits)
-    confidence, right = probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels
+    if labels.ndim == 2:
+        confidence, right = probabilities(logits, multi_label=True).ravel(), labels.ravel()
+    else:
+        scores = softmax(logits)
+        confidence, right = scores.max(axis=-1), scores.argmax(axis=-1) == labels
     # A confidence of exactly 1 belongs into the last bin.
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     gaps = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / len(labels))
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def probabilities(logits: np.ndarray, multi_label: bool = False) -> np.ndarray:

@@ -16,6 +16,7 @@ LETTERS = (16, 128, 1024)
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}  # RoBERTa, and its descendants
 LONGEST_TEXT = 512  # tokens, where neither the tokenizer nor the model has a limit
 LARGEST_LIMIT = 10**9  # what a tokenizer without a limit says is far above it
+MOST_WINDOWS = 64  # that a long text is divided into
 SHARE = 16  # texts per thread at least: to hand over fewer would take as long
 MAX_TOKENIZER_BYTES = 60_000_000  # XLM-RoBERTa's, with 250,000 tokens, has 17 million
 # What is read of tokenizer_config.json
@@ -81,11 +82,20 @@ class TextEncoder:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of each text, special tokens included, and adds to `texts_cut`."""
-        beginnings = [shorten(text, self._tokenizer, self.max_length) for text in texts]
+        return [encoding.ids for encoding in self._encode_beginnings(texts, self.max_length)]
+
+    def windows(self, texts: list[str]) -> list[list[list[int]]]:
+        """As a call, with the token ids of each part of a text: `MOST_WINDOWS` at most, of the model's length."""
+        encodings = self._encode_beginnings(texts, MOST_WINDOWS * self.max_length)
+        return [[part.ids for part in [first, *first.overflowing][:MOST_WINDOWS]] for first in encodings]
+
+    def _encode_beginnings(self, texts: list[str], tokens: int) -> list:
+        """The encodings of the first ``tokens`` of each text at least; those after `max_length` overflow."""
+        beginnings = [shorten(text, self._tokenizer, tokens) for text in texts]
         with one_line(f"{self._file} cannot be used"):
             encodings = self._encode(beginnings)
         self.texts_cut += count_cut(encodings, texts, beginnings)
-        return [encoding.ids for encoding in encodings]
+        return encodings
 
     def _encode(self, texts: list[str]) -> list:
         """The encoding of each text, in equal shares per thread."""

@@ -52,28 +52,30 @@ def summarize_latency(times_ms: np.ndarray) -> dict:
     return {"batch_size": 1, **latency, "mean": round(float(times_ms.mean()), 3), "runs": len(times_ms)}
 
 
-def measure_quality(logits, labels, task: Task, rows, split: str) -> dict:
+def measure_quality(logits, labels, task: Task, rows, split: str, threshold: float | None = None) -> dict:
     """Returns the field `quality` of a record: scores on all rows, and on the consistently labelled ones.
 
     Args:
         logits: float32 array (rows, classes).
-        labels: int array (rows,).
+        labels: int array (rows,); with a ``threshold`` as of `score`.
         task: its splits are searched for conflicting labels.
     """
     # No model can be right about a text that the dataset has with two labels. The scores on all rows include such
     # texts; without them one sees what the model can do.
     conflicting = conflicting_texts(*task.splits.values())
     free = np.array([text not in conflicting for text in rows["text"]])
-    scores, free_scores = score(logits, labels), score(logits[free], labels[free])
+    scores, free_scores = score(logits, labels, threshold), score(logits[free], labels[free], threshold)
+    several = {} if threshold is None else {"threshold": threshold, "micro_f1": scores["micro_f1"]}
     return {
         "split": split,
         "examples": len(labels),
+        **several,
         "macro_f1": scores["macro_f1"],
         "accuracy": scores["accuracy"],
         "per_class_f1": dict(zip(task.labels, scores["per_class_f1"], strict=True)),
-        "confusion_matrix": scores["confusion_matrix"],  # rows: true class, columns: predicted class
+        "confusion_matrix": scores["confusion_matrix"],  # rows: true, columns: predicted; or one for each label
         "labels": task.labels,
-        "macro_f1_ci95": macro_f1_interval(logits, labels),
+        "macro_f1_ci95": macro_f1_interval(logits, labels, threshold),
         "expected_calibration_error": expected_calibration_error(logits, labels),
         "conflict_free": {
             "examples": int(free.sum()),

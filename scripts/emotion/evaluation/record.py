@@ -12,7 +12,7 @@ import pyarrow
 from pyarrow import parquet
 
 from emotion.data.dataset import Task, fingerprint
-from emotion.data.metrics import expected_calibration_error, macro_f1_interval
+from emotion.data.metrics import decide, expected_calibration_error, macro_f1_interval
 from emotion.evaluation.schema import ROUNDING, Record, Seeds
 from emotion.utils.errors import UserError
 from emotion.utils.files import atomic_write, without_path, write_json
@@ -59,9 +59,9 @@ def check_evidence(record: Record, path: Path, predictions: Path) -> np.ndarray:
     quality = record.quality
     wrong = [] if logits.shape[1] == len(quality.labels) else ["labels"]
     if not wrong:
-        expected = score_again(labels, logits, quality.labels)
+        expected = score_again(labels, logits, quality.labels, quality.threshold)
         wrong = [name for name, value in expected.items() if not _is_equal(getattr(quality, name), value)]
-        low, high = macro_f1_interval(logits, labels)
+        low, high = macro_f1_interval(logits, labels, quality.threshold)
         if np.abs(np.subtract(quality.macro_f1_ci95, (low, high))).max() > REDRAWN * (high - low) + ROUNDING:
             wrong.append("macro_f1_ci95")
     if wrong:
@@ -79,22 +79,30 @@ def _is_equal(recorded, expected) -> bool:
     return recorded == expected
 
 
-def score_again(labels: np.ndarray, logits: np.ndarray, names: list[str]) -> dict:
+def score_again(labels: np.ndarray, logits: np.ndarray, names: list[str], threshold: float | None = None) -> dict:
     """Computes the fields of `quality` that the predictions determine, without scikit-learn, which loads slowly.
 
     Args:
-        labels: int64 (rows,).
+        labels: int64 (rows,); with a ``threshold`` 0 or 1 for each label, (rows, classes).
         logits: float32 (rows, classes).
         names: of the classes.
     """
-    classes = len(names)
-    predicted = logits.argmax(axis=-1)
-    matrix = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    of_class = 2 * np.diagonal(matrix) / np.maximum(matrix.sum(axis=0) + matrix.sum(axis=1), 1)
+    classes, several = len(names), {}
+    predicted = decide(logits, threshold)
+    right = predicted == labels
+    if threshold is None:
+        matrix = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+        of_class = 2 * np.diagonal(matrix) / np.maximum(matrix.sum(axis=0) + matrix.sum(axis=1), 1)
+    else:
+        cells = [(true & guess).sum(axis=0) for true in (1 - labels, labels) for guess in (1 - predicted, predicted)]
+        matrix, right = np.stack(cells, axis=-1).reshape(classes, 2, 2), right.all(axis=-1)
+        of_class = 2 * cells[3] / np.maximum(cells[1] + cells[2] + 2 * cells[3], 1)
+        several = {"micro_f1": float(2 * cells[3].sum() / max((predicted + labels).sum(), 1))}
     return {
+        **several,
         "examples": len(labels),
         "confusion_matrix": matrix.tolist(),
-        "accuracy": float((predicted == labels).mean()),
+        "accuracy": float(right.mean()),
         "per_class_f1": dict(zip(names, of_class.tolist(), strict=True)),
         "macro_f1": float(of_class.mean()),
         "expected_calibration_error": expected_calibration_error(logits, labels),
@@ -102,7 +110,7 @@ def score_again(labels: np.ndarray, logits: np.ndarray, names: list[str]) -> dic
 
 
 def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a predictions file: the labels, int64 (rows,), and the logits, float32 (rows, classes).
+    """Reads a predictions file: the labels, int64 (rows,) or (rows, classes), and the logits, float32 (rows, classes).
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -118,6 +126,8 @@ def read_predictions(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _to_numpy(rows, labels, logits) -> tuple[np.ndarray, np.ndarray]:
     """Converts the Arrow columns of a predictions file; raises `ValueError` if they are not what they should be."""
+    several = hasattr(labels.type, "value_type")  # a list for each row
+    labels = labels.flatten() if several else labels
     types = list(map(str, (rows.type, labels.type, logits.type.value_type)))
     if types != ["int64", "int64", "float"]:
         raise ValueError(f"row, label and logits are {', '.join(types)}, not int64, int64 and float")
@@ -126,11 +136,12 @@ def _to_numpy(rows, labels, logits) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("'logits' is empty, or has rows of different lengths")
     rows, labels = rows.to_numpy(), labels.to_numpy()
     logits = logits.flatten().to_numpy().reshape(len(rows), -1)
+    labels = labels.reshape(logits.shape) if several else labels
     if (rows != np.arange(len(rows))).any():
         raise ValueError("'row' does not count from 0")
     if not np.isfinite(logits).all():
         raise ValueError("'logits' are not finite")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+    if labels.min() < 0 or labels.max() >= (2 if several else logits.shape[1]):
         raise ValueError(f"'label' has values outside of the {logits.shape[1]} classes of 'logits'")
     return labels, logits
 
@@ -188,7 +199,7 @@ def write_record(record: dict, results_dir: Path, logits, labels) -> Path:
     name = Record.check(record, f"{record['variant']}-{record['format']}").name
     columns = {
         "row": pyarrow.array(range(len(labels)), pyarrow.int64()),
-        "label": pyarrow.array(labels, pyarrow.int64()),
+        "label": pyarrow.array(list(labels), pyarrow.int64() if labels.ndim == 1 else pyarrow.list_(pyarrow.int64())),
         # A list per row, and not a column per class: the schema is then the same for every dataset.
         "logits": pyarrow.array(list(logits), pyarrow.list_(pyarrow.float32())),
     }

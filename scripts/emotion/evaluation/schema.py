@@ -167,6 +167,9 @@ class Quality(Part):
     labels: list[Text]
     macro_f1: Share
     accuracy: Share
+    # Of a model that gives a text several labels: those whose score reaches it; accuracy counts the texts all right
+    threshold: Share | None = None
+    micro_f1: Share | None = None
     per_class_f1: dict[Text, Share]
     confusion_matrix: Any  # compared with the predictions, cell by cell: many classes have millions
     macro_f1_ci95: Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -282,7 +285,8 @@ class Record(Part):
 
     def contradictions(self):
         for example in self.examples:
-            if list(example.scores) != self.quality.labels or abs(sum(example.scores.values()) - 1) > 1e-4:
+            of_one_label = self.quality.threshold is None and abs(sum(example.scores.values()) - 1) > 1e-4
+            if list(example.scores) != self.quality.labels or of_one_label:
                 yield "the scores in 'examples' are not probabilities of 'quality.labels'"
 
 

@@ -29,6 +29,7 @@ TOLERANCE = 1e-3  # largest gap of a logit between PyTorch and the file; both co
 # (texts, tokens). The first shape is traced; the others show that the file froze neither number. The longest text that
 # the model takes is added, up to 1,024 tokens: windows of attention and tables of positions end there.
 SAMPLE_SHAPES = ((2, 7), (1, 12), (3, 5))
+REAL_TEXTS = 8  # on which a file is compared, too
 LARGEST_FILE = 2**31  # bytes; protobuf, ONNX's format, takes no more
 # Families whose export a test checks for every release: `check_export` need not try them
 EXPORTED = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "albert", "modernbert"}
@@ -68,31 +69,39 @@ class ExportError(UserError):
 def check_export(base: str, labels: list[str], tokenizer) -> bool:
     """Whether a classifier on a base model, a folder or Hub id, can be exported; says before a training if not."""
     config = build_config(base, labels, None)
-    with torch.device("meta"):  # shapes without memory
-        fits = size_of(AutoModelForSequenceClassification.from_config(config)) < LARGEST_FILE
-    if fits and config.model_type in EXPORTED:
+    try:
+        check_size(config)
+    except ExportError as error:
+        print(f"left out: onnx; {error}")
+        return False
+    if config.model_type in EXPORTED:
         return True
     with scratch_folder() as temporary:
         return bool(try_export(build_classifier(base, labels, None), tokenizer, Path(temporary) / "model.onnx"))
 
 
-def size_of(model) -> int:
-    """The bytes of a model in FP32."""
-    return 4 * sum(parameter.numel() for parameter in model.parameters())
+def check_size(config) -> None:
+    """Raises `ExportError` if the classifier of a configuration is too large for one file; no weights are read."""
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForSequenceClassification.from_config(config)
+    if 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGEST_FILE:
+        raise ExportError(f"{type(model).__name__} has no ONNX file: it would be larger than 2 GB, the limit of one")
 
 
-def try_export(model, tokenizer, path: Path) -> dict:
+def try_export(model, tokenizer, path: Path, texts=()) -> dict:
     """Calls `export_onnx`; if there is no such file, prints why and returns an empty dictionary."""
     try:
-        return export_onnx(model, tokenizer, path)
+        return export_onnx(model, tokenizer, path, texts=texts)
     except ExportError as error:
         path.unlink(missing_ok=True)
         print(f"left out: onnx; {error}")
         return {}
 
 
-def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
+def export_onnx(model, tokenizer, path: Path, rewrite: bool = True, texts=()) -> dict:
     """Writes the classifier to ``path`` as one FP32 file; without ``rewrite``, it is the export that anyone gets.
+
+    It is compared with the model on random texts and on some of the ``texts``.
 
     Its inputs are int64 (batch, tokens), named as the tokenizer names them; its output `logits` is float32
     (batch, labels).
@@ -109,10 +118,9 @@ def export_onnx(model, tokenizer, path: Path, rewrite: bool = True) -> dict:
     model = copy.deepcopy(model).cpu().float().eval()  # a copy: another attention is put into it below
     model.config.use_cache = False  # of a decoder: its keys and values would be outputs
     name = f"{type(model).__name__} has no ONNX file"
-    if size_of(model) >= LARGEST_FILE:
-        raise ExportError(f"{name}: it would be larger than 2 GB, the limit of one file")
+    check_size(model.config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    samples = sample_inputs(model, tokenizer)
+    samples = sample_inputs(model, tokenizer, texts)
     if rewrite and (found := _export_rewritten(model, samples, path)):
         return found
     try:
@@ -142,10 +150,24 @@ def _export_rewritten(model, samples: list[dict[str, torch.Tensor]], path: Path)
     return None
 
 
-def sample_inputs(model, tokenizer) -> list[dict[str, torch.Tensor]]:
-    """Inputs of several shapes to compare a file with its model on, the longest last."""
+def sample_inputs(model, tokenizer, texts=()) -> list[dict[str, torch.Tensor]]:
+    """Inputs of several shapes to compare a file with its model on: random ones, then some of the texts as batches.
+
+    The texts are of all lengths, with padding and token types as the tokenizer gives them, and the longest that the
+    model takes is made of them.
+    """
     longest = min(longest_text(tokenizer, model.config), 2 * LONGEST_TEXT)
-    return [_sample_inputs(model, tokenizer, shape) for shape in (*SAMPLE_SHAPES, (2, longest))]
+    inputs = [_sample_inputs(model, tokenizer, shape) for shape in (*SAMPLE_SHAPES, (2, longest))]
+    if not len(texts):
+        return inputs
+    ordered = sorted(texts, key=len)
+    drawn = [ordered[place] for place in np.linspace(0, len(ordered) - 1, REAL_TEXTS).astype(int)]
+    whole = " ".join(drawn)
+    whole *= 1 + 16 * longest // len(whole)  # more letters than the longest text has
+    for batch in (drawn[: REAL_TEXTS // 2], drawn[REAL_TEXTS // 2 :], drawn[-1:], [whole, drawn[0]]):
+        encoded = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        inputs.append({name: encoded[name] for name in inputs[0]})
+    return inputs
 
 
 def _sample_inputs(model, tokenizer, shape: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -176,6 +176,8 @@ def _eval_results(record: Record) -> list:
     """Macro F1, accuracy and the F1 of each class, for the card's `model-index`."""
     quality = record.quality
     values = [("f1", "Macro F1", quality.macro_f1), ("accuracy", "Accuracy", quality.accuracy)]
+    if quality.micro_f1 is not None:
+        values.append(("f1", "Micro F1", quality.micro_f1))
     values += [("f1", f"F1 {label}", value) for label, value in quality.per_class_f1.items()]
     scored_on = {
         "task_type": "text-classification",

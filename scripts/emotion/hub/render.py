@@ -166,9 +166,12 @@ def plot_confusion_matrix(record: Record, path: Path) -> None:
     """Draws the counts, colored by their share of the true class; for many classes only the colors."""
     quality = record.quality
     counts = np.array(quality.confusion_matrix)  # (true classes, predicted classes)
+    columns, axis = quality.labels, "predicted"
+    if quality.threshold is not None:  # a matrix of two rows for each label
+        counts, columns, axis = counts.reshape(len(counts), 4), ["absent", "wrong", "missed", "found"], "label is"
     # Shares, not counts: the rare classes would all be white. At least 1, for a class without a text.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    look, note = {"annot": counts, "linewidths": 0.5, "xticklabels": quality.labels, "yticklabels": quality.labels}, ""
+    look, note = {"annot": counts, "linewidths": 0.5, "xticklabels": columns, "yticklabels": quality.labels}, ""
     if len(quality.labels) > MOST_NAMED:
         look, note = {"xticklabels": False, "yticklabels": False}, f", {len(quality.labels)} classes"
     bar = {"label": "share of the true class", "shrink": 0.8}
@@ -177,7 +180,7 @@ def plot_confusion_matrix(record: Record, path: Path) -> None:
         size = 2.2 + 0.75 * min(len(quality.labels), MOST_NAMED)
         figure, axes = plt.subplots(figsize=(size + 0.8, size))  # wider by the color bar
         seaborn.heatmap(shares, fmt="d", cmap="Blues", vmin=0, vmax=1, square=True, ax=axes, cbar_kws=bar, **look)
-        axes.set(xlabel=f"predicted{note}", ylabel="true")
+        axes.set(xlabel=f"{axis}{note}", ylabel="true" if columns is quality.labels else "")
         axes.tick_params(axis="y", rotation=0)
         axes.tick_params(axis="x", rotation=30)
         title = f"{name_of(record.variant)}: {quality.examples} {quality.split} texts"

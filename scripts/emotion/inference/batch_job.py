@@ -31,7 +31,7 @@ from emotion.utils.files import MAX_RESULT_BYTES, atomic_write, output_lock, rea
 PIECE_ROWS = 8192  # classified together: enough that the classifier is rarely idle between two pieces
 PIECE_BYTES = 16 << 20  # of text: pieces of long texts have fewer rows, so that memory stays flat
 # The status of a row's text, of which the first that applies is written
-STATUSES = ("null", "empty", "cut", "replaced", "ok")
+STATUSES = ("null", "empty", "cut", "averaged", "replaced", "ok")
 RECORD_KINDS = {"rows": int, "bytes": int, "sha256": str, **{f"{status}?": int for status in STATUSES}}
 DONE = ".done"  # folder of the records of finished shards; readers of tables skip names that begin so
 MANIFEST = "_manifest.json"  # readers of a folder of Parquet skip names that begin so
@@ -45,6 +45,8 @@ class Answers:
     top_k: int  # labels per row
     probabilities: bool  # whether there is a column for the probability of each label
     prefix: str  # begins the names of all columns
+    threshold: float | None = None  # of a model that gives a text several labels: those in the column `labels`
+    long_texts: str = "truncate"  # as of `EmotionClassifier`
 
     def schema(self, labels: list[str]) -> pa.Schema:
         """The columns, for a model with these labels."""
@@ -52,6 +54,8 @@ class Answers:
         for rank in range(1, min(self.top_k, len(labels)) + 1):
             number = "" if rank == 1 else f"_{rank}"
             fields += [(f"label{number}", pa.string()), (f"score{number}", pa.float32())]
+        if self.threshold is not None:
+            fields.append(("labels", pa.string()))
         if self.probabilities:
             fields += [(f"probability_{label}", pa.float32()) for label in labels]
         fields.append(("status", pa.string()))
@@ -109,6 +113,7 @@ class ShardWriter:
 
     def __init__(self, job: Job, classifier: EmotionClassifier):
         self._job, self._classifier, self._reader = job, classifier, RowReader(job.source)
+        self._status_of_long = "cut" if job.answers.long_texts == "truncate" else "averaged"
 
     def write(self, number: int, progress: Callable[[int], object]) -> None:
         """Writes a shard and its record; ``progress`` is called with the number of rows of each piece."""
@@ -140,7 +145,7 @@ class ShardWriter:
         encode = self._classifier.runtime.encode
         before = encode.texts_cut
         logits = self._classifier.logits(answered)
-        status[full[find_cut(encode, answered, encode.texts_cut - before)]] = "cut"
+        status[full[find_cut(encode, answered, encode.texts_cut - before)]] = self._status_of_long
         counts.update(status)
         new = [*self._columns(logits, full, len(piece)), pa.array(status, pa.string())]
         kept = self._job.schema.names[: -len(new)]
@@ -159,6 +164,9 @@ class ShardWriter:
             best = order[:, rank]
             columns.append(pa.array(labels).take(pa.array(best, mask=without)))
             columns.append(pa.array(probabilities[np.arange(rows), best], mask=without))
+        if answers.threshold is not None:
+            found = [[labels[index] for index in np.flatnonzero(row >= answers.threshold)] for row in probabilities]
+            columns.append(pa.array([json.dumps(one, ensure_ascii=False) for one in found], mask=without))
         if answers.probabilities:
             columns += [pa.array(column, mask=without) for column in probabilities.T.copy()]
         return columns

@@ -24,7 +24,9 @@ class ShardActor:
 
     def __init__(self, job: Job):
         self._job = job
-        self._writer = ShardWriter(job, EmotionClassifier.from_pretrained(job.folder, job.format, threads=1))
+        long_texts = job.answers.long_texts
+        classifier = EmotionClassifier.from_pretrained(job.folder, job.format, threads=1, long_texts=long_texts)
+        self._writer = ShardWriter(job, classifier)
 
     def __call__(self, batch: dict) -> dict:
         """Writes the shard that the batch's one row names, unless it is done; returns its number and the error."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import islice
-from numbers import Integral
+from itertools import chain, islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from emotion.inference.model_folder import (
     names_to_serve,
 )
 from emotion.inference.runtimes import TorchClassifier, batches_by_tokens, open_artifact
-from emotion.utils.errors import UserError, check_repo_id
+from emotion.utils.errors import UserError, check_repo_id, check_revision
 from emotion.utils.files import SUMS_FILE, check_sums, read_sums, recommended_model
 from emotion.utils.machine import choose_threads
 
 # The formats to look for if none is given, the fastest for one text first. A repository's `model.safetensors` is
 # downloaded as "pytorch", whichever of the three formats with this file its config.json names.
 PREFERRED = ("onnx", "openvino", "pytorch")
+LONG_TEXTS = ("truncate", "mean")  # what becomes of a text that is longer than the model takes
 FEW = 32  # texts in one call; opening the model a second time would take longer than it saves
 Workers = tuple[Any, ThreadPoolExecutor | None]  # a runtime, and the threads that call it
 CHUNK = 2048  # texts that are tokenized together; two chunks are in memory at once, however many texts there are
@@ -62,6 +63,8 @@ class EmotionClassifier:
 
     `EmotionClassifier()` opens the recommended model, `from_pretrained` another folder or a repository of the Hub;
     ``open_runtime`` replaces `open_artifact`, with the same arguments. A call is `classify` of a text or of several.
+    With ``long_texts`` "mean" a text that is longer than the model takes is divided into windows of the model's
+    length, and its scores are the mean of theirs; otherwise it is truncated.
 
     Attributes:
         labels (`list[str]`): the names of the classes, in the order of the logits.
@@ -84,7 +87,11 @@ class EmotionClassifier:
         format: str | None = None,
         threads: int | None = None,
         open_runtime=open_artifact,
+        long_texts: str = "truncate",
     ):
+        if long_texts not in LONG_TEXTS:
+            raise UserError(f"long_texts {long_texts!r:.40}: it takes {' or '.join(LONG_TEXTS)}")
+        self.long_texts = long_texts
         self._folder = recommended_model() if folder is None else Path(folder)
         self.format = format or choose_format(self._folder, verify=True)
         self._threads, self._open_runtime = choose_threads(threads), open_runtime
@@ -107,7 +114,7 @@ class EmotionClassifier:
 
     def __reduce__(self):
         # For `pickle` and `copy`: a runtime cannot be copied, and its folder can be opened again.
-        return type(self), (self._folder, self.format, self._threads, self._open_runtime)
+        return type(self), (self._folder, self.format, self._threads, self._open_runtime, self.long_texts)
 
     @property
     def runtime(self):
@@ -129,6 +136,7 @@ class EmotionClassifier:
         threads: int | None = None,
         verify: bool = True,
         revision: str | None = None,
+        long_texts: str = "truncate",
     ) -> "EmotionClassifier":
         """Opens a model folder, or a repository of the Hub, of which it downloads one format.
 
@@ -140,6 +148,7 @@ class EmotionClassifier:
             threads (`int`, *optional*): defaults to `OMP_NUM_THREADS`, at most all processors of this process.
             verify (`bool`, defaults to `True`): whether the files are compared with the folder's SHA256SUMS, if any.
             revision (`str`, *optional*): branch, tag or commit of the repository; defaults to "main".
+            long_texts (`str`, defaults to "truncate"): "truncate" or "mean".
 
         Raises:
             UserError: if there is neither folder nor repository, it does not have the format, or a file is damaged.
@@ -147,36 +156,40 @@ class EmotionClassifier:
         threads = choose_threads(threads)
         folder = recommended_model() if model is None else find_model(str(model), format, verify, revision)
         format = format or choose_format(folder, verify)
-        return cls(folder, format, threads, partial(open_artifact, verify=verify))
+        return cls(folder, format, threads, partial(open_artifact, verify=verify), long_texts)
 
     @property
     def texts_cut(self) -> int:
-        """The number of texts so far that were longer than the model takes and were truncated."""
+        """The number of texts so far that were longer than the model takes, and truncated or divided."""
         return self.runtime.encode.texts_cut
 
-    def __call__(self, texts: str | Iterable[str], top_k: int | None = 1) -> dict | list:
+    def __call__(self, texts: str | Iterable[str], top_k: int | None = 1, threshold: float | None = None):
         """As `classify`; for a single string its answer alone."""
-        return self.classify([texts], top_k)[0] if isinstance(texts, str) else self.classify(texts, top_k)
+        answers = self.classify([texts] if isinstance(texts, str) else texts, top_k, threshold)
+        return answers[0] if isinstance(texts, str) else answers
 
-    def classify(self, texts: Iterable[str], top_k: int | None = 1) -> list:
+    def classify(self, texts: Iterable[str], top_k: int | None = 1, threshold: float | None = None) -> list:
         """Returns the most probable labels of each text.
 
         Args:
-            texts (`Iterable[str]`): the texts; each is truncated to the model's maximum length.
+            texts (`Iterable[str]`): the texts.
             top_k (`int`, *optional*, defaults to 1): the number of labels per text; `None` for all.
+            threshold (`float`, *optional*): for a model that gives a text several labels, 0.5 for instance: the labels
+                with this score or more, in place of ``top_k``.
 
         Returns:
             `list`: for each text, in order, a dictionary ``{"label": str, "score": float}``, or for another ``top_k``
-            than 1 a list of them, most probable first. A score is the softmax probability of the label, or its
-            sigmoid where a text may have several labels.
+            than 1 and with a ``threshold`` a list of them, most probable first. A score is the softmax probability of
+            the label, or its sigmoid where a text may have several labels.
 
         Raises:
             TypeError: if ``texts`` is a single string.
-            UserError: if one of the texts is no string, ``top_k`` is below 1, or the logits are not finite.
+            UserError: if one of the texts is no string, ``top_k`` is below 1, the logits are not finite, or the model
+                gives a text one label and there is a ``threshold``.
         """
-        return list(self.classify_stream(texts, top_k))
+        return list(self.classify_stream(texts, top_k, threshold))
 
-    def classify_stream(self, texts: Iterable[str], top_k: int | None = 1) -> Iterator:
+    def classify_stream(self, texts: Iterable[str], top_k: int | None = 1, threshold: float | None = None) -> Iterator:
         """Yields the results of `classify`, with the same arguments and errors, one by one and in flat memory.
 
         It reads up to `2 * CHUNK` texts ahead of the result. Pass the lines of a live stream to `classify` as they
@@ -185,11 +198,17 @@ class EmotionClassifier:
         check_is_batch(texts)
         if top_k is not None and (not isinstance(top_k, Integral) or top_k is True or top_k < 1):
             raise UserError(f"top_k {top_k!r:.40}: it takes a number, 1 or more, or None for all labels")
-        return self._label_all(texts, top_k)
+        if threshold is not None and not (self.multi_label and isinstance(threshold, Real) and 0 <= threshold <= 1):
+            several = "several labels" if self.multi_label else "one label, and has no threshold"
+            raise UserError(f"threshold {threshold!r:.40}: it takes 0 to 1; {self._folder} gives a text {several}")
+        return self._label_all(texts, top_k, threshold)
 
-    def _label_all(self, texts: Iterable[str], top_k: int | None) -> Iterator:
+    def _label_all(self, texts: Iterable[str], top_k: int | None, threshold: float | None) -> Iterator:
         for logits in self._logits_in_chunks(texts):
-            yield from to_labels(self.probabilities(logits), self.labels, top_k)
+            for answers in to_labels(
+                self.probabilities(logits), self.labels, None if threshold is not None else top_k
+            ):
+                yield answers if threshold is None else [one for one in answers if one["score"] >= threshold]
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Returns the scores of `classify` for logits, float64 of shape `(texts, labels)`."""
@@ -216,18 +235,26 @@ class EmotionClassifier:
                 # The first chunk decides: a short one is all there is.
                 workers = workers or (self._one_by_one if len(chunk) <= FEW else self._open_side_by_side())
                 # While other threads compute the chunk before, this one tokenizes the next.
-                started.append(start_batches(*workers, runtime.encode(chunk), progress))
+                if self.long_texts == "mean" and hasattr(runtime.encode, "windows"):  # a prompt is never cut
+                    parts = runtime.encode.windows(chunk)
+                else:
+                    parts = [[token_ids] for token_ids in runtime.encode(chunk)]
+                batches = start_batches(*workers, list(chain.from_iterable(parts)), progress)
+                started.append((batches, [len(windows) for windows in parts]))
                 if len(started) > 1:
-                    yield self._collect(started.popleft())
+                    yield self._collect(*started.popleft())
             while started:
-                yield self._collect(started.popleft())
+                yield self._collect(*started.popleft())
         finally:  # after an error, or when the caller wants no more: the process would end only after all batches
-            for batches in started:
+            for batches, _ in started:
                 for _, future in batches:
                     future.cancel()
 
-    def _collect(self, started: list[tuple[np.ndarray, Future]]) -> np.ndarray:
-        """Waits for batches of `start_batches`; returns float32 `(texts, labels)`, in the order of the texts."""
+    def _collect(self, started: list[tuple[np.ndarray, Future]], windows: list[int]) -> np.ndarray:
+        """Waits for batches of `start_batches`; returns float32 `(texts, labels)`, in the order of the texts.
+
+        ``windows`` counts those of each text.
+        """
         logits = np.empty((sum(len(rows) for rows, _ in started), len(self.labels)), dtype=np.float32)
         for rows, future in started:
             logits[rows] = future.result()
@@ -236,7 +263,12 @@ class EmotionClassifier:
             raise UserError(
                 f"{self._folder} ({self.format}) gives logits that are not finite: its weights are damaged"
             )
-        return logits
+        ends = np.cumsum(windows)
+        for end, count in zip(ends, windows, strict=True):
+            if count > 1:
+                scores = self.probabilities(logits[end - count : end])
+                logits[end - 1] = mean_logits(scores, self.multi_label)
+        return logits[ends - 1]
 
     def _open_side_by_side(self) -> Workers:
         """A runtime for many texts, opened once more since its threads are set for good, and the pool to call it."""
@@ -250,13 +282,19 @@ class EmotionClassifier:
             return self._side_by_side
 
 
+def mean_logits(scores: np.ndarray, multi_label: bool) -> np.ndarray:
+    """The logits that give the mean of scores, float `(windows, labels)`, with `probabilities`."""
+    mean = scores.mean(axis=0).clip(1e-30, 1 - 1e-16)
+    return np.log(mean) - (np.log1p(-mean) if multi_label else 0)
+
+
 def start_batches(
     runtime,
     pool: ThreadPoolExecutor | None,
     token_ids: list[list[int]],
     progress: Callable[[int], object] | None = None,
 ) -> list[tuple[np.ndarray, Future]]:
-    """Starts all batches; returns the indices of each batch's texts, and the future of its logits."""
+    """Starts all batches; returns the indices of each batch's windows, and the future of its logits."""
     started = []
     for rows in batches_by_tokens(token_ids):
         batch = [token_ids[row] for row in rows]
@@ -321,28 +359,27 @@ def choose_format(folder: Path, verify: bool) -> str:
     return next(iter(formats))
 
 
-def find_model(name: str, format: str | None, verify: bool = True, revision: str | None = None) -> Path:
-    """The folder of that name, or the downloaded files of the repository of that name; raises `UserError` as `fetch`.
+def find_model(
+    name: str, format: str | None, verify: bool = True, revision: str | None = None, optional: tuple[str, ...] = ()
+) -> Path:
+    """The folder of that name, or the downloaded files of the repository of that name; arguments as of `fetch`.
 
     ``format`` is the one to download; if None, the first of `PREFERRED` that the repository has.
     """
     # A name that cannot be "owner/name" was meant as a folder, even if there is none: `find_formats` says so.
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        check_revision(name, revision)
         return Path(name)
     if format not in {None, *WEIGHT_FILES}:
         raise UserError(f"no format '{format}'; take one of {', '.join(WEIGHT_FILES)}")
     try:
-        return fetch(name, [format] if format else [*PREFERRED], verify, revision=revision)
+        return fetch(name, [format] if format else [*PREFERRED], verify, optional, revision)
     except UserError as error:
         raise UserError(f"no folder {name}; {error}; {HOW_TO_GET}") from error
 
 
 def fetch(
-    repo_id: str,
-    formats: list[str],
-    verify: bool = True,
-    optional: tuple[str, ...] = (),
-    revision: str | None = None,
+    repo_id: str, formats: list[str], verify: bool = True, optional: tuple[str, ...] = (), revision: str | None = None
 ) -> Path:
     """Downloads the files that one format of a repository needs, or finds them in the cache; returns their folder.
 
@@ -361,18 +398,6 @@ def fetch(
         except UserError as error:  # the cache would give the same file again
             raise UserError(f"{error}. To fetch it anew, first run `hf cache rm model/{repo_id}`") from error
     return folder
-
-
-def fetch_all(repo_id: str) -> Path:
-    """Downloads all that Transformers may read of a repository, float weights in any form; raises as `fetch`."""
-    from huggingface_hub import snapshot_download
-
-    from emotion.utils.hub_requests import ask_hub, endpoint_answers
-
-    patterns = [f"*.{ending}" for ending in ("json", "txt", "model", "safetensors")] + ["pytorch_model*.bin"]
-    offline = not endpoint_answers()
-    download = partial(snapshot_download, repo_id, allow_patterns=patterns, local_files_only=offline)
-    return Path(ask_hub(download, repo_id))
 
 
 def _download(

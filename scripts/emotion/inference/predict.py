@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from emotion import __version__
-from emotion.utils.arguments import COUNT, configure_parser, parse_plain
+from emotion.utils.arguments import COUNT, SHARE, configure_parser, parse_plain
 from emotion.utils.command import run
 from emotion.utils.errors import UsageError, UserError, visible
 from emotion.utils.files import RECOMMENDED
@@ -47,11 +47,14 @@ def classify_all(batches, args) -> None:
     if args.model is None:  # beside the answers, not among them
         print(f"answered by {RECOMMENDED}; --model takes another", file=sys.stderr)
     classifier = EmotionClassifier.from_pretrained(
-        args.model, args.format, args.threads, not args.skip_checksum, args.model_revision
+        args.model, args.format, args.threads, not args.skip_checksum, args.model_revision, args.long_texts
     )
+    if classifier.multi_label and args.top_k is None and args.threshold is None:
+        args.threshold = 0.5
     empty = sum(answer(classifier, texts, args) for texts in batches)
     if cut := classifier.texts_cut:
-        print(f"{plural(cut)} longer than the model takes and cut", file=sys.stderr)
+        how = "cut" if args.long_texts == "truncate" else "read in parts"
+        print(f"{plural(cut)} longer than the model takes and {how}", file=sys.stderr)
     if empty:  # an error only now, since the other texts have their answers
         raise UserError(f"{plural(empty)} empty and got no answer")
 
@@ -68,7 +71,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--model_revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--format", help="format to open; ONNX if the folder has it")
     parser.add_argument("--file", help="file with one text per line")
-    parser.add_argument("--top_k", type=int, default=1, choices=COUNT, help="number of classes to show")
+    parser.add_argument("--top_k", type=int, choices=COUNT, help="number of classes to show; 1 if not given")
+    least = "where a text may have several labels: the score of those to show; 0.5 if not given"
+    parser.add_argument("--threshold", type=float, choices=SHARE, help=least)
+    long = "truncate texts that are longer than the model takes, or take the mean of the scores of their parts"
+    parser.add_argument("--long_texts", choices=("truncate", "mean"), default="truncate", help=long)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--threads", type=int, choices=THREADS, help="threads to compute with; all by default")
     parser.add_argument("--skip_checksum", action="store_true", help="open files that differ from SHA256SUMS")
@@ -76,6 +83,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args = parse_plain(parser, argv)
     if args.texts and args.file:
         raise UsageError("give sentences or --file, not both")
+    if args.top_k and args.threshold is not None:
+        raise UsageError("give --top_k or --threshold, not both")
     return args
 
 
@@ -149,7 +158,7 @@ def read_chunk(descriptor: int, prompt: str) -> bytes:
 def answer(classifier, texts: list[str], args) -> int:
     """Prints one line for every text, in order; returns the number of empty texts."""
     full = [text.strip() for text in texts if text.strip()]
-    answers = iter(classifier.classify(full, top_k=args.top_k))
+    answers = iter(classifier.classify(full, args.top_k or 1, args.threshold))
     lines = []
     # Where the output cannot show every character, JSON has escapes of its own.
     ascii_alone = not sys.stdout.encoding.lower().startswith("utf")
@@ -157,13 +166,15 @@ def answer(classifier, texts: list[str], args) -> int:
         if not text.strip():
             lines.append(json.dumps({"text": text, "error": "empty text"}) if args.json else "(empty)")
             continue
-        classes = [next(answers)] if args.top_k == 1 else next(answers)
+        classes = next(answers)
+        classes = [classes] if isinstance(classes, dict) else classes
         for label in classes:
             label["score"] = round(label["score"], 6)
         if args.json:
-            lines.append(json.dumps({"text": text.strip(), **classes[0], "top_k": classes}, ensure_ascii=ascii_alone))
+            found = {**classes[0], "top_k": classes} if args.threshold is None else {"labels": classes}
+            lines.append(json.dumps({"text": text.strip(), **found}, ensure_ascii=ascii_alone))
         else:
-            shown = "  ".join(f"{label['label']} {label['score']:.4f}" for label in classes)
+            shown = "  ".join(f"{label['label']} {label['score']:.4f}" for label in classes) or "(no label)"
             # On a terminal a text of a stranger could move the cursor; a pipe gets it as it is.
             lines.append(f"{shown}\t{visible(text.strip()) if sys.stdout.isatty() else text.strip()}")
     print("\n".join(lines), flush=True)  # a pipe would hold the lines back, and their reader waits for each

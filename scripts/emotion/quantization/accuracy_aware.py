@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import beta
 
-from emotion.data.metrics import resampled_macro_f1, score, softmax
+from emotion.data.metrics import decide, probabilities, resampled_macro_f1, score
 from emotion.inference.model_folder import SHARED_FILES, files_to_serve, load_trained_classifier
 from emotion.inference.runtimes import OnnxClassifier, open_artifact, predict
 from emotion.quantization.activation_ranges import RULES, measure_ranges
@@ -37,7 +37,7 @@ from emotion.quantization.layers import CalibrationRows, Layers, Plan, find_laye
 from emotion.quantization.lowbit import apply_gptq, write_lowbit_onnx
 from emotion.quantization.outlier_channels import find_outliers, outlier_metadata
 from emotion.quantization.scheme import Samples, SchemeArguments, formats_to_make, update_plan
-from emotion.utils.arguments import Range, flag
+from emotion.utils.arguments import SHARE, Range, flag
 from emotion.utils.command import Bar
 from emotion.utils.errors import UserError
 
@@ -58,6 +58,7 @@ class AccuracyAwareArguments(SchemeArguments):
         Range(-100, 100),
     )
     min_agreement: float = flag(99.0, "Texts alone: the percentage that must get FP32's label.", Range(0, 100))
+    threshold: float = flag(0.5, "Models with several labels a text: the least score of one.", SHARE)
     allow_drop: bool = flag(False, "Save a format even if no fallback keeps its score.")
     strict: bool = flag(False, "Refuse a format, too, where the texts are too few to tell what it loses.")
 
@@ -88,7 +89,7 @@ def quantize_with_accuracy_control(
         attempts, plans = [], []
         for fallback, changed in _fallbacks(plan, format, rows, sensitivity, arguments):
             seconds = save_format(changed, folder, format, rows, arguments)
-            effect = compare(reference, logits_of(folder, format, validation), validation.labels)
+            effect = compare(reference, logits_of(folder, format, validation), validation.labels, validation.threshold)
             attempts.append(_report(folder, format, fallback, effect, seconds, arguments))
             plans.append(changed)
             if is_good_enough(attempts[-1], arguments):
@@ -210,7 +211,7 @@ def _choose(format: str, attempts: list[dict], arguments: AccuracyAwareArguments
                 f"{message}, more than {flag}; nothing was saved. Train for it with run_qat.py, change "
                 f"{flag.split()[0]}, or set --allow_drop true"
             )
-        print(f"{message}; saved, since --allow_drop is set")
+        print(f"{message}, more than {flag}; saved all the same")
     best["kept"] = True
     return attempts.index(best)
 
@@ -246,27 +247,28 @@ def logits_of(folder: Path, format: str, samples: Samples) -> np.ndarray:
     return predict(classifier, classifier.encode(samples.texts))
 
 
-def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) -> dict:
+def compare(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None, threshold: float | None = None) -> dict:
     """Compares quantized with float logits on the same rows.
 
     Args:
         before: logits (rows, classes) in FP32.
         after: the same, quantized.
-        labels: int (rows,); None for texts alone.
+        labels, threshold: as of `Samples`.
 
     Returns:
-        `mean_logit_shift`; `flips`, the predicted labels that differ, of `rows`. With labels also `macro_f1_change`,
-        and `macro_f1_change_bound`, below which the change lies with a probability of 5 %; without them
-        `mean_probability_change`, and `flips_bound`, above which the share of flips lies with that probability.
+        `mean_logit_shift`; `flips`, the texts with another predicted label, or other ones, of `rows`. With labels also
+        `macro_f1_change`, and `macro_f1_change_bound`, below which the change lies with a probability of 5 %; without
+        them `mean_probability_change`, and `flips_bound`, above which the share of flips lies with that probability.
     """
-    predictions = before.argmax(axis=-1), after.argmax(axis=-1)
-    flips, rows = int((predictions[0] != predictions[1]).sum()), len(before)
+    predictions, rows = [decide(logits, threshold) for logits in (before, after)], len(before)
+    flips = int((predictions[0] != predictions[1]).reshape(rows, -1).any(axis=-1).sum())
     effect = {"mean_logit_shift": float(np.abs(after - before).mean()), "flips": flips, "rows": rows}
     if labels is None:
-        change = float(np.abs(softmax(after) - softmax(before)).mean())
+        scores = [probabilities(logits, threshold is not None) for logits in (before, after)]
+        change = float(np.abs(scores[1] - scores[0]).mean())
         return effect | {"mean_probability_change": change, "flips_bound": _flips_bound(flips, rows)}
     drawn = resampled_macro_f1(labels, *predictions, classes=before.shape[1], resamples=RESAMPLES)
-    change = score(after, labels)["macro_f1"] - score(before, labels)["macro_f1"]
+    change = score(after, labels, threshold)["macro_f1"] - score(before, labels, threshold)["macro_f1"]
     bound = float(np.percentile(drawn[1] - drawn[0], 5))
     return effect | {"macro_f1_change": change, "macro_f1_change_bound": bound}
 
@@ -296,7 +298,8 @@ def measure_layers(baseline: Path, samples: Samples, kinds: bool = True) -> list
             quantize_onnx(Plan(baseline, model, part), path)  # dynamic ranges: the layer alone is measured
             classifier = OnnxClassifier(baseline, path, threads=samples.threads)
             after = predict(classifier, classifier.encode(samples.texts))
-            rows.append({"kind": kind, "layer": layer, "names": names} | compare(before, after, samples.labels))
+            effect = compare(before, after, samples.labels, samples.threshold)
+            rows.append({"kind": kind, "layer": layer, "names": names} | effect)
     return rows
 
 

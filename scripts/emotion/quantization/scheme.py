@@ -6,17 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from emotion.data.dataset import Task, get_split, load_task_of, split_texts, stratified_sample, with_validation
+from emotion.data.labels import label_array
 from emotion.data.tokenization import LARGEST_LIMIT, TextEncoder, load_tokenizer
-from emotion.export.onnx_export import TOLERANCE, ExportError, export_onnx, largest_gap, sample_inputs
-from emotion.inference.emotion_classifier import fetch, fetch_all, find_model
+from emotion.export.onnx_export import TOLERANCE, ExportError, check_size, export_onnx, largest_gap, sample_inputs
+from emotion.inference.emotion_classifier import find_model
 from emotion.inference.model_folder import (
     BITS,
     FLOAT_FILES,
     artifact_metadata,
     check_problem,
     head_labels,
+    is_multi_label,
     load_trained_classifier,
     open_trained,
     quantized_by,
@@ -31,8 +34,9 @@ from emotion.quantization.outlier_channels import find_outliers, find_pairs, wei
 from emotion.utils.arguments import COUNT, Range, Recipe, flag
 from emotion.utils.base_model import RECIPE_FILE, BaseModel, read_recipe_of
 from emotion.utils.command import Bar
-from emotion.utils.errors import UserError
+from emotion.utils.errors import UserError, one_line
 from emotion.utils.files import scratch_folder
+from emotion.utils.hub_requests import download_model
 from emotion.utils.machine import choose_threads
 
 FORMATS = ("torchao", "onnx", "openvino")
@@ -44,6 +48,7 @@ CONTROL = "-float"  # ends the name of a float fine-tuning control
 class SchemeArguments:
     """The flags of run_ptq.py and run_qat.py on how a model is quantized."""
 
+    model_revision: str | None = flag(None, "Branch, tag or commit of the model on the Hub.")
     # The weights
     bits: int = flag(8, "Bits of a weight: 8, 4 or 2. Activations always have 8.", BITS)
     group_size: int = flag(32, "Below 8 bits: weights of a row that share a scale.", Range(8))
@@ -82,7 +87,7 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
     for format in formats or ():
         if format not in formats_of(arguments.bits):
             raise UserError(f"--formats {format}: it cannot hold {arguments.bits} bits; take onnx")
-    folder = find_float_model(name)
+    folder = find_float_model(name, arguments.model_revision)
     if (folder / "config.json").is_file() and (quantizer := quantized_by(folder)):
         raise UserError(f"{folder} is quantized already (by {quantizer}); name the float model it was made from")
     if (folder / FLOAT_FILES[0]).is_file() or not any((folder / file).is_file() for file in FLOAT_FILES):
@@ -90,6 +95,11 @@ def check_scheme(arguments: SchemeArguments, training: bool = False) -> tuple[Ba
     config = read_config(folder)
     labels = [*(config.get("id2label") or {"0": "", "1": ""}).values()]
     check_problem(folder, labels, config.get("problem_type"), training)
+    try:
+        with one_line(f"{folder} cannot be opened"):
+            check_size(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except ExportError as error:
+        _leave_out(arguments, error)
     metadata = read_recipe_of(folder)
     provenance = metadata.get("provenance", {})
     name, source = (folder.name, "folder") if folder == Path(name) else (name, "hub")
@@ -102,19 +112,20 @@ def load_task(base: BaseModel, metadata: dict, arguments, texts_alone: bool = Fa
 
     With ``texts_alone`` they may be missing. Raises `UserError` if nothing names a dataset, or its labels are others.
     """
-    return load_task_of(metadata, arguments, head_labels(base.path, fine_tuned=True), texts_alone)
+    labels, several = head_labels(base.path, fine_tuned=True), is_multi_label(base.path)
+    return load_task_of(metadata, arguments, labels, texts_alone, several)
 
 
-def find_float_model(name: str) -> Path:
+def find_float_model(name: str, revision: str | None = None) -> Path:
     """The folder of that name, or the downloaded files of a repository; raises `UserError` if there is neither."""
     try:
-        folder = find_model(name, "pytorch")
-        if folder != Path(name):
-            fetch(name, ["pytorch"], optional=(RECIPE_FILE,))  # which names its base model and its dataset
-        return folder
+        # The recipe names its base model and its dataset.
+        return find_model(name, "pytorch", revision=revision, optional=(RECIPE_FILE,))
     except UserError:
+        if Path(name).exists():
+            raise
         with contextlib.suppress(UserError):  # a repository of another program, in any form that Transformers opens
-            return fetch_all(name)
+            return download_model(name, revision)
         raise
 
 
@@ -144,13 +155,15 @@ class Samples:
     """Samples to score a model on.
 
     Attributes:
-        labels: int (rows,); None for texts alone.
+        labels: int (rows,), or with a threshold (rows, classes); None for texts alone.
         threads: to compute with.
+        threshold: the score from which a label counts, of a model that gives a text several; None for others.
     """
 
     texts: list[str]
     labels: np.ndarray | None
     threads: int
+    threshold: float | None = None
 
     def first(self, count: int | None) -> "Samples":
         """Returns the first ``count`` samples; all for None."""
@@ -158,7 +171,7 @@ class Samples:
 
 
 def load_samples(
-    task: Task, folder: Path, count: int, seed: int, threads: int | None = None
+    task: Task, folder: Path, count: int, seed: int, threads: int | None = None, threshold: float = 0.5
 ) -> tuple[CalibrationRows, Samples]:
     """Draws the calibration samples from train, stratified by class, and takes all of validation.
 
@@ -167,27 +180,30 @@ def load_samples(
     Args:
         folder: of the model, whose tokenizer is used.
         threads: to score with; all that may be used by default.
+        threshold: of the `Samples`, where the model gives a text several labels.
 
     Raises:
         UserError: if train has fewer rows.
     """
-    encoder, labels = TextEncoder(folder), None
+    encoder, labels, several = TextEncoder(folder), None, is_multi_label(folder)
     if task.labels:
         task = with_validation(task)
         rows, validation = stratified_sample(get_split(task, "train"), count, seed), get_split(task, "validation")
-        labels = np.asarray(validation["label"])
+        labels = label_array(validation, len(task.labels), several)
     else:
         rows, validation = split_texts(task, count, seed)
-    samples = Samples(list(validation["text"]), labels, threads or choose_threads(None))
+    threads = threads or choose_threads(None)
+    samples = Samples(list(validation["text"]), labels, threads, threshold if several else None)
     return CalibrationRows(encoder, encoder(list(rows["text"]))), samples
 
 
 @contextlib.contextmanager
-def with_onnx_export(folder: str | Path, arguments: SchemeArguments):
+def with_onnx_export(folder: str | Path, arguments: SchemeArguments, texts):
     """Yields a fine-tuned folder that has an FP32 file for ONNX Runtime, if a format needs it, or a temporary copy.
 
-    The folder itself serves if all of it can be opened as it is, and its file gives the logits of its weights. If an
-    export fails, the formats that need it are left out of ``arguments``, with a line that says why.
+    The folder itself serves if all of it can be opened as it is, and its file gives the logits of its weights, on some
+    of the ``texts``, too. If an export fails, the formats that need it are left out of ``arguments``, and a line says
+    why.
 
     Raises:
         UserError: if Transformers cannot open the folder.
@@ -198,7 +214,7 @@ def with_onnx_export(folder: str | Path, arguments: SchemeArguments):
     tokenizer = load_tokenizer(str(folder), LARGEST_LIMIT)
     model = (load_trained_classifier if is_complete else open_trained)(folder, dtype=torch.float32).eval()
     find_layers(model)  # raises if there is nothing to quantize
-    if is_complete and (not needs_export or _has_its_logits(folder, model, tokenizer)):
+    if is_complete and (not needs_export or _has_its_logits(folder, model, tokenizer, texts)):
         yield folder
         return
     with scratch_folder() as temporary:
@@ -209,7 +225,7 @@ def with_onnx_export(folder: str | Path, arguments: SchemeArguments):
         tokenizer.save_pretrained(copy)
         if needs_export:
             print(f"{folder} has no FP32 file for ONNX Runtime that answers as its weights; one is made for this run")
-            export_or_leave_out(model, tokenizer, copy, arguments)
+            export_or_leave_out(model, tokenizer, copy, arguments, texts)
         yield copy
 
 
@@ -223,27 +239,32 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _has_its_logits(folder: Path, model, tokenizer) -> bool:
+def _has_its_logits(folder: Path, model, tokenizer, texts=()) -> bool:
     """Whether the folder's FP32 file for ONNX Runtime answers as the model; no other file can serve as reference."""
     try:
         weights = weights_of(folder, "onnx")
         file = folder / "onnx" / "model.onnx"
-        return weights == file and largest_gap(model, sample_inputs(model, tokenizer), file) <= TOLERANCE
+        return weights == file and largest_gap(model, sample_inputs(model, tokenizer, texts), file) <= TOLERANCE
     except Exception:  # none, of other inputs, or of operators that this release does not know
         return False
 
 
-def export_or_leave_out(model, tokenizer, folder: Path, arguments: SchemeArguments) -> None:
+def export_or_leave_out(model, tokenizer, folder: Path, arguments: SchemeArguments, texts) -> None:
     """Exports the model; if that fails, leaves the formats that need it out of ``arguments``, with a line on why."""
     try:
-        export_onnx(model, tokenizer, folder / "onnx" / "model.onnx")
+        export_onnx(model, tokenizer, folder / "onnx" / "model.onnx", texts=texts)
     except ExportError as error:
         (folder / "onnx" / "model.onnx").unlink(missing_ok=True)
-        asked = formats_to_make(arguments)
-        arguments.formats = [format for format in asked if format == "torchao"]
-        if not arguments.formats or not getattr(arguments, "fake_quantize", True):  # a control is an ONNX file
-            raise
-        print(f"left out: {', '.join(format for format in asked if format != 'torchao')}; {error}")
+        _leave_out(arguments, error)
+
+
+def _leave_out(arguments: SchemeArguments, error: ExportError) -> None:
+    """Leaves the formats that need an export out of ``arguments``, with a line; raises the error if none is left."""
+    asked = formats_to_make(arguments)
+    arguments.formats = [format for format in asked if format == "torchao"]
+    if not arguments.formats or not getattr(arguments, "fake_quantize", True):  # a control is an ONNX file
+        raise error
+    print(f"left out: {', '.join(format for format in asked if format != 'torchao')}; {error}")
 
 
 def save_float_onnx(model, folder: Path, tokenizer, formats=FORMATS) -> None:

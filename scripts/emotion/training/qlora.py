@@ -116,7 +116,8 @@ def save_merged(merged, data: TrainingData, folder: Path, formats: list[str], se
         merged.save_pretrained(float_folder)
         data.tokenizer.save_pretrained(float_folder)
         if "onnx" in formats:
-            export_onnx(merged, data.tokenizer, float_folder / "onnx" / "model.onnx")
+            file = float_folder / "onnx" / "model.onnx"
+            export_onnx(merged, data.tokenizer, file, texts=data.rows["text"])
             plan = make_plan(float_folder, merged, arguments, calibration)
             metadata |= quantize_with_accuracy_control(plan, folder, calibration, validation, arguments)
         if "nf4" in formats:

@@ -1,12 +1,14 @@
 """The `Trainer`, its arguments and its data, as every training of this project uses them."""
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
@@ -38,7 +40,7 @@ from emotion.utils import machine
 from emotion.utils.arguments import Recipe, comparable, flag
 from emotion.utils.base_model import BaseModel, find_base_model
 from emotion.utils.command import Bar
-from emotion.utils.errors import UserError, one_line
+from emotion.utils.errors import UsageError, UserError, one_line
 from emotion.utils.files import ROOT
 from emotion.utils.hub_requests import check_can_publish
 
@@ -77,26 +79,34 @@ class RecipeTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.hub_token:
-            raise ValueError("--hub_token: others can read a command line; run `hf auth login`, or set HF_TOKEN")
+            raise UsageError("--hub_token: others can read a command line; run `hf auth login`, or set HF_TOKEN")
         if self.push_to_hub:
-            try:
-                check_can_publish(self.hub_model_id)
-            except UserError as error:  # now, not after an hour of training
-                raise ValueError(f"--push_to_hub: {error}") from error
+            check_can_publish(self.hub_model_id)  # now, not after an hour of training
         resume = str(self.resume_from_checkpoint)
         if resume.lower() not in ("none", "true", "false") and not Path(resume).is_dir():
-            raise ValueError(f"--resume_from_checkpoint: no folder {resume}; name a checkpoint, or true for the last")
+            raise UsageError(f"--resume_from_checkpoint: no folder {resume}; name a checkpoint, or true for the last")
         if not self.output_dir:
-            raise ValueError("name the folder to save into, with --output_dir or in the config")
+            raise UsageError("name the folder to save into, with --output_dir or in the config")
         self.publish, self.push_to_hub = self.push_to_hub, False  # the Trainer would push checkpoints
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = self.bf16 and machine.has_bf16(self.use_cpu)
+        self._tell_of_missing_processes()
         # `accelerate launch` gives each process one thread, and leaves the machine's other processors idle.
         if self.use_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
             processes = machine.integer_setting("LOCAL_WORLD_SIZE") or 1
             torch.set_num_threads(max(1, machine.count_processors() // processes))
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("runs") / Path(self.output_dir).name))
         super().__post_init__()
+
+    @staticmethod
+    def _tell_of_missing_processes() -> None:
+        """Says if `accelerate launch` was asked for several processes and starts one, as without --multi_gpu."""
+        parent = psutil.Process().parent() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        asked = re.search(r"--num[_-]processes[ =](\d+)", " ".join(parent.cmdline()) if parent else "")
+        if asked and int(asked[1]) > (machine.integer_setting("WORLD_SIZE") or 1):
+            print(
+                f"accelerate launch --num_processes {asked[1]} has started one process; add --multi_gpu, on CPUs too"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def load_training_data(arguments, seed: int, base: BaseModel | None = None, task
     Raises:
         UserError: if one of them cannot be loaded, the base model is quantized, or it is fine-tuned on other labels.
     """
-    base = base or find_base_model(arguments.model_name_or_path)
+    base = base or find_base_model(arguments.model_name_or_path, arguments.model_revision)
     if base.source == "folder" and (quantizer := quantized_by(Path(base.path))):
         raise UserError(f"{base.path} is quantized already (by {quantizer}); name the float model it was made from")
     with one_line(f"{base.path} cannot be opened"):

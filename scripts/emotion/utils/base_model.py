@@ -9,7 +9,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from emotion.utils.command import warn_first_and_last
-from emotion.utils.errors import UserError, check_line, check_name, check_repo_id
+from emotion.utils.errors import UserError, check_line, check_name, check_repo_id, check_revision
 from emotion.utils.files import ROOT, SUMS_FILE, atomic_folder, check_sums, output_lock, read_fields, read_sums, sha256
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -53,20 +53,26 @@ class BaseModel:
     source: str  # `hub`, `folder`, `package` or `RANDOM`
 
 
-def find_base_model(name_or_path: str) -> BaseModel:
-    """Finds the base model: a local folder, the Hub, or, without it, a package; raises `UserError` for no model."""
+def find_base_model(name_or_path: str, revision: str | None = None) -> BaseModel:
+    """Finds the base model: a local folder, the Hub, or, without it, a package; raises `UserError` for no model.
+
+    With a ``revision``, a branch, tag or commit, the model is downloaded here, so that nothing reads another one.
+    """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    from emotion.utils.hub_requests import ask_hub
+    from emotion.utils.hub_requests import ask_hub, download_model
 
     folder = Path(name_or_path)
     if (folder / "config.json").is_file():
+        check_revision(name_or_path, revision)
         check_sums(folder, [name for name in FILES if (folder / name).exists()])
         return BaseModel(name=base_model_of(folder) or folder.resolve().name, path=str(folder), source="folder")
     # A Hub id is "name" or "owner/name"; anything else was meant as a path, and asking the Hub would hide that.
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"--model_name_or_path {name_or_path}: no config.json there; name a model folder or a Hub id")
     check_repo_id(name_or_path)
+    if revision is not None:
+        return BaseModel(name=name_or_path, path=str(download_model(name_or_path, revision)), source="hub")
     load = hf_hub_download if hub_is_reachable() else try_to_load_from_cache
     try:
         found = ask_hub(lambda: load(name_or_path, "config.json"), name_or_path)  # a file that every model has

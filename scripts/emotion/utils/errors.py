@@ -115,6 +115,12 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} is no name for a repository; it takes owner/name")
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raises `UserError` for a revision of something else than a repository."""
+    if revision is not None:
+        raise UserError(f"--model_revision {revision}: {name} is no repository of the Hub; leave it out")
+
+
 def check_inside(name, where) -> None:
     """Raises `UserError` unless a name in a file leads to a file inside the model folder, on every system."""
     path = PureWindowsPath(name)  # a name with a drive or backslashes leads elsewhere on Windows alone

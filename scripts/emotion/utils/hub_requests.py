@@ -15,8 +15,9 @@ import time
 from collections import Counter
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
@@ -81,6 +82,13 @@ def ask_hub(attempt, repo_id: str):
         asks = f", though it asks for {asked_s:.0f} s" if asked_s > MAX_WAIT_S else ""
         requests.report(f"{message}; trying again in {wait_s:.0f} s{asks}")
         time.sleep(wait_s)
+
+
+def download_model(repo_id: str, revision: str | None = None) -> Path:
+    """Downloads all that Transformers may read of a repository, float weights in any form; raises as `ask_hub`."""
+    patterns = [f"*.{ending}" for ending in ("json", "txt", "model", "safetensors", "yaml")] + ["pytorch_model*.bin"]
+    options = {"allow_patterns": patterns, "local_files_only": not endpoint_answers(), "revision": revision}
+    return Path(ask_hub(lambda: snapshot_download(repo_id, **options), repo_id))
 
 
 class Requests:
