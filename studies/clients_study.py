@@ -83,7 +83,7 @@ PROGRAMS = {
     ),
     "sentence-transformers": (
         "from sentence_transformers import CrossEncoder\nmodel = CrossEncoder(folder)",
-        "answer = lambda text: names[np.reshape(model.predict([text]), -1).argmax()]",
+        "answer = lambda text: names[model.predict(text).argmax()]",
     ),
     "@huggingface/transformers": (
         'const model = await pipeline("text-classification", name, { dtype: "q8" });',

@@ -407,7 +407,7 @@ def test_a_dataset_of_the_hub_is_found_by_its_splits(colors, artifact, tmp_path,
         assert (name, config) == ("user/colors", None)
         builder = build(str(colors))
         files = {name: [f"{here}/{Path(one).name}" for one in all] for name, all in builder.config.data_files.items()}
-        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+        return SimpleNamespace(config=SimpleNamespace(data_files=files | {"sound": [f"{here}/a.wav"]}))
 
     def download(repo_id, filename, repo_type, revision):
         assert (repo_id, repo_type, revision) == ("user/colors", "dataset", "0" * 40)
@@ -423,6 +423,8 @@ def test_a_dataset_of_the_hub_is_found_by_its_splits(colors, artifact, tmp_path,
     assert file["path"] == f"{here}/test.parquet"
     with pytest.raises(UserError, match="split 'dev'"):
         call("user/colors", tmp_path / "other", split="dev", model=artifact)
+    with pytest.raises(UserError, match="a.wav: unknown extension"):
+        call("user/colors", tmp_path / "other", split="sound", model=artifact)
 
 
 def test_torch_is_not_imported(artifact, table, tmp_path):

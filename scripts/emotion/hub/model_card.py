@@ -230,6 +230,8 @@ def _collect_facts(own: list[Record]) -> dict:
         weights[record.format] = next(name for name in record.size.files if not re.search("tokenizer|config", name))
         answers[record.format] = ranking({one.text: one for one in record.examples}[example])[0]
         packages |= {"transformers", *RUNTIMES[record.format].needs}  # the snippet's tokenizer is that of Transformers
+    # The newest Transformers has none beside it.
+    packages -= {"optimum-intel"} - first.environment.packages.keys()
     recipe = provenance.recipe or {}
     return {
         "title": f"BERT emotion classifier, {name_of(first.variant)}",
@@ -248,7 +250,7 @@ def _collect_facts(own: list[Record]) -> dict:
         "dtype": "q8" if "quantized" in weights.get("onnx", "") else "fp32",
         "hyperparameters": _hyperparameters(provenance),
         "epochs": recipe.get("num_train_epochs", provenance.training_recipe.get("num_train_epochs")),
-        "versions": {name: one for name, one in sorted(first.environment.packages.items()) if name in packages},
+        "versions": {name: first.environment.packages[name] for name in sorted(packages)},
         "example": example,
         "answers": answers,
     }
