@@ -231,10 +231,13 @@ def test_a_revision_is_opened_and_no_other(artifact, colors, hub, tmp_path, caps
             places = ("user/colors", colors) if flags is train_flags else ("user/colors",)
             main(flags(*places, tmp_path / "no", **({"dataset_name": colors} | last)))
     for call, message in (
-        (lambda: EmotionClassifier.from_pretrained("user/colors", revision="0" * 40), "no such file or revision"),
+        (lambda: EmotionClassifier.from_pretrained("user/colors", revision="0" * 40), "no revision or file"),
         (lambda: EmotionClassifier.from_pretrained(artifact, revision="main"), "no repository of the Hub"),
         (lambda: run_baseline.main(train_flags(artifact, colors, "no", model_revision="main")), "no repository"),
-        (lambda: run_baseline.main(train_flags("user/colors", colors, "no", model_revision="x")), "or revision"),
+        (
+            lambda: run_baseline.main(train_flags("user/colors", colors, "no", model_revision="x")),
+            "no revision or file",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             call()

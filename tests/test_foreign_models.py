@@ -215,20 +215,13 @@ def test_an_export_is_compared_on_real_texts_too(folder, colors):
     assert short["input_ids"].shape[1] < long["input_ids"].shape[1]
 
 
-def test_several_labels_have_a_sigmoid_each(folder, colors, tmp_path, capsys):
+def test_several_labels_have_a_sigmoid_each(folder):
     edit(folder / "config.json", problem_type="multi_label_classification")
     (expected,) = pipeline("text-classification", str(folder))(TEXTS[:1], top_k=None)
-    flags = ptq_flags(folder, tmp_path / "ptq", dataset_name=colors, num_calibration_samples=20, max_f1_drop=100)
-    run_ptq.main([*flags, "--formats", "torchao"])
-    for model, tolerance in ((folder, 1e-4), (tmp_path / "ptq", 0.1)):
-        classifier = EmotionClassifier.from_pretrained(model)
-        (found,) = classifier.classify(TEXTS[:1], top_k=None)
-        assert classifier.multi_label and abs(sum(answer["score"] for answer in found) - 1) > 1e-3
-        scores = {answer["label"]: answer["score"] for answer in found}
-        assert scores == pytest.approx({answer["label"]: answer["score"] for answer in expected}, abs=tolerance)
-    predict.main(["--model", str(folder), "--json", "--top_k", "9", TEXTS[0]])
-    shown = json.loads(capsys.readouterr().out.splitlines()[-1])["top_k"]
-    assert [one["score"] for one in shown] == pytest.approx([one["score"] for one in expected], abs=1e-4)
+    (found,) = EmotionClassifier.from_pretrained(folder).classify(TEXTS[:1], top_k=None)
+    assert [one["label"] for one in found] == [one["label"] for one in expected]
+    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-4)
+    assert abs(sum(one["score"] for one in found) - 1) > 1e-3
 
 
 PROBLEMS = {

@@ -61,7 +61,7 @@ def data(tmp_path_factory):
 def model(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("model") / "baseline", build_texts(600)
     build_classifier(folder, "bert", SIZES | {"max_position_embeddings": 42}, problem_type=MULTI_LABEL)
-    train_briefly(folder, [row["text"] for row in rows], torch.tensor(multi_hot(rows)).float(), steps=250)
+    train_briefly(folder, [row["text"] for row in rows], torch.tensor(multi_hot(rows)).float())
     return folder
 
 

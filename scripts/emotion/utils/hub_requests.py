@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants, get_token, snapshot_download
@@ -87,8 +88,11 @@ def ask_hub(attempt, repo_id: str):
 def download_model(repo_id: str, revision: str | None = None) -> Path:
     """Downloads all that Transformers may read of a repository, float weights in any form; raises as `ask_hub`."""
     patterns = [f"*.{ending}" for ending in ("json", "txt", "model", "safetensors", "yaml")] + ["pytorch_model*.bin"]
-    options = {"allow_patterns": patterns, "local_files_only": not endpoint_answers(), "revision": revision}
-    return Path(ask_hub(lambda: snapshot_download(repo_id, **options), repo_id))
+    offline = not endpoint_answers()
+    download = partial(
+        snapshot_download, repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline
+    )
+    return Path(ask_hub(download, repo_id))
 
 
 class Requests:
