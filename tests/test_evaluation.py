@@ -167,7 +167,7 @@ def test_labels_and_rows_come_from_the_dataset(colors, tmp_path):
         ({"text": ["a", "b"], "label": [1, 1]}, INTEGERS, "column 'label' has 1 classes"),
         ({"text": ["a", "b"], "label": [0.5, 1.5]}, None, "column 'label' is float64"),
         ({"text": ["a", "b"], "label": ["0.5", "1"]}, None, "column 'label' holds numbers such as 0.5"),
-        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, None, "column 'label' holds List"),
+        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, None, "column 'label' holds lists"),
         ({"text": ["a", "b"], "label": [0, -1]}, NAMED, "train row 1: label -1"),
         ({"text": ["a", "b"], "label": [0, None]}, NAMED, "train row 1: label None"),
         ({"text": ["a", "  "], "label": [0, 1]}, NAMED, "train row 1: text is '  '"),
