@@ -9,11 +9,11 @@ import sys
 from types import SimpleNamespace
 
 import datasets
-import httpx
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from huggingface_hub.utils import get_session
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -310,6 +310,7 @@ def test_classes_of_unequal_size_weigh_the_same():
 # The Hub
 
 
+httpx = sys.modules[type(get_session()).__module__.split(".")[0]]  # of huggingface_hub: httpx, or httpx2 since 2.4
 NO_NETWORK = httpx.ConnectError("[Errno -2] Name or service not known"), socket.gaierror()
 CERTIFICATE = httpx.ConnectError("self-signed certificate"), ssl.SSLCertVerificationError()
 REFUSED, SCHEME = httpx.ProxyError("403 Forbidden"), httpx.UnsupportedProtocol("no http://")
