@@ -226,7 +226,7 @@ class EmotionClassifier:
     def _logits_in_chunks(self, texts: Iterable[str], progress=None) -> Iterator[np.ndarray]:
         """Yields float32 `(texts, labels)` for one chunk of texts after the other."""
         texts, position, runtime = iter(texts), 0, self.runtime
-        started: deque[list[tuple[np.ndarray, Future]]] = deque()
+        started: deque[tuple[list[tuple[np.ndarray, Future]], list[int]]] = deque()
         workers: Workers | None = None
         try:
             while chunk := list(islice(texts, CHUNK)):
