@@ -96,7 +96,7 @@ def test_strangers_open_what_was_pushed(variant, folders, results, hub, encoder,
     for code, printed in report["snippets"].items():
         promised = re.search(r"# (\w+) ([\d.]+)$", code.strip())
         assert promised is None or promised[1] in printed, code
-    assert joined.count(repo_id) >= len(records)
+    assert joined.count(repo_id) >= len(report["snippets"]) - (variant == "qlora")
 
     classifier = open_artifact(folder, root, threads=1)
     probabilities = softmax(classifier.logits(classifier.encode(TEXTS[:3])))
