@@ -182,7 +182,7 @@ def test_a_training_that_was_ended_before_it_saved_its_model_goes_on(name, artif
     COMMANDS[name].main(flags_of(name, artifact, encoder, colors, whole))
     flags = flags_of(name, artifact, encoder, colors, out)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(COMMANDS[name], "new_artifact", _interrupt)
+        patch.setattr(COMMANDS[name].model_folder, "new_artifact", _interrupt)
         COMMANDS[name].main(flags)
     assert weights_in(out).items() >= before.items() and find_formats(out).keys() == find_formats(artifact).keys()
     with pytest.raises(UserError, match="--resume_from_checkpoint: no folder .*checkpoint-7"):
