@@ -215,15 +215,18 @@ def pack_projections(graph) -> None:
             graph.remove_node(node)
             graph.add_node(packed)
             continue
-        parts = _split_behind(graph, sources[1], f"{name}_weight", f"{name}_bias", len(together))
+        parts = _split_behind(graph, sources[1], f"{name}_weight", f"{name}_bias", len(together), name)
         for index, part in zip(together, parts, strict=True):
             node.input[index] = part
     tidy(graph)
 
 
-def _split_behind(graph, states: str, weight: str, bias: str, count: int, name: str = "") -> list[str]:
-    """Makes a linear layer whose outputs are ``count`` tensors of equal width; returns their names."""
-    product, projected = f"{weight}_product", f"{weight}_projected"
+def _split_behind(graph, states: str, weight: str, bias: str, count: int, attention: str, name: str = "") -> list[str]:
+    """Makes a linear layer whose outputs are ``count`` tensors of equal width; returns their names.
+
+    They begin with the output of the ``attention``: several may share a weight (ALBERT).
+    """
+    product, projected = f"{attention}_weight_product", f"{attention}_weight_projected"
     parts = [f"{projected}_{index}" for index in range(count)]
     graph.add_node(helper.make_node("MatMul", [states, weight], [product], name=name))
     graph.add_node(helper.make_node("Add", [product, bias], [projected]))
@@ -234,7 +237,7 @@ def _split_behind(graph, states: str, weight: str, bias: str, count: int, name: 
 def unpack_attention(graph) -> None:
     """Takes the products out of `Attention` again, for other runtimes, which see each product by its own name."""
     for node in graph.get_nodes_by_op_type("Attention"):
-        parts = _split_behind(graph, *node.input[:3], count=3, name=node.name)
+        parts = _split_behind(graph, *node.input[:3], count=3, attention=node.output[0], name=node.name)
         inputs = [*parts, "", node.input[3]]
         graph.remove_node(node)
         attention = helper.make_node("MultiHeadAttention", inputs, list(node.output), domain=MICROSOFT)
