@@ -139,7 +139,7 @@ def try_client(client: str, folder: Path, texts: list[str], rows: np.ndarray, ar
     (library, version), (others, published) = client.split(), CLIENTS[client]
     opening, answering = PROGRAMS[library]
     if library.startswith("@"):
-        subprocess.run(["npm", "install", "--prefix", folder, f"{library}@{version}"], check=True)
+        subprocess.run(["npm", "install", "--ignore-scripts", "--prefix", folder, f"{library}@{version}"], check=True)
         command, program = ["node", folder / "program.mjs"], NODE % opening
     else:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

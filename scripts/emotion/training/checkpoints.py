@@ -93,9 +93,9 @@ class CheckpointCallback(TrainerCallback):
     resumed_from: str | None = None  # the checkpoint that the training goes on from; None for the beginning
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Finds the best checkpoint beside the one that is resumed, wherever they were written."""
-        if self.resumed_from and state.best_model_checkpoint:
-            best = Path(self.resumed_from).with_name(Path(state.best_model_checkpoint).name)
+        """Finds the best checkpoint beside the one that is resumed: Transformers 5.24 forgets one that was moved."""
+        if self.resumed_from and state.best_global_step:
+            best = Path(self.resumed_from).with_name(f"checkpoint-{state.best_global_step}")
             state.best_model_checkpoint = str(best)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
