@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import render_report
 import run_benchmark
+import run_evaluation
 from conftest import ROOT, build_rows, copy_to_edit, edit_json, logits_of, read_json
 from emotion.evaluation import benchmark, ctranslate2_peer, peers, roofline
 from emotion.evaluation.benchmark import Protocol, interleave
@@ -24,7 +25,7 @@ from emotion.inference.emotion_classifier import EmotionClassifier
 from emotion.inference.model_folder import files_to_serve
 from emotion.utils import machine as processor
 from emotion.utils.errors import UserError
-from emotion.utils.machine import PROCESSORS, class_of, find_processor_class
+from emotion.utils.machine import PROCESSORS, class_of, find_processor_class, has_bf16
 from report.pages import render_table
 from test_comparison import words_of_report
 
@@ -166,6 +167,12 @@ def test_a_record_that_was_not_timed_in_turns_shows_its_own_times(two_kinds):
     assert f" {record.latency_ms.p50:.2f} |" in line
     card = render_card(family.records, "baseline", "user/mine")
     assert f"| baseline, ONNX Runtime | AVX-512 VNNI | {record.latency_ms.p50} |" in card
+
+
+def test_bfloat16_is_scored_where_the_processor_has_it(on_avx2, artifact, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(run_evaluation, "has_bf16", has_bf16)
+    run_evaluation.main([str(artifact), "--format", "bf16", "--results_dir", str(tmp_path)])
+    assert "bf16" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_what_this_machine_lacks_is_left_out(on_avx2, artifact, monkeypatch, capsys, tmp_path):
