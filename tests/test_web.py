@@ -18,7 +18,6 @@ import run_ptq
 import run_publish
 from conftest import ROOT, read_json
 from emotion.data.metrics import softmax
-from emotion.hub.model_card import TEMPLATE
 from emotion.inference.model_folder import SHARED_FILES, weights_of
 from emotion.inference.runtimes import open_artifact, predict
 from emotion.utils.errors import UserError
@@ -119,10 +118,10 @@ def test_the_study_says_what_node_lacks(real_int8, tmp_path, monkeypatch):
 
 
 def test_the_snippet_of_the_card_runs_as_it_stands(published, python_scores):
-    (code,) = re.findall(r"```js\n(.*?)```", TEMPLATE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    text = "i feel so happy that you came"
-    for gap, args in (("repo_id", REPOSITORY), ("dtype", "q8"), ("example", text)):
-        code = code.replace(f"{{{{ {gap} }}}}", args)
+    card = (ROOT / "model_cards" / "ptq.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```js\n(.*?)```", card, flags=re.DOTALL)
+    text = re.search(r'classify\("(.*?)"\)', code)[1]
+    assert REPOSITORY in code
     shown = run_node("--import", "./setup.mjs", "--input-type=module", "-", env=published[1], input=code)
     labels, scores = python_scores
     (expected,) = scores([text])
