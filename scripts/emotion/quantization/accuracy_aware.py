@@ -169,9 +169,10 @@ def _report(folder: Path, format: str, fallback: str, effect: dict, seconds: flo
             needed = effect["rows"]
             while needed < MOST_TEXTS and 100 * _flips_bound(loss / 100 * needed, needed) > limit:
                 needed = math.ceil(1.1 * needed)
+        enough = f"about {needed:,} texts" if needed < MOST_TEXTS else "no number of texts"  # at the limit itself
         print(
             f"{format}: {effect['rows']} texts cannot tell whether it loses more than {limit:g} {unit}: it may "
-            f"lose {bound:.2f}; about {needed:,} texts would tell"
+            f"lose {bound:.2f}; {enough} would tell"
         )
     return {"fallback": fallback, **effect, "verdict": verdict, "bytes_to_serve": size, "seconds": seconds}
 
