@@ -205,10 +205,12 @@ class EmotionClassifier:
 
     def _label_all(self, texts: Iterable[str], top_k: int | None, threshold: float | None) -> Iterator:
         for logits in self._logits_in_chunks(texts):
-            for answers in to_labels(
-                self.probabilities(logits), self.labels, None if threshold is not None else top_k
-            ):
-                yield answers if threshold is None else [one for one in answers if one["score"] >= threshold]
+            scores = self.probabilities(logits)
+            if threshold is None:
+                yield from to_labels(scores, self.labels, top_k)
+            else:
+                for answers in to_labels(scores, self.labels, None):
+                    yield [one for one in answers if one["score"] >= threshold]
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Returns the scores of `classify` for logits, float64 of shape `(texts, labels)`."""
@@ -263,6 +265,8 @@ class EmotionClassifier:
             raise UserError(
                 f"{self._folder} ({self.format}) gives logits that are not finite: its weights are damaged"
             )
+        if len(windows) == len(logits):  # one for each text
+            return logits
         ends = np.cumsum(windows)
         for end, count in zip(ends, windows, strict=True):
             if count > 1:
